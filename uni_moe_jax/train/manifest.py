@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from concurrent import futures
 from typing import Any
 
-from uni_moe_jax.utils.files import write_bytes
+from uni_moe_jax.utils.storage import write_bytes
 
 FILE = 'manifest.json'
 _METADATA, _COMMITTED = '_CHECKPOINT_METADATA', 'commit_success.txt'

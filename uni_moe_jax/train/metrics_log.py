@@ -9,7 +9,7 @@ import time
 import tensorflow as tf
 import tqdm
 
-from uni_moe_jax.utils.files import write_bytes
+from uni_moe_jax.utils.storage import write_bytes
 
 
 class MetricsLog:

@@ -20,7 +20,8 @@ from uni_moe_jax.config.schema import PATHS, apply_choices
 from uni_moe_jax.data.pipeline import class_names
 from uni_moe_jax.train import manifest
 from uni_moe_jax.utils.errors import MissingFileError, UsageError, first_few
-from uni_moe_jax.utils.files import read_json, write_bytes, write_json
+from uni_moe_jax.utils.files import read_json, write_json
+from uni_moe_jax.utils.storage import write_bytes
 
 CONFIG_FILE = 'config.json'
 RUN_FILE = 'run.json'

@@ -7,16 +7,10 @@ import tempfile
 from typing import Any
 
 from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils.storage import Path, write_bytes
 
 
-def write_bytes(path: pathlib.Path, content: bytes) -> None:
-  """Write a file atomically: a process that is killed leaves the old file."""
-  temporary = path.with_suffix('.tmp')
-  temporary.write_bytes(content)
-  temporary.rename(path)
-
-
-def write_json(path: pathlib.Path, content: Any, allow_nan: bool = True) -> None:
+def write_json(path: Path, content: Any, allow_nan: bool = True) -> None:
   """Write content as JSON, atomically. With allow_nan=False, numbers that are not finite raise ValueError."""
   write_bytes(path, json.dumps(content, indent=1, allow_nan=allow_nan).encode())
 
@@ -26,7 +20,7 @@ def write_output(path: str, content: Any) -> None:
   pathlib.Path(path).write_text(json.dumps(content, indent=1) + '\n')
 
 
-def read_json(path: pathlib.Path, default: Any = None) -> Any:
+def read_json(path: Path, default: Any = None) -> Any:
   """Return the content of a JSON file; `default` if it does not exist."""
   return json.loads(path.read_text()) if path.exists() else default
 

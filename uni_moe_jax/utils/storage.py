@@ -1,0 +1,202 @@
+"""Paths that may be addresses: a local path, gs://BUCKET/NAME or s3://BUCKET/NAME.
+
+A bucket has no folders that are created or renamed: a folder exists while an object has its name as a prefix. One
+object is written at once or not at all. gcsfs and s3fs repeat requests that fail for a moment (429, 5xx, resets, time
+limits, truncated bodies), with longer and longer pauses.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils.suggest import nearest
+
+Path = pathlib.Path | epath.Path
+_PACKAGES = {'gs': ('gcsfs', 'gcs'), 's3': ('s3fs', 's3')}  # scheme → package, extra that installs it
+_BUCKET = re.compile(r'[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]')
+_UNFIT = re.compile(r'[\x00-\x1f\x7f#?*\[\]\\]|\s')  # patterns and versions for some libraries
+_CONNECT_TIMEOUT, _READ_TIMEOUT = 20, 60  # seconds without any progress until a request is repeated
+_ATTEMPTS = 8
+# (what an error says in its type or text, what that means), tried in order.
+_CREDENTIALS = {
+    'gs': 'Run gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS to the key of a service '
+          'account',
+    's3': 'Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run aws sso login'}
+_ERRORS = (
+    (r'Anonymous caller|\b401\b|Invalid Credentials|UNAUTHENTICATED|RefreshError|DefaultCredentialsError|ExpiredToken|'
+     r'token.*expired|InvalidAccessKeyId|SignatureDoesNotMatch|NoCredentialsError|Unable to locate credentials|'
+     r'TokenRetrievalError|SSOTokenLoadError',
+     'the credentials are missing or have expired. {credentials}'),
+    (r'Forbidden|\b403\b|PERMISSION_DENIED|PermissionError|AccessDenied',
+     'permission is denied. Give the account the right to list, read, write and delete objects in this bucket'),
+    (r'NoSuchBucket|bucket does not exist',
+     'the bucket does not exist. Check its name, or create it'),
+    (r'ClientConnectorError|EndpointConnectionError|ConnectTimeoutError|ServerDisconnected|ConnectionReset|'
+     r'\b429\b|\b50[0234]\b|SlowDown|ServiceUnavailable|UNAVAILABLE|DEADLINE_EXCEEDED|TimeoutError|ReadTimeout|'
+     r'ClientPayloadError|IncompleteRead',
+     'the store does not answer, or only with errors, for about a minute. Check the network; the same command '
+     'continues'))
+
+
+def is_remote(address: str | os.PathLike[str]) -> bool:
+  """Return whether an address is one of a bucket."""
+  return str(address).startswith(tuple(f'{scheme}://' for scheme in _PACKAGES))
+
+
+def path(address: str | os.PathLike[str], name: str = 'path') -> Path:
+  """Return the path of an address: a `pathlib.Path`, or an `epath.Path` in a bucket. Nothing is read.
+
+  Args:
+    address: a local path, gs://BUCKET/NAME or s3://BUCKET/NAME; a slash at its end is ignored.
+    name: of the flag or field, for errors.
+
+  Raises:
+    UsageError: the scheme, the bucket or the name cannot be one, or the package for the scheme is not installed.
+  """
+  if isinstance(address, pathlib.PurePath):
+    text = str(address)
+    if not re.match(r'(gs|s3):/', text):
+      return pathlib.Path(address)
+  text = str(address)
+  matches = re.match(r'([A-Za-z][\w+.-]*):(/+)(.*)', text, re.DOTALL)
+  if matches is None or (matches[2] == '/' and matches[1] not in _PACKAGES):
+    return pathlib.Path(text)
+  scheme, slashes, rest = matches.groups()
+  wrong = functools.partial(_wrong, text, name)
+  if scheme not in _PACKAGES:
+    raise wrong(f'has the unknown scheme {scheme!r}; {nearest(scheme, _PACKAGES)}, or a local path')
+  bucket, _, key = rest.rstrip('/').partition('/')
+  if slashes != '//' or not bucket:
+    raise wrong(f'lacks the name of a bucket; write {scheme}://BUCKET/NAME')
+  if not _BUCKET.fullmatch(bucket):
+    raise wrong(f'has the bucket {bucket!r}, but a bucket is named with 3 to 222 of a-z, 0-9, dot, hyphen and '
+                'underscore')
+  parts = key.split('/') if key else []
+  if {'..', '.', ''} & {*parts}:
+    raise wrong('has an empty name, . or .. between slashes, which a bucket takes literally; write the name in full')
+  if unfit := _UNFIT.search(key):
+    raise wrong(f'has the character {unfit[0]!r}; give a name without spaces and without # ? * [ ] \\')
+  package, extra = _PACKAGES[scheme]
+  if importlib.util.find_spec(package) is None:
+    raise wrong(f"needs the package {package}: pip install 'uni-moe-jax[{extra}]'")
+  _configure()
+  return epath.Path(f'{scheme}://{bucket}', *parts)
+
+
+def _wrong(address: str, name: str, what: str) -> UsageError:
+  return UsageError(f'{name}={address!r} {what}.')
+
+
+@functools.cache
+def _configure() -> None:
+  """Set what all users of the libraries in this process share, Orbax and TensorFlow Datasets among them."""
+  import aiohttp  # pylint: disable=g-import-not-at-top
+  import fsspec  # pylint: disable=g-import-not-at-top
+  os.environ['EPATH_USE_TF'] = 'false'  # TensorFlow's own reader of buckets is not in its packages
+  timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=_READ_TIMEOUT)
+  # Listings are not kept: other processes write, too.
+  fsspec.config.conf.setdefault('gs', {}).update(use_listings_cache=False, requests_timeout=timeout)
+  fsspec.config.conf.setdefault('s3', {}).update(use_listings_cache=False, config_kwargs=dict(
+      connect_timeout=_CONNECT_TIMEOUT, read_timeout=_READ_TIMEOUT,
+      retries=dict(mode='standard', max_attempts=_ATTEMPTS)))
+
+
+def filesystem(address: str | os.PathLike[str]) -> Any:
+  """Return the fsspec file system of a remote address."""
+  import fsspec  # pylint: disable=g-import-not-at-top
+  _configure()
+  return fsspec.filesystem(str(address).partition(':')[0])
+
+
+def split(address: str | os.PathLike[str]) -> tuple[str, str]:
+  """Return (bucket, name in it) of a remote address."""
+  bucket, _, key = str(address).partition('://')[2].partition('/')
+  return bucket, key
+
+
+def check_access(folder: Path, name: str) -> None:
+  """Raise UsageError if a remote folder, the value of flag or field `name`, cannot be listed; one request."""
+  if not is_remote(folder):
+    return
+  files, (bucket, key) = filesystem(folder), split(folder)
+  try:
+    if str(folder).startswith('gs:'):
+      files.call('GET', 'b/{}/o', bucket, prefix=key, maxResults=1, json_out=True)
+    else:
+      files.call_s3('list_objects_v2', Bucket=bucket, Prefix=key, MaxKeys=1)
+  except FileNotFoundError:
+    raise _wrong(str(folder), name, f'names the bucket {bucket!r}, which does not exist; check its name, or create '
+                                    'it') from None
+  except Exception as e:
+    if (reason := explain(e, str(folder))) is None:
+      raise
+    raise UsageError(f'{name}={reason}') from e
+
+
+def explain(e: BaseException | None, address: str) -> str | None:
+  """Return one sentence with the address if an exception, or one that caused it, is of a store; else None."""
+  texts = []
+  while e is not None:
+    if not isinstance(e, UsageError):
+      texts.append(f'{type(e).__name__}: {e}')
+    e = e.__cause__ or e.__context__
+  for pattern, meaning in _ERRORS:
+    if any(re.search(pattern, text) for text in texts):
+      return f'{address}: {meaning.format(credentials=_CREDENTIALS.get(address.partition(":")[0], ""))}.'
+  return None
+
+
+def write_bytes(target: Path, content: bytes) -> None:
+  """Write a file or an object atomically: a process that is killed leaves the old content."""
+  if is_remote(target):
+    filesystem(target).pipe_file(str(target), content)
+  else:
+    temporary = target.with_suffix('.tmp')
+    temporary.write_bytes(content)
+    temporary.rename(target)
+
+
+def create(target: Path, content: bytes) -> bool:
+  """Write a file or an object only if there is none. Of several writers one gets True.
+
+  Args:
+    target: to write.
+    content: no two writers may give the same: it shows whose object it is where the answer to a request was lost.
+  """
+  try:
+    if is_remote(target):
+      filesystem(target).pipe_file(str(target), content, mode='create')
+    else:
+      with open(target, 'xb') as file:
+        file.write(content)
+    return True
+  except FileExistsError:
+    return is_remote(target) and target.read_bytes() == content
+
+
+def remove_folder(folder: Path) -> None:
+  """Delete a folder with its content; nothing happens if it does not exist."""
+  if is_remote(folder):
+    with contextlib.suppress(FileNotFoundError):
+      filesystem(folder).rm(str(folder), recursive=True)
+  else:
+    epath.Path(folder).rmtree(missing_ok=True)
+
+
+def files_in(folder: Path) -> Iterator[tuple[str, int]]:
+  """Yield (name relative to the folder, size in bytes) of every file below it, in order."""
+  if is_remote(folder):
+    prefix = '/'.join(split(folder)) + '/'
+    entries = filesystem(folder).find(str(folder), detail=True)
+    yield from sorted((name.removeprefix(prefix), entry['size']) for name, entry in entries.items()
+                      if entry['type'] == 'file' and name.startswith(prefix))
+  else:
+    yield from sorted((str(p.relative_to(folder)), p.stat().st_size) for p in folder.rglob('*') if p.is_file())
