@@ -8,6 +8,7 @@ limits, truncated bodies), with longer and longer pauses.
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
 import pathlib
 import re
@@ -100,6 +101,7 @@ def _configure() -> None:
   """Set what all users of the libraries in this process share, Orbax and TensorFlow Datasets among them."""
   import aiohttp  # pylint: disable=g-import-not-at-top
   import fsspec  # pylint: disable=g-import-not-at-top
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs the traceback of what it raises
   os.environ['EPATH_USE_TF'] = 'false'  # TensorFlow's own reader of buckets is not in its packages
   timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=_READ_TIMEOUT)
   # Listings are not kept: other processes write, too.
