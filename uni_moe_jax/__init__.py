@@ -8,4 +8,4 @@ Axis letters, everywhere (names, einsums, `# [..]` comments, docstrings):
   T  frames            M  picked positions
 """
 
-__version__ = '0.3.0'
+__version__ = '0.4.0'

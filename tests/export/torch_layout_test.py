@@ -42,11 +42,10 @@ def test_every_parameter_is_filled_and_every_key_accounted_for(model):
 
 
 @pytest.mark.parametrize('changes', [dict(num_prefix_prompts=2), dict(label_prompts=(('names', 3),)),
-                                     dict(frame_differences=True)])
-def test_prompt_tokens_and_frame_differences_are_refused(changes):
+                                     dict(frame_differences=True), dict(stem='conv')])
+def test_what_the_published_layout_lacks_is_refused(changes):
   spec = small_model.spec(temperature_groups=(), **changes)
-  message = 'does not support config.model.num_prefix_prompts, config.model.frame_differences and label_prompts'
-  with pytest.raises(LayoutError, match=message):
+  with pytest.raises(LayoutError, match=r'does not support config\.model\.num_prefix_prompts, .*label_prompts'):
     torch_layout.to_torch(small_model.params(spec), spec)
 
 

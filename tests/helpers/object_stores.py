@@ -38,7 +38,7 @@ class Store:
     if self.address.startswith('gs:'):
       return {**common, 'STORAGE_EMULATOR_HOST': self.endpoint, 'TENSORSTORE_GCS_HTTP_URL': self.endpoint,
               'FSSPEC_GS_TOKEN': 'anon', 'NO_GCE_CHECK': 'true', 'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'token',
-              'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false'}  # asks a second, gRPC service about each bucket
+              'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false'}  # queries a second, gRPC service for each bucket
     return {**common, 'AWS_ENDPOINT_URL': self.endpoint, 'AWS_ACCESS_KEY_ID': 'key', 'AWS_SECRET_ACCESS_KEY': 'secret',
             'AWS_REGION': 'us-east-1', 'AWS_DEFAULT_REGION': 'us-east-1', 'AWS_EC2_METADATA_DISABLED': 'true'}
 
@@ -116,7 +116,7 @@ def use(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
   fsspec.get_filesystem_class(scheme).clear_instance_cache()
 
 
-Stores = Callable[[str], Store]  # scheme → the server of this session, started when it is first asked for
+Stores = Callable[[str], Store]  # scheme → the server of this session, started when it is first requested
 
 
 @pytest.fixture(scope='session')

@@ -19,23 +19,25 @@ _ONE = dict(replica=1, data=1, expert=1, model=1)
 
 
 @functools.cache
-def _boxed(router: str):
+def _boxed(router: str, **changes):
   """Boxed shapes of a model with every parameter that exists: learned positions, prompts, a head, …"""
   spec = small_model.spec(
       router, posemb='learned', num_deep_prompts=2, prompt_sharing='separate', num_prefix_prompts=2,
-      label_prompts=(('names', 3),), spe_bias=True, head=3, modality_embedding=True, frame_differences=True)
+      label_prompts=(('names', 3),), spe_bias=True, head=3, modality_embedding=True, frame_differences=True,
+      **changes)
   return jax.eval_shape(functools.partial(boxed_params, UniPerceiver(spec)), jax.random.key(0))
 
 
-def _leaves(router: str):
+def _leaves(router: str, **changes):
   """(path, box or bare leaf) of every parameter."""
   is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
-  return [(path_of(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(_boxed(router), is_leaf=is_box)]
+  return [(path_of(path), leaf) for path, leaf in
+          jax.tree_util.tree_leaves_with_path(_boxed(router, **changes), is_leaf=is_box)]
 
 
-@pytest.mark.parametrize('router', small_model.ROUTERS)
-def test_every_parameter_names_every_axis_by_a_name_of_the_table(router):
-  for path, leaf in _leaves(router):
+@pytest.mark.parametrize('router, stem', [*((r, 'patch') for r in small_model.ROUTERS), ('dense', 'conv')])
+def test_every_parameter_names_every_axis_by_a_name_of_the_table(router, stem):
+  for path, leaf in _leaves(router, stem=stem):
     assert isinstance(leaf, nn.LogicallyPartitioned), path
     assert len(leaf.names) == leaf.value.ndim, path
     assert set(leaf.names) <= set(sharding.RULES), path

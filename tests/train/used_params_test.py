@@ -133,6 +133,13 @@ def test_a_step_with_all_contents_uses_all_parameters_but_the_experts_that_nothi
   assert idle == {path for path in _shapes(_spec()) if used_params.expert_sublayer(_spec(), path)}
 
 
+def test_a_convolutional_stem_is_used_by_what_has_pixels():
+  stem = {f'embed/stem{i}{suffix}' for i in (0, 1) for suffix in ('', '_bias')}
+  spec = _spec(stem='conv')
+  assert _unused(spec=spec, contents=('head', 'target', 'text')) == VISUAL - {'embed/patch', 'embed/patch_bias'} | stem
+  assert not _unused(spec=spec)
+
+
 @pytest.mark.parametrize('modalities, unused', [(('text',), VISUAL), (('visual',), TEXT), (('text', 'visual'), set())])
 def test_tables_of_a_modality_that_is_not_encoded_are_unused(modalities, unused):
   assert _unused(contents=modalities) == unused

@@ -96,7 +96,7 @@ def test_a_folder_without_a_run_names_the_command(tmp_path):
     workdir.load_config(tmp_path)
 
 
-@pytest.mark.parametrize('version, name', [(None, '0.1'), ('0.1.9', '0.1.9'), ('0.2.0', '0.2.0'), ('0.99.0', '0.99.0')])
+@pytest.mark.parametrize('version, name', [(None, '0.1'), ('0.1.9', '0.1.9'), ('0.3.0', '0.3.0'), ('0.99.0', '0.99.0')])
 @pytest.mark.parametrize('read', [
     workdir.load_config, lambda path: workdir.claim_workdir(path, tiny.config('shape', data_dir='/somewhere'), 'print'),
     workdir.check_versions])
@@ -109,7 +109,7 @@ def test_a_work_directory_of_another_version_is_refused(tmp_path, version, name,
 
 def test_a_work_directory_of_a_release_with_the_same_format_is_read(tmp_path):
   _claimed(tmp_path)
-  _rewrite(tmp_path, uni_moe_jax='0.3.99')
+  _rewrite(tmp_path, uni_moe_jax='0.4.99')
   workdir.load_config(tmp_path)
 
 

@@ -73,6 +73,8 @@ class ModelConfig:
   channels: int = field(3, 'Color channels.', at_least=1)
   max_num_frames: int = field(8, 'T, rows of the temporal position table.', at_least=1)
   max_text_len: int = field(512, 'Tokens, rows of the text position table.', at_least=1)
+  stem: str = field('patch', 'How pixels become tokens: patch, one projection of each patch; conv, convolutions of '
+                    '3 × 3 pixels, for short runs (model/stem.py).', choices=('patch', 'conv'), published='patch')
   pixel_mean: tuple[float, ...] = field(
       (0.5, 0.5, 0.5), 'Mean of pixels in [0, 1], per channel.', published=(0.485, 0.456, 0.406))
   pixel_std: tuple[float, ...] = field(
@@ -173,7 +175,10 @@ class PreflightConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-  """Optimizer: AdamW."""
+  """Optimizer."""
+  name: str = field('adamw', 'adamw; muon: AdamW, and Muon for the kernels of blocks, each expert on its own: more is '
+                    'learned in a short run, for more work a step (train/muon.py).', choices=('adamw', 'muon'),
+                    published='adamw')
   learning_rate: float = field(1e-3, 'Peak learning rate.', at_least=0)
   warmup_steps: int = field(200, 'Steps of linear warmup.', at_least=0)
   schedule: str = field('cosine', 'cosine; constant; published (its first update has rate 0, and its cosine rises '

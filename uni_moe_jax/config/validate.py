@@ -37,6 +37,9 @@ def _check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> N
 def _check_model(c: Config) -> None:
   m = c.model
   _check_multiple('model.width', m.width, f'config.model.num_heads={m.num_heads}', m.num_heads)
+  fail_if(m.stem == 'conv' and (m.patch_size < 2 or m.patch_size & (m.patch_size - 1)),
+          f"model.patch_size={m.patch_size} must be a power of two from 2 on with config.model.stem='conv', whose "
+          'convolutions each halve the image.')
   _check_multiple('model.image_size', m.image_size, f'config.model.patch_size={m.patch_size}', m.patch_size)
   _check_multiple('model.width', m.width, '4 (the image position table)', 4)
   fail_if(m.posemb == 'learned' and m.posemb_scale != 1,
@@ -81,6 +84,8 @@ def _check_train(c: Config) -> None:
   fail_if(schedule == 'published' and 0 < end < t.steps,
           f'optim.decay_steps={end} must be at least config.train.steps={t.steps}, or 0: the published cosine rises '
           'again past its end.')
+  fail_if(c.optim.name == 'muon' and c.optim.unused_params != 'update',
+          f"optim.unused_params={c.optim.unused_params!r} needs config.optim.name='adamw', not 'muon'.")
   for i, group in enumerate(c.optim.param_groups):
     fail_if(len(group) != 3 and not (len(group) == 2 and group[1] == FREEZE),
             f"optim.param_groups: {group!r} is neither (pattern, lr factor, weight decay) nor (pattern, '{FREEZE}').")

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from uni_moe_jax.model.prompts import TokenPrompts
 from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.model.stem import conv_stem, stem_params
 from uni_moe_jax.moe.layers import dot, layer_norm, param, xavier_uniform
 from uni_moe_jax.parallel import sharding
 
@@ -72,8 +73,11 @@ class Embed(nn.Module):
     # Two rows as published, of which only row 0 is used, so that a converted checkpoint keeps its table.
     self.type = table('type', 2, 'type')
     patch_dim = s.patch_size * s.patch_size * s.channels
-    self.patch = table('patch', patch_dim, 'patch', xavier_uniform(patch_dim, s.width))
-    self.patch_bias = param(self, 'patch_bias', nn.initializers.zeros, {'embed': s.width})
+    if s.stem == 'conv':
+      self.stem = stem_params(self, s)
+    else:
+      self.patch = table('patch', patch_dim, 'patch', xavier_uniform(patch_dim, s.width))
+      self.patch_bias = param(self, 'patch_bias', nn.initializers.zeros, {'embed': s.width})
     if s.frame_differences:
       self.difference = table('difference', patch_dim, 'patch', xavier_uniform(patch_dim, s.width))
     self.temporal = table('temporal', s.max_num_frames, 'frame', nn.initializers.normal(s.temporal_posemb_std))
@@ -129,9 +133,12 @@ class Embed(nn.Module):
       constants = (T > 1 and s.video_mean) or s.pixel_mean, (T > 1 and s.video_std) or s.pixel_std
       mean, std = (np.reshape(x, (1, 1, 1, 1, s.channels)) for x in constants)
       pixels = (pixels.astype(jnp.float32) / 255 - mean.astype(np.float32)) / std.astype(np.float32)
-    project = lambda x, kernel: dot(
-        patchify(x.astype(s.dtype), s.patch_size), kernel.astype(s.dtype), kernel, sharding.on_one_cpu(self.mesh))
-    x = project(pixels, self.patch) + self.patch_bias[None, None]
+    on_cpu = sharding.on_one_cpu(self.mesh)
+    project = lambda x, kernel: dot(patchify(x.astype(s.dtype), s.patch_size), kernel.astype(s.dtype), kernel, on_cpu)
+    if s.stem == 'conv':
+      x = conv_stem(pixels, self.stem, s.dtype, on_cpu)
+    else:
+      x = project(pixels, self.patch) + self.patch_bias[None, None]
     if s.frame_differences and T > 1:
       change = jnp.pad(pixels[:, 1:] - pixels[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))
       x = x + project(change, self.difference)

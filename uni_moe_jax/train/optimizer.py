@@ -1,11 +1,12 @@
-"""The optimizer of a config: AdamW with parameter groups, freezing, warm-up and gradient clipping.
+"""The optimizer of a config: AdamW or Muon with parameter groups, freezing, warm-up and gradient clipping.
 
 A fine-tuning recipe is a list of (pattern, …) groups. Every parameter must match one, and the first match applies.
 """
 
 import dataclasses
+import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import optax
 
 from uni_moe_jax.config.schema import FREEZE
 from uni_moe_jax.model.spec import Stack
-from uni_moe_jax.train import adam
+from uni_moe_jax.train import adam, muon
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path, path_of
 
@@ -170,8 +171,8 @@ def _decay(weight_decays) -> optax.GradientTransformation:
 
 
 def make_optimizer(
-    c, params: Any, units: Callable[[str], int] = lambda path: 0, depth: Callable[[str], Any] | None = None
-) -> Optimizer:
+    c, params: Any, units: Callable[[str], int] = lambda path: 0, depth: Callable[[str], Any] | None = None,
+    axis_names: Mapping[str, Sequence[str]] | None = None) -> Optimizer:
   """The optimizer of a config.
 
   Frozen parameters have no moments. With clipping, the update takes `grad_norm`, the norm of all other gradients.
@@ -182,6 +183,7 @@ def make_optimizer(
     units: path → number of leading axes that are updated separately, see `used_params.unit_axes`. For the published
       conventions of `optim.unused_params`, whose update takes `used`.
     depth: path → `layers_above`, for `optim.layerwise_lr_decay`.
+    axis_names: path → logical names of the axes of a parameter, for `optim.name='muon'`.
   """
   optim = c.optim
   groups = match_param_groups(params, optim.param_groups, optim.router_lr_multiplier)
@@ -195,6 +197,15 @@ def make_optimizer(
     factor = optim.layerwise_lr_decay ** np.asarray(depth(path), np.float32)
     return factor.reshape(factor.shape + (1,) * (p.ndim - factor.ndim))
 
+  def direction() -> optax.GradientTransformation:
+    adamw = optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps)
+    if optim.name == 'adamw':
+      return adamw
+    axes = unless_frozen(lambda path, *_: muon.matrix_axes(axis_names[path]) or optax.MaskedNode())
+    of_muon = unless_frozen(lambda path, *_: muon.matrix_axes(axis_names[path]) is not None)
+    return optax.chain(optax.masked(muon.scale_by_muon(axes), of_muon),
+                       optax.masked(adamw, jax.tree.map(operator.not_, of_muon)))
+
   def build(numbers: Numbers) -> optax.GradientTransformation:
     def lr_factor(path, _, g):
       if g.lr_factor == 1.0:
@@ -204,7 +215,7 @@ def make_optimizer(
     weight_decay = unless_frozen(lambda path, p, g: g.weight_decay and numbers.weight_decays[g.index])
     steps = [_clip(numbers.grad_clip_norm)] if optim.grad_clip_norm else []
     if optim.unused_params == 'update':
-      steps += [optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps), _decay(weight_decay)]
+      steps += [direction(), _decay(weight_decay)]
     else:
       shapes = unless_frozen(lambda path, p, g: p.shape[:units(path)])
       steps.append(adam.adamw(optim.b1, optim.b2, optim.eps, weight_decay, shapes, optim.unused_params))

@@ -27,7 +27,7 @@ from uni_moe_jax.train.forward import StepSpec, TargetSets
 from uni_moe_jax.train.step import Step, TrainState, init_state
 from uni_moe_jax.train.used_params import expert_sublayer, unit_axes
 from uni_moe_jax.utils.errors import UsageError
-from uni_moe_jax.utils.tree_paths import by_path
+from uni_moe_jax.utils.tree_paths import by_path, path_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,9 +221,12 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
   model = UniPerceiver(_model_spec(config, plan, data), shards, mesh if mesh.size > 1 else None)
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
   params = nn.unbox(boxed)
+  is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
+  axis_names = {path_of(path): x.names if is_box(x) else () for path, x in
+                jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)}
   made = optimizer.make_optimizer(
       config, params, functools.partial(unit_axes, model.spec),
-      functools.partial(optimizer.layers_above, model.spec.stack))
+      functools.partial(optimizer.layers_above, model.spec.stack), axis_names)
   weights = {name: config.moe[f'{name}_loss_weight'] for name in ('balance', 'importance', 'z')}
   spec = StepSpec(
       model=model, plan=plan, optimizer=made, grad_accum_steps=config.train.grad_accum_steps,

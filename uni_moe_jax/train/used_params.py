@@ -20,7 +20,7 @@ from uni_moe_jax.utils.tree_paths import path_of
 
 # Parameters that only some steps use, and the content that uses them; \1 is the group of the pattern.
 _NEEDS = (
-    (r'^embed/(patch|patch_bias|difference|temporal|spatial|visual_type)$', 'visual'),
+    (r'^embed/(stem.*|patch|patch_bias|difference|temporal|spatial|visual_type)$', 'visual'),
     (r'^embed/(position|type)$', 'text'),
     (r'/prompts/target$', 'target'),
     (r'^linear_head/', 'head'),

@@ -1,0 +1,129 @@
+"""Muon: which matrices it updates, and that a step changes each of them in all of its directions by the same amount."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.helpers import small_model
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.train import muon, optimizer
+from uni_moe_jax.utils.tree_paths import by_path, path_of
+
+SPEC = small_model.spec('attribute')  # D 16, two heads of 8, F 24, four experts
+QKV, OUT, MLP = (f'encoder/tail/block0/{name}/kernel' for name in ('qkv', 'attention_out', 'ffn_in'))
+
+
+def _config(**changes):
+  c = config_lib.base()
+  c.optim.update(dict(learning_rate=1., warmup_steps=0, schedule='constant', grad_clip_norm=0.))
+  c.optim.update(changes)
+  c.optim.param_groups = changes.get('param_groups', (('.*', 1., 0.),))
+  return c
+
+
+def _names():
+  boxed = jax.tree_util.tree_leaves_with_path(small_model.boxed(SPEC), is_leaf=lambda x: hasattr(x, 'names'))
+  return {path_of(path): getattr(x, 'names', ()) for path, x in boxed}
+
+
+def _updates(gradients, state=None, **changes):
+  """({path: update}, state) of the small model."""
+  tx = optimizer.make_optimizer(_config(**changes), gradients, axis_names=_names()).tx
+  updates, state = tx.update(gradients, tx.init(gradients) if state is None else state, small_model.params(SPEC))
+  return by_path(updates), state
+
+
+def _gradients(seed=0):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), small_model.params(SPEC))
+
+
+def _matrices(kernel, name):
+  """Every matrix of a kernel of the last block, [n, D, columns]."""
+  if name == QKV:  # [E, D, 3, N, H]
+    return np.moveaxis(kernel, 2, 1).reshape(-1, 16, 16)
+  return kernel.reshape(-1, 16, 16 if name == OUT else 24)  # [E, N, H, D], [E, D, F]
+
+
+@pytest.mark.parametrize('names, axes', [
+    (('layers', 'experts', 'embed', 'qkv', 'heads', 'head_dim'), ((2,), (4, 5))),
+    (('experts', 'heads', 'head_dim', 'embed'), ((3,), (1, 2))), (('embed', 'mlp'), ((0,), (1,))),
+    (('layers', 'mlp', 'embed'), ((2,), (1,))), (('vocab', 'embed'), None), (('embed', 'feature'), None),
+    (('experts', 'mlp'), None), (('layers', 'embed', 'gate_experts'), None), ((), None)])
+def test_matrices_map_between_the_residual_stream_and_heads_or_mlp(names, axes):
+  assert muon.matrix_axes(names) == axes
+
+
+def test_only_kernels_of_blocks_are_matrices():
+  chosen = {path for path, names in _names().items() if muon.matrix_axes(names)}
+  assert chosen == {f'encoder/{at}/block0/{name}/kernel' for at in ('blocks', 'tail')
+                    for name in ('qkv', 'attention_out', 'ffn_in', 'ffn_out')}
+
+
+# Five iterations take every singular value to .68 … 1.27; 0.2 √(larger side) is the scale.
+@pytest.mark.parametrize('name, side', [(QKV, 16), (OUT, 16), (MLP, 24)])
+def test_all_singular_values_of_an_update_are_about_equal(name, side):
+  singular = {optim: np.linalg.svd(_matrices(-np.asarray(_updates(_gradients(), name=optim)[0][name]), name),
+                                   compute_uv=False) for optim in ('muon', 'adamw')}
+  size = singular['muon'] / (0.2 * np.sqrt(side))
+  assert .6 < size.min() and size.max() < 1.3
+  assert singular['adamw'].min() < singular['adamw'].max() / 5
+
+
+def test_updates_have_the_directions_of_the_gradient():
+  # U Σ Vᵀ becomes about U Vᵀ: a gradient of rank one keeps its direction, with its one singular value at the scale.
+  column, row = np.linspace(1, 2, 16), np.linspace(-1, 1, 24)
+  gradients = jax.tree.map(jnp.zeros_like, _gradients())
+  gradients['encoder']['tail']['block0']['ffn_in']['kernel'] = jnp.broadcast_to(
+      jnp.outer(column, row).astype(jnp.float32), (4, 16, 24))
+  update = _updates(gradients, name='muon')[0][MLP][0]
+  expected = -np.outer(column / np.linalg.norm(column), row / np.linalg.norm(row)) * .2 * np.sqrt(24)
+  ratio = np.sum(update * expected) / np.sum(expected**2)
+  np.testing.assert_allclose(update, ratio * expected, atol=1e-5)
+  assert .68 < ratio < 1.27
+
+
+def test_every_expert_and_each_of_queries_keys_and_values_is_updated_on_its_own():
+  one, two = _gradients(), _gradients()
+  kernel = two['encoder']['tail']['block0']['qkv']['kernel']  # of queries of expert 1 alone
+  two['encoder']['tail']['block0']['qkv']['kernel'] = kernel.at[1, :, 0].multiply(jnp.linspace(1, 9, 16)[:, None, None])
+  differs = np.array(_updates(one, name='muon')[0][QKV] - _updates(two, name='muon')[0][QKV])
+  assert np.abs(differs[1, :, 0]).max() > .01
+  differs[1, :, 0] = 0
+  np.testing.assert_array_equal(differs, 0)
+
+
+def test_momentum_by_hand():
+  # Gradients g, then 0: the second direction is that of g again, since momentum remembers it, whatever its length.
+  first, state = _updates(_gradients(), name='muon')
+  second, _ = _updates(jax.tree.map(jnp.zeros_like, _gradients()), state, name='muon')
+  np.testing.assert_allclose(second[MLP], first[MLP], atol=1e-4)
+  assert np.abs(first[MLP]).max() > .1
+
+
+def test_all_other_parameters_are_updated_as_by_adamw():
+  of_muon, of_adamw = (_updates(_gradients(), name=name)[0] for name in ('muon', 'adamw'))
+  matrices = {path for path, names in _names().items() if muon.matrix_axes(names)}
+  for path, update in of_adamw.items():
+    assert np.array_equal(update, of_muon[path]) == (path not in matrices), path
+
+
+def test_frozen_kernels_have_no_momentum_and_others_decay():
+  groups = ((r'tail/block0/qkv/kernel', 'freeze'), (r'ffn_in/kernel', .5, .1), (r'.*', 1., 0.))
+  plain, _ = _updates(_gradients(), name='muon')
+  updates, state = _updates(_gradients(), name='muon', param_groups=groups)
+  np.testing.assert_array_equal(updates[QKV], 0)
+  np.testing.assert_allclose(
+      updates[MLP], .5 * (plain[MLP] - .1 * by_path(small_model.params(SPEC))[MLP]), atol=1e-6)
+  moments = [path for path in by_path(state) if path.endswith(QKV)]
+  assert not moments
+  assert any(path.endswith(MLP) for path in by_path(state))
+
+
+def test_a_state_restored_from_its_shapes_has_the_same_structure():
+  tx = optimizer.make_optimizer(_config(name='muon'), _gradients(), axis_names=_names()).tx
+  shapes = jax.eval_shape(tx.init, _gradients())
+  mapped = optax.tree.map_params(tx, lambda moment: 'moment', shapes)
+  assert sum(x == 'moment' for x in jax.tree.leaves(mapped)) == 8 + 2 * (len(by_path(_gradients())) - 8)
