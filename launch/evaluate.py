@@ -4,10 +4,10 @@ Or evaluate a run zero-shot on another task, in a work directory of its own:
 
   python launch/evaluate.py --config=configs/zero_shot.py:run=runs/quickstart,task=digits --workdir=runs/digits
 
-Runs the evaluators of the config on the newest checkpoint (averaged parameters if the run has them), prints one table
-and writes evaluation.json, samples.json and, for routers by condition, experts.json and experts.png. A finished
-evaluation is not repeated without --force. All devices take part; on several hosts run the same command in every
-process, with --distributed=auto.
+Runs the evaluators of the config on the newest checkpoint (averaged parameters if the run has them), prints the main
+metric of each and writes evaluation.json with all of them, samples.json and, for routers by condition, experts.json and
+experts.png. A finished evaluation is not repeated without --force. All devices take part; on several hosts run the
+same command in every process, with --distributed=auto.
 """
 
 import pathlib
@@ -42,7 +42,7 @@ def main() -> int:
   else:
     config = workdir_lib.load_config(workdir)
   plan = make_plan(config)
-  from uni_moe_jax.eval import metrics, suite
+  from uni_moe_jax.eval import headline, suite
   from uni_moe_jax.train import checkpoint
   if _DATA_DIR.value:
     config.data.dir = _DATA_DIR.value
@@ -71,7 +71,7 @@ def main() -> int:
       predictor, params = train_run.predictor(run, checkpoints, step)
       run_expert_usage.write_after_evaluation(run, params, step, workdir)
       rows = suite.evaluate(run.plan, run.data, predictor, step, workdir, writes)
-  print(metrics.evaluation_table(rows))
+  print(headline.table(rows))
   return 0
 
 

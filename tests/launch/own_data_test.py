@@ -10,7 +10,7 @@ import pytest
 from tests.data import own_files
 from tests.helpers import in_process, saved_run
 from uni_moe_jax.data.files import prepare
-from uni_moe_jax.eval import metrics, suite
+from uni_moe_jax.eval import headline, suite
 from uni_moe_jax.train import loop
 from uni_moe_jax.utils import cli
 
@@ -88,7 +88,7 @@ def test_several_sources_are_trained_together_and_evaluated(data, tmp_path):
       'photos_retrieval', 'photos_caption', 'photos_color', 'folder_label', 'videos_label', 'pairs_label'}
   assert loop.train(c, str(tmp_path / 'run'), jax.devices()[:1]) == loop.FINISHED
   rows = _evaluated(tmp_path / 'run', c)
-  print(metrics.evaluation_table(rows))
+  print(headline.table(rows))
   scores = {(r['evaluator'], r['metric']): r for r in rows}
   # Twelve test images with two captions each.
   assert scores['photos retrieval', 'i2t_R@1']['count'] == 12

@@ -78,8 +78,8 @@ class _Balance(html.parser.HTMLParser):
 
 def test_a_whole_workdir_leaves_no_section_absent(page):
   assert 'class="absent"' not in page
-  for fact in ('step 5', '3,214,592 parameters', 'seed 0', 'commit 1f2e3d4', '1 of 2 metrics', 'a&amp;b', 'model.width',
-               'attention router', 'layer 2', 'image 10011000'):
+  for fact in ('step 5', '3,214,592 parameters', 'seed 0', 'commit 1f2e3d4', 'Of 2 metrics, 1 are better', 'a&amp;b',
+               'model.width', 'attention router', 'layer 2', 'image 10011000'):
     assert fact in page, fact
 
 

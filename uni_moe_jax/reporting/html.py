@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from uni_moe_jax.analysis import expert_usage_file, interference_file
-from uni_moe_jax.eval import metrics
+from uni_moe_jax.eval import headline, metrics
 from uni_moe_jax.reporting import curves as reporting_curves
 from uni_moe_jax.reporting import figures
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
@@ -154,19 +154,24 @@ def _headline(run: Mapping[str, Any]) -> list[str]:
 
 
 def _verdict_line(rows: Sequence[Mapping[str, Any]]) -> str:
-  compared = [row for row in rows if row.get('baselines')]
-  won = sum(all(metrics.verdict(row, value) == metrics.BETTER for value in row['baselines'].values())
-            for row in compared)
-  return f'<p>{won} of {len(compared)} metrics that have baselines are better than all of them.</p>' if compared else ''
+  sentence = headline.sentence(rows)
+  return f'<p>{sentence}</p>' if sentence else ''
 
 
 def _strongest_baselines(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, float]]:
   """Returns for each 'eval/<evaluator>/<metric>' its strongest baseline."""
-  return {f'eval/{row["evaluator"]}/{row["metric"]}': (max if metrics.higher_is_better(row) else min)(
-      row['baselines'].items(), key=lambda item: item[1]) for row in rows if row.get('baselines')}
+  return {f'eval/{row["evaluator"]}/{row["metric"]}': headline.strongest_baseline(row)
+          for row in rows if row.get('baselines')}
 
 
 def _evaluation(rows: Sequence[Mapping[str, Any]]) -> str:
+  css = {'evaluator': '', 'metric': '', 'model': 'number', 'strongest baseline': '', 'verdict': 'mark'}
+  main = [[*map(escape, line.cells[:-1]), f'<span class="{line.verdict}">{line.cells[-1]}</span>']
+          for line in headline.lines(rows)]
+  return (f'{_table(css, main)}<details><summary>All {len(rows)} metrics</summary>{_all_metrics(rows)}</details>')
+
+
+def _all_metrics(rows: Sequence[Mapping[str, Any]]) -> str:
   margin = f'{metrics.SIGNIFICANT:.0f}'
   columns = {'evaluator': '', 'metric': '', 'value ± s.e.': 'number', '': '', 'chance': 'mark', 'baselines': '',
              'examples': 'number', 'step': 'number'}

@@ -1,0 +1,78 @@
+"""What is read first of an evaluation: for each evaluator its main metric beside the strongest baseline, and a verdict.
+
+All metrics stay in evaluation.json and in the report.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from uni_moe_jax.eval import metrics
+
+MAX_ROWS = 12
+# The main metric of each type of evaluator whose first metric is another one.
+_MAIN = ('word F1', 'perplexity')
+_ARROWS = {metrics.BETTER: '▲', metrics.LEVEL: '=', metrics.WORSE: '▼'}
+_COLUMNS = ('evaluator', 'metric', 'model', 'strongest baseline', '')
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """The main metric of an evaluator. baseline: (name, value) of the strongest one; None where there is none."""
+  row: Mapping[str, Any]
+  baseline: tuple[str, float] | None
+
+  @property
+  def verdict(self) -> str:
+    """'better', 'level' or 'worse'; '' without a baseline."""
+    return metrics.verdict(self.row, self.baseline[1]) if self.baseline else ''
+
+  @property
+  def cells(self) -> tuple[str, ...]:
+    """Evaluator, metric, model, baseline, verdict."""
+    name, value = self.baseline or ('', None)
+    direction = '' if metrics.higher_is_better(self.row) else ' (lower is better)'
+    return (self.row['evaluator'], self.row['metric'] + direction, metrics.format_number(self.row['value']),
+            f'{metrics.format_number(value)} {name}'.strip(), f'{_ARROWS.get(self.verdict, "")} {self.verdict}'.strip())
+
+
+def strongest_baseline(row: Mapping[str, Any]) -> tuple[str, float] | None:
+  """(name, value) of the strongest baseline of a row of evaluation.json; chance counts as one where no other is."""
+  chance = {} if row.get('chance') is None else {'chance': row['chance']}
+  best = max if metrics.higher_is_better(row) else min
+  return best((row.get('baselines') or chance).items(), key=lambda item: item[1], default=None)
+
+
+def lines(rows: Iterable[Mapping[str, Any]]) -> list[Line]:
+  """One line for each evaluator, in the order of the rows of evaluation.json."""
+  groups = collections.defaultdict(list)
+  for row in rows:
+    groups[row['evaluator']].append(row)
+  main = [next((row for row in group if row['metric'] in _MAIN), group[0]) for group in groups.values()]
+  return [Line(row, strongest_baseline(row)) for row in main]
+
+
+def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+  """How many metrics are better than, level with and worse than their strongest baseline; '' if none has one."""
+  verdicts = [Line(row, baseline).verdict for row in rows if (baseline := strongest_baseline(row))]
+  if not verdicts:
+    return ''
+  better, level, worse = (verdicts.count(x) for x in (metrics.BETTER, metrics.LEVEL, metrics.WORSE))
+  return (f'Of {len(verdicts)} metrics, {better} are better than their strongest baseline, {level} level with it (less '
+          f'than {metrics.SIGNIFICANT:.0f} standard errors away) and {worse} worse.')
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """The headline as aligned plain text: at most `MAX_ROWS` lines, then the sentence."""
+  shown = lines(rows)
+  if not shown:
+    return 'no evaluation rows'
+  cells = [_COLUMNS, *(line.cells for line in shown[:MAX_ROWS])]
+  widths = [max(map(len, column)) for column in zip(*cells)]
+  text = ['  '.join(f'{cell:{side}{width}}' for cell, side, width in zip(row, '<<><<', widths)).rstrip()
+          for row in cells]
+  text.insert(1, '  '.join('-' * width for width in widths))
+  hidden = len(shown) - MAX_ROWS
+  more = [f'… and {hidden} more in evaluation.json'] if hidden > 0 else []
+  return '\n'.join([*text, *more, sentence(rows)]).rstrip()
