@@ -6,7 +6,7 @@
 
 Arguments:
   sources=pets+reviews     names of prepared data, joined by '+'. For data outside of the default
-                           directory, give folders: /data/own/pets+/data/own/reviews
+                           directory, give folders: /data/own/pets+/data/own/reviews, gs://b/data/own/pets
   run=RUN                  work directory of the run to adapt; without it, a small model trains from scratch
   mode=finetune            every parameter of the run trains (default)
   mode=prompts             only prompts and norms train
@@ -18,14 +18,13 @@ masked language modeling or classification. Change them by overrides such as
 on the data; evaluation reports chance beside them.
 """
 
-import pathlib
-
 import ml_collections
 
 from uni_moe_jax import config
 from uni_moe_jax.config import presets
 from uni_moe_jax.data.files import file_dataset
 from uni_moe_jax.train import finetuning
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
 
 
@@ -33,7 +32,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """4 layers, width 128, 8 experts, images of 64 pixels in patches of 8; or the model of the run."""
   a = config.arguments(
       arg, __file__, dict(sources='', run='', mode='finetune'), dict(mode=finetuning.MODES), required=('sources',))
-  paths = [pathlib.Path(name) for name in a.sources.split('+')]
+  paths = [storage.path(name, f'configs/own.py:{arg}') for name in a.sources.split('+')]
   directories = {str(p.parent.parent) if p.parent.name else config.base().data.dir for p in paths}
   if len(directories) > 1:
     raise UsageError(f'configs/own.py:{arg}: the sources are in several data directories '

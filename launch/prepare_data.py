@@ -10,17 +10,18 @@ statistics, and skipped rows with the reason. A TFDS dataset is downloaded by TF
 """
 
 import os
-import pathlib
 import time
 
 from absl import flags
 
 from uni_moe_jax.config.schema import DataConfig
-from uni_moe_jax.utils import cli
+from uni_moe_jax.data import mirror
+from uni_moe_jax.utils import cli, storage
 from uni_moe_jax.utils.errors import UsageError
 
-_DATA_DIR = flags.DEFINE_string('data_dir', DataConfig().dir, 'Folder of prepared data.')
-_INPUT = flags.DEFINE_string('input', None, 'Folder or file of your own data; none for the embedded data.')
+_DATA_DIR = flags.DEFINE_string('data_dir', DataConfig().dir, 'Folder of prepared data, also gs://… or s3://….')
+_CACHE_DIR = flags.DEFINE_string('cache_dir', DataConfig().cache_dir, 'Local folder for data on its way to a bucket.')
+_INPUT = flags.DEFINE_string('input', None, 'Folder or file of your own data, also gs://…; none: the embedded data.')
 _NAME = flags.DEFINE_string('name', None, 'Name of your dataset: lower-case letters, digits, underscores.')
 _TFDS = flags.DEFINE_string('tfds', None, 'TFDS dataset NAME[/CONFIG][:VERSION], written as array records.')
 _VERSION = flags.DEFINE_string('version', '1.0.0', 'Version of your dataset; runs read the newest one.')
@@ -33,7 +34,8 @@ _MAX_CORRUPT_FRACTION = flags.DEFINE_float(
 
 
 def main() -> int:
-  directory = pathlib.Path(os.path.expanduser(_DATA_DIR.value))
+  storage.path(_DATA_DIR.value, '--data_dir')
+  directory = mirror.open_folder(DataConfig(dir=os.path.expanduser(_DATA_DIR.value), cache_dir=_CACHE_DIR.value))
   if (_INPUT.value is None) != (_NAME.value is None):
     raise UsageError('--input and --name belong together: the path of your data, and its name.')
   if _TFDS.value is not None:
@@ -41,8 +43,9 @@ def main() -> int:
     print(tfds_prepare.prepare(_TFDS.value, directory))
   elif _INPUT.value is not None:
     from uni_moe_jax.data.files import prepare, prepare_summary
-    summary = prepare.prepare(pathlib.Path(os.path.expanduser(_INPUT.value)), directory, _NAME.value, _VERSION.value,
-                              _GIF.value, _TEST_FRACTION.value, _MAX_CORRUPT_FRACTION.value, _ALLOW_OUTSIDE.value)
+    with mirror.local_input(_INPUT.value, '--input', _CACHE_DIR.value) as source:
+      summary = prepare.prepare(source, directory, _NAME.value, _VERSION.value, _GIF.value, _TEST_FRACTION.value,
+                                _MAX_CORRUPT_FRACTION.value, _ALLOW_OUTSIDE.value)
     print(prepare_summary.describe(summary))
   else:
     from uni_moe_jax.data.embedded import docstring_texts, glyph_videos, glyphs
@@ -54,4 +57,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  cli.run(main, remote=True)

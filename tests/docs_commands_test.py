@@ -19,7 +19,7 @@ _PROGRAMS = {
     **dict.fromkeys(('serve/bin/pip', '../serve/bin/python'), 'tests/launch/export_test.py runs the commands'),
     **dict.fromkeys(('./launch/quickstart.sh', './launch/test.sh'), 'without arguments, or with those of pytest')}
 # Parts of commands whose config has no plan here, and why.
-_NO_PLAN = {'=…': 'stands for the config of the reader', **dict.fromkeys(
+_NO_PLAN = {'=…': 'stands for the config of the reader', 'own.py:sources=gs://': 'needs the bucket', **dict.fromkeys(
     ('runs/image_word', 'runs/stripes', 'runs/side'), 'tests/contributing_test.py runs the command with its diff')}
 
 

@@ -82,6 +82,6 @@ def records(monkeypatch):
   monkeypatch.setattr(file_dataset, '_check_prepared', lambda *_: None)
   original = file_dataset._open
   monkeypatch.setattr(file_dataset, '_open', lambda builder, *rest: (
-      _Coco() if builder.name == 'coco_captions' else original(builder, *rest)))
+      (_Coco(), None) if builder.name == 'coco_captions' else original(builder, *rest)))
   with tfds.testing.mock_data(num_examples=EXAMPLES):
     yield

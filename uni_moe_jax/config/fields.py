@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import ml_collections
 from ml_collections import config_dict
 
-from uni_moe_jax.utils import files, templates
+from uni_moe_jax.utils import storage, templates
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
@@ -40,7 +40,7 @@ def field(
     choices: valid strings of a string field, or of the items of a tuple.
     off: value that disables the feature, for the error message.
     published: value in the published system, which `compat='published'` sets.
-    path: whether it is, or may be, a path of a file system: addresses such as gs://… are refused.
+    path: whether it is, or may be, a path: a wrong address such as gcs://… is refused.
     pattern: whether it is a regular expression.
     template: whether it is a template over columns, or a tuple of them; see `utils.templates`.
   """
@@ -126,7 +126,7 @@ def _type_name(hint: Any) -> str:
 
 def _check_value(name: str, value: Any, m: Mapping[str, Any]) -> None:
   if m['path'] and isinstance(value, str):
-    files.check_local(value, f'config.{name}')
+    storage.path(value, f'config.{name}')
   if m['choices'] and isinstance(value, str):
     check_choice(name, value, m['choices'])
   if m['pattern']:

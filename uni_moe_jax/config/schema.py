@@ -158,7 +158,12 @@ class TokenizerConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
   """Prepared data."""
-  dir: str = field('~/.cache/uni_moe_jax', 'Folder of the prepared data; see launch/prepare_data.py.', path=True)
+  dir: str = field('~/.cache/uni_moe_jax', 'Folder of the prepared data, also gs://… or s3://…; see '
+                   'launch/prepare_data.py.', path=True)
+  cache_dir: str = field(
+      '~/.cache/uni_moe_jax/buckets', 'Folder of this host where files of a data.dir in a bucket are kept.')
+  cache_gb: float = field(
+      0.0, 'Bound of cache_dir in GB, past which the files used longest ago are removed; 0: none.', at_least=0)
   max_corrupt_fraction: float = field(
       0.01, 'Fraction of the examples read from files that may be unusable before the run stops.', at_least=0)
   random_special_tokens: bool = field(False, 'Random words of text_mlm may be special tokens.', published=True)

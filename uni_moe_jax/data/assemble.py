@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 
 from uni_moe_jax.config.plan import Plan, SetSpec, TaskSpec
-from uni_moe_jax.data import sources
+from uni_moe_jax.data import mirror, sources
 from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.files.file_dataset_examples import FileExampleBuilder
 from uni_moe_jax.data.pipeline import class_names
@@ -29,7 +29,7 @@ class Data:
   """The data of a run; records are read once per (source, split).
 
   Attributes:
-    dir: folder of the prepared data.
+    dir: folder of the prepared data, or the mirror of one in a bucket.
     tokenizer: the published one, or one trained on the plan's training text and cached by content.
     tokenizer_file: its model or merges file.
     target_sets: by name.
@@ -42,7 +42,7 @@ class Data:
 
   def __init__(self, config: ml_collections.ConfigDict, plan: Plan):
     """Raises MissingFileError for data that is not prepared, UsageError for a config that does not fit it."""
-    self.dir, self._model, self._plan = config.data.dir, config.model, plan
+    self.dir, self._model, self._plan = mirror.open_folder(config.data), config.model, plan
     self._records: dict[tuple[str, str], Records | FileDataset] = {}
     records = [self.records(t.source, t.split) for t in plan.tasks]
     self.tokenizer, self.tokenizer_file, tokenizer_fingerprint = self._make_tokenizer(config, records)
@@ -64,6 +64,8 @@ class Data:
     self._builders = {training: Builder(*common, training, special, seed) for training in (True, False)}
     self._file_builder = FileExampleBuilder(
         *common, self._model.image_size, False, special, seed, config.data.max_corrupt_fraction)
+    if isinstance(self.dir, mirror.Mirror):
+      print(f'data: fetched {self.dir.describe()} into {self.dir.root}', flush=True)
 
   def _check_answers(self) -> None:
     """Raises UsageError for an answer that is longer than the captions that an evaluator restricts to it."""

@@ -43,4 +43,4 @@ def load(name: str, directory: str, split: str) -> Records | FileDataset:
   if name not in SOURCES:
     raise UsageError(f"source {name!r} is unknown; {nearest(name, SOURCES)}. Your own prepared data is "
                      f"'{file_dataset.OWN}NAME', a TFDS dataset '{file_dataset.TFDS}NAME'.")
-  return SOURCES[name](os.path.expanduser(directory), split)
+  return SOURCES[name](directory, split)

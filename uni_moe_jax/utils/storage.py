@@ -103,6 +103,7 @@ def _configure() -> None:
   import fsspec  # pylint: disable=g-import-not-at-top
   logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs the traceback of what it raises
   os.environ['EPATH_USE_TF'] = 'false'  # TensorFlow's own reader of buckets is not in its packages
+  epath.gpath._is_tf_installed.cache_clear()  # TFDS may have read local paths before
   timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=_READ_TIMEOUT)
   # Listings are not kept: other processes write, too.
   fsspec.config.conf.setdefault('gs', {}).update(use_listings_cache=False, requests_timeout=timeout)

@@ -64,6 +64,18 @@ def test_a_run_that_resumes_at_step_3_reads_the_same_batches(mode):
   _assert_equal(_read(0, 20, mode=mode)[3:6], _read(3, 6, mode=mode))
 
 
+@pytest.mark.parametrize('mode', ['all_tasks', 'one_task'])
+def test_ids_are_announced_in_the_order_in_which_this_process_makes_them(mode):
+  layout, announced = BatchLayout(2, 4, (1, 3)), {}
+  mixture = _mixture(mode=mode, layout=layout)
+  mixture = dataclasses.replace(mixture, examples={
+      n: dataclasses.replace(e, prefetch=functools.partial(announced.__setitem__, n))
+      for n, e in mixture.examples.items()})
+  batches = [batch['image_classification'] for _, batch in mixture.iterate(3, 9) if 'image_classification' in batch]
+  made = np.concatenate([batch['id'].reshape(-1) for batch in batches])
+  np.testing.assert_array_equal(announced['shape'], made)
+
+
 @pytest.mark.parametrize('field', ['id', 'draw', 'temporal_offset'])
 def test_examples_draws_and_offsets_depend_on_step_and_seed(field):
   values = _column(_first(12), field)

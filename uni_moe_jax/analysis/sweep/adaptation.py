@@ -10,7 +10,7 @@ from uni_moe_jax.analysis.sweep import markdown
 from uni_moe_jax.analysis.sweep.grid import TRAIN, ZERO_SHOT
 from uni_moe_jax.analysis.sweep.runner import is_finished
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data import sources
+from uni_moe_jax.data import mirror, sources
 from uni_moe_jax.data.files import file_dataset_examples
 from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.pipeline import examples
@@ -37,7 +37,7 @@ def measure(folder: pathlib.Path, log: Sequence[Mapping[str, Any]], run: str) ->
   frozen = optimizer.frozen_paths(optimizer.match_param_groups(params, config.optim.param_groups))
   changes = warm_start.compare_params(_run_params(run), params, frozen)
   task = make_plan(config).tasks[0]
-  records = sources.load(task.source, config.data.dir, task.split)
+  records = sources.load(task.source, mirror.open_folder(config.data), task.split)
   example_ids = file_dataset_examples.example_ids if isinstance(records, FileDataset) else examples.example_ids
   return {'training': {
       'steps': steps, 'examples': len(example_ids(records, task, config.seed)), 'drawn': steps * task.batch_size,

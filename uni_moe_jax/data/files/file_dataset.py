@@ -6,20 +6,23 @@ images, strings, lists of strings and class labels, nested names joined by '/'. 
 index, such as 'train+restval'.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import os
-import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from uni_moe_jax.data import mirror
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError
 from uni_moe_jax.utils.suggest import nearest
 
@@ -50,6 +53,7 @@ class FileDataset:
   labels: dict[str, np.ndarray]  # class column → int32 [N], -1 for none
   fingerprint: str  # hex sha256 of the content
   present: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # column of texts → bool [N]
+  prefetch: Callable[[np.ndarray], None] | None = None  # ids in the order in which they will be read
 
   def media_column(self) -> str | None:
     """The column of images or videos."""
@@ -59,6 +63,8 @@ class FileDataset:
     """Reads records; one that cannot be read is the reason. Raises RunError if no record of the source can be read."""
     try:
       return self.read(ids)
+    except RunError:
+      raise
     except Exception as e:  # array_record and TFDS document no closed set of errors for damaged files
       records = [self._read_one(i) for i in ids]
       probes = (self._read_one(i) for i in _evenly_spaced(self.size, _NUM_PROBES))
@@ -117,9 +123,9 @@ def load(source: str, directory: str | os.PathLike[str], split: str) -> FileData
   return (_load_own if source.startswith(OWN) else _load_tfds)(source, directory, split)
 
 
-def own_folder(name: str, directory: str | os.PathLike[str]) -> pathlib.Path:
+def own_folder(name: str, directory: str | os.PathLike[str]) -> storage.Path:
   """The folder of the newest version of own data, or of the named one ('pets/1.0.0'). Raises MissingFileError."""
-  root, (base, _, version) = pathlib.Path(os.path.expanduser(directory)) / prepare.FOLDER, name.partition('/')
+  root, (base, _, version) = storage.path(os.path.expanduser(directory)) / prepare.FOLDER, name.partition('/')
   folders = sorted((p.parent for p in (root / base).glob(f'*/{prepare.SUMMARY}')),
                    key=lambda p: tuple(map(int, p.name.split('.'))))
   matches = [p for p in folders if not version or p.name == version]
@@ -131,7 +137,7 @@ def own_folder(name: str, directory: str | os.PathLike[str]) -> pathlib.Path:
   return matches[-1]
 
 
-def read_summary(folder: pathlib.Path) -> dict[str, Any]:
+def read_summary(folder: storage.Path) -> dict[str, Any]:
   """The content of prepared.json in an `own_folder`. Raises UsageError if it is damaged or of another format."""
   path = folder / prepare.SUMMARY
   try:
@@ -144,21 +150,22 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _load_own(source: str, directory: str | os.PathLike[str], split: str) -> FileDataset:
+  mirror.sync(directory, f'{prepare.FOLDER}/{source.removeprefix(OWN).partition("/")[0]}')
   folder = own_folder(source.removeprefix(OWN), directory)
   summary = read_summary(folder)
   if split not in summary['splits']:
     raise UsageError(f'split {split!r} is not in source {source!r}; {nearest(split, summary["splits"])}.')
   classes = {column: tuple(c['names']) for column, c in summary['classes'].items()}
   try:
-    with np.load(folder / prepare.LABELS) as arrays:
+    with np.load(mirror.local(directory, folder / prepare.LABELS)) as arrays:
       labels, present = ({c: arrays[f'{split}/{c}'] for c, t in summary['columns'].items() if t in types}
                          for types in (('class',), ('text', 'texts')))
   except Exception as e:  # numpy, zipfile and zlib document no closed set of errors for damaged files
     raise UsageError(f'{folder / prepare.LABELS} cannot be read ({e}); {_PREPARE_AGAIN}') from e
   columns = {**summary['columns'], LOCATION: 'text'}
-  read = _record_reader(_open(_builder(str(folder)), split, columns), columns, classes)
-  return FileDataset(
-      source, summary['splits'][split], read, columns, classes, labels, summary['fingerprints'][split], present)
+  reader, prefetch = _open(_builder(str(folder)), directory, split, columns)
+  return FileDataset(source, summary['splits'][split], _record_reader(reader, columns, classes), columns, classes,
+                     labels, summary['fingerprints'][split], present, prefetch)
 
 
 @functools.lru_cache(maxsize=64)
@@ -171,6 +178,8 @@ def tfds_builder(source: str, directory: str | os.PathLike[str]):
   """The TFDS builder of 'tfds:…', for array records in `directory`/tfds. Raises UsageError."""
   import tensorflow_datasets as tfds
   name = source.removeprefix(TFDS)
+  with contextlib.suppress(MissingFileError):  # which is reported with the name of the source, if it must be there
+    mirror.sync(directory, f'tfds/{re.match("[^/:]*", name)[0]}')
   try:
     return tfds.builder(name, data_dir=os.path.join(os.path.expanduser(directory), 'tfds'), file_format='array_record')
   except tfds.core.registered.DatasetNotFoundError:
@@ -181,11 +190,12 @@ def _load_tfds(source: str, directory: str | os.PathLike[str], split: str) -> Fi
   builder = tfds_builder(source, directory)
   _check_prepared(builder, source, directory, split)
   columns, classes = tfds_columns(builder.info.features)
-  reader = _open(builder, split, columns)
+  reader, prefetch = _open(builder, directory, split, columns)
   # Name and version of a TFDS dataset identify its content.
   fingerprint = hashlib.sha256(f'{builder.info.full_name} {split} {len(reader)}'.encode()).hexdigest()
   return FileDataset(
-      source, len(reader), _record_reader(reader, columns, classes), columns, classes, {}, fingerprint)
+      source, len(reader), _record_reader(reader, columns, classes), columns, classes, {}, fingerprint,
+      prefetch=prefetch)
 
 
 def _check_prepared(builder, source: str, directory: str | os.PathLike[str], split: str) -> None:
@@ -219,11 +229,15 @@ def tfds_columns(features: Mapping[str, Any]) -> tuple[dict[str, str], dict[str,
   return columns, classes
 
 
-def _open(builder, split: str, columns: dict[str, str]):
-  """A TFDS data source whose images stay encoded."""
+def _open(builder, directory: str | os.PathLike[str], split: str, columns: dict[str, str]):
+  """(TFDS data source whose images stay encoded, `FileDataset.prefetch`)."""
   import tensorflow_datasets as tfds
   decoders = {c: tfds.decode.SkipDecoding() for c, column_type in columns.items() if column_type == 'image'}
-  return builder.as_data_source(split, decoders=decoders or None)
+  reader = builder.as_data_source(split, decoders=decoders or None)
+  if not isinstance(directory, mirror.Mirror):
+    return reader, None
+  reader.data_source = mirror.Shards(directory, builder.info.splits[split].file_instructions)
+  return reader, reader.data_source.prefetch
 
 
 def _record_reader(

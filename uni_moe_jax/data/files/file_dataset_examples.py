@@ -56,7 +56,8 @@ class FileExampleBuilder:
       references = lambda ids: records.map(lambda record: record[task.label_column], batch.keep[ids])
     elif task.caption_templates:
       references = lambda ids: records.map(functools.partial(file_dataset_features.references, task), batch.keep[ids])
-    return Examples(len(batch.keep), batch.make, references=references, corrupt_counter=corrupt_counter)
+    return Examples(len(batch.keep), batch.make, references, corrupt_counter,
+                    records.prefetch and (lambda ids: records.prefetch(batch.keep[ids])))
 
   def _masked(self, task: TaskSpec, records: FileDataset, corrupt_counter: CorruptExampleCounter) -> Examples:
     if self.training and task.train_fraction < 1:
@@ -67,7 +68,7 @@ class FileExampleBuilder:
     make_text = lambda ids, hashes: tf.ensure_shape(
         tf.numpy_function(read, [ids, hashes], tf.int32, stateful=False), [None, task.max_len])
     make = mask_maker(make_text, task, self.tokenizer, self.training, self.random_special_tokens)
-    return Examples(records.size, make, corrupt_counter=corrupt_counter)
+    return Examples(records.size, make, corrupt_counter=corrupt_counter, prefetch=records.prefetch)
 
 
 def example_ids(records: FileDataset, task: TaskSpec, seed: int | None = None) -> np.ndarray:

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import pathlib
 import re
 import tempfile
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 import numpy as np
 from absl import logging
 
+from uni_moe_jax.data import mirror
 from uni_moe_jax.data.files.check import open_media, read_checked_rows
 from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES, Row
 from uni_moe_jax.data.files.npz_videos import NpzReader
@@ -39,7 +41,7 @@ Classes = dict[str, tuple[str, ...]]  # class column → names in order
 
 
 def prepare(
-    source: pathlib.Path, data_dir: pathlib.Path, name: str, version: str = VERSION, gif: str = 'image',
+    source: pathlib.Path, data_dir: str | os.PathLike[str], name: str, version: str = VERSION, gif: str = 'image',
     test_fraction: float = 0.1, max_corrupt_fraction: float = 0.1, allow_outside: bool = False) -> dict:
   """Prepares a file or folder as dataset `name` in a folder of prepared data; returns the content of prepared.json.
 
@@ -56,7 +58,7 @@ def prepare(
   if not re.fullmatch(r'\d+\.\d+\.\d+', version):
     raise UsageError(f'--version={version!r} must look like {VERSION}.')
   folder = pathlib.Path(data_dir) / FOLDER / name / version
-  if folder.is_dir():
+  if mirror.has_dataset(data_dir, folder):
     raise UsageError(f'{folder} already exists; give another --version or --name, or remove it.')
   check_renames_folders(pathlib.Path(data_dir), '--data_dir')
   rows, skipped = read_checked_rows(source, gif, max_corrupt_fraction, allow_outside)
@@ -72,6 +74,7 @@ def prepare(
                **summarize(splits, columns, classes, arrays, skipped, test_fraction)}
     np.savez_compressed(unfinished / LABELS, **arrays)
     (unfinished / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+  mirror.publish(data_dir, folder)
   return summary
 
 

@@ -9,6 +9,7 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
+from uni_moe_jax.data import mirror
 from uni_moe_jax.data.files import file_dataset
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.files import check_renames_folders
@@ -26,6 +27,9 @@ def prepare(name: str, data_dir: str | os.PathLike[str]) -> str:
   """
   source = file_dataset.TFDS + name
   builder = file_dataset.tfds_builder(source, data_dir)
+  folder = pathlib.Path(builder.data_dir)
+  if not (is_there := mirror.has_dataset(data_dir, folder)):
+    builder = file_dataset.tfds_builder(source, data_dir)
   downloads = pathlib.Path(builder.data_dir_root) / 'downloads'
   if not builder.is_prepared():
     check_renames_folders(pathlib.Path(data_dir), '--data_dir')
@@ -37,6 +41,8 @@ def prepare(name: str, data_dir: str | os.PathLike[str]) -> str:
     if error := _error(e, builder, source, downloads):
       raise error from e
     raise
+  if not is_there:
+    mirror.publish(data_dir, folder)
   return f'{builder.info.full_name}: ' + ', '.join(f'{s} {i.num_examples}' for s, i in builder.info.splits.items())
 
 

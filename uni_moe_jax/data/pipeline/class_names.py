@@ -13,6 +13,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from uni_moe_jax.data.mirror import Mirror
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 FILE_PREFIX = 'file:'
@@ -37,7 +38,10 @@ def parse_entries(values: Sequence[str | tuple[str, ...]], field: str) -> tuple[
 
 def read_entries(values: str, directory: str | os.PathLike[str], field: str) -> tuple[Entry, ...]:
   """Reads the entries of 'file:PATH', relative to the data directory. Raises MissingFileError, UsageError."""
-  path = pathlib.Path(os.path.expanduser(directory)) / values.removeprefix(FILE_PREFIX)
+  name = values.removeprefix(FILE_PREFIX)
+  if isinstance(directory, Mirror):
+    directory.fetch_unlisted(name)
+  path = pathlib.Path(os.path.expanduser(directory)) / name
   if not path.is_file():
     raise MissingFileError(f'config.{field}: the file of class names {path} does not exist; see '
                            'docs/guides/benchmarks.md for how to make it.')

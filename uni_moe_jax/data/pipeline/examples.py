@@ -41,6 +41,7 @@ class Examples:
   make: MakeFeatures
   references: Callable[[np.ndarray], list[tuple[str, ...]]] | None = None
   corrupt_counter: CorruptExampleCounter = CorruptExampleCounter('', 0.0)  # the default counts none: all can be used
+  prefetch: Callable[[np.ndarray], None] | None = None  # ids in the order in which they will be made
 
 
 def pad_tokens(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:

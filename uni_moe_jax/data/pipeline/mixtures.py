@@ -26,6 +26,7 @@ from uni_moe_jax.data.pipeline import hashing, mixup
 from uni_moe_jax.data.pipeline.examples import Examples, Features
 
 Batch = dict[str, dict[str, np.ndarray]]
+_PREFETCHED = 2**16  # examples of a task whose order decides in which order its files are fetched
 UNBATCHED_FIELDS = ('temporal_offset',)  # features without an example axis
 
 
@@ -72,6 +73,9 @@ class Mixture:
 
   def _dataset(self, tasks: tuple[TaskSpec, ...], steps: np.ndarray, counts: np.ndarray) -> Iterator[Batch]:
     """Yields batches; counts[i] is the batch number that every task reads at steps[i]."""
+    for t in tasks:
+      if prefetch := self.examples[t.name].prefetch:
+        prefetch(self._ids(t, counts[:-(-_PREFETCHED // t.batch_size), None])[0].numpy())
     dataset = tf.data.Dataset.from_tensor_slices((steps, counts)).map(
         lambda step, count: self._batch(tasks, step, count), num_parallel_calls=2, deterministic=True)
     for batch in dataset.prefetch(2).as_numpy_iterator():
@@ -98,16 +102,25 @@ class Mixture:
   def _task_fields(self, t: TaskSpec, count: tf.Tensor) -> Features:
     layout, examples = self.layout, self.examples[t.name]
     per_shard = t.batch_size // (layout.accum_steps * layout.num_shards)
-    position = np.arange(t.batch_size).reshape(layout.accum_steps, layout.num_shards, per_shard)
-    position = position[:, list(layout.local_shards)].reshape(-1)  # in the global batch
-    ids, epoch = hashing.shuffled_ids(count * t.batch_size + position, examples.size, self.seed, t.name)
+    ids, epoch = self._ids(t, count)
     hashes = hashing.example_hash(self.seed, t.name, epoch, ids)
     features = examples.make(ids, hashes)
     if t.mixes:
-      features = self._mixed(t, count, position, hashes, features)
+      features = self._mixed(t, count, self._positions(t), hashes, features)
     features['id'] = tf.cast(features['id'] & 0xFFFFFFFF, tf.uint32)
     leading = [layout.accum_steps, len(layout.local_shards), per_shard][layout.accum_steps == 1:]
     return {k: tf.reshape(v, leading + v.shape[1:].as_list()) for k, v in features.items()}
+
+  def _positions(self, t: TaskSpec) -> np.ndarray:
+    """Positions of this process's rows in a global batch of a task, int [n]."""
+    layout = self.layout
+    position = np.arange(t.batch_size).reshape(layout.accum_steps, layout.num_shards, -1)
+    return position[:, list(layout.local_shards)].reshape(-1)
+
+  def _ids(self, t: TaskSpec, count: tf.Tensor | np.ndarray) -> tuple[tf.Tensor, tf.Tensor]:
+    """(ids, epochs) of this process's rows, int64 [n], of a task's batch, or of the batches with numbers [k, 1]."""
+    positions = tf.reshape(count * t.batch_size + self._positions(t), [-1])
+    return hashing.shuffled_ids(positions, self.examples[t.name].size, self.seed, t.name)
 
   def _mixed(self, t: TaskSpec, count: tf.Tensor, position: np.ndarray, hashes: tf.Tensor, features: Features):
     """Mixes rows 2k and 2k + 1 of the global batch; both are on one shard, see `Plan.check_batches`."""
@@ -142,6 +155,8 @@ def evaluation_batches(
   counts = np.minimum(size, len(ids) - starts)
   rows = (starts + np.arange(size).reshape(1, -1) % counts).reshape(-1, layout.num_shards, size // layout.num_shards)
   rows = rows[:, list(layout.local_shards)].reshape(len(starts), -1)
+  if examples.prefetch:
+    examples.prefetch(ids[rows.reshape(-1)])
   ids = tf.constant(ids, tf.int64)
   hashes = hashing.example_hash(0, 'evaluation', tf.constant(0, tf.int64), ids)
 

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from uni_moe_jax.data import mirror
 from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 from uni_moe_jax.utils.files import check_renames_folders
 
@@ -60,16 +62,17 @@ def save(
 def build(root: str | os.PathLike[str], name: str, splits: Iterable[Split]) -> None:
   """Saves splits in the folder `name` of a data directory; if that folder exists, they are not even generated."""
   folder = pathlib.Path(root) / name
-  if not folder.is_dir():
+  if not mirror.has_dataset(root, folder):
     check_renames_folders(pathlib.Path(root), '--data_dir')
     with atomic_folder(folder) as temporary:
       for split, columns, classes in splits:
         save(temporary, split, columns, classes)
+    mirror.publish(root, folder)
 
 
 def check_directory(root: str | os.PathLike[str]) -> None:
-  """Raises MissingFileError unless the data directory exists."""
-  if not pathlib.Path(os.path.expanduser(root)).is_dir():
+  """Raises MissingFileError unless the data directory exists, or is in a bucket."""
+  if not storage.is_remote(root) and not pathlib.Path(os.path.expanduser(root)).is_dir():
     raise MissingFileError(f'Data directory {root} does not exist. Run: {_COMMAND}{root}')
 
 
@@ -80,10 +83,11 @@ def load(root: str | os.PathLike[str], name: str, split: str) -> Records:
     MissingFileError: The folder does not exist; the message names the command that prepares it.
     UsageError: The folder has no such split (the message lists its splits), or the file cannot be read.
   """
-  directory = pathlib.Path(root) / name
+  mirror.sync(root, name.partition('/')[0])
+  directory = pathlib.Path(os.path.expanduser(root)) / name
   if not directory.is_dir():
     raise MissingFileError(f'No prepared data {directory.name!r} in {root}. Run: {_COMMAND}{root}')
-  path = directory / f'{split}.npz'
+  path = mirror.local(root, directory / f'{split}.npz')
   if not path.exists():
     splits = sorted(file.stem for file in directory.glob('*.npz'))
     raise UsageError(f'split {split!r} is not in {directory}; choose from {", ".join(splits)}.')

@@ -1,0 +1,300 @@
+"""Prepared data in a bucket: the same records as on a disk, verified, within a bound, shared by processes."""
+
+import concurrent.futures
+import functools
+import os
+import pathlib
+import types
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from tests.data import own_files
+from tests.helpers import processes, tiny
+from uni_moe_jax.data import mirror, sources
+from uni_moe_jax.data.files import file_dataset, prepare, tfds_prepare
+from uni_moe_jax.data.mirror import Mirror, Shards
+from uni_moe_jax.data.pipeline import npz_records
+from uni_moe_jax.utils import storage
+from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError
+
+_PER_SHARD, _BYTES = 5, 10_000
+
+
+@pytest.fixture(params=['gcs', pytest.param('s3', marks=pytest.mark.slow)])
+def bucket(request):
+  """A data directory in a bucket that no other test uses."""
+  return f'{request.getfixturevalue(request.param).address}/{abs(hash(request.node.nodeid))}'
+
+
+def _upload_shards(bucket: str, folder: pathlib.Path, count: int, seed: int = 0) -> list[bytes]:
+  """Write a dataset 'x' of array records of 10 kB; five to a file. Return them."""
+  rng, sender = np.random.default_rng(seed), Mirror(bucket, folder)
+  (sender.root / 'x').mkdir(parents=True)
+  records = [rng.bytes(_BYTES) for _ in range(_PER_SHARD * count)]
+  for shard in range(count):
+    writer = ArrayRecordWriter(str(sender.root / _name(shard)), 'group_size:1')
+    for record in records[_PER_SHARD * shard:_PER_SHARD * (shard + 1)]:
+      writer.write(record)
+    writer.close()
+  sender.upload(sender.root / 'x')
+  return records
+
+
+def _name(shard: int) -> str:
+  return f'x/x.array_record-{shard:05}'
+
+
+def _shards(data: Mirror, count: int) -> Shards:
+  data.sync('x')
+  return Shards(data, [types.SimpleNamespace(filename=str(data.root / _name(i)), skip=0, take=_PER_SHARD)
+                       for i in range(count)])
+
+
+def _object(bucket: str, name: str) -> storage.Path:
+  return storage.path(bucket) / name
+
+
+def _flip(path: storage.Path) -> None:
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 4
+  storage.write_bytes(path, bytes(content))
+
+
+class _Images(tfds.core.GeneratorBasedBuilder):
+  """A TFDS dataset with every type of column."""
+  name = 'bucket_images'
+  VERSION = tfds.core.Version('1.2.0')
+
+  def _info(self):
+    return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({
+        'image': tfds.features.Image(), 'captions': tfds.features.Sequence(tfds.features.Text()),
+        'label': tfds.features.ClassLabel(names=['cat', 'dog'])}))
+
+  def _split_generators(self, _):
+    return {'train': self._generate_examples(7), 'test': self._generate_examples(3)}
+
+  def _generate_examples(self, count):
+    for i in range(count):
+      yield i, {'image': np.full((9, 8, 3), i, np.uint8), 'captions': [f'number {i}', 'a square'], 'label': i % 2}
+
+
+def _records(source: str, directory) -> dict:
+  """All content of the split train."""
+  dataset = sources.load(source, directory, 'train')
+  if source.startswith(('own:', 'tfds:')):
+    part = sources.load(source, directory, 'train[2:5]+test') if source.startswith('tfds') else dataset
+    return {'part': part.read(np.arange(part.size)), 'fingerprint': dataset.fingerprint,
+            'records': dataset.read(np.arange(dataset.size)),
+            'labels': {c: x.tolist() for c, x in dataset.labels.items()}, 'classes': dataset.classes,
+            'present': {c: x.tolist() for c, x in dataset.present.items()}}
+  return {'columns': {c: x.tolist() for c, x in dataset.columns.items()}, 'classes': dataset.classes}
+
+
+@pytest.mark.parametrize('bucket', ['gcs', 's3'], indirect=True)
+@pytest.mark.parametrize('source', ['own:images', 'own:texts', 'own:videos', 'tfds:bucket_images', 'glyphs', 'pairs'])
+def test_a_bucket_has_the_records_of_a_folder(bucket, tmp_path, source):
+  name = source.partition(':')[2]
+  writers = {'images': own_files.write_captioned_images, 'texts': own_files.write_text_pairs,
+             'videos': functools.partial(own_files.write_videos, suffix='gif')}
+  folder, sender = tmp_path / 'folder', Mirror(bucket, tmp_path / 'sender')
+  for directory in (folder, sender):
+    if source.startswith('own:'):
+      prepare.prepare(writers[name](tmp_path / 'in'), directory, name, gif='video', max_corrupt_fraction=0.5)
+    elif source.startswith('tfds:'):
+      assert tfds_prepare.prepare(name, directory) == 'bucket_images/1.2.0: train 7, test 3'
+    else:
+      splits = [(split, *tiny.columns()[source]) for split in ('train', 'test')]
+      if source == 'pairs':
+        npz_records.build(directory, 'texts-1', ((f'pairs/{name}', *rest) for name, *rest in splits))
+      else:
+        npz_records.build(directory, 'glyphs-1', splits)
+  local = _records(source, str(folder))
+  assert local == _records(source, Mirror(bucket, tmp_path / 'receiver'))
+  assert len(str(local)) > 500
+
+
+def test_a_dataset_whose_upload_was_interrupted_does_not_exist(bucket, tmp_path, monkeypatch):
+  files, puts = storage.filesystem(bucket), []
+  put = files.put_file
+
+  def interrupted(local, remote):
+    puts.append(remote)
+    if len(puts) == 3:
+      raise KeyboardInterrupt
+    put(local, remote)
+
+  monkeypatch.setattr(files, 'put_file', interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    _upload_shards(bucket, tmp_path / 'sender', 4)
+  with pytest.raises(MissingFileError, match=f'{bucket}/x has no files.json: nothing was prepared there'):
+    Mirror(bucket, tmp_path / 'receiver').sync('x')
+
+
+def test_what_exists_in_a_bucket_is_not_prepared_again(bucket, tmp_path):
+  root = own_files.write_text_pairs(tmp_path / 'in')
+  prepare.prepare(root, Mirror(bucket, tmp_path / '1'), 'texts')
+  with pytest.raises(UsageError, match='already exists'):
+    prepare.prepare(root, Mirror(bucket, tmp_path / '2'), 'texts')
+  _object(bucket, 'own/texts/1.0.0/files.json').unlink()  # as if the first one had been killed
+  with pytest.raises(MissingFileError, match=r'own/texts has no files\.json: nothing was prepared there'):
+    sources.load('own:texts', Mirror(bucket, tmp_path / '3'), 'train')
+  prepare.prepare(root, Mirror(bucket, tmp_path / '1'), 'texts')
+  assert sources.load('own:texts', Mirror(bucket, tmp_path / '3'), 'train').size == 27
+
+
+def test_of_two_versions_the_newest_is_read_and_a_removed_one_is_forgotten(bucket, tmp_path):
+  sender = Mirror(bucket, tmp_path / 'sender')
+  for version, num_test in (('1.0.0', 9), ('1.10.0', 8), ('1.9.0', 7)):
+    prepare.prepare(own_files.write_text_pairs(tmp_path / version, num_test), sender, 'texts', version)
+  sizes = lambda: sources.load('own:texts', Mirror(bucket, tmp_path / 'receiver'), 'train').size
+  assert sizes() == 28
+  storage.remove_folder(_object(bucket, 'own/texts/1.10.0'))
+  assert sizes() == 29
+
+
+def test_a_bit_that_flips_in_transit_is_noticed_and_the_file_fetched_again(bucket, tmp_path, monkeypatch, capsys):
+  records = _upload_shards(bucket, tmp_path / 'sender', 2)
+  files = storage.filesystem(bucket)
+  fetch, flipped = files.get_file, []
+
+  def flip_once(remote, local, **options):
+    fetch(remote, local, **options)
+    if remote.endswith(_name(1)) and not flipped:
+      flipped.append(remote)
+      _flip(pathlib.Path(local))
+
+  monkeypatch.setattr(files, 'get_file', flip_once)
+  data = Mirror(bucket, tmp_path / 'receiver')
+  assert _shards(data, 2).__getitems__(range(10)) == records
+  assert flipped and data.num_fetched == 3
+  assert f'{bucket}/{_name(1)} arrived with other bytes than were prepared' in capsys.readouterr().out
+
+
+def test_an_object_with_a_flipped_bit_is_named_and_no_example_is_replaced_for_it(bucket, tmp_path):
+  _upload_shards(bucket, tmp_path / 'sender', 2)
+  _flip(_object(bucket, _name(1)))
+  shards = _shards(Mirror(bucket, tmp_path / 'receiver'), 2)
+  dataset = file_dataset.FileDataset('x', 10, shards.__getitems__, {}, {}, {}, '')
+  assert len(dataset.read_valid(np.arange(5))) == 5
+  for _ in range(2):  # it is not remembered as good, either
+    with pytest.raises(RunError, match=rf'{bucket}/{_name(1)} is damaged: its bytes were not those that were prepared'):
+      dataset.read_valid(np.arange(10))
+  _upload_shards(bucket, tmp_path / 'second', 2)  # the same bytes again
+  assert len(dataset.read_valid(np.arange(10))) == 10
+
+
+def test_a_dataset_that_was_replaced_is_fetched_again_and_only_what_has_changed(bucket, tmp_path):
+  _upload_shards(bucket, tmp_path / 'sender', 2)
+  _shards(Mirror(bucket, tmp_path / 'receiver'), 2).__getitems__(range(10))
+  records = _upload_shards(bucket, tmp_path / 'other', 3, seed=1)
+  data = Mirror(bucket, tmp_path / 'receiver')
+  assert _shards(data, 3).__getitems__(range(15)) == records
+  again = Mirror(bucket, tmp_path / 'receiver')
+  assert _shards(again, 3).__getitems__(range(15)) == records
+  assert (data.num_fetched, again.num_fetched) == (3, 0)
+
+
+def test_the_cache_keeps_its_bound_and_what_was_used_last(bucket, tmp_path):
+  records = _upload_shards(bucket, tmp_path / 'sender', 6)
+  size = _object(bucket, _name(0)).stat().length
+  data = Mirror(bucket, tmp_path / 'receiver', max_bytes=int(3.5 * size))
+  shards = _shards(data, 6)
+  present = lambda: {p.name[-1] for p in (data.root / 'x').glob('x.array_record-*')}
+  for shard in (0, 1, 2, 0, 3):
+    assert shards.__getitems__([5 * shard]) == [records[5 * shard]]
+  assert present() == {'0', '2', '3'}
+  ids = np.random.default_rng(0).permutation(30)
+  assert shards.__getitems__(ids) == [records[i] for i in ids]
+  assert len(present()) == 3
+  removed_open_files = lambda: [
+      name for name in (os.readlink(p) for p in pathlib.Path('/proc/self/fd').iterdir() if p.is_symlink())
+      if str(data.root) in name and name.endswith('(deleted)')]
+  assert not removed_open_files()  # they would keep their place on the disk
+  other = Mirror(bucket, tmp_path / 'receiver')  # as of another process
+  other.sync('x')
+  shards.__getitems__([15])
+  (data.root / _name(3)).unlink()
+  other.fetch(_name(3))
+  assert removed_open_files()
+  assert shards.__getitems__([15]) == [records[15]] and not removed_open_files()
+  shards.prefetch(ids)  # it would only remove what is needed first
+  assert len(present()) == 3
+  with pytest.raises(UsageError, match=r'config\.data\.cache_gb=1e-05 is less than the largest file of .*/x'):
+    Mirror(bucket, tmp_path / 'small', max_bytes=10_000).sync('x')
+
+
+def test_threads_that_need_more_than_the_bound_read_what_they_need_within_it(bucket, tmp_path, monkeypatch):
+  records = _upload_shards(bucket, tmp_path / 'sender', 4)
+  size = _object(bucket, _name(0)).stat().length
+  data = Mirror(bucket, tmp_path / 'receiver', max_bytes=int(1.5 * size))
+  shards = _shards(data, 4)
+  files, peaks = storage.filesystem(bucket), []
+  fetch = files.get_file
+
+  def measured(remote, local):
+    peaks.append(data._total())
+    fetch(remote, local)
+
+  monkeypatch.setattr(files, 'get_file', measured)
+  orders = [np.random.default_rng(i).permutation(20) for i in range(3)]
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    for ids, read in zip(orders, pool.map(shards.__getitems__, orders), strict=True):
+      assert read == [records[i] for i in ids]
+  assert max(peaks) <= 1.5 * size
+
+
+def test_files_are_fetched_in_the_order_in_which_they_are_needed(bucket, tmp_path, monkeypatch, capsys):
+  _upload_shards(bucket, tmp_path / 'sender', 5)
+  monkeypatch.setattr(mirror, '_NUM_FETCHES', 1)
+  files, fetched = storage.filesystem(bucket), []
+  fetch = files.get_file
+  monkeypatch.setattr(files, 'get_file', lambda remote, local, **o: (fetched.append(remote[-1]), fetch(remote, local)))
+  data = Mirror(bucket, tmp_path / 'receiver')
+  _shards(data, 5).prefetch(np.array([17, 2, 15, 11, 3]))
+  data._later.shutdown()
+  assert fetched == ['3', '0', '2', '1', '4']
+  assert f'data: fetched 5 files, 0.7 MB of {bucket} in' in capsys.readouterr().out
+
+
+def test_two_processes_of_a_host_fetch_a_file_once(bucket, tmp_path):
+  _upload_shards(bucket, tmp_path / 'sender', 6)
+  script = f'''
+import hashlib, types, sys
+from uni_moe_jax.data.mirror import Mirror, Shards
+data = Mirror({bucket!r}, {str(tmp_path / "receiver")!r})
+data.sync('x')
+names = sorted(n for n in data._files)
+shards = Shards(data, [types.SimpleNamespace(filename=str(data.root / n), skip=0, take=5) for n in names])
+content = b''.join(shards.__getitems__(range(30)))
+print(data.num_fetched, hashlib.sha256(content).hexdigest())'''
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    done = list(pool.map(lambda _: processes.python('-c', script), range(2)))
+  assert [p.returncode for p in done] == [0, 0], done
+  counts, digests = zip(*(p.stdout.split() for p in done))
+  assert sum(map(int, counts)) == 6 and len({*digests}) == 1
+
+
+def test_input_in_a_bucket_is_prepared_as_a_folder_is(bucket, tmp_path):
+  root = own_files.write_captioned_images(tmp_path / 'in')
+  for path in root.rglob('*.*'):
+    storage.write_bytes(_object(bucket, f'in/{path.relative_to(root)}'), path.read_bytes())
+  local = prepare.prepare(root, tmp_path / 'data', 'images')
+  for name in ('in', 'in/data.jsonl'):
+    with mirror.local_input(f'{bucket}/{name}', '--input', str(tmp_path / 'cache')) as source:
+      assert prepare.prepare(source, tmp_path / 'data', f'i{len(name)}')['fingerprints'] == local['fingerprints']
+    assert not list((tmp_path / 'cache').iterdir())
+  with pytest.raises(MissingFileError, match='does not exist'):
+    with mirror.local_input(f'{bucket}/gone', '--input', str(tmp_path / 'cache')) as source:
+      prepare.prepare(source, tmp_path / 'data', 'gone')
+
+
+def test_class_names_come_from_the_bucket(bucket, tmp_path):
+  from uni_moe_jax.data.pipeline import class_names
+  storage.write_bytes(_object(bucket, 'names/x.tsv'), b'a\tcat\nb\tdog\n')
+  data = Mirror(bucket, tmp_path)
+  assert class_names.read_entries('file:names/x.tsv', data, 'target_sets.x') == (('a', ('cat',)), ('b', ('dog',)))
+  with pytest.raises(MissingFileError, match='gone'):
+    class_names.read_entries('file:gone.tsv', data, 'target_sets.x')

@@ -1,0 +1,349 @@
+"""Prepared data in a bucket, read through a folder of this host.
+
+A dataset in a bucket has `files.json`, {file: [bytes, hex sha256]}. It is written last: what has none is incomplete. A
+`Mirror` is given in place of a data directory: its folder has the same layout, and a file appears there when it is
+needed, after its bytes were compared with their digest. The processes of a host share the folder. Past its bound, the
+files that were used longest ago are removed.
+"""
+
+import concurrent.futures
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from uni_moe_jax.config.schema import DataConfig
+from uni_moe_jax.utils import storage
+from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError
+from uni_moe_jax.utils.files import check_local, write_json
+
+MANIFEST = 'files.json'
+_LAZY = ('.array_record', '.npz')  # in names of files that are fetched one by one; others come with their manifest
+_NUM_FETCHES = 8  # at once, and again as many in the background
+_NUM_INPUT_FETCHES = 32
+_ATTEMPTS, _PAUSE = 4, 1.0  # of a request beyond those of the library, and seconds before the second one
+_WAIT, _ABANDONED = 0.05, 3600  # seconds between looks for free space, and until a part of a file is of a dead process
+
+
+class Mirror(os.PathLike):
+  """A data directory in a bucket, and its folder on this host; as a path it is that folder."""
+
+  def __init__(self, address: str, cache_dir: str | os.PathLike[str], max_bytes: int = 0):
+    """max_bytes: bound of what `cache_dir` has of all buckets; 0: none."""
+    self.address = str(storage.path(address, 'data.dir'))
+    self._cache, self._max_bytes = pathlib.Path(os.path.expanduser(cache_dir)), max_bytes
+    self.root = self._cache / self.address.replace('://', '/', 1)
+    self.root.mkdir(parents=True, exist_ok=True)
+    self._files: dict[str, tuple[int, str]] = {}  # name → size in bytes, hex sha256
+    self._mutex = threading.Lock()
+    self._pending: dict[str, tuple[concurrent.futures.Future, bool]] = {}  # name → its file, whether it is urgent
+    self._now, self._later = (concurrent.futures.ThreadPoolExecutor(_NUM_FETCHES, f'fetch data {when}')
+                              for when in ('now', 'later'))
+    self._start, self.num_fetched, self.bytes_fetched = time.monotonic(), 0, 0
+
+  def __fspath__(self) -> str:
+    return str(self.root)
+
+  def __str__(self) -> str:
+    return self.address
+
+  def describe(self) -> str:
+    """'3 files, 1.2 MB of gs://b/data in 0.4 s': what was fetched since the start."""
+    return (f'{self.num_fetched} files, {self.bytes_fetched / 1e6:,.1f} MB of {self.address} in '
+            f'{time.monotonic() - self._start:.1f} s')
+
+  def sync(self, prefix: str) -> None:
+    """Fetches the small files of every dataset below a folder, and forgets what the bucket no longer has.
+
+    Raises MissingFileError if there is no complete dataset.
+    """
+    remote, local = storage.path(self.address) / prefix, self.root / prefix
+    names = _repeat(lambda: dict(storage.files_in(remote)), str(remote))
+    matches = [n for n in names if n.rpartition('/')[2] == MANIFEST]
+    if not matches:
+      raise MissingFileError(
+          f'{remote} has no {MANIFEST}: nothing was prepared there. Prepare it: python launch/prepare_data.py '
+          f'--data_dir={self.address}')
+    folders = {(local / name).parent for name in matches}
+    with self._locked(self.root / '.sync'):
+      for old in list(local.rglob(MANIFEST)):
+        if old.parent not in folders:
+          shutil.rmtree(old.parent)
+      for name in matches:
+        files = json.loads(_repeat((remote / name).read_bytes, f'{remote}/{name}'))
+        path = local / name
+        old = json.loads(path.read_text()) if path.exists() else {}
+        for changed in (n for n in old if old[n] != files.get(n)):
+          (path.parent / changed).unlink(missing_ok=True)
+        for parent in {(path.parent / n).parent for n in (MANIFEST, *files)}:
+          parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, files)
+        folder = path.parent.relative_to(self.root)
+        self._files |= {str(folder / n): (size, digest) for n, (size, digest) in files.items()}
+        self._check_bound(folder, max(size for size, _ in files.values()))
+    small = [n for n in self._files if n.startswith(f'{prefix}/') and not any(part in n for part in _LAZY)]
+    for future in [self._request(n) for n in small]:
+      future.result()
+
+  def _check_bound(self, folder: pathlib.Path, size: int) -> None:
+    if self._max_bytes and size > self._max_bytes:
+      raise UsageError(f'config.data.cache_gb={self._max_bytes / 1e9:g} is less than the largest file of {self.address}'
+                       f'/{folder}, {size / 1e9:.3g} GB; raise it, or set 0 for no bound.')
+
+  def has(self, name: str) -> bool:
+    """Whether a dataset that was synced has a file."""
+    return name in self._files
+
+  def fetch(self, name: str) -> pathlib.Path:
+    """The local path of a file of a dataset that was synced. Raises RunError if it cannot be fetched."""
+    return self._request(name).result()
+
+  def fetch_unlisted(self, name: str) -> None:
+    """Fetches a file that is in no dataset, whose digest is unknown, if the bucket has it."""
+    with contextlib.suppress(FileNotFoundError):
+      content = _repeat((storage.path(self.address) / name).read_bytes, f'{self.address}/{name}')
+      path = self.root / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      storage.write_bytes(path, content)
+
+  def is_complete(self, folder: pathlib.Path) -> bool:
+    """Whether the bucket has the dataset of a folder. If not, what is left of it on this host is removed."""
+    mark = storage.path(self.address) / str(folder.relative_to(self.root)) / MANIFEST
+    complete = _repeat(mark.exists, str(mark))
+    if not complete:
+      shutil.rmtree(folder, ignore_errors=True)
+    return complete
+
+  def upload(self, folder: pathlib.Path) -> None:
+    """Copies a complete dataset in a folder of the mirror to the bucket."""
+    files, target = storage.filesystem(self.address), storage.path(self.address) / str(folder.relative_to(self.root))
+    paths = sorted(p for p in folder.rglob('*') if p.is_file() and p.name != MANIFEST)
+    names = {str(p.relative_to(folder)): [p.stat().st_size, _sha256(p)] for p in paths}
+    write_json(folder / MANIFEST, names)
+    for name in (*names, MANIFEST):
+      _repeat(lambda: files.put_file(str(folder / name), str(target / name)), f'{target}/{name}')
+
+  def prefetch(self, names: Iterable[str]) -> None:
+    """Fetches files in the background, in order, until the bound is reached."""
+    total = self._total()
+    missing = [n for n in dict.fromkeys(names) if not (self.root / n).exists()]
+    for name in missing:
+      total += self._files[name][0]
+      if self._max_bytes and total > self._max_bytes:
+        break
+      last = self._request(name, urgent=False)
+      if name == missing[-1]:
+        last.add_done_callback(lambda _: print(f'data: fetched {self.describe()}', flush=True))
+
+  def _request(self, name: str, urgent: bool = True) -> concurrent.futures.Future:
+    """Begins to fetch a file unless it is there; what is needed now overtakes what may wait."""
+    path = self.root / name
+    with self._mutex:
+      pending, is_urgent = self._pending.get(name, (None, True))
+      if pending is None or urgent and not is_urgent and pending.cancel():
+        with contextlib.suppress(FileNotFoundError):
+          os.utime(path)  # the time of the last use
+          done = concurrent.futures.Future()
+          done.set_result(path)
+          return done
+        pending = (self._now if urgent else self._later).submit(self._fetch, name)
+        self._pending[name] = pending, urgent
+    return pending
+
+  def _fetch(self, name: str) -> pathlib.Path:
+    size, digest = self._files[name]
+    path = self.root / name
+    temporary = path.with_name(f'.{path.name}.part')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      with self._locked(path.with_name(f'.{path.name}')), contextlib.ExitStack() as stack:
+        if path.exists():  # another process has fetched it
+          return path
+        stack.callback(temporary.unlink, missing_ok=True)
+        self._free_space(temporary, size)
+        for attempt in (1, 2):
+          _repeat(lambda: storage.filesystem(self.address).get_file(f'{self.address}/{name}', str(temporary)),
+                  f'{self.address}/{name}')
+          with self._mutex:
+            self.num_fetched, self.bytes_fetched = self.num_fetched + 1, self.bytes_fetched + size
+          if _sha256(temporary) == digest:
+            temporary.rename(path)
+            return path
+          print(f'data: {self.address}/{name} arrived with other bytes than were prepared (fetch {attempt} of 2)',
+                flush=True)
+        raise RunError(f'{self.address}/{name} is damaged: its bytes were not those that were prepared (sha256 '
+                       f'{digest[:12]}…) in two fetches; write the dataset to the bucket again.')
+    finally:
+      with self._mutex:
+        self._pending.pop(name, None)
+
+  def _cached(self) -> list[tuple[float, int, pathlib.Path]]:
+    """(time of the last use, size, path) of every file in the cache that can be fetched again, or is being fetched."""
+    entries = []
+    for folder, _, names in os.walk(self._cache):
+      for name in names:
+        if any(part in name for part in _LAZY):
+          with contextlib.suppress(FileNotFoundError):
+            status = os.stat(path := os.path.join(folder, name))
+            entries.append((status.st_mtime, status.st_size, pathlib.Path(path)))
+    return sorted(entries)
+
+  def _total(self) -> int:
+    return sum(size for _, size, _ in self._cached())
+
+  def _free_space(self, temporary: pathlib.Path, size: int) -> None:
+    """Removes what was used longest ago until a file fits, and reserves its place."""
+    while True:
+      with self._locked(self._cache / '.space'):
+        entries = self._cached() if self._max_bytes else []
+        excess = sum(bytes_ for _, bytes_, _ in entries) + size - self._max_bytes if self._max_bytes else 0
+        for used, bytes_, path in entries:
+          if excess > 0 and (not path.name.startswith('.') or used < time.time() - _ABANDONED):
+            path.unlink(missing_ok=True)
+            excess -= bytes_
+        if excess <= 0:
+          temporary.touch()
+          os.truncate(temporary, size)
+          return
+      time.sleep(_WAIT)  # the rest is being fetched, and can be removed after that
+
+  @contextlib.contextmanager
+  def _locked(self, path: pathlib.Path) -> Iterator[None]:
+    """Excludes other threads and processes of this host."""
+    with open(path.with_name(f'{path.name}.lock'), 'w') as file:
+      fcntl.flock(file, fcntl.LOCK_EX)
+      yield
+
+
+class Shards:
+  """Records of array-record files of a mirror, by index, as TFDS reads them from a `data_source`."""
+
+  def __init__(self, mirror: Mirror, instructions: Sequence[Any]):
+    """instructions: of TFDS, with `filename`, `skip` and `take`."""
+    self._mirror = mirror
+    self._names = [str(pathlib.Path(i.filename).relative_to(mirror.root)) for i in instructions]
+    self._skips = np.array([i.skip for i in instructions])
+    self._ends = np.cumsum([i.take for i in instructions])
+    self._lock = threading.Lock()
+    self._readers: dict[int, tuple[int, Any]] = {}  # index of the file → its inode, its reader
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  def __getitems__(self, ids: Sequence[int]) -> list[bytes]:
+    ids = np.asarray(ids)
+    shards, records = np.searchsorted(self._ends, ids, 'right'), [b''] * len(ids)
+    positions = ids - np.concatenate([[0], self._ends])[shards] + self._skips[shards]
+    needed = np.unique(shards).tolist()
+    for future in [self._mirror._request(self._names[shard]) for shard in needed]:  # all at once
+      future.result()
+    for shard in needed:
+      members = np.flatnonzero(shards == shard)
+      for i, record in zip(members, self._reader(shard).read(positions[members].tolist()), strict=True):
+        records[i] = record
+    return records
+
+  def prefetch(self, ids: np.ndarray) -> None:
+    """Fetches all files in the background, in the order in which these records need them first."""
+    shards = np.searchsorted(self._ends, ids, 'right').tolist()
+    self._mirror.prefetch(self._names[i] for i in dict.fromkeys([*shards, *range(len(self._names))]))
+
+  def _reader(self, shard: int) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+    while True:
+      path = self._mirror.fetch(self._names[shard])
+      with self._lock, contextlib.suppress(FileNotFoundError):
+        inode = os.stat(path).st_ino  # raises if another process has removed it since
+        if self._readers.get(shard, (None,))[0] != inode:
+          # An open file keeps its place on the disk after it was removed.
+          self._readers = {i: r for i, r in self._readers.items() if (self._mirror.root / self._names[i]).exists()}
+          self._readers[shard] = inode, ArrayRecordReader(
+              str(path), options='readahead_buffer_size:0', file_reader_buffer_size=2**15)
+        return self._readers[shard][1]
+
+
+def open_folder(c: DataConfig) -> str | Mirror:
+  """The folder of prepared data of a config's section `data`; a mirror of it if it is in a bucket."""
+  check_local(c.cache_dir, 'config.data.cache_dir')
+  return Mirror(c.dir, c.cache_dir, int(c.cache_gb * 1e9)) if storage.is_remote(c.dir) else c.dir
+
+
+def local(directory: str | os.PathLike[str], path: pathlib.Path) -> pathlib.Path:
+  """A path below a data directory; if that is a mirror and has the file, it is fetched first."""
+  if isinstance(directory, Mirror) and directory.has(name := str(path.relative_to(directory.root))):
+    return directory.fetch(name)
+  return path
+
+
+def has_dataset(directory: str | os.PathLike[str], folder: pathlib.Path) -> bool:
+  """Whether a data directory has the complete dataset of a folder below it."""
+  return directory.is_complete(folder) if isinstance(directory, Mirror) else folder.is_dir()
+
+
+def publish(directory: str | os.PathLike[str], folder: pathlib.Path) -> None:
+  """Copies a complete dataset to the bucket of a data directory that is a mirror."""
+  if isinstance(directory, Mirror):
+    directory.upload(folder)
+
+
+def sync(directory: str | os.PathLike[str], prefix: str) -> None:
+  """`Mirror.sync` of a data directory that is a mirror."""
+  if isinstance(directory, Mirror):
+    directory.sync(prefix)
+
+
+@contextlib.contextmanager
+def local_input(address: str | os.PathLike[str], name: str, cache_dir: str) -> Iterator[pathlib.Path]:
+  """Yields a file or folder; if it is in a bucket, a copy that is removed afterwards.
+
+  Of a .jsonl file the whole folder is copied, since its lines name files beside it. name: of the flag, for errors.
+  """
+  source = storage.path(os.path.expanduser(address), name)
+  if isinstance(source, pathlib.Path):
+    yield source
+    return
+  storage.check_access(source, name)
+  files, is_file = storage.filesystem(address), bool(source.suffix) and source.is_file()
+  folder = source.parent if source.suffix == '.jsonl' and is_file else source
+  names = [''] if folder == source and is_file else list(dict(storage.files_in(folder)))
+  os.makedirs(cache := os.path.expanduser(cache_dir), exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix='.input-', dir=cache) as copy:
+    target = pathlib.Path(copy, folder.name)
+
+    def fetch(name: str) -> None:
+      (path := target / name).parent.mkdir(parents=True, exist_ok=True)
+      _repeat(lambda: files.get_file(f'{folder}/{name}'.rstrip('/'), str(path)), f'{folder}/{name}')
+
+    with concurrent.futures.ThreadPoolExecutor(_NUM_INPUT_FETCHES) as pool:
+      list(pool.map(fetch, names))
+    yield target / source.name if folder != source else target
+
+
+def _repeat(function, address: str) -> Any:
+  """The result of a request, tried again after an error that may pass. Raises FileNotFoundError, RunError."""
+  for attempt in range(_ATTEMPTS):
+    try:
+      return function()
+    except FileNotFoundError:
+      raise
+    except Exception as e:  # of several libraries
+      if attempt == _ATTEMPTS - 1:
+        raise RunError(storage.explain(e, address) or f'{address} cannot be read or written ({e}).') from e
+      time.sleep(_PAUSE * 2**attempt * (0.5 + random.random()))
+  raise AssertionError
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
