@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shlex
 
 import jax
@@ -12,7 +13,7 @@ from tests.helpers import in_process, saved_run
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.eval import headline, suite
 from uni_moe_jax.train import loop
-from uni_moe_jax.utils import cli
+from uni_moe_jax.utils import cli, storage
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A small model and few steps; commands and all other fields are those of the guide.
@@ -39,6 +40,33 @@ def test_the_commands_of_the_guide_print_a_retrieval_result(tmp_path, monkeypatc
   [row] = [line for line in outputs[2].splitlines() if 'i2t_R@1' in line.split()]
   assert row.split()[:2] == ['pets', 'retrieval'] and (tmp_path / 'runs/pets/evaluation.json').exists()
   assert "nearest neighbor's name" in row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('scheme', ['gcs', 's3'])
+def test_data_in_a_bucket_gives_the_log_and_the_scores_of_data_in_a_folder(scheme, request, tmp_path, monkeypatch):
+  bucket = f'{request.getfixturevalue(scheme).address}/own'
+  [guide] = re.findall(r'^## Data in a bucket\n.*?```bash\n(.*?)```', (_ROOT / 'docs/guides/data.md').read_text(),
+                       re.MULTILINE | re.DOTALL)
+  guide += 'python launch/evaluate.py --workdir=runs/pets'
+  photos = own_files.write_captioned_images(tmp_path / 'photos', 40)
+  for path in photos.rglob('*.*'):
+    storage.write_bytes(storage.path(bucket) / f'photos/{path.relative_to(photos)}', path.read_bytes())
+  results = []
+  for name, source, data in (('bucket', f'{bucket}/photos', f'{bucket}/data'), ('folder', photos, tmp_path / 'data')):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'configs').symlink_to(_ROOT / 'configs')
+    monkeypatch.chdir(tmp_path / name)
+    monkeypatch.setenv('HOME', str(tmp_path / name))  # the default cache is below it
+    for line in guide.replace('gs://photos/pets', str(source)).replace('gs://lab/data', str(data)).splitlines():
+      _, script, *arguments = shlex.split(line)
+      small = [f'--config.{field}' for field in _SMALL] if any(a.startswith('--config=') for a in arguments) else []
+      assert in_process.run(_ROOT / script, *arguments, *small) == 0, (line, request)
+    log = [json.loads(line) for line in pathlib.Path('runs/pets/metrics.jsonl').read_text().splitlines()]
+    results.append(([{k: v for k, v in line.items() if k != 'steps_per_second'} for line in log],
+                    json.loads(pathlib.Path('runs/pets/evaluation.json').read_text())))
+  assert results[0] == results[1]
+  assert len(results[0][0]) == 2 and not list((tmp_path / 'folder').rglob('buckets'))
 
 
 def _own(arg: str):

@@ -37,10 +37,11 @@ _FILES, _RECORDS, _BATCH = 64, 50, 256  # of reading alone: files, records in ea
 
 
 def _prepare(folder: pathlib.Path, data: Mirror) -> None:
-  for i in range(_IMAGES):
-    own_files.write_image(folder / f'in/images/{i}.jpg', own_files.COLORS[i % 4], i, (96, 72))
-  own_files.write_jsonl(folder / 'in/train.jsonl', [
-      {'image': f'images/{i}.jpg', 'color': own_files.COLORS[i % 4], 'split': 'train'} for i in range(_IMAGES)])
+  rows = [{'image': f'images/{i}.jpg', 'color': color, 'split': 'train'}
+          for i, color in zip(range(_IMAGES), itertools.cycle(own_files.COLORS))]
+  for i, row in enumerate(rows):
+    own_files.write_image(folder / 'in' / row['image'], row['color'], i, (96, 72))
+  own_files.write_jsonl(folder / 'in/train.jsonl', rows)
   prepare.prepare(folder / 'in', data, 'images')
 
 

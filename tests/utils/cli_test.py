@@ -56,7 +56,7 @@ def test_training_reports_what_is_wrong(tmp_path, arguments, message):
 
 
 @pytest.mark.parametrize('argument', [
-    '--input=gs://b/x', '--data_dir=gs://b/x', '--workdir=gs://b/x', '--config=configs/own.py:sources=gs://b/x'])
+    '--input=gs://b/x', '--data_dir=gs://b/x', '--workdir=gs://b/x'])
 @pytest.mark.parametrize('joined', [True, False])
 def test_a_url_instead_of_a_path_suggests_to_mount_it(argument, joined, capsys):
   argv = [argument] if joined else argument.split('=', 1)
@@ -68,9 +68,10 @@ def test_a_url_instead_of_a_path_suggests_to_mount_it(argument, joined, capsys):
 
 
 @pytest.mark.parametrize('argv', [
+    ['--config=configs/own.py:sources=gs://bucket/own/pets'],
     ['--config.tasks.text.template=a photo of http://pets.org/{name}'],
     ['--config.tasks.text.template', 'http://pets.org/{name}']])
-def test_a_template_may_contain_a_url(argv):
+def test_arguments_and_fields_of_a_config_may_contain_a_url(argv):
   argv = ['train.py', *argv]
   with mock.patch.object(cli.flags, 'FLAGS', lambda argv: argv[:1]):
     assert cli._parse(argv, remote=False) == argv[:1]

@@ -137,7 +137,8 @@ def _parse(argv: Sequence[str], remote: bool) -> list[str]:
     for before, argument in zip(argv, argv[1:]):
       flag, _, value = argument.partition('=')
       path, name = (value, flag) if value and argument.startswith('-') else (argument, before)
-      if not remote and not re.match(r'--?\w+\.', name):  # config fields are checked later; not all are paths
+      # Fields and arguments of a config are checked later; not all are paths, and some may be in buckets.
+      if not remote and not re.match(r'--?(\w+\.|config$)', name):
         files.check_local(path, name)
     rest = flags.FLAGS(argv)
   except _PARSE_ERRORS as e:
