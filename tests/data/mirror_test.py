@@ -1,6 +1,7 @@
 """Prepared data in a bucket: the same records as on a disk, verified, within a bound, shared by processes."""
 
 import concurrent.futures
+import errno
 import functools
 import os
 import pathlib
@@ -13,6 +14,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from tests.data import own_files
 from tests.helpers import processes, tiny
+from uni_moe_jax.config.schema import DataConfig
 from uni_moe_jax.data import mirror, sources
 from uni_moe_jax.data.files import file_dataset, prepare, tfds_prepare
 from uni_moe_jax.data.mirror import Mirror, Shards
@@ -184,6 +186,29 @@ def test_an_object_with_a_flipped_bit_is_named_and_no_example_is_replaced_for_it
       dataset.read_valid(np.arange(10))
   _upload_shards(bucket, tmp_path / 'second', 2)  # the same bytes again
   assert len(dataset.read_valid(np.arange(10))) == 10
+
+
+def test_an_object_that_is_gone_and_a_full_disk_end_the_run_and_cost_no_example(bucket, tmp_path, monkeypatch):
+  _upload_shards(bucket, tmp_path / 'sender', 2)
+  shards = _shards(Mirror(bucket, tmp_path / 'receiver'), 2)
+  dataset = file_dataset.FileDataset('x', 10, shards.__getitems__, {}, {}, {}, '')
+  _object(bucket, _name(1)).unlink()
+  assert len(dataset.read_valid(np.arange(5))) == 5
+  with pytest.raises(RunError, match=f'{bucket}/{_name(1)} cannot be fetched into'):
+    dataset.read_valid(np.arange(10))
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(storage.filesystem(bucket), 'get_file', full)
+  with pytest.raises(RunError, match=r'cannot be fetched into .*No space left on device; .* MB free on the disk of'):
+    dataset.read_valid(np.arange(10))
+
+
+def test_a_bucket_that_does_not_exist_is_reported_at_once(bucket, tmp_path):
+  data = DataConfig(dir=bucket.replace('bucket', 'tekcub'), cache_dir=str(tmp_path))
+  with pytest.raises(UsageError, match="data.dir='.*' names the bucket 'tekcub', which does not exist; check its name"):
+    mirror.open_folder(data)
 
 
 def test_a_dataset_that_was_replaced_is_fetched_again_and_only_what_has_changed(bucket, tmp_path):

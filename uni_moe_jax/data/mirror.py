@@ -25,7 +25,7 @@ import numpy as np
 
 from uni_moe_jax.config.schema import DataConfig
 from uni_moe_jax.utils import storage
-from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError
+from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError, disk_is_full, free_space
 from uni_moe_jax.utils.files import check_local, write_json
 
 MANIFEST = 'files.json'
@@ -162,31 +162,36 @@ class Mirror(os.PathLike):
     return pending
 
   def _fetch(self, name: str) -> pathlib.Path:
+    try:
+      return self._fetch_verified(name)
+    except OSError as e:  # any other error than this one would count as a corrupt example
+      raise RunError(f'{self.address}/{name} cannot be fetched into {self.root} ({e}; {free_space(self.root)}).') from e
+    finally:
+      with self._mutex:
+        self._pending.pop(name, None)
+
+  def _fetch_verified(self, name: str) -> pathlib.Path:
     size, digest = self._files[name]
     path = self.root / name
     temporary = path.with_name(f'.{path.name}.part')
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-      with self._locked(path.with_name(f'.{path.name}')), contextlib.ExitStack() as stack:
-        if path.exists():  # another process has fetched it
+    with self._locked(path.with_name(f'.{path.name}')), contextlib.ExitStack() as stack:
+      if path.exists():  # another process has fetched it
+        return path
+      stack.callback(temporary.unlink, missing_ok=True)
+      self._free_space(temporary, size)
+      for attempt in (1, 2):
+        _repeat(lambda: storage.filesystem(self.address).get_file(f'{self.address}/{name}', str(temporary)),
+                f'{self.address}/{name}')
+        with self._mutex:
+          self.num_fetched, self.bytes_fetched = self.num_fetched + 1, self.bytes_fetched + size
+        if _sha256(temporary) == digest:
+          temporary.rename(path)
           return path
-        stack.callback(temporary.unlink, missing_ok=True)
-        self._free_space(temporary, size)
-        for attempt in (1, 2):
-          _repeat(lambda: storage.filesystem(self.address).get_file(f'{self.address}/{name}', str(temporary)),
-                  f'{self.address}/{name}')
-          with self._mutex:
-            self.num_fetched, self.bytes_fetched = self.num_fetched + 1, self.bytes_fetched + size
-          if _sha256(temporary) == digest:
-            temporary.rename(path)
-            return path
-          print(f'data: {self.address}/{name} arrived with other bytes than were prepared (fetch {attempt} of 2)',
-                flush=True)
-        raise RunError(f'{self.address}/{name} is damaged: its bytes were not those that were prepared (sha256 '
-                       f'{digest[:12]}…) in two fetches; write the dataset to the bucket again.')
-    finally:
-      with self._mutex:
-        self._pending.pop(name, None)
+        print(f'data: {self.address}/{name} arrived with other bytes than were prepared (fetch {attempt} of 2)',
+              flush=True)
+      raise RunError(f'{self.address}/{name} is damaged: its bytes were not those that were prepared (sha256 '
+                     f'{digest[:12]}…) in two fetches; write the dataset to the bucket again.')
 
   def _cached(self) -> list[tuple[float, int, pathlib.Path]]:
     """(time of the last use, size, path) of every file in the cache that can be fetched again, or is being fetched."""
@@ -275,8 +280,11 @@ class Shards:
 
 def open_folder(c: DataConfig) -> str | Mirror:
   """The folder of prepared data of a config's section `data`; a mirror of it if it is in a bucket."""
+  if not storage.is_remote(c.dir):
+    return c.dir
   check_local(c.cache_dir, 'config.data.cache_dir')
-  return Mirror(c.dir, c.cache_dir, int(c.cache_gb * 1e9)) if storage.is_remote(c.dir) else c.dir
+  storage.check_access(storage.path(c.dir), 'data.dir')  # at once: others are repeated
+  return Mirror(c.dir, c.cache_dir, int(c.cache_gb * 1e9))
 
 
 def local(directory: str | os.PathLike[str], path: pathlib.Path) -> pathlib.Path:
@@ -338,6 +346,8 @@ def _repeat(function, address: str) -> Any:
     except FileNotFoundError:
       raise
     except Exception as e:  # of several libraries
+      if disk_is_full(e):
+        raise
       if attempt == _ATTEMPTS - 1:
         raise RunError(storage.explain(e, address) or f'{address} cannot be read or written ({e}).') from e
       time.sleep(_PAUSE * 2**attempt * (0.5 + random.random()))
