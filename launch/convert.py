@@ -11,11 +11,10 @@ the published layout (averaged ones if the run has them). Both print a report; t
 
 import dataclasses
 import hashlib
-import pathlib
 
 from absl import flags
 
-from uni_moe_jax.utils import cli, files
+from uni_moe_jax.utils import cli, files, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _CONFIG = cli.define_config()
@@ -48,7 +47,7 @@ def _from_torch() -> int:
     checkpoints.save(0, run.state_from(params))
   with open(_CHECKPOINT.value, 'rb') as file:
     origin = {'checkpoint': _CHECKPOINT.value, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()}
-  files.write_json(pathlib.Path(_WORKDIR.value, workdir.CONVERSION_FILE),
+  files.write_json(storage.path(_WORKDIR.value) / workdir.CONVERSION_FILE,
                    {**origin, 'names': remarks, **dataclasses.asdict(report)})
   for remark in sorted({r for r in remarks.values() if not r.startswith('older name')}):
     print(remark)
@@ -75,4 +74,4 @@ def _to_torch() -> int:
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  cli.run(main, local=('checkpoint', 'output'))

@@ -10,12 +10,10 @@ experts.png. A finished evaluation is not repeated without --force. All devices 
 same command in every process, with --distributed=auto.
 """
 
-import pathlib
-
 from absl import flags
 
 from uni_moe_jax.parallel import distributed, shared_folder
-from uni_moe_jax.utils import cli, files
+from uni_moe_jax.utils import cli, files, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _CONFIG = cli.define_config()
@@ -61,7 +59,7 @@ def main() -> int:
     if (step == suite.evaluated_step(workdir) and not _FORCE.value
         and config.evaluators.to_dict() == workdir_lib.load_config(workdir).evaluators.to_dict()):
       print(f'step {step} is already evaluated; --force repeats it.')
-      rows = files.read_json(pathlib.Path(workdir, suite.EVALUATION_FILE))
+      rows = files.read_json(storage.path(workdir) / suite.EVALUATION_FILE)
     else:
       from uni_moe_jax.analysis import run_expert_usage
       from uni_moe_jax.train import run as train_run

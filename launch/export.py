@@ -8,11 +8,9 @@ so of kernels. --torch adds the published PyTorch layout of a model with one ker
 folder is the model card.
 """
 
-import pathlib
-
 from absl import flags
 
-from uni_moe_jax.utils import cli, files
+from uni_moe_jax.utils import cli, files, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of launch/train.py.', required=True)
@@ -32,9 +30,9 @@ _TORCH = flags.DEFINE_bool(
 def main() -> int:
   from uni_moe_jax.config.plan import make_plan
   from uni_moe_jax.train import workdir as workdir_lib
-  workdir = pathlib.Path(_WORKDIR.value)
+  workdir = storage.path(_WORKDIR.value)
   config = workdir_lib.load_config(workdir)  # report mistakes before the slow imports below
-  if pathlib.Path(_OUTPUT.value).exists():
+  if storage.path(_OUTPUT.value).exists():
     raise UsageError(f'--output={_OUTPUT.value} exists; choose another folder or remove it.')
   from uni_moe_jax.eval import suite
   from uni_moe_jax.export import artifact, contents

@@ -3,14 +3,15 @@ set -euo pipefail
 
 usage() {
   cat <<'HELP'
-Usage: ./launch/gke.sh --name NAME --image IMAGE --claim CLAIM [OPTION...] -- ARGUMENT...
+Usage: ./launch/gke.sh --name NAME --image IMAGE [OPTION...] -- ARGUMENT...
 
 Trains on a TPU slice of a GKE cluster, one pod per host: fills in launch/gke_jobset.yaml and applies it
-with kubectl. ARGUMENTs go to launch/train.py; --workdir must be a folder in /runs:
-  ./launch/gke.sh --name base --image REGISTRY/uni_moe_jax --claim runs --topology 16x16 \
-      -- --config=configs/pretrain.py:size=base,router=attribute,stage=1 --workdir=/runs/base
+with kubectl. ARGUMENTs go to launch/train.py; the pods need no shared disk if --workdir is in a bucket:
+  ./launch/gke.sh --name base --image REGISTRY/uni_moe_jax --service_account trainer --topology 16x16 \
+      -- --config=configs/pretrain.py:size=base,router=attribute,stage=1 --workdir=gs://BUCKET/base
 
-  --image IMAGE        image with this repository as working folder and `pip install -e '.[tpu]'` done
+  --image IMAGE        image with this repository as working folder and `pip install -e '.[tpu,gcs]'` done
+  --service_account S  Kubernetes service account of the pods, which may write the bucket (default: default)
   --claim CLAIM        PersistentVolumeClaim that many pods can write (Filestore), mounted as /runs
   --accelerator A      GKE's name of the TPU (default tpu-v5-lite-podslice)
   --topology T         topology of the slice in chips (default 4x4)
@@ -25,12 +26,13 @@ To continue a run, repeat the command after `kubectl delete jobset NAME`.
 HELP
 }
 
-name='' image='' claim='' accelerator=tpu-v5-lite-podslice topology=4x4 chips=4 restarts=20 script=train.py dry_run=''
+name='' image='' claim='' account=default accelerator=tpu-v5-lite-podslice topology=4x4 chips=4 restarts=20 script=train.py dry_run=''
 while (($#)); do
   case "$1" in
     --name) name="$2"; shift 2 ;;
     --image) image="$2"; shift 2 ;;
     --claim) claim="$2"; shift 2 ;;
+    --service_account) account="$2"; shift 2 ;;
     --accelerator) accelerator="$2"; shift 2 ;;
     --topology) topology="$2"; shift 2 ;;
     --chips) chips="$2"; shift 2 ;;
@@ -42,8 +44,8 @@ while (($#)); do
     *) echo "gke.sh: unknown option $1; give the arguments of $script after --. See --help." >&2; exit 2 ;;
   esac
 done
-if [[ -z "$name" || -z "$image" || -z "$claim" ]] || (($# == 0)); then
-  echo "gke.sh: give --name, --image, --claim and, after --, arguments of $script. See --help." >&2
+if [[ -z "$name" || -z "$image" ]] || (($# == 0)); then
+  echo "gke.sh: give --name, --image and, after --, arguments of $script. See --help." >&2
   exit 2
 fi
 if ! [[ "$topology" =~ ^[0-9]+(x[0-9]+){1,2}$ && "$chips" =~ ^[1-9][0-9]*$ ]]; then
@@ -68,7 +70,9 @@ manifest=$(<"$(dirname "${BASH_SOURCE[0]}")/gke_jobset.yaml")
 fill() { manifest="${manifest//\$\{$1\}/"$2"}"; }
 fill NAME "$(quoted "$name")"
 fill IMAGE "$(quoted "$image")"
-fill CLAIM "$(quoted "$claim")"
+fill ACCOUNT "$(quoted "$account")"
+fill MOUNTS "${claim:+{name: runs, mountPath: /runs\}}"
+fill VOLUMES "${claim:+{name: runs, persistentVolumeClaim: {claimName: $(quoted "$claim")\}\}}"
 fill ACCELERATOR "$(quoted "$accelerator")"
 fill TOPOLOGY "$(quoted "$topology")"
 fill HOSTS "$hosts"

@@ -14,6 +14,7 @@ import sys
 from absl import app, flags
 
 from uni_moe_jax.train import restarts
+from uni_moe_jax.utils.errors import UsageError
 
 _MAX_RESTARTS = flags.DEFINE_integer(
     'max_restarts', 5, 'Starts in a row without a newer checkpoint before giving up.', lower_bound=1)
@@ -27,6 +28,9 @@ def main(argv: list[str]) -> int:
     return restarts.USAGE
   try:
     return restarts.keep_running(argv[1:], _MAX_RESTARTS.value, _BACKOFF.value)
+  except UsageError as e:
+    print(f'error: {e}', file=sys.stderr)
+    return restarts.USAGE
   except OSError as e:
     print(f'error: {argv[1]!r} is no program ({e.strerror}).', file=sys.stderr)
     return restarts.USAGE

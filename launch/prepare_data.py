@@ -57,4 +57,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-  cli.run(main, remote=True)
+  cli.run(main)

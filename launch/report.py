@@ -4,12 +4,10 @@
   python launch/report.py --workdir=runs/quickstart --output=quickstart.png
 """
 
-import pathlib
-
 from absl import flags
 
 from uni_moe_jax.reporting import curves, html
-from uni_moe_jax.utils import cli
+from uni_moe_jax.utils import cli, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that training or evaluation wrote to.', required=True)
@@ -19,7 +17,7 @@ _OUTPUT = flags.DEFINE_string('output', None, 'Also draw losses, accuracies and 
 def main() -> int:
   print(html.write_report(_WORKDIR.value))
   if _OUTPUT.value:
-    metrics = pathlib.Path(_WORKDIR.value, 'metrics.jsonl')
+    metrics = storage.path(_WORKDIR.value) / 'metrics.jsonl'
     if not metrics.exists():
       raise UsageError(f'{metrics} is not there: this run has logged nothing yet.')
     curves.draw(_OUTPUT.value, curves.read(metrics.read_text())[0], ('loss', 'accuracy', 'eval'), _WORKDIR.value)
@@ -28,4 +26,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-  cli.run(main, remote=True)
+  cli.run(main)

@@ -20,7 +20,7 @@ import sys
 
 from absl import flags
 
-from uni_moe_jax.utils import cli, exit_codes
+from uni_moe_jax.utils import cli, exit_codes, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _SWEEP = flags.DEFINE_enum('sweep', None, ['routers', 'adaptation'], 'What to compare.', required=True)
@@ -43,14 +43,15 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 def main() -> int:
   from uni_moe_jax.analysis.sweep import grid, runner
-  folder = pathlib.Path(os.path.abspath(os.path.expanduser(_WORKDIR.value)))
+  folder = storage.absolute(os.path.expanduser(_WORKDIR.value))
   for sweep, own_flags in _OWN_FLAGS.items():
     if wrong := [flag.name for flag in own_flags if flag.present and sweep != _SWEEP.value]:
       raise UsageError(f'--{wrong[0]} is a flag of --sweep={sweep}; remove it.')
   source, *names = (flag.value for flag in _OWN_FLAGS[_SWEEP.value])
   make_grid = grid.router_grid if _SWEEP.value == grid.ROUTERS else grid.adaptation_grid
   cells, settings = make_grid(folder, source, *names, _NUM_SEEDS.value, _OVERRIDE.value, _ROOT)  # checks all configs
-  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
+  if not storage.is_remote(folder):
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
   runner.claim(folder, settings)
   if not runner.run_cells(cells, lambda command: runner.run_command(command, _ROOT)):
     return exit_codes.PREEMPTED

@@ -11,22 +11,22 @@ repository to every host, installs them, starts launch/train.py on all hosts and
 run continues without the connection; the same command shows its output again.
 ARGUMENTs go to launch/train.py:
   ./launch/tpu_pod.sh --name pod --zone us-west4-a --create v5litepod-256 --version v2-alpha-tpuv5-lite \
-      -- --config=configs/pretrain.py:size=base,router=attribute,stage=1 --workdir=/mnt/runs/base
+      -- --config=configs/pretrain.py:size=base,router=attribute,stage=1 --workdir=gs://BUCKET/base
 
   --project P        Google Cloud project (default: gcloud's)
   --create TYPE      create the slice if it does not exist; TYPE as gcloud's --accelerator-type
   --version V        software of the slice, as gcloud's --version (with --create)
-  --before COMMAND   run this on every host before training, in the repository: mount a shared folder,
-                     prepare data
+  --before COMMAND   run this on every host before training, in the repository: prepare data, for example
   --skip_install     copy and install nothing, because an earlier command did
   --evaluate         ARGUMENTs go to launch/evaluate.py
   --stop             stop the run after it has saved
   --dry_run          print the commands without running them
 
---workdir must be a folder that all hosts share (Filestore, or a bucket mounted with gcsfuse): every host
-writes its share of a checkpoint, and the start checks it. The same command continues a stopped run; exit
-codes are those of launch/train.py. uv installs Python 3.11, because hosts may have an older one. To delete
-the slice, run: gcloud compute tpus tpu-vm delete NAME.
+--workdir is in a bucket, or a folder that all hosts share (Filestore): every host writes its share of a
+checkpoint, and the start checks it. The service account of the slice needs the roles in
+docs/guides/buckets.md. The same command continues a stopped run; exit codes are those of launch/train.py.
+uv installs Python 3.11, because hosts may have an older one. To delete the slice, run:
+gcloud compute tpus tpu-vm delete NAME.
 HELP
 }
 
@@ -84,7 +84,7 @@ if [[ -n "$install" ]]; then
   run gcloud compute tpus tpu-vm scp "$archive" "$name:$archive" "${where[@]}" --worker=all
   on_all "mkdir -p ~/uni_moe_jax && tar -xzf $archive -C ~/uni_moe_jax && cd ~/uni_moe_jax && \
 python3 -m venv ~/uv && ~/uv/bin/pip install -q uv && ~/uv/bin/uv venv -q --allow-existing --python 3.11 .venv && \
-~/uv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[tpu]'"
+~/uv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs]'"
 fi
 if [[ -n "$before" ]]; then on_all "cd ~/uni_moe_jax && $before"; fi
 printf -v arguments '%q ' "$@"

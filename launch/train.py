@@ -9,7 +9,7 @@ Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 e
 from absl import flags
 
 from uni_moe_jax.parallel import distributed, shared_folder
-from uni_moe_jax.utils import cli
+from uni_moe_jax.utils import cli, storage
 from uni_moe_jax.utils.exit_codes import PREEMPTED
 
 _CONFIG = cli.define_config()
@@ -35,7 +35,8 @@ def main() -> int:
     make_plan(config).check_trains()
     cluster = _CLUSTER()
     distributed.initialize(cluster)
-    with HangDetector(config.train.hang_timeout) as detector, detector.phase(START):  # a disk may hang
+    buckets = {START: _WORKDIR.value} if storage.is_remote(_WORKDIR.value) else {}
+    with HangDetector(config.train.hang_timeout, buckets) as detector, detector.phase(START):  # a disk may hang
       shared_folder.check(cluster, _WORKDIR.value, create=True)
       workdir.claim_workdir(_WORKDIR.value, config, extends=True)
       workdir.check_versions(_WORKDIR.value, _ALLOW_VERSION_MISMATCH.value)

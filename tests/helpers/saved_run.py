@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.step import TrainState
+from uni_moe_jax.utils import storage
 
 Folder = str | os.PathLike[str]
 
@@ -41,5 +41,5 @@ def load(config: ml_collections.ConfigDict, folder: Folder) -> tuple[train_run.R
 
 def lines(folder: Folder) -> list[dict[str, float]]:
   """Return the lines of metrics.jsonl without the speed, in which equal runs differ."""
-  texts = pathlib.Path(folder, 'metrics.jsonl').read_text().splitlines()
+  texts = (storage.path(folder) / 'metrics.jsonl').read_text().splitlines()
   return [{k: v for k, v in json.loads(text).items() if k != 'steps_per_second'} for text in texts]

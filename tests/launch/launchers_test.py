@@ -54,7 +54,7 @@ def test_shellcheck_has_no_findings(script):
     ('tpu_pod.sh', ['--name', 'n', '--zone', 'z', '--create', 'v5litepod-16', '--', 'a'], 'needs --version'),
     ('slurm.sbatch', ['--dry_run'], 'no arguments; give the arguments of train.py'),
     ('slurm.sbatch', ['--evaluate'], 'no arguments; give the arguments of evaluate.py'),
-    ('gke.sh', ['--name', 'n', '--', 'a'], 'give --name, --image, --claim and, after --, arguments of train.py'),
+    ('gke.sh', ['--name', 'n', '--', 'a'], 'give --name, --image and, after --, arguments of train.py'),
     ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '4by4', '--', 'a'], 'must look like 4x4'),
     ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '2x3', '--', 'a'],
      'has 6 chips, which is not a multiple of'),
@@ -95,7 +95,7 @@ def test_a_pod_is_created_installed_and_started_on_all_hosts():
   assert copy == [*tpu_vm, 'scp', '/tmp/uni_moe_jax.tar.gz', 'pod:/tmp/uni_moe_jax.tar.gz', *location, '--worker=all']
   for line in (install, before, train):
     assert line[:-1] == [*tpu_vm, 'ssh', 'pod', *location, '--worker=all', '--command']
-  assert "uv pip install -q --python .venv -c constraints.txt -e '.[tpu]'" in install[-1]
+  assert "uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs]'" in install[-1]
   assert '--python 3.11' in install[-1] and 'launch/train.py' in train[-1]
   assert before[-1] == 'cd ~/uni_moe_jax && mount it'
 
@@ -220,14 +220,13 @@ def test_slurms_tasks_get_the_requested_processors(tmp_path):
 
 
 def _job_set(*options: str) -> dict:
-  done = _run('gke.sh', '--name', 'base', '--image', 'registry/image:1', '--claim', 'nfs', *options, '--dry_run', '--',
-              *_TRAIN)
+  done = _run('gke.sh', '--name', 'base', '--image', 'registry/image:1', *options, '--dry_run', '--', *_TRAIN)
   assert (done.returncode, done.stderr) == (0, '')
   return yaml.safe_load(done.stdout)
 
 
 def test_a_job_set_has_the_fields_of_its_controller():
-  job_set = _job_set('--topology', '16x16', '--max_restarts', '3')
+  job_set = _job_set('--topology', '16x16', '--max_restarts', '3', '--service_account', 'trainer')
   assert (job_set['apiVersion'], job_set['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
   assert (job_set['metadata']['name'], job_set['spec']['failurePolicy']['maxRestarts']) == ('base', 3)
   [job] = job_set['spec']['replicatedJobs']
@@ -243,9 +242,15 @@ def test_a_job_set_has_the_fields_of_its_controller():
   assert container['image'] == 'registry/image:1'
   assert container['command'] + container['args'] == ['python', 'launch/train.py', *_TRAIN, '--distributed=auto']
   assert container['resources']['limits'] == container['resources']['requests'] == {'google.com/tpu': 4}
-  [mount], [volume] = container['volumeMounts'], pod['volumes']
+  assert (pod['serviceAccountName'], container['volumeMounts'], pod['volumes']) == ('trainer', [], [])
+
+
+def test_pods_share_a_disk_only_if_it_is_claimed():
+  [job] = _job_set('--claim', 'nfs')['spec']['replicatedJobs']
+  pod = job['template']['spec']['template']['spec']
+  [[mount], [volume]] = pod['containers'][0]['volumeMounts'], pod['volumes']
   assert mount['name'] == volume['name'] and mount['mountPath'] == '/runs'
-  assert volume['persistentVolumeClaim'] == {'claimName': 'nfs'}
+  assert volume['persistentVolumeClaim'] == {'claimName': 'nfs'} and pod['serviceAccountName'] == 'default'
 
 
 def _after(job_set: dict, *, code: int = 0, disrupted: bool = False) -> str:

@@ -64,12 +64,12 @@ def _late_manifest() -> None:
   from uni_moe_jax.train import manifest
   original = manifest.write
 
-  def write(folder, final, metrics):
+  def write(folder, final, metrics, sums):
     del folder
     def later():
       time.sleep(_MANIFEST_DELAY)
       with contextlib.suppress(FileNotFoundError):  # it was deleted for a newer one
-        original(final, final, metrics)
+        original(final, final, metrics, sums)
     threading.Thread(target=later).start()
 
   manifest.write = write
@@ -83,6 +83,13 @@ def no_folder_renames(replace: Callable[[Any, str, Any], None] = setattr) -> Non
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), os.fspath(source))
       return original(source, target, **descriptors)
     replace(os, name, rename)
+
+
+def _fast_heartbeats() -> None:
+  """Take over the lock of a dead process after two seconds; without it, each restart in a bucket waits a minute."""
+  from uni_moe_jax.utils import locks
+  original = locks.lock
+  locks.lock = lambda folder, stack: original(folder, stack, period=0.5)
 
 
 def _constant_batch() -> None:
@@ -182,7 +189,8 @@ HANGS = {'stalled_start': (1., ('starting has taken', '_disk_that_does_not_answe
          'hung_step': (6., ('waiting for the result of step 6', '_device_that_does_not_answer'))}
 ALL: dict[str, Callable[[], None]] = {f.__name__.lstrip('_'): f for f in (
     _flipped_bit, _skipped_batch, _ignored_checkpoints, _late_manifest, ignored_checksums, no_folder_renames,
-    _constant_batch, _memory_after_saves, _stalled_start, _stalled_input, _one_process_fails, _hung_step)}
+    _fast_heartbeats, _constant_batch, _memory_after_saves, _stalled_start, _stalled_input, _one_process_fails,
+    _hung_step)}
 
 
 if __name__ == '__main__':

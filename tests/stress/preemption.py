@@ -15,6 +15,7 @@ from tests.stress import trainer as trainer_lib
 from tests.stress.trainer import Trainer, ending, metric_lines, newest_intact
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_steps, unfinished_folders
+from uni_moe_jax.utils import storage
 
 _POLL = 0.001  # seconds
 _MAX_SKIPPED_SAVES = 4  # before one is hit
@@ -68,8 +69,8 @@ def series(trainer: Trainer, undisturbed: Undisturbed, num_kills: int, num_saves
   """
   rng, tally = random.Random(seed), Tally()
   while tally.kills < num_kills or tally.during_saves < num_saves:
-    workdir = trainer.folder / f'killed_{tally.finished}{trainer.fault}'
-    log = workdir.with_suffix('.log')
+    name = f'killed_{tally.finished}{trainer.fault}'
+    workdir, log = trainer.workdir(name), trainer.folder / f'{name}.log'
     trainer_lib.clear(workdir, log)
     expected, code = None, None
     while code is None:
@@ -103,7 +104,7 @@ def save_seconds(workdir: pathlib.Path) -> float:
   return max(m['commit_timestamp_nsecs'] - m['init_timestamp_nsecs'] for m in metadata) / 1e9
 
 
-def _run_until_killed(trainer: Trainer, workdir: pathlib.Path, log: pathlib.Path, rng: random.Random,
+def _run_until_killed(trainer: Trainer, workdir: storage.Path, log: pathlib.Path, rng: random.Random,
                       in_save: bool | None, undisturbed: Undisturbed, tally: Tally) -> int | None:
   """Start a run and kill it during a save, at a random moment or not at all (None). Return its exit code or None."""
   saves = _Saves(workdir)
@@ -131,7 +132,7 @@ def _run_until_killed(trainer: Trainer, workdir: pathlib.Path, log: pathlib.Path
 class _Saves:
   """Detects saves of the current process. Unfinished saves of earlier processes remain until its first save."""
 
-  def __init__(self, workdir: pathlib.Path):
+  def __init__(self, workdir: storage.Path):
     self._folder = workdir / CHECKPOINTS
     self._left_over = self._unfinished()
 
@@ -144,7 +145,7 @@ class _Saves:
   def stage(self, max_to_keep: int) -> str:
     """Return the stage of the save that is running or has just ended; '' if there is none."""
     for name, _ in self._unfinished() - self._left_over:
-      files = {path.name for path in (self._folder / name).rglob('*') if path.is_file()} - {'_CHECKPOINT_METADATA'}
+      files = {file.rpartition('/')[2] for file in storage.files_in(self._folder / name)} - {'_CHECKPOINT_METADATA'}
       return SEALED if manifest.FILE in files else ARRAYS if files else EMPTY
     # A new checkpoint gets its name before the old one is deleted.
     return DELETING if len(saved_steps(self._folder.parent)) > max_to_keep else ''
@@ -153,7 +154,7 @@ class _Saves:
     names = set()
     for path in (*self._folder.glob(_UNFINISHED), *unfinished_folders(self._folder.parent)):
       with contextlib.suppress(FileNotFoundError):  # it was renamed in this moment
-        names.add((path.name, path.stat().st_ino))
+        names.add((path.name, 0 if storage.is_remote(path) else path.stat().st_ino))
     return names
 
 
@@ -180,7 +181,7 @@ def _check_resumed(expected: int | None, output: str, tally: Tally) -> None:
     tally.findings.append(f'a run with a checkpoint of step {expected} resumed from {resumed or "nothing"}')
 
 
-def _check_nothing_lost(workdir: pathlib.Path, saved: int | None, tally: Tally) -> None:
+def _check_nothing_lost(workdir: storage.Path, saved: int | None, tally: Tally) -> None:
   """A save begins after the previous one ended: less than two save intervals of the logged steps may be unsaved."""
   lines = metric_lines(workdir)
   if not lines:
@@ -191,7 +192,7 @@ def _check_nothing_lost(workdir: pathlib.Path, saved: int | None, tally: Tally) 
     tally.findings.append(f'step {lines[-1]["step"]} was logged, but the newest intact checkpoint is of step {saved}')
 
 
-def _check_intact(workdir: pathlib.Path, newest: int | None, tally: Tally) -> None:
+def _check_intact(workdir: storage.Path, newest: int | None, tally: Tally) -> None:
   """A checkpoint gets its name when it is complete: no kill leaves a damaged one."""
   named = max(saved_steps(workdir), default=None)
   if named != newest:

@@ -8,6 +8,7 @@
 Suites:
   preemption       SIGKILL at random moments, some during a save, also where folders cannot be renamed; a restarted
                    run must end like an undisturbed one
+  buckets          the same with work directories on a server of GCS and on one of S3
   damage           every file of a checkpoint truncated, with a flipped bit, zeroed or deleted
   hangs            stalled start and input, a hung step, a full disk, one of two processes dying or failing, two
                    processes with separate work directories
@@ -39,7 +40,7 @@ from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.suggest import nearest
 
-SUITES = ('preemption', 'damage', 'hangs', 'resharding', 'bad_input', 'injected_faults')
+SUITES = ('preemption', 'buckets', 'damage', 'hangs', 'resharding', 'bad_input', 'injected_faults')
 SOAK = 'soak'
 _TRIES = 3  # to detect an injected fault: kills may come too early
 _FAULT_SAVES = 1  # kills during a save, per injected fault
@@ -104,6 +105,22 @@ class Suites:
       in_place = preemption.series(trainer, undisturbed, self._size.fault_kills, _FAULT_SAVES, self._seed)
       report.append(str(in_place))
     return tally.findings + in_place.findings
+
+  def buckets(self) -> list[str]:
+    import fsspec
+
+    from tests.helpers import object_stores
+    from tests.stress import preemption
+    findings = []
+    for scheme, server in object_stores.SERVERS.items():
+      with _timed(f'preemption in a bucket, {scheme}://') as report, server() as store:
+        os.environ |= store.environment
+        fsspec.config.conf.setdefault('gs', {})['token'] = 'anon'  # it reads the environment when it is imported
+        trainer = dataclasses.replace(self._trainer, bucket=f'{store.address}/stress', fault='fast_heartbeats')
+        tally = preemption.series(trainer, self._undisturbed(), self._size.kills, self._size.saves, self._seed)
+        report.append(str(tally))
+        findings += tally.findings
+    return findings
 
   def damage(self) -> list[str]:
     from tests.stress import damage

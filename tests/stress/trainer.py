@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ import numpy as np
 
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS, saved_steps
+from uni_moe_jax.utils import storage
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs/small.py'
@@ -38,7 +38,8 @@ class Trainer:
   """Starts the training command in folders below `folder`.
 
   Attributes:
-    folder: of work directories, compiled programs and the tokenizer.
+    folder: of work directories, compiled programs, logs and the tokenizer.
+    bucket: of work directories instead; '' = none.
     fault: name in `injected_faults.ALL`; '' injects none.
     overrides: 'field=value' of the config.
     flags: further flags of launch/train.py.
@@ -49,22 +50,27 @@ class Trainer:
   overrides: tuple[str, ...] = ()
   flags: tuple[str, ...] = ()
   optimized: bool = False
+  bucket: str = ''
+
+  def workdir(self, name: str) -> storage.Path:
+    """Return the work directory of a run."""
+    return storage.path(self.bucket or self.folder) / name
 
   def compile(self, log: pathlib.Path) -> int:
     """Fill the cache of compiled programs. Return the exit code."""
     return dataclasses.replace(self, flags=('--compile_only',)).run(self.folder / 'compiled', log)[0]
 
-  def command(self, workdir: pathlib.Path) -> list[str]:
+  def command(self, workdir: storage.Path) -> list[str]:
     """Return program and arguments."""
     return [sys.executable, *(['-m', 'tests.stress.injected_faults', self.fault] if self.fault else []),
             str(ROOT / 'launch/train.py'), f'--config={CONFIG}', f'--workdir={workdir}',
             f'--config.data.dir={self.folder}', *(f'--config.{o}' for o in self.overrides), *self.flags]
 
-  def start(self, workdir: pathlib.Path, log: pathlib.Path) -> subprocess.Popen:
+  def start(self, workdir: storage.Path, log: pathlib.Path) -> subprocess.Popen:
     """Start a process that appends its output to `log`."""
     return start(self.command(workdir), log, environment(self.folder, self.optimized))
 
-  def run(self, workdir: pathlib.Path, log: pathlib.Path) -> tuple[int, float]:
+  def run(self, workdir: storage.Path, log: pathlib.Path) -> tuple[int, float]:
     """Run the command to its end. Return (exit code, seconds); see `wait`."""
     began = time.monotonic()
     return wait(self.start(workdir, log)), time.monotonic() - began
@@ -108,19 +114,19 @@ def distributed_flags(address: str, num_processes: int, process_id: int) -> tupl
   return f'--coordinator_address={address}', f'--num_processes={num_processes}', f'--process_id={process_id}'
 
 
-def clear(*paths: pathlib.Path) -> None:
+def clear(*paths: storage.Path) -> None:
   """Remove what an earlier run left: folders and files."""
   for path in paths:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    storage.remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def newest_intact(workdir: pathlib.Path) -> int | None:
+def newest_intact(workdir: storage.Path) -> int | None:
   """Return the step from which a run must continue."""
   folder = workdir / CHECKPOINTS
   return next((s for s in reversed(saved_steps(workdir)) if not manifest.damage(folder / str(s))), None)
 
 
-def log_lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def log_lines(workdir: storage.Path) -> list[dict[str, Any]]:
   """Return the lines of metrics.jsonl; the last one may be cut off."""
   path, lines = workdir / 'metrics.jsonl', []
   for line in path.read_text().splitlines() if path.exists() else ():
@@ -131,12 +137,12 @@ def log_lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
   return lines
 
 
-def metric_lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def metric_lines(workdir: storage.Path) -> list[dict[str, Any]]:
   """Return the lines of metrics.jsonl without the speed."""
   return [{k: v for k, v in line.items() if k != 'steps_per_second'} for line in log_lines(workdir)]
 
 
-def differences(undisturbed: pathlib.Path, other: pathlib.Path) -> list[str]:
+def differences(undisturbed: pathlib.Path, other: storage.Path) -> list[str]:
   """Compare a finished run with an undisturbed one: the entire state bit for bit, and every line of the log."""
   import jax
 

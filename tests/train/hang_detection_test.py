@@ -7,7 +7,7 @@ import time
 import pytest
 
 from uni_moe_jax.train import hang_detection
-from uni_moe_jax.train.hang_detection import EVALUATE, START, STEP, HangDetector
+from uni_moe_jax.train.hang_detection import BATCH, EVALUATE, SAVE, START, STEP, HangDetector
 
 _HANGS = '''
 import time
@@ -86,3 +86,21 @@ def test_a_process_that_was_suspended_does_not_hang(monkeypatch):
       time.sleep(.1)
 
   assert _reports(.6, suspend, monkeypatch) == []
+
+
+def test_a_long_wait_for_a_bucket_is_noted_with_its_address_and_then_less_and_less_often(monkeypatch, capfd):
+  monkeypatch.setattr(hang_detection, '_NOTE_AFTER', .1)
+  with HangDetector(60, {SAVE: 'gs://bucket/run'}) as detector:
+    for phase, seconds in ((SAVE, .05), (BATCH, .3), (SAVE, .9)):
+      with detector.phase(phase, 7):
+        time.sleep(seconds)
+  lines = capfd.readouterr().err.splitlines()
+  assert 1 <= len(lines) <= 4 and all(line.startswith('waiting for gs://bucket/run: saving of step 7 has taken ')
+                                      for line in lines)
+
+
+def test_the_report_names_the_bucket(monkeypatch, capfd):
+  monkeypatch.setattr(hang_detection.os, '_exit', lambda code: None)
+  monkeypatch.setattr(hang_detection.faulthandler, 'dump_traceback', lambda **_: None)
+  HangDetector(60, {SAVE: 'gs://bucket/run'})._report(SAVE, 7)
+  assert 'saving of step 7 has taken 0 s (waiting for gs://bucket/run), and config' in capfd.readouterr().err

@@ -14,9 +14,8 @@ from tests.helpers import processes, saved_run, tiny
 from tests.stress import injected_faults
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
-from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.train.checkpoint import Checkpoints
-from uni_moe_jax.utils import signals
+from uni_moe_jax.utils import locks, signals
 
 
 def _config():
@@ -150,7 +149,7 @@ def test_a_signal_during_a_step_stops_after_it_with_exit_code_75(tmp_path, capsy
 
 def test_a_work_directory_in_which_another_process_trains_is_refused(tmp_path):
   with contextlib.ExitStack() as stack:
-    assert workdir_lib.lock(tmp_path, stack)
+    assert locks.lock(tmp_path, stack) is None
     message = 'another process trains in .*: wait until it has ended, or give another --workdir'
     with pytest.raises(ValueError, match=message):
       loop.train(_config(), str(tmp_path), jax.devices()[:1])

@@ -86,6 +86,20 @@ def test_a_run_of_two_processes_stops_continues_and_equals_that_of_one(tmp_path)
   assert {row['count'] for row in evaluated if row['evaluator'] == 'shape'} == {6}
 
 
+def test_a_run_in_a_bucket_moves_between_processes_and_devices(gcs, tmp_path):
+  config, bucket, one = tmp_path / 'config.py', f'{gcs.address}/{tmp_path.name}', [sys.executable, 'launch/train.py']
+  config.write_text(_CONFIG.format(root=str(processes.ROOT), data=tiny.data_dir(), steps=6))
+  flags = [f'--config={config}', '--config.train.evaluate_every=0', '--config.optim.decay_steps=6']
+  processes.run([*one, *flags, f'--workdir={tmp_path / "disk"}'], devices=8)
+  for steps, command in ((2, [*processes.TWO, '--']), (4, one), (6, [*processes.TWO, '--'])):
+    output = processes.run([*command, *flags, f'--workdir={bucket}', f'--config.train.steps={steps}'],
+                           devices=8 if command is one else 4)
+    assert (f'resumed from step {steps - 2}' in output) == (steps > 2), output
+  moved, unmoved = (saved_run.lines(folder) for folder in (bucket, tmp_path / 'disk'))
+  assert [line['step'] for line in moved] == [1, 2, 3, 4, 5, 6]
+  assert [a['loss/total'] for a in moved] == pytest.approx([b['loss/total'] for b in unmoved], abs=1e-5)
+
+
 @pytest.mark.parametrize('script', ['train', 'evaluate'])
 def test_work_directories_that_are_not_shared_are_refused_at_the_start(tmp_path, script):
   config, folders = tmp_path / 'config.py', [tmp_path / 'host0/run', tmp_path / 'host1/run']

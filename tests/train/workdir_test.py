@@ -1,10 +1,6 @@
 """A work directory belongs to one config."""
 
-import contextlib
-import errno
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -158,36 +154,3 @@ def test_an_allowed_mismatch_records_the_installed_versions(tmp_path, capsys):
   content = _content(tmp_path)
   assert content['versions'] == workdir.versions() and content['earlier_versions'][0]['jax'] == '0.9.1'
   workdir.claim_workdir(tmp_path, tiny.config('shape', data_dir='/somewhere'), 'print')
-
-
-_LOCKS = '''
-import contextlib, pathlib, sys, time
-from uni_moe_jax.train import workdir
-with contextlib.ExitStack() as stack:
-  print(workdir.lock(sys.argv[1], stack), flush=True)
-  time.sleep(60)
-'''
-
-
-def test_a_work_directory_is_locked_until_its_process_ends_or_dies(tmp_path):
-  def free():
-    with contextlib.ExitStack() as stack:
-      return workdir.lock(tmp_path, stack)
-
-  assert free() and free()  # closing the stack unlocks it
-  with subprocess.Popen([sys.executable, '-c', _LOCKS, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
-    assert process.stdout.readline() == 'True\n'
-    assert not free()
-    process.kill()
-  assert free()
-
-
-def test_a_file_system_without_locks_is_noted_and_used(tmp_path, monkeypatch, capsys):
-  def no_locks(*_):
-    raise OSError(errno.ENOLCK, 'No locks available')
-
-  monkeypatch.setattr(workdir.fcntl, 'flock', no_locks)
-  with contextlib.ExitStack() as stack:
-    assert workdir.lock(tmp_path, stack)
-  note = 'cannot be locked (No locks available); make sure that no other process trains there'
-  assert note in capsys.readouterr().err

@@ -55,16 +55,18 @@ def test_training_reports_what_is_wrong(tmp_path, arguments, message):
   assert message in _train(tmp_path, *arguments)
 
 
-@pytest.mark.parametrize('argument', [
-    '--input=gs://b/x', '--data_dir=gs://b/x', '--workdir=gs://b/x'])
+@pytest.mark.parametrize('argument, message', [
+    ('--input=gs://b/x', 'is a URL, but must be a path of a disk; copy its files'),
+    ('--workdir=gcs://bucket/x', "has the unknown scheme 'gcs'; did you mean 'gs'"),
+    ('--workdir=gs://Bucket/x', "has the bucket 'Bucket'")])
 @pytest.mark.parametrize('joined', [True, False])
-def test_a_url_instead_of_a_path_suggests_to_mount_it(argument, joined, capsys):
+def test_an_address_that_cannot_be_read_is_refused_before_anything_else(argument, message, joined, capsys):
   argv = [argument] if joined else argument.split('=', 1)
   with pytest.raises(SystemExit) as stopped:
-    cli._parse(['prepare_data.py', '--name=pets', *argv], remote=False)
+    cli._parse(['prepare_data.py', '--name=pets', *argv], local=('input',))
   assert stopped.value.code == 2
-  message = capsys.readouterr().err
-  assert message.startswith(f'error: {argument.partition("=")[0]}=') and 'gs://b/x' in message and 'gcsfuse' in message
+  error = capsys.readouterr().err
+  assert error.startswith(f'error: {argument.partition("=")[0]}=') and message in error and '://' in error
 
 
 @pytest.mark.parametrize('argv', [
@@ -74,7 +76,7 @@ def test_a_url_instead_of_a_path_suggests_to_mount_it(argument, joined, capsys):
 def test_arguments_and_fields_of_a_config_may_contain_a_url(argv):
   argv = ['train.py', *argv]
   with mock.patch.object(cli.flags, 'FLAGS', lambda argv: argv[:1]):
-    assert cli._parse(argv, remote=False) == argv[:1]
+    assert cli._parse(argv) == argv[:1]
 
 
 @pytest.mark.parametrize('overrides', [(), ('--config.train.steps=3',)])  # an override accesses the config earlier

@@ -1,5 +1,7 @@
-"""Addresses: what is refused, and that a path of the disk stays one."""
+"""Addresses: what is refused, and that a path of the disk stays one; objects in a bucket, and faults of its store."""
 
+import concurrent.futures
+import hashlib
 import pathlib
 
 import pytest
@@ -71,7 +73,76 @@ def test_files_of_a_folder_are_listed_with_sizes_and_removed(tmp_path):
   (tmp_path / 'a/b').mkdir(parents=True)
   (tmp_path / 'a/b/x').write_bytes(b'123')
   (tmp_path / 'a/y').touch()
-  assert list(storage.files_in(tmp_path / 'a')) == [('b/x', 3), ('y', 0)]
+  assert storage.files_in(tmp_path / 'a') == {'b/x': (3, None), 'y': (0, None)}
   storage.remove_folder(tmp_path / 'a')
   storage.remove_folder(tmp_path / 'a')
   assert list(tmp_path.iterdir()) == []
+
+
+def test_an_object_is_created_by_one_of_several_writers_and_then_replaced(store):
+  target = storage.path(f'{store.address}/objects/größer')
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    created = list(pool.map(lambda i: storage.create(target, b'%d' % i), range(8)))
+  assert created.count(True) == 1 and target.read_bytes() == b'%d' % created.index(True)
+  # The answer to a request was lost, and the request repeated: the object is there, and has what it writes.
+  assert storage.create(target, b'%d' % created.index(True))
+  storage.write_bytes(target, b'123')
+  assert storage.files_in(target.parent) == {'größer': (3, hashlib.md5(b'123').hexdigest())}
+
+
+def test_a_folder_of_a_bucket_is_moved_over_another_and_removed(store):
+  folder = storage.path(f'{store.address}/folders')
+  for name in ('a/x', 'a/deep/y', 'b/old', 'ab/other'):
+    storage.write_bytes(folder / name, name.encode())
+  storage.move_folder(folder / 'a', folder / 'b')
+  assert list(storage.files_in(folder)) == ['ab/other', 'b/deep/y', 'b/x']
+  assert (folder / 'b/deep/y').read_bytes() == b'a/deep/y'
+  storage.remove_folder(folder / 'b')
+  storage.remove_folder(folder / 'b')
+  assert list(storage.files_in(folder)) == ['ab/other']
+
+
+def test_files_that_grow_are_copied_when_the_period_has_passed_or_at_once_if_wanted(store):
+  target = storage.path(f'{store.address}/growing')
+  folder = storage.GrowingFolder(target, period=1000)
+  (folder.local / 'deep').mkdir()
+  for i, wait in enumerate([True, False, True]):
+    with (folder.local / 'deep/log').open('a') as log:
+      log.write(f'{i}')
+    folder.copy(wait)
+    assert (target / 'deep/log').read_text() == ('0', '0', '012')[i]
+  (folder.local / 'last').touch()
+  folder.close()
+  assert list(storage.files_in(target)) == ['deep/log', 'last'] and not folder.local.exists()
+
+
+def test_a_bucket_that_does_not_exist_is_named(store):
+  scheme = store.address.partition(':')[0]
+  storage.check_access(storage.path(f'{store.address}/nothing/here'), '--workdir')
+  with pytest.raises(UsageError, match=f"--workdir='{scheme}://absent/run' names the bucket 'absent', which does not"):
+    storage.check_access(storage.path(f'{scheme}://absent/run'), '--workdir')
+
+
+@pytest.mark.parametrize('text, meaning', [
+    ('HttpError: Anonymous caller does not have storage.objects.list access to the bucket., 401', 'credentials are'),
+    ('RefreshError: Reauthentication is needed', 'credentials are missing or have expired'),
+    ('ValueError: UNAUTHENTICATED: Error reading "gs://b/x"', 'credentials are missing or have expired'),
+    ('PermissionError: The provided token has expired.', 'credentials are missing or have expired'),
+    ('NoCredentialsError: Unable to locate credentials', 'credentials are missing or have expired'),
+    ('OSError: Forbidden: b/bucket/o', 'permission is denied'),
+    ('PermissionError: Access Denied', 'permission is denied'),
+    ('ValueError: PERMISSION_DENIED: Error writing "gs://b/x"', 'permission is denied'),
+    ('HttpError: Service Unavailable, 503', 'the store does not answer'),
+    ('ClientConnectorError: Cannot connect to host', 'the store does not answer'),
+    ('EndpointConnectionError: Could not connect', 'the store does not answer')])
+def test_errors_of_stores_become_one_sentence_with_the_address(text, meaning):
+  name, _, message = text.partition(': ')
+  error = ValueError('a wrapper')
+  error.__cause__ = type(name, (Exception,), {})(message)
+  sentence = storage.explain(error, 'gs://bucket/run')
+  assert sentence.startswith('gs://bucket/run: ') and meaning in sentence and sentence.endswith('.')
+
+
+@pytest.mark.parametrize('error', [ValueError('shape [401, 503]x'), KeyError('x'), UsageError('403 Forbidden')])
+def test_other_errors_stay_what_they_are(error):
+  assert storage.explain(error, 'gs://bucket/run') is None

@@ -1,28 +1,29 @@
 """experts.json and its figure. The report reads the file too; nothing here needs JAX."""
 
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from uni_moe_jax.analysis import heat_map
-from uni_moe_jax.utils.files import write_json
+from uni_moe_jax.utils import storage
+from uni_moe_jax.utils.files import save_figure, write_json
 
 FILE = 'experts.json'  # of the newest checkpoint; the report shows it
 _CELL, _TASK_CELL, _LETTER = 0.21, 0.42, 0.07  # inches
 _MAX_SPANS = 4  # in the label of a condition
 
 
-def write(content: dict[str, Any], workdir: str | os.PathLike[str], stem: str) -> list[pathlib.Path]:
+def write(content: dict[str, Any], workdir: str | os.PathLike[str], stem: str) -> list[storage.Path]:
   """Writes <stem>.json and <stem>.png; returns their paths.
 
   Raises:
     ValueError: a number is not finite.
   """
-  pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-  paths = [pathlib.Path(workdir, stem + end) for end in ('.json', '.png')]
+  folder = storage.path(workdir)
+  storage.make_folder(folder)
+  paths = [folder / (stem + end) for end in ('.json', '.png')]
   _draw(paths[1], content)
   write_json(paths[0], content, allow_nan=False)
   return paths
@@ -53,7 +54,7 @@ def mean_effective(content: Mapping[str, Any]) -> np.ndarray:
   return np.asarray(content['effective_experts'], np.float64).mean(0)
 
 
-def _draw(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+def _draw(path: storage.Path, content: Mapping[str, Any]) -> None:
   """Draws coefficients as a grid of heat maps, router by layer; below, the overlap of tasks."""
   from matplotlib.figure import Figure  # slow to import, and only figures need it
   shares, effective = (np.asarray(content[k], np.float64) for k in ('coefficients', 'effective_experts'))
@@ -76,4 +77,4 @@ def _draw(path: pathlib.Path, content: Mapping[str, Any]) -> None:
   heat_map.draw(axes, overlap, tasks, tasks, [[f'{value:.2f}' for value in row] for row in overlap])
   axes.set_title('overlap of two tasks, mean over layers and routers\n(1: the same experts, 0: no common one)',
                  fontsize=9)
-  figure.savefig(path, dpi=110, bbox_inches='tight', pad_inches=0.15)
+  save_figure(figure, path, dpi=110, bbox_inches='tight', pad_inches=0.15)

@@ -1,14 +1,14 @@
 """interference.json and its heat maps. The report reads the file too; nothing here needs JAX."""
 
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from uni_moe_jax.analysis import heat_map
-from uni_moe_jax.utils.files import write_json
+from uni_moe_jax.utils import storage
+from uni_moe_jax.utils.files import save_figure, write_json
 
 FILE = 'interference.json'  # of the newest checkpoint; the report shows it
 _BOUNDS = ('value', 'low', 'high')
@@ -17,10 +17,11 @@ _LEGEND = 'row: task whose loss is measured; column: task of the step; below eac
 NO_BASE_LEGEND = '° a step on the task itself has no certain effect: its row has no meaning'  # of the mark °
 
 
-def write(content: Mapping[str, Any], workdir: str | os.PathLike[str], stem: str) -> list[pathlib.Path]:
+def write(content: Mapping[str, Any], workdir: str | os.PathLike[str], stem: str) -> list[storage.Path]:
   """Writes <stem>.json, <stem>.png (all parameters) and <stem>_subsets.png (layers × projections)."""
-  pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-  paths = [pathlib.Path(workdir, stem + end) for end in ('.json', '.png', '_subsets.png')]
+  folder = storage.path(workdir)
+  storage.make_folder(folder)
+  paths = [folder / (stem + end) for end in ('.json', '.png', '_subsets.png')]
   total, *subsets = content['subsets']
   by_key = {(s['layer'], s['projection']): s for s in subsets}
   layers, projections = (dict.fromkeys(keys) for keys in zip(*by_key, strict=True))
@@ -61,7 +62,7 @@ def note(subset: Mapping[str, Any], tasks: Sequence[str], i: int, j: int) -> str
 
 
 def draw(
-    path: pathlib.Path, grid: Sequence[Sequence[Mapping[str, Any] | None]], tasks: Sequence[str], title: str) -> None:
+    path: storage.Path, grid: Sequence[Sequence[Mapping[str, Any] | None]], tasks: Sequence[str], title: str) -> None:
   """Draws a heat map of I(i, j) per subset; None leaves a gap.
 
   Blue helps, red hurts, white is 0; colors are saturated at ±1.
@@ -82,7 +83,7 @@ def draw(
     axes.set_title(subset['subset'], fontsize=10)
   if not all(all(has_base(s)) for s in subsets if s):
     figure.supxlabel(NO_BASE_LEGEND, fontsize=9)
-  figure.savefig(path, dpi=110, bbox_inches='tight', pad_inches=0.15)
+  save_figure(figure, path, dpi=110, bbox_inches='tight', pad_inches=0.15)
 
 
 def _cell(value: float | None, low: float | None, high: float | None, is_own: bool) -> str:

@@ -231,6 +231,9 @@ class TrainConfig:
   log_every: int = field(20, 'Steps.', at_least=1)
   checkpoint_every: int = field(200, 'Steps.', at_least=1)
   max_to_keep: int = field(2, 'Number of newest checkpoints kept.', at_least=1)
+  keep_every: int = field(
+      0, 'Checkpoints whose step is a multiple of this are kept forever, besides the newest and the best.',
+      at_least=0, off=0)
   evaluate_every: int = field(
       0, 'Steps between evaluations by the evaluators with during_training=True, which also follow the last step; '
       'logged as eval/EVALUATOR/METRIC.', at_least=0, off=0)

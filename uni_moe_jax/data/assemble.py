@@ -18,6 +18,7 @@ from uni_moe_jax.data.pipeline.examples import Builder, Examples
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.target_sets import TargetSet, build_target_set
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 from uni_moe_jax.utils.suggest import nearest
 
@@ -124,7 +125,7 @@ class Data:
   def _make_tokenizer(self, config: ml_collections.ConfigDict,
                       records: list[Records | FileDataset]) -> tuple[Tokenizer, pathlib.Path, str]:
     """(tokenizer, its file, fingerprint); one that is trained for this text and size is cached."""
-    c, expand = config.tokenizer, lambda path: pathlib.Path(os.path.expanduser(path))
+    c, expand = config.tokenizer, lambda path: storage.path(os.path.expanduser(path))
     if c.type == 'clip':
       tokenizer = ClipTokenizer(c.merges_path)
       return tokenizer, expand(c.merges_path), tokenizer.fingerprint

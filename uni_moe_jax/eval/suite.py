@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.parallel import multihost
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.files import read_json, write_json
 
 EVALUATION_FILE = 'evaluation.json'
@@ -41,8 +41,8 @@ def evaluate(
       rows += [score.row(e.name, step) for score in scores(e, data, predictor, shown)]
       print(f'{e.name}: {time.perf_counter() - start:.0f} s', flush=True)
   if writes:
-    (pathlib.Path(workdir) / samples.FILE).write_text(json.dumps(shown))
-    write_json(pathlib.Path(workdir) / EVALUATION_FILE, rows)
+    (storage.path(workdir) / samples.FILE).write_text(json.dumps(shown))
+    write_json(storage.path(workdir) / EVALUATION_FILE, rows)
   return rows
 
 
@@ -57,5 +57,5 @@ def scores(e: Evaluation, data: Data, predictor: Predictor, shown: dict[str, lis
 
 def evaluated_step(workdir: str | os.PathLike[str]) -> int | None:
   """The step of the evaluation in a work directory, or None."""
-  rows = read_json(pathlib.Path(workdir) / EVALUATION_FILE)
+  rows = read_json(storage.path(workdir) / EVALUATION_FILE)
   return rows[0]['step'] if rows else None

@@ -23,6 +23,7 @@ from uni_moe_jax.export import description, model_card, torch_dense, torch_file
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import programs
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path
 
@@ -45,7 +46,7 @@ def write(
   Raises:
     UsageError: the folder exists, or the published layout cannot represent the model.
   """
-  folder = pathlib.Path(folder)
+  folder = storage.path(folder)
   if folder.exists():
     raise UsageError(f'--output={folder} exists; choose another folder or remove it.')
   state = torch_dense.state(contents.spec, contents.params, contents.tasks) if torch else None

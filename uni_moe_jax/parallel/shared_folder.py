@@ -1,12 +1,13 @@
 """Whether all processes of a run see one folder, into which each writes its part of a checkpoint."""
 
+import functools
 import os
-import pathlib
 import secrets
 import socket
 import time
 
 from uni_moe_jax.parallel.distributed import Cluster
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError, first_few
 
 _NOT_WRITTEN = bytes(16)  # in place of a token
@@ -31,15 +32,15 @@ def check(cluster: Cluster | None, workdir: str | os.PathLike[str], create: bool
   import jax  # pylint: disable=g-import-not-at-top
 
   from uni_moe_jax.parallel import multihost  # pylint: disable=g-import-not-at-top
-  folder, token, reason = pathlib.Path(workdir), _NOT_WRITTEN, 'its own output has the reason'
+  folder, token, reason = storage.path(workdir), _NOT_WRITTEN, 'its own output has the reason'
   # A new name each time: a file system may remember for a minute that there was no such file.
   path = lambda token: folder / f'.shared-{token.hex()}'
   with multihost.exit_with_peers():
     if jax.process_index() == 0:
       try:
         if create:
-          folder.mkdir(parents=True, exist_ok=True)
-        path(token := secrets.token_bytes(len(_NOT_WRITTEN))).touch()
+          storage.make_folder(folder)
+        storage.write_bytes(path(token := secrets.token_bytes(len(_NOT_WRITTEN))), b'')
       except OSError as e:
         token, reason = _NOT_WRITTEN, e.strerror
     token = multihost.broadcast_bytes_from_primary(token)  # also waits until the file is written
@@ -56,11 +57,12 @@ def check(cluster: Cluster | None, workdir: str | os.PathLike[str], create: bool
     raise UsageError(
         f'workdir {workdir} is not shared: what {names[0]} writes there does not appear for '
         f'{first_few(blind)} within {timeout:g} s. Every process writes its part of a checkpoint: give all '
-        'of them one folder (Filestore, NFS, a mounted bucket), for example --workdir=/shared/run.')
+        'of them one folder (a bucket, Filestore, NFS), for example --workdir=gs://bucket/run.')
 
 
-def _appears(path: pathlib.Path, timeout: float) -> bool:
+def _appears(path: storage.Path, timeout: float) -> bool:
   end = time.monotonic() + timeout
-  while not (exists := os.path.exists(path)) and time.monotonic() < end:  # False also if it may not look there
+  look = path.exists if storage.is_remote(path) else functools.partial(os.path.exists, path)
+  while not (exists := look()) and time.monotonic() < end:  # False also if it may not look there
     time.sleep(0.2)
   return exists

@@ -6,7 +6,9 @@ import os
 from collections.abc import Sequence
 
 from uni_moe_jax.reporting import figures
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils.files import save_figure
 
 Curves = dict[str, tuple[list[int], list[float]]]  # metric name -> steps, values
 
@@ -61,4 +63,4 @@ def draw(path: str | os.PathLike[str], curves: Curves, groups: Sequence[str], ti
     axes.spines[['top', 'right']].set_visible(False)
   for axes in list(panels):
     axes.set_axis_off()
-  sheet.savefig(path, dpi=110)
+  save_figure(sheet, storage.path(path), dpi=110)

@@ -12,12 +12,12 @@ from html import escape
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from uni_moe_jax.analysis import expert_usage_file, interference_file
 from uni_moe_jax.eval import headline, metrics
 from uni_moe_jax.reporting import curves as reporting_curves
 from uni_moe_jax.reporting import figures
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 _OWN_PANELS = ('loss/total', 'learning_rate', 'grad_norm', 'steps_per_second')
@@ -69,8 +69,8 @@ summary { cursor: pointer; color: var(--accent); margin: 10px 0; }
 """
 
 
-def write_report(workdir: str | os.PathLike[str]) -> epath.Path:
-  """Writes report.html from the files in a workdir, local or remote (gs://), and returns its path.
+def write_report(workdir: str | os.PathLike[str]) -> storage.Path:
+  """Writes report.html from the files in a workdir, or in a bucket, and returns its path.
 
   Reads metrics.jsonl, evaluation.json, experts.json, samples.json and run.json; a missing or unreadable one is named
   in the page. Reads interference.json where it is.
@@ -78,7 +78,7 @@ def write_report(workdir: str | os.PathLike[str]) -> epath.Path:
   Raises:
     MissingFileError: the folder does not exist.
   """
-  workdir = epath.Path(workdir)
+  workdir = storage.path(workdir)
   if not workdir.is_dir():
     raise MissingFileError(f'workdir {os.fspath(workdir)!r} is not a folder: give the one that training or evaluation '
                            'wrote to.')
@@ -100,13 +100,12 @@ def write_report(workdir: str | os.PathLike[str]) -> epath.Path:
   facts = _NOTE.format(' · '.join(facts)) if facts else ''
   name, verdicts = escape(workdir.name), evaluation.render(_verdict_line, otherwise='')
   body = ''.join(f'<section id="{title.lower()}"><h2>{title}</h2>{body}</section>' for title, body in sections.items())
-  path, partial = workdir / 'report.html', workdir / 'report.html.partial'
-  partial.write_text(
+  path = workdir / 'report.html'
+  storage.write_bytes(path, (
       '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
       '<meta name="viewport" content="width=device-width, initial-scale=1">'
       f'<title>{name} · report</title><style>{_STYLE}{figures.STYLE}</style></head><body><main><header><h1>{name}</h1>'
-      f'{facts}{verdicts}</header>{body}</main></body></html>\n', encoding='utf-8')
-  partial.replace(path)  # a reader never sees half a page
+      f'{facts}{verdicts}</header>{body}</main></body></html>\n').encode())  # at once: a reader never sees half a page
   return path
 
 
@@ -119,7 +118,7 @@ def _read_json(text: str) -> Any:
 class _Source:
   """One file of the workdir: its content, or the sentence that replaces it."""
 
-  def __init__(self, path: epath.Path, origin: str, read: Callable[[str], Any] = _read_json):
+  def __init__(self, path: storage.Path, origin: str, read: Callable[[str], Any] = _read_json):
     self.name, self.content, self.absence, self.exists = path.name, None, '', True
     try:
       self.content = read(path.read_text(encoding='utf-8'))

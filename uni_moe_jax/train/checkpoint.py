@@ -7,8 +7,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,15 +16,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from uni_moe_jax.config.metric_names import lower_is_better
-from uni_moe_jax.parallel import distributed, multihost
+from uni_moe_jax.parallel import array_sums, distributed, multihost
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_step, saved_steps, unfinished_folders
-from uni_moe_jax.utils import errors, files, heap
+from uni_moe_jax.utils import errors, files, heap, orbax_s3, storage
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.tree_paths import by_path
 
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step
 _MODE = ocp.options.AtomicityMode
+_READS = 2  # of arrays in a bucket, until they are as they were saved
 _ITEM = 'default'  # Orbax's name of the folder of a step's arrays
 
 
@@ -36,7 +35,8 @@ class Checkpoints:
   A checkpoint with a missing, truncated or altered file is skipped with a warning, and the previous one is used.
   """
 
-  def __init__(self, workdir: str | os.PathLike[str], max_to_keep: int | None, best_metric: str = ''):
+  def __init__(
+      self, workdir: str | os.PathLike[str], max_to_keep: int | None, best_metric: str = '', keep_every: int = 0):
     """Opens the checkpoints of a work directory.
 
     Args:
@@ -44,11 +44,15 @@ class Checkpoints:
       max_to_keep: number of newest checkpoints to keep when saving; None: read only, nothing is saved, moved or
         deleted.
       best_metric: also keep the checkpoint with the best value of this metric, see `lower_is_better`; '': none.
+      keep_every: also keep those whose step is a multiple of this; 0: none.
 
     Raises:
       RunError: every checkpoint is damaged.
     """
-    self._workdir, self._folder = workdir, pathlib.Path(workdir).absolute() / CHECKPOINTS
+    self._workdir, self._is_remote = workdir, storage.is_remote(workdir)
+    self._folder = storage.absolute(workdir) / CHECKPOINTS
+    if str(self._folder).startswith('s3:'):
+      orbax_s3.support()
     writes = max_to_keep is not None
     self._in_place = bool(multihost.broadcast_from_primary(
         writes and distributed.is_primary() and not self._renames_folders()))
@@ -58,13 +62,14 @@ class Checkpoints:
       raise RunError(
           f'every checkpoint in {self._folder} is damaged (see above), so nothing of this run can be trusted. Copy an '
           f'intact one back, or delete {self._folder} to train from the start.')
-    self._own, self._pending = set(), None
+    self._own, self._pending, self._sums = set(), None, {}
     self._best_metric = best_metric
     self._metrics = {step: manifest.metrics(self._folder / str(step)) for step in saved_steps(workdir)}
     self._manager = ocp.CheckpointManager(
         self._folder, item_handlers=ocp.StandardCheckpointHandler(),
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=_Retention(max_to_keep, self._best_of), create=writes,
+            preservation_policy=_Retention(max_to_keep, keep_every, self._best_of),
+            create=writes and not self._is_remote,
             cleanup_tmp_directories=writes and not self._in_place, enable_async_checkpointing=True,
             # Finished checkpoints have a commit file in both modes.
             atomicity_options=ocp.options.AtomicityOptions(
@@ -96,6 +101,8 @@ class Checkpoints:
     self._own.add(step)
     self._metrics[step] = {k: v for k, v in (metrics or {}).items() if math.isfinite(v)}
     self._pending = step
+    if self._is_remote:  # objects are not read back to learn whether they arrived as they were sent
+      self._sums = array_sums.array_sums(state)
     with self._report_disk_errors():
       self._manager.save(step, args=ocp.args.StandardSave(state))
 
@@ -121,8 +128,8 @@ class Checkpoints:
     """
     step = self._verified(step)
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    self._check_fits(step, self._manager.item_metadata(step).tree, shapes)
-    return self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+    self._check_fits(step, self._saved_tree(step), shapes)
+    return self._read(step, lambda: self._manager.restore(step, args=ocp.args.StandardRestore(shapes)))
 
   def param_shapes(self, step: int | None = None) -> Any:
     """Shapes of the parameters that `restore_params` reads by default."""
@@ -149,17 +156,17 @@ class Checkpoints:
       self._check_fits(step, saved, like, partial)
       item = {name: like}
       restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    restore = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      return checkpointer.restore(self._folder / str(step) / _ITEM, args=ocp.args.PyTreeRestore(
-          item=item, restore_args=restore_args, partial_restore=True))[name]
+      return self._read(step, lambda: checkpointer.restore(self._folder / str(step) / _ITEM, args=restore))[name]
 
   def restore_host(self, step: int | None = None) -> Any:
     """A step (default: the newest) on the host, as dictionaries and lists; see `restore`."""
     step = self._verified(step)
-    saved = self._manager.item_metadata(step)
+    saved = self._saved_tree(step)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), saved.tree)
-    return jax.device_get(self._manager.restore(step, args=ocp.args.StandardRestore(like)))
+    like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), saved)
+    return jax.device_get(self._read(step, lambda: self._manager.restore(step, args=ocp.args.StandardRestore(like))))
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -176,6 +183,8 @@ class Checkpoints:
 
   def _renames_folders(self) -> bool:
     """Whether folders can be renamed in the work directory, which it creates; notes where not."""
+    if self._is_remote:
+      return False
     workdir = self._folder.parent
     workdir.mkdir(parents=True, exist_ok=True)
     renames = files.renames_folders(workdir)
@@ -190,7 +199,7 @@ class Checkpoints:
     clean: move damaged ones away, and delete those that were written in place and not finished.
     """
     for folder in unfinished_folders(self._workdir) if clean else ():
-      shutil.rmtree(folder)
+      storage.remove_folder(folder)
     steps = saved_steps(self._workdir)
     for i, step in reversed(list(enumerate(steps))):
       damage = manifest.damage(self._folder / str(step))
@@ -204,10 +213,8 @@ class Checkpoints:
     return _ALL_DAMAGED if steps else _NONE
 
   def _move_away(self, step: int) -> None:
-    target = pathlib.Path(self._workdir) / DAMAGED / str(step)
-    shutil.rmtree(target, ignore_errors=True)
-    target.parent.mkdir(exist_ok=True)
-    shutil.move(self._folder / str(step), target)
+    target = storage.path(self._workdir) / DAMAGED / str(step)
+    storage.move_folder(self._folder / str(step), target)
     print(f'warning: it was moved to {target}; delete that folder after inspecting it.', file=sys.stderr, flush=True)
 
   def _verified(self, step: int | None) -> int:
@@ -218,9 +225,40 @@ class Checkpoints:
       raise RunError(f'the checkpoint of step {step} in {self._workdir} is damaged: {damage}; choose another step.')
     return step
 
+  def _saved_tree(self, step: int) -> Any:
+    """Shapes and types of the arrays of a step."""
+    return self._read(step, lambda: self._manager.item_metadata(step).tree, are_arrays=False)
+
+  def _read(self, step: int, read: Callable[[], Any], are_arrays: bool = True) -> Any:
+    """A tree of a step, which `read` reads, again if it fails or the bits of arrays are not those that were saved.
+
+    Raises:
+      RunError: they are not the second time, either.
+    """
+    if not (saved := manifest.array_sums(self._folder / str(step))):  # on a disk
+      return read()
+    for _ in range(_READS):
+      try:
+        tree = read()
+      except Exception as e:
+        # Several processes do not all read again.
+        if jax.process_count() > 1 or storage.explain(e, str(self._workdir)):
+          raise
+        wrong = [f'{type(e).__name__} in decoding them']
+      else:
+        sums = array_sums.array_sums(tree) if are_arrays else {}
+        wrong = [path for path, x in sums.items() if int(x) != saved[path]]
+      if not wrong:
+        return tree
+      print(f'warning: arrays of the checkpoint of step {step} in {self._workdir} were not read as they were saved '
+            f'({errors.first_few(wrong)}).', file=sys.stderr, flush=True)
+    raise RunError(f'the checkpoint of step {step} in {self._workdir} was read {_READS} times, and not as it was saved '
+                   f'({errors.first_few(wrong)}): bits changed on the way there or back. Try another host, or move '
+                   f'{self._folder / str(step)} away to continue from an earlier one.')
+
   def _saved_params(self, step: int) -> tuple[str, Any]:
     """(field of the state, shapes) of the parameters to use of a step."""
-    tree = self._manager.item_metadata(step).tree
+    tree = self._saved_tree(step)
     name = 'ema_params' if tree.get('ema_params') else 'params'
     return name, tree[name]
 
@@ -249,7 +287,8 @@ class Checkpoints:
     self._manager.check_for_errors()  # also waits until its metadata are written
     final = self._folder / str(self._pending)
     folder = final if self._in_place else final.with_name(final.name + ocp.path.atomicity.TMP_DIR_SUFFIX)
-    manifest.write(folder, final, self._metrics[self._pending])
+    sums = {path: int(x) for path, x in jax.device_get(self._sums).items()}
+    manifest.write(folder, final, self._metrics[self._pending], sums)
 
   @contextlib.contextmanager
   def _report_disk_errors(self) -> Iterator[None]:
@@ -258,12 +297,15 @@ class Checkpoints:
       yield
     except Exception as e:
       is_full = errors.disk_is_full(e)
-      if not isinstance(e, OSError) and not is_full:
+      reason = storage.explain(e, str(self._workdir)) if self._is_remote else None
+      if not isinstance(e, OSError) and not is_full and reason is None:
         raise
       step, self._pending = self._pending, None
       # Orbax has removed old steps from its list, but deletes them only after a save that succeeds.
       kept = saved_step(self._workdir)
       safe = 'nothing was saved before it' if kept is None else f'that of step {kept} is safe'
+      if reason:
+        raise RunError(f'the checkpoint of step {step} could not be written; {safe}; {reason}') from e
       fix = 'Free some space' if is_full else 'Check whether the disk can be reached, and who may write there'
       raise RunError(
           f'the checkpoint of step {step} could not be written: {"the disk is full" if is_full else e} '
@@ -272,14 +314,17 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True)
 class _Retention:
-  """Orbax's interface for which steps to keep: the newest `max_to_keep` (None: all) and the best."""
+  """Orbax's interface for which steps to keep: the newest `max_to_keep` (None: all), multiples, and the best."""
   max_to_keep: int | None
+  keep_every: int
   best_of: Callable[[Sequence[int]], int | None]
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     del context
     steps = [c.step for c in checkpoints]
-    kept = {self.best_of(steps), *(steps if self.max_to_keep is None else sorted(steps)[-self.max_to_keep:])}
+    multiples = [s for s in steps if self.keep_every and s % self.keep_every == 0]
+    newest = steps if self.max_to_keep is None else sorted(steps)[-self.max_to_keep:]
+    kept = {self.best_of(steps), *multiples, *newest}
     return [s in kept for s in steps]
 
 

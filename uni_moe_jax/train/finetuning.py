@@ -15,6 +15,7 @@ from uni_moe_jax.config import presets, schema
 from uni_moe_jax.config.plan import Plan, make_plan
 from uni_moe_jax.config.task_schema import VOCABULARY
 from uni_moe_jax.train import workdir
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
@@ -149,8 +150,8 @@ def _config_of(
 
 def start_from(run: str, config_name: str) -> tuple[ml_collections.ConfigDict, Plan]:
   """(config that starts from a run and has no task yet, the run's plan). Raises UsageError if there is no such run."""
-  if not (pathlib.Path(run) / workdir.CONFIG_FILE).is_file():
-    others = [p.parent.name for p in pathlib.Path(run).parent.glob(f'*/{workdir.CONFIG_FILE}')]
+  if not (storage.path(run) / workdir.CONFIG_FILE).is_file():
+    others = [p.parent.name for p in storage.path(run).parent.glob(f'*/{workdir.CONFIG_FILE}')]
     raise UsageError(f'{config_name}: {run!r} is no work directory of a run ({workdir.CONFIG_FILE} is missing); '
                      f'{nearest(pathlib.Path(run).name, others)}.')
   c = workdir.load_config(run)

@@ -10,11 +10,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 
 from uni_moe_jax.utils.exit_codes import ERROR
 
 _TICKS = 20  # per timeout
+_NOTE_AFTER = 30.0  # seconds until a wait for a bucket is noted, then after twice as long
 START = 'starting'
 BATCH = 'waiting for the batch'
 STEP = 'waiting for the result'
@@ -34,9 +36,14 @@ _CHECKS = {
 class HangDetector:
   """Watches the phases of a loop from a thread of its own; a context manager."""
 
-  def __init__(self, timeout: float):
-    """timeout: seconds per phase, six times as many for START and for each evaluator; 0 disables."""
-    self._timeout = timeout
+  def __init__(self, timeout: float, buckets: Mapping[str, str] = types.MappingProxyType({})):
+    """Starts when it is entered.
+
+    Args:
+      timeout: seconds per phase, six times as many for START and for each evaluator; 0 disables.
+      buckets: phase → address of the bucket that it reads or writes; its waits are noted.
+    """
+    self._timeout, self._buckets = timeout, buckets
     self._phase: tuple[str, int | None] | None = None
     self._waited = 0.0
     self._stop = threading.Event()
@@ -62,21 +69,32 @@ class HangDetector:
       self._phase = None
 
   def _watch(self) -> None:
-    tick, last = self._timeout / _TICKS, time.monotonic()
+    tick, last, noted = min(self._timeout / _TICKS, _NOTE_AFTER), time.monotonic(), (None, _NOTE_AFTER)
     while not self._stop.wait(tick):
       now = time.monotonic()
       # At most two ticks count, so that a process that was suspended for a while does not hang.
       self._waited, last = self._waited + min(now - last, 2 * tick), now
       phase = self._phase
+      if phase is None or phase != noted[0]:
+        noted = phase, _NOTE_AFTER
+      elif phase[0] in self._buckets and self._waited > noted[1]:
+        print(f'waiting for {self._buckets[phase[0]]}: {_name(*phase)} has taken {self._waited:.0f} s', file=sys.stderr,
+              flush=True)
+        noted = phase, 2 * self._waited
       if phase is not None and self._waited > self._timeout * (_LONG_FACTOR if phase[0] in _LONG else 1):
         self._report(*phase)
         return
 
   def _report(self, name: str, step: int | None) -> None:
-    what = name if step is None else f'{name} of step {step}'
     factor = f'{_LONG_FACTOR} times ' if name in _LONG else ''
-    print(f'\nerror: {what} has taken {self._waited:.0f} s, and {factor}config.train.hang_timeout={self._timeout:g} is '
-          f'the limit. {_CHECKS[name]} If it is only slow, raise hang_timeout; 0 disables it. The same command '
-          'continues from the newest checkpoint. Stack of every thread:', file=sys.stderr, flush=True)
+    store = f' (waiting for {self._buckets[name]})' if name in self._buckets else ''
+    print(f'\nerror: {_name(name, step)} has taken {self._waited:.0f} s{store}, and {factor}'
+          f'config.train.hang_timeout={self._timeout:g} is the limit. {_CHECKS[name]} If it is only '
+          'slow, raise hang_timeout; 0 disables it. The same command continues from the newest checkpoint. Stack '
+          'of every thread:', file=sys.stderr, flush=True)
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
     os._exit(ERROR)  # sys.exit would wait for the hanging threads
+
+
+def _name(phase: str, step: int | None) -> str:
+  return phase if step is None else f'{phase} of step {step}'

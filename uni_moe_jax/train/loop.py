@@ -26,8 +26,8 @@ from uni_moe_jax.train.metrics_log import MetricsLog
 from uni_moe_jax.train.run import Run, build, conditions, initial_state
 from uni_moe_jax.train.step import Step, TrainState
 from uni_moe_jax.train.validation import Validation
-from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, copy_tokenizer, lock, saved_step
-from uni_moe_jax.utils import signals
+from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, copy_tokenizer, saved_step
+from uni_moe_jax.utils import locks, signals, storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED, PREEMPTED
 from uni_moe_jax.utils.files import write_json
@@ -94,24 +94,32 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
       `copy_tokenizer` and `Checkpoints` raise.
   """
   started, stop = time.perf_counter(), Stop()
-  with stop.on_signals(), HangDetector(config.train.hang_timeout) as detector, contextlib.ExitStack() as stack:
+  with stop.on_signals(), HangDetector(
+      config.train.hang_timeout, _buckets(workdir, config.data.dir)) as detector, contextlib.ExitStack() as stack:
     with detector.phase(START), multihost.exit_with_peers():
       run = build(config, devices)
       run.plan.check_trains()
       multihost.check_same_data(run.data.inputs_fingerprint)
       is_primary = distributed.is_primary()
       claim_workdir(workdir, run.config, run.data.fingerprint, is_primary, run.data.inputs_fingerprint, extends=True)
-      if not multihost.broadcast_from_primary(not is_primary or lock(workdir, stack)):
-        raise UsageError(f'another process trains in {workdir}: wait until it has ended, or give another --workdir.')
+      owner = locks.lock(workdir, stack) if is_primary else None
+      if multihost.broadcast_from_primary(owner is not None):
+        raise UsageError(f'{owner or "another process"} trains in {workdir}: wait until it has ended, or give another '
+                         '--workdir.')
       check_versions(workdir)
       copy_tokenizer(workdir, run.data.tokenizer_file, is_primary)
       if is_primary:
-        write_json(pathlib.Path(workdir, RUN_FILE), _run_facts(run))
+        write_json(storage.path(workdir) / RUN_FILE, _run_facts(run))
       print(_describe(run), flush=True)
-      checkpoints = Checkpoints(workdir, config.train.max_to_keep, config.train.best_metric)
+      checkpoints = Checkpoints(workdir, config.train.max_to_keep, config.train.best_metric, config.train.keep_every)
     stack.push(functools.partial(_close, checkpoints, detector))
     with multihost.exit_with_peers():
       return _loop(run, workdir, checkpoints, stop, detector, started, hooks)
+
+
+def _buckets(workdir: str, data_dir: str) -> dict[str, str]:
+  """For `HangDetector`: the buckets that phases of a run wait for."""
+  return {phase: address for phase, address in ((SAVE, workdir), (BATCH, data_dir)) if storage.is_remote(address)}
 
 
 def _close(checkpoints: Checkpoints, detector: HangDetector, *error) -> None:
@@ -206,10 +214,12 @@ class _Trainer:
         self._means |= evaluated
       if done % self._config.checkpoint_every == 0 and done != self._config.steps:
         with self._phase(SAVE, done):
+          self._log.copy()
           self._checkpoints.save(done, state, self._means)
     with self._phase(STEP, done):
       jax.block_until_ready(state.step)
     with self._phase(SAVE, done):
+      self._log.copy()
       self._checkpoints.save(done, state, self._means)
       self._checkpoints.finish()
     return done

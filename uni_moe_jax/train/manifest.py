@@ -1,64 +1,76 @@
-"""Size and SHA-256 of every file of a checkpoint, by which damage is detected before it is trained on.
+"""Size and digest of every file of a checkpoint, by which damage is detected before it is trained on.
 
 The manifest is written when every array is on disk and before Orbax gives the folder its final name: a checkpoint
 exists together with its manifest, or not at all. Orbax completes two small files later, whose content is checked
 instead. Where folders cannot be renamed, a checkpoint is written in place, and the later of these files completes it.
+Files of a disk are read for their SHA-256. A bucket has the MD5 of each object in its listing: nothing is read.
 """
 
 import hashlib
 import json
-import os
-import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent import futures
 from typing import Any
 
-from uni_moe_jax.utils.storage import write_bytes
+from uni_moe_jax.utils import storage
 
 FILE = 'manifest.json'
 _METADATA, _COMMITTED = '_CHECKPOINT_METADATA', 'commit_success.txt'
 _COMPLETED_LATER = 'commit_timestamp_nsecs'
 _THREADS = 4
+_NAMES = {'md5': 'MD5', 'sha256': 'SHA-256'}
 
 
-def write(folder: pathlib.Path, final: pathlib.Path, metrics: Mapping[str, float]) -> None:
-  """Writes the manifest of a checkpoint in `folder`, which is complete except for its name, with its metrics.
+def write(
+    folder: storage.Path, final: storage.Path, metrics: Mapping[str, float], sums: Mapping[str, int]) -> None:
+  """Writes the manifest of a checkpoint in `folder`, which is complete except for its name.
 
-  final: where it will be; `folder` itself, if it is written in place.
+  Args:
+    folder: has the checkpoint.
+    final: where it will be; `folder` itself, if it is written in place.
+    metrics: that were logged with its step.
+    sums: of its arrays, see `parallel.array_sums`; {} where files are read to verify them.
   """
-  files = sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
-  sums = _checksums(folder, [name for name in files if name not in (FILE, _METADATA, _COMMITTED)])
-  content = {'files': sums, 'metadata': _metadata(folder), 'committed': f'Checkpoint commit was successful to {final}',
-             'in_place': folder == final, 'metrics': dict(metrics)}
-  write_bytes(folder / FILE, json.dumps({**content, 'sha256': _own_checksum(content)}).encode())
+  files = {k: v for k, v in storage.files_in(folder).items() if k not in (FILE, _METADATA, _COMMITTED)}
+  digests = _digests(folder, {name: 'md5' if md5 else 'sha256' for name, (_, md5) in files.items()}, files)
+  content = {'files': digests, 'metadata': _metadata(folder), 'in_place': folder == final, 'metrics': dict(metrics),
+             'sums': dict(sums), 'committed': f'Checkpoint commit was successful to {final}'}
+  storage.write_bytes(folder / FILE, json.dumps({**content, 'sha256': _own_checksum(content)}).encode())
 
 
-def damage(folder: pathlib.Path) -> str:
+def damage(folder: storage.Path) -> str:
   """Describes the damage of a checkpoint; '' if it is intact."""
   try:
+    files = storage.files_in(folder)
+    for name in (FILE, _METADATA, _COMMITTED):
+      if name not in files:
+        return f'{name} is missing'
     content = _read(folder)
     if _metadata(folder) != content['metadata']:
       return f'{_METADATA} differs from what was saved'
     if (folder / _COMMITTED).read_text() != content['committed']:
       return f'{_COMMITTED} differs from what was saved'
     for name, recorded in content['files'].items():  # a truncated file need not be read
-      if (size := (folder / name).stat().st_size) != recorded['bytes']:
-        return f'{name} has {size} bytes instead of {recorded["bytes"]}'
-    for name, checksum in _checksums(folder, content['files']).items():
-      if checksum != content['files'][name]:
-        return f'{name} differs from what was saved (by its SHA-256)'
-  except FileNotFoundError as e:
-    return f'{os.path.relpath(e.filename, folder)} is missing'
+      if name not in files:
+        return f'{name} is missing'
+      if files[name][0] != recorded['bytes']:
+        return f'{name} has {files[name][0]} bytes instead of {recorded["bytes"]}'
+    algorithms = {name: 'md5' if 'md5' in recorded else 'sha256' for name, recorded in content['files'].items()}
+    for name, digest in _digests(folder, algorithms, files).items():
+      if digest != content['files'][name]:
+        return f'{name} differs from what was saved (by its {_NAMES[algorithms[name]]})'
+  except FileNotFoundError:
+    return 'a file is missing'  # which was there a moment ago
   except (OSError, ValueError) as e:
     return str(e)
   return ''
 
 
-def is_unfinished(folder: pathlib.Path) -> bool:
+def is_unfinished(folder: storage.Path) -> bool:
   """Whether a checkpoint that is written in place is not complete, or its process has ended before it was."""
   committed = folder / _COMMITTED
   try:
-    if committed.exists() and committed.stat().st_size:
+    if committed.exists() and committed.read_bytes():
       return False
     return _read(folder)['in_place']
   except FileNotFoundError:
@@ -67,7 +79,7 @@ def is_unfinished(folder: pathlib.Path) -> bool:
     return False
 
 
-def metrics(folder: pathlib.Path) -> dict[str, float]:
+def metrics(folder: storage.Path) -> dict[str, float]:
   """Metrics that were logged with a saved step; {} if they cannot be read."""
   try:
     return _read(folder)['metrics']
@@ -75,7 +87,12 @@ def metrics(folder: pathlib.Path) -> dict[str, float]:
     return {}
 
 
-def _read(folder: pathlib.Path) -> dict[str, Any]:
+def array_sums(folder: storage.Path) -> dict[str, int]:
+  """The sums of the arrays of a step, by path; {} if it was saved without."""
+  return _read(folder)['sums']
+
+
+def _read(folder: storage.Path) -> dict[str, Any]:
   """The content of a manifest. Raises ValueError if it is damaged."""
   try:
     content = json.loads((folder / FILE).read_text())
@@ -87,22 +104,27 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
   return content
 
 
-def _checksums(folder: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-  """Size and SHA-256 of files by name."""
-  def checksum(name):
+def _digests(
+    folder: storage.Path, algorithms: Mapping[str, str], files: Mapping[str, tuple[int, str | None]],
+) -> dict[str, dict[str, Any]]:
+  """Size and digest of files by name; those whose MD5 is wanted and in `files`, a listing, are not read."""
+  def digest(name):
+    algorithm, (size, md5) = algorithms[name], files[name]
+    if algorithm == 'md5' and md5:
+      return {'bytes': size, algorithm: md5}
     with (folder / name).open('rb') as file:
-      digest = hashlib.file_digest(file, 'sha256').hexdigest()
-      return {'bytes': file.tell(), 'sha256': digest}
+      value = hashlib.file_digest(file, algorithm).hexdigest()
+      return {'bytes': file.tell(), algorithm: value}
 
   with futures.ThreadPoolExecutor(_THREADS) as pool:
-    return dict(zip(names, pool.map(checksum, names), strict=True))
+    return dict(zip(algorithms, pool.map(digest, algorithms), strict=True))
 
 
 def _own_checksum(content: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _metadata(folder: pathlib.Path) -> dict[str, Any]:
+def _metadata(folder: storage.Path) -> dict[str, Any]:
   """Orbax's metadata except for what it completes later. Raises ValueError if they are damaged."""
   try:
     content = json.loads((folder / _METADATA).read_text())

@@ -2,14 +2,15 @@
 
 import json
 import os
-import pathlib
 import sys
 import time
 
 import tensorflow as tf
 import tqdm
 
-from uni_moe_jax.utils.storage import write_bytes
+from uni_moe_jax.utils import storage
+
+FILE = 'metrics.jsonl'
 
 
 class MetricsLog:
@@ -24,12 +25,13 @@ class MetricsLog:
     self._bar, self._writes = None, writes
     if not writes:
       return
-    self._path = pathlib.Path(workdir) / 'metrics.jsonl'
-    if self._path.exists():
-      lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first]
-      write_bytes(self._path, ''.join(line + '\n' for line in lines).encode())  # a process killed here loses no line
-    self._file = self._path.open('a')
-    self._board = tf.summary.create_file_writer(os.fspath(pathlib.Path(workdir) / 'tensorboard'))
+    self._folder = storage.GrowingFolder(storage.path(workdir))
+    path, saved = self._folder.local / FILE, storage.path(workdir) / FILE
+    if saved.exists():
+      lines = [line for line in saved.read_text().splitlines() if _step_of(line) <= first]
+      storage.write_bytes(path, ''.join(line + '\n' for line in lines).encode())  # a process killed here loses no line
+    self._file = path.open('a')
+    self._board = tf.summary.create_file_writer(os.fspath(self._folder.local / 'tensorboard'))
     self._bar = tqdm.tqdm(total=last, initial=first, unit='step', dynamic_ncols=True) if sys.stderr.isatty() else None
 
   def __enter__(self) -> 'MetricsLog':
@@ -39,6 +41,7 @@ class MetricsLog:
     if self._writes:
       self._file.close()
       self._board.close()
+      self._folder.close()
     if self._bar:
       self._bar.close()
 
@@ -68,6 +71,11 @@ class MetricsLog:
       print(f'step {step}/{self._last}  {losses}  {rate:.2f} step/s  {_duration(left)} left', flush=True)
     return means
 
+  def copy(self) -> None:
+    """Brings the copy in a bucket up to date, so that a checkpoint never has steps that the log lacks."""
+    if self._writes:
+      self._folder.copy(wait=True)
+
   def evaluated(self, step: int, metrics: dict[str, float]) -> None:
     """Writes the metrics of evaluations after a step that is logged; their time does not count as that of steps."""
     if not metrics:
@@ -87,6 +95,7 @@ class MetricsLog:
       for k, v in scalars.items():
         tf.summary.scalar(k, v)
     self._board.flush()
+    self._folder.copy()
 
 
 def _step_of(line: str) -> int:

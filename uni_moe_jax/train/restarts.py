@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from uni_moe_jax.train.workdir import saved_step
-from uni_moe_jax.utils import signals
+from uni_moe_jax.utils import signals, storage
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED, USAGE
 
 _MAX_BACKOFF = 600.0  # seconds
@@ -104,7 +105,13 @@ def _workdir(command: Sequence[str]) -> str | None:
 
 
 def _saved(workdir: str | None) -> int | None:
-  return None if workdir is None else saved_step(workdir)
+  try:
+    return None if workdir is None else saved_step(workdir)
+  except Exception as e:
+    if isinstance(e, UsageError) or not storage.is_remote(workdir):
+      raise
+    _print(f'the checkpoints in {workdir} cannot be listed ({storage.explain(e, workdir) or e}).')
+    return None
 
 
 def _progress(workdir: str | None, after: int | None, is_newer: bool) -> str:

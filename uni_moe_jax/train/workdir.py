@@ -4,8 +4,6 @@ It stores the config with package versions and the data's fingerprint. A second 
 run; another config is refused. This module imports nothing slow, so that a wrong folder is reported at once.
 """
 
-import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -19,14 +17,13 @@ from uni_moe_jax import __version__
 from uni_moe_jax.config.schema import PATHS, apply_choices
 from uni_moe_jax.data.pipeline import class_names
 from uni_moe_jax.train import manifest
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError, first_few
 from uni_moe_jax.utils.files import read_json, write_json
-from uni_moe_jax.utils.storage import write_bytes
 
 CONFIG_FILE = 'config.json'
 RUN_FILE = 'run.json'
 CONVERSION_FILE = 'conversion.json'  # of a converted checkpoint: where each array went
-LOCK_FILE = '.lock'
 CHECKPOINTS = 'checkpoints'  # with one folder per checkpoint, named by its step
 DAMAGED = 'damaged'  # where damaged checkpoints are moved
 TOKENIZER_STEM = 'tokenizer'
@@ -38,9 +35,10 @@ _ABSENT = 'absent'
 # Fields that may change when a run continues: logging and saving, paths of the data, layout on devices. The content of
 # tokenizer.merges_path is part of the data's fingerprint.
 MAY_CHANGE = (
-    'train.log_every', 'train.checkpoint_every', 'train.max_to_keep', 'train.best_metric', 'train.evaluate_every',
-    'train.max_nonfinite_steps', 'train.hang_timeout', 'train.interference_every', 'train.interference_parameters',
-    'train.deterministic', 'data.dir', 'data.cache_dir', 'data.cache_gb', 'data.max_corrupt_fraction', 'preflight',
+    'train.log_every', 'train.checkpoint_every', 'train.max_to_keep', 'train.keep_every', 'train.best_metric',
+    'train.evaluate_every', 'train.max_nonfinite_steps', 'train.hang_timeout', 'train.interference_every',
+    'train.interference_parameters', 'train.deterministic', 'data.dir', 'data.cache_dir', 'data.cache_gb',
+    'data.max_corrupt_fraction', 'preflight',
     'mesh', 'evaluators', 'tokenizer.merges_path')
 
 
@@ -49,13 +47,13 @@ def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
   return sorted(int(p.name) for p in _step_folders(workdir) if not manifest.is_unfinished(p))
 
 
-def unfinished_folders(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
+def unfinished_folders(workdir: str | os.PathLike[str]) -> list[storage.Path]:
   """Folders of checkpoints that are being written in place, or that a process left which has ended."""
   return [p for p in _step_folders(workdir) if manifest.is_unfinished(p)]
 
 
-def _step_folders(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
-  folders = (pathlib.Path(workdir) / CHECKPOINTS).glob('*')
+def _step_folders(workdir: str | os.PathLike[str]) -> list[storage.Path]:
+  folders = (storage.path(workdir) / CHECKPOINTS).glob('*')
   return [p for p in folders if p.name.isdecimal() and p.is_dir()]
 
 
@@ -130,7 +128,7 @@ def claim_workdir(
   Raises:
     UsageError: it belongs to a run with another config or other data; names the fields.
   """
-  path = pathlib.Path(workdir) / CONFIG_FILE
+  path = storage.path(workdir) / CONFIG_FILE
   plain = json.loads(json.dumps(apply_choices(config).to_dict()))  # as JSON stores it: tuples become lists
   new = {'config': plain, 'data': fingerprint, 'inputs': inputs}
   if path.exists():
@@ -149,7 +147,7 @@ def claim_workdir(
       write_json(path, {**old, 'config': plain, 'extended': [*old['extended'], steps]})
       print(f'{workdir} is extended from {steps} to {plain["train"]["steps"]} steps', flush=True)
   elif fingerprint is not None and writes:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(path.parent)
     write_json(path, {_PACKAGE: __version__, **new, 'versions': versions()})
 
 
@@ -161,7 +159,7 @@ def check_versions(workdir: str | os.PathLike[str], allow_mismatch: bool = False
   Raises:
     UsageError: a package's major or minor version differs, so that the run might not continue as it started.
   """
-  path = pathlib.Path(workdir) / CONFIG_FILE
+  path = storage.path(workdir) / CONFIG_FILE
   if not path.exists():
     return
   content, installed = _read(path), versions()
@@ -186,24 +184,7 @@ def check_versions(workdir: str | os.PathLike[str], allow_mismatch: bool = False
         'last digits.', file=sys.stderr, flush=True)
 
 
-def lock(workdir: str | os.PathLike[str], stack: contextlib.ExitStack) -> bool:
-  """Locks a work directory until `stack` closes or the process ends; False if another process has it.
-
-  Two trainers in one directory would delete each other's checkpoints. A file system without locks is noted, and nothing
-  is locked.
-  """
-  file = stack.enter_context(open(pathlib.Path(workdir) / LOCK_FILE, 'a'))
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  except OSError as e:
-    print(f'note: {workdir} cannot be locked ({e.strerror}); make sure that no other process trains there.',
-          file=sys.stderr, flush=True)
-  return True
-
-
-def copy_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path, writes: bool = True) -> None:
+def copy_tokenizer(workdir: str | os.PathLike[str], file: storage.Path, writes: bool = True) -> None:
   """Copies a run's tokenizer file into its folder, since runs that start from this one need the same ids.
 
   writes: whether this process copies; one of several does.
@@ -211,7 +192,7 @@ def copy_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path, writes: 
   Raises:
     UsageError: the folder has another tokenizer, with which its parameters would mean other words.
   """
-  path = pathlib.Path(workdir) / (TOKENIZER_STEM + file.suffix)
+  path = storage.path(workdir) / (TOKENIZER_STEM + file.suffix)
   if path.exists():
     # Published merges may be compressed differently; their content is part of the data's fingerprint.
     if file.suffix == '.model' and path.read_bytes() != file.read_bytes():
@@ -219,13 +200,13 @@ def copy_tokenizer(workdir: str | os.PathLike[str], file: pathlib.Path, writes: 
                        f'another version of sentencepiece gives another one. Copy {path} over it, or give another '
                        '--workdir.')
   elif writes:
-    write_bytes(path, file.read_bytes())
+    storage.write_bytes(path, file.read_bytes())
 
 
 def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
   """Origin of a run's parameters, as JSON for an export. Files and folders appear only by name."""
   stored, trained, converted = (
-      read_json(pathlib.Path(workdir) / name, {}) for name in (CONFIG_FILE, RUN_FILE, CONVERSION_FILE))
+      read_json(storage.path(workdir) / name, {}) for name in (CONFIG_FILE, RUN_FILE, CONVERSION_FILE))
   config = stored['config']
   for section, field in PATHS:
     if field in config.get(section, {}):
@@ -242,14 +223,14 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
   if converted:
     name = pathlib.Path(converted['checkpoint']).name
     origin['converted from'] = f'{name} (sha256 {converted.get("sha256", "unknown")})'
-  return {'name': pathlib.Path(workdir).resolve().name, **origin, 'step': step, 'seed': config['seed'],
+  return {'name': storage.path(workdir).resolve().name, **origin, 'step': step, 'seed': config['seed'],
           'trained by commit': trained.get('commit', 'unknown'), 'data (fingerprint)': stored['data'],
           'versions in training': stored['versions'], 'config': config}
 
 
 def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
   """The config of a work directory. Raises MissingFileError if there is no run."""
-  path = pathlib.Path(workdir) / CONFIG_FILE
+  path = storage.path(workdir) / CONFIG_FILE
   if not path.exists():
     raise MissingFileError(f'workdir {workdir} holds no run ({CONFIG_FILE} is missing); train first: '
                            f'python launch/train.py --config=configs/quickstart.py --workdir={workdir}')
@@ -260,7 +241,7 @@ def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
     raise UsageError(f'{path} is damaged ({e}); restore an intact copy, or give another --workdir.') from None
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def _read(path: storage.Path) -> dict[str, Any]:
   """Content of config.json. Raises UsageError if it is damaged or of another version of the package."""
   try:
     content = json.loads(path.read_text())

@@ -12,7 +12,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from uni_moe_jax.utils import errors, files, heap, signals
+from uni_moe_jax.utils import errors, files, heap, signals, storage
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, USAGE
 from uni_moe_jax.utils.suggest import nearest
@@ -65,7 +65,7 @@ def config_from(file: str, overrides: Sequence[str]) -> ml_collections.ConfigDic
     raise UsageError(_flag_error(e, argv)) from None
 
 
-def run(main: Callable[[], int], remote: bool = False) -> None:
+def run(main: Callable[[], int], local: Sequence[str] = ()) -> None:
   """Parse flags, run `main` and exit with the code that it returns.
 
   Mistakes in flags, and every `UsageError`, are printed as one sentence (exit code 2); so are `RunError`, a full disk
@@ -74,14 +74,14 @@ def run(main: Callable[[], int], remote: bool = False) -> None:
 
   Args:
     main: the command.
-    remote: whether its flags may be URLs such as gs://….
+    local: names of its flags that must be paths of a disk; others may be addresses in buckets.
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # TensorFlow only feeds data; oneDNN would print a notice
   heap.configure()
   logging.set_verbosity(logging.WARNING)  # no progress messages of libraries
   _silence_repeated_errors()
-  app.run(lambda _: sys.exit(guarded(main)), flags_parser=lambda argv: _parse(argv, remote))
+  app.run(lambda _: sys.exit(guarded(main)), flags_parser=lambda argv: _parse(argv, local))
 
 
 @contextlib.contextmanager
@@ -123,6 +123,9 @@ def guarded(main: Callable[[], int]) -> int:
     if isinstance(e, OSError) and e.filename is not None:
       return _report(f'{str(e.filename)[:_MAX_PATH]}: {e.strerror}. Check that the path is correct, that its disk is '
                      'reachable and that you have permission to read and write it.', ERROR)
+    buckets = dict.fromkeys(re.findall(r'(?:gs|s3)://[^\s,]+', ' '.join(sys.argv)))
+    if buckets and (sentence := storage.explain(e, ' or '.join(buckets))):
+      return _report(sentence, ERROR)
     raise
 
 
@@ -132,15 +135,21 @@ def _report(message: str, code: int) -> int:
   return code
 
 
-def _parse(argv: Sequence[str], remote: bool) -> list[str]:
+def _parse(argv: Sequence[str], local: Sequence[str] = ()) -> list[str]:
   try:
     for before, argument in zip(argv, argv[1:]):
       flag, _, value = argument.partition('=')
       path, name = (value, flag) if value and argument.startswith('-') else (argument, before)
       # Fields and arguments of a config are checked later; not all are paths, and some may be in buckets.
-      if not remote and not re.match(r'--?(\w+\.|config$)', name):
+      if re.match(r'--?(\w+\.|config$)', name):
+        continue
+      if name.lstrip('-') in local:
         files.check_local(path, name)
+      elif argument.startswith('-') and '://' in value or before.startswith('-') and '://' in argument:
+        storage.check_access(storage.path(path, name), name)
     rest = flags.FLAGS(argv)
+  except UsageError as e:
+    sys.exit(_report(str(e), USAGE))
   except _PARSE_ERRORS as e:
     sys.exit(_report(_flag_error(e, argv), USAGE))
   if len(rest) > 1:

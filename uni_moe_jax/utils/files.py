@@ -1,23 +1,32 @@
 """Files and JSON, written atomically, and checks of paths that are given on the command line."""
 
+import io
 import json
 import pathlib
 import shutil
 import tempfile
 from typing import Any
 
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
-from uni_moe_jax.utils.storage import Path, write_bytes
+from uni_moe_jax.utils.storage import Path
 
 
 def write_json(path: Path, content: Any, allow_nan: bool = True) -> None:
   """Write content as JSON, atomically. With allow_nan=False, numbers that are not finite raise ValueError."""
-  write_bytes(path, json.dumps(content, indent=1, allow_nan=allow_nan).encode())
+  storage.write_bytes(path, json.dumps(content, indent=1, allow_nan=allow_nan).encode())
 
 
 def write_output(path: str, content: Any) -> None:
   """Write content as JSON to the file that a flag names, in place: it may be a link, or a device as /dev/stdout is."""
-  pathlib.Path(path).write_text(json.dumps(content, indent=1) + '\n')
+  storage.path(path).write_text(json.dumps(content, indent=1) + '\n')
+
+
+def save_figure(figure: Any, path: Path, **options: Any) -> None:
+  """Write a Matplotlib figure in the format of the path's suffix."""
+  content = io.BytesIO()
+  figure.savefig(content, format=path.suffix.removeprefix('.'), **options)
+  storage.write_bytes(path, content.getvalue())
 
 
 def read_json(path: Path, default: Any = None) -> Any:
@@ -54,11 +63,10 @@ def check_renames_folders(folder: pathlib.Path, name: str) -> None:
 def check_local(path: str, name: str) -> None:
   """Raise UsageError if `path`, the value of flag or field `name`, is a URL: 'gs://b/x' would create a folder 'gs:'."""
   if '://' in path:
-    raise UsageError(f'{name}={path!r} is a URL, but must be a path; mount the bucket (for example with gcsfuse) or '
-                     'copy its files, and give that folder.')
+    raise UsageError(f'{name}={path!r} is a URL, but must be a path of a disk; copy its files, and give their path.')
 
 
 def check_folder_of(path: str, name: str) -> None:
   """Raise UsageError if the folder of a file to write does not exist, before the work whose result it would get."""
-  if not pathlib.Path(path).absolute().parent.is_dir():
+  if not storage.is_remote(path) and not pathlib.Path(path).absolute().parent.is_dir():
     raise UsageError(f'{name}={path}: its folder does not exist; create it first.')

@@ -5,6 +5,7 @@ object is written at once or not at all. gcsfs and s3fs repeat requests that fai
 limits, truncated bodies), with longer and longer pauses.
 """
 
+import base64
 import contextlib
 import functools
 import importlib.util
@@ -12,7 +13,11 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from concurrent import futures
 from typing import Any
 
 from etils import epath
@@ -26,24 +31,24 @@ _BUCKET = re.compile(r'[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]')
 _UNFIT = re.compile(r'[\x00-\x1f\x7f#?*\[\]\\]|\s')  # patterns and versions for some libraries
 _CONNECT_TIMEOUT, _READ_TIMEOUT = 20, 60  # seconds without any progress until a request is repeated
 _ATTEMPTS = 8
-# (what an error says in its type or text, what that means), tried in order.
+_COPY_PERIOD = 30.0  # seconds; GCS refuses more than one write of an object per second
 _CREDENTIALS = {
     'gs': 'Run gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS to the key of a service '
           'account',
     's3': 'Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run aws sso login'}
+# (what 'TYPE: MESSAGE' of an error of a library matches, what that means), tried in order.
 _ERRORS = (
-    (r'Anonymous caller|\b401\b|Invalid Credentials|UNAUTHENTICATED|RefreshError|DefaultCredentialsError|ExpiredToken|'
-     r'token.*expired|InvalidAccessKeyId|SignatureDoesNotMatch|NoCredentialsError|Unable to locate credentials|'
-     r'TokenRetrievalError|SSOTokenLoadError',
+    (r'Anonymous caller|HttpError: .*, 401$|Invalid Credentials|UNAUTHENTICATED: |^(Refresh|DefaultCredentials)Error|'
+     r'^TokenRetrievalError|^SSOTokenLoadError|^NoCredentialsError|(?i:token .*expired|ExpiredToken|InvalidAccessKeyId|'
+     r'SignatureDoesNotMatch|access key id you provided)',
      'the credentials are missing or have expired. {credentials}'),
-    (r'Forbidden|\b403\b|PERMISSION_DENIED|PermissionError|AccessDenied',
+    (r'^OSError: Forbidden: |HttpError: .*, 403$|PERMISSION_DENIED: |^PermissionError: |\((AccessDenied|403)\) when',
      'permission is denied. Give the account the right to list, read, write and delete objects in this bucket'),
-    (r'NoSuchBucket|bucket does not exist',
-     'the bucket does not exist. Check its name, or create it'),
-    (r'ClientConnectorError|EndpointConnectionError|ConnectTimeoutError|ServerDisconnected|ConnectionReset|'
-     r'\b429\b|\b50[0234]\b|SlowDown|ServiceUnavailable|UNAVAILABLE|DEADLINE_EXCEEDED|TimeoutError|ReadTimeout|'
-     r'ClientPayloadError|IncompleteRead',
-     'the store does not answer, or only with errors, for about a minute. Check the network; the same command '
+    (r'NoSuchBucket|bucket does not exist', 'the bucket does not exist. Check its name, or create it'),
+    (r'^(Client(Connector|OS|Payload)|EndpointConnection|(Server|Socket|Connection|Connect|Read|FS)Timeout|'
+     r'ServerDisconnected|IncompleteRead|ConnectionClosed|Proxy)\w*: |HttpError: .*, (408|429|5\d\d)$|'
+     r'\((SlowDown|ServiceUnavailable|InternalError|429|5\d\d)\) when|(UNAVAILABLE|DEADLINE_EXCEEDED): .*://',
+     'the store does not answer, or only with errors, also to repeated requests. Check the network; the same command '
      'continues'))
 
 
@@ -89,7 +94,14 @@ def path(address: str | os.PathLike[str], name: str = 'path') -> Path:
   if importlib.util.find_spec(package) is None:
     raise wrong(f"needs the package {package}: pip install 'uni-moe-jax[{extra}]'")
   _configure()
+  if scheme == 's3':
+    _repeat_s3()
   return epath.Path(f'{scheme}://{bucket}', *parts)
+
+
+def absolute(address: str | os.PathLike[str], name: str = 'path') -> Path:
+  """Return `path`, independent of the current folder."""
+  return path(address, name) if is_remote(address) else path(address, name).absolute()
 
 
 def _wrong(address: str, name: str, what: str) -> UsageError:
@@ -110,6 +122,13 @@ def _configure() -> None:
   fsspec.config.conf.setdefault('s3', {}).update(use_listings_cache=False, config_kwargs=dict(
       connect_timeout=_CONNECT_TIMEOUT, read_timeout=_READ_TIMEOUT,
       retries=dict(mode='standard', max_attempts=_ATTEMPTS)))
+
+
+@functools.cache
+def _repeat_s3() -> None:
+  """Make s3fs repeat requests also after answers without a body, whose status botocore does not repeat by itself."""
+  from s3fs import core  # pylint: disable=g-import-not-at-top
+  core.set_custom_error_handler(lambda e: re.search(r'\((429|5\d\d)\) when calling', str(e)) is not None)
 
 
 def filesystem(address: str | os.PathLike[str]) -> Any:
@@ -185,6 +204,24 @@ def create(target: Path, content: bytes) -> bool:
     return is_remote(target) and target.read_bytes() == content
 
 
+def make_folder(folder: Path) -> None:
+  """Create a folder and its parents; a bucket needs none."""
+  if not is_remote(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def move_folder(source: Path, target: Path) -> None:
+  """Move a folder over another one. In a bucket its objects are copied by the store, then deleted."""
+  remove_folder(target)
+  if is_remote(source):
+    for name in files_in(source):
+      filesystem(source).cp_file(str(source / name), str(target / name))
+    remove_folder(source)
+  else:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(source, target)
+
+
 def remove_folder(folder: Path) -> None:
   """Delete a folder with its content; nothing happens if it does not exist."""
   if is_remote(folder):
@@ -194,12 +231,70 @@ def remove_folder(folder: Path) -> None:
     epath.Path(folder).rmtree(missing_ok=True)
 
 
-def files_in(folder: Path) -> Iterator[tuple[str, int]]:
-  """Yield (name relative to the folder, size in bytes) of every file below it, in order."""
-  if is_remote(folder):
-    prefix = '/'.join(split(folder)) + '/'
-    entries = filesystem(folder).find(str(folder), detail=True)
-    yield from sorted((name.removeprefix(prefix), entry['size']) for name, entry in entries.items()
-                      if entry['type'] == 'file' and name.startswith(prefix))
-  else:
-    yield from sorted((str(p.relative_to(folder)), p.stat().st_size) for p in folder.rglob('*') if p.is_file())
+def files_in(folder: Path) -> dict[str, tuple[int, str | None]]:
+  """Return {name relative to the folder: (size in bytes, MD5 or None)} of every file below it, in order.
+
+  The MD5, in hexadecimal, is that of the content as the store has it; nothing is read. A disk knows none.
+  """
+  if not is_remote(folder):
+    return {str(p.relative_to(folder)): (p.stat().st_size, None) for p in sorted(folder.rglob('*')) if p.is_file()}
+  prefix = '/'.join(split(folder)) + '/'
+  entries = filesystem(folder).find(str(folder), detail=True)
+  return {name.removeprefix(prefix): (entry['size'], _md5(entry)) for name, entry in sorted(entries.items())
+          if entry['type'] == 'file' and name.startswith(prefix)}
+
+
+def _md5(entry: Mapping[str, Any]) -> str | None:
+  """Return the MD5 in an entry of a listing; S3 has it as the tag of an object that one request wrote."""
+  if 'md5Hash' in entry:
+    return base64.b64decode(entry['md5Hash']).hex()
+  tag = entry.get('ETag', '').strip('"')
+  return tag if re.fullmatch('[0-9a-f]{32}', tag) else None
+
+
+class GrowingFolder:
+  """A folder of files that grow, which objects cannot: in a bucket it is a copy, brought up to date now and then.
+
+  Attributes:
+    local: the folder to write in; the folder itself, if that is on a disk.
+  """
+
+  def __init__(self, folder: Path, period: float = _COPY_PERIOD):
+    """period: seconds between copies."""
+    self._folder, self._period, self._copied = folder, period, {}
+    self._temporary = tempfile.TemporaryDirectory() if is_remote(folder) else None
+    self._pool, self._pending, self._last = futures.ThreadPoolExecutor(1), None, time.monotonic()
+    self.local = pathlib.Path(self._temporary.name) if self._temporary else folder
+
+  def copy(self, wait: bool = False) -> None:
+    """Copies files that have grown: with `wait` now, else in the background when the period has passed."""
+    if self._temporary is None or not wait and (
+        time.monotonic() - self._last < self._period or self._pending and not self._pending.done()):
+      return
+    self._last, self._pending = time.monotonic(), self._pool.submit(self._copy)
+    if wait:
+      self._pending.result()
+
+  def _copy(self) -> None:
+    for name, (size, _) in files_in(self.local).items():
+      if self._copied.get(name) != size:
+        write_bytes(self._folder / name, (self.local / name).read_bytes())
+        self._copied[name] = size
+
+  def close(self) -> None:
+    """Copies what has grown, and deletes the local folder."""
+    try:
+      self.copy(wait=True)
+    finally:
+      self._pool.shutdown()
+      if self._temporary:
+        self._temporary.cleanup()
+
+
+@contextlib.contextmanager
+def uploaded(folder: Path) -> Iterator[pathlib.Path]:
+  """Yield a local folder whose files are written to a folder of a bucket when the block ends, manifest.json last."""
+  with tempfile.TemporaryDirectory() as name:
+    yield pathlib.Path(name)
+    for file in sorted(files_in(pathlib.Path(name)), key=lambda file: file == 'manifest.json'):
+      write_bytes(folder / file, pathlib.Path(name, file).read_bytes())

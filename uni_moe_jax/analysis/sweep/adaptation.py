@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,12 +15,13 @@ from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.pipeline import examples
 from uni_moe_jax.train import optimizer, warm_start, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.utils import storage
 
 PROMPTS, MAX_PROMPT_SHARE = 'prompts', 0.02  # prompt tuning trains less than this share of the parameters
 _CAPTION_METRIC = 'word F1'  # decides about captions: after few examples hardly any caption is an exact match
 
 
-def measure(folder: pathlib.Path, log: Sequence[Mapping[str, Any]], run: str) -> dict[str, Any]:
+def measure(folder: storage.Path, log: Sequence[Mapping[str, Any]], run: str) -> dict[str, Any]:
   """What a cell trained, starting from a run. log: see `runner.read_log`.
 
   Returns:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.train import finetuning, workdir
-from uni_moe_jax.utils import cli
+from uni_moe_jax.utils import cli, storage
 from uni_moe_jax.utils.errors import UsageError
 
 ROUTERS, ADAPTATION = 'routers', 'adaptation'  # the sweeps
@@ -28,7 +28,7 @@ class Stage(NamedTuple):
 
 class Cell(NamedTuple):
   """One work directory of a sweep."""
-  folder: pathlib.Path  # its name identifies the cell
+  folder: storage.Path  # its name identifies the cell
   variant: str  # what the sweep compares: a router or a fine-tuning recipe
   task: str  # that the recipe adapts to; '' in the router ablation
   seed: int
@@ -39,7 +39,7 @@ Grid = tuple[list[Cell], dict[str, Any]]  # cells, and the settings that all cel
 
 
 def router_grid(
-    folder: pathlib.Path, config: str, routers: Sequence[str], num_batches: int, num_seeds: int | None,
+    folder: storage.Path, config: str, routers: Sequence[str], num_batches: int, num_seeds: int | None,
     overrides: Sequence[str], root: pathlib.Path) -> Grid:
   """Trains, evaluates and measures every router with every seed, one by default.
 
@@ -73,7 +73,7 @@ def router_grid(
 
 
 def adaptation_grid(
-    folder: pathlib.Path, run: str | None, tasks: Sequence[str], recipes: Sequence[str], num_seeds: int | None,
+    folder: storage.Path, run: str | None, tasks: Sequence[str], recipes: Sequence[str], num_seeds: int | None,
     overrides: Sequence[str], root: pathlib.Path) -> Grid:
   """Adapts a trained run to every task with every recipe and seed.
 
@@ -88,7 +88,7 @@ def adaptation_grid(
     raise UsageError('--sweep=adaptation needs --run: the work directory of a trained run.')
   if unknown := [r for r in recipes if r not in finetuning.RECIPES]:
     raise UsageError(f'--recipes={unknown[0]} is unknown; choices: {", ".join(finetuning.RECIPES)}.')
-  run, cells = os.path.abspath(os.path.expanduser(run)), []
+  run, cells = str(storage.absolute(os.path.expanduser(run))), []
   for task in dict.fromkeys(tasks):
     for name in dict.fromkeys(recipes):
       config = finetuning.RECIPES[name].format(run=run, task=task)

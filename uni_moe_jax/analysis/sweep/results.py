@@ -6,7 +6,6 @@ Failed cells are reported with what they left. Nothing in the folder names a mac
 import collections
 import math
 import os
-import pathlib
 import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from uni_moe_jax.analysis.sweep import adaptation, grid, markdown, routers, runn
 from uni_moe_jax.analysis.sweep.grid import Cell
 from uni_moe_jax.eval import metrics, suite
 from uni_moe_jax.train import workdir
-from uni_moe_jax.utils import files
+from uni_moe_jax.utils import files, storage
 from uni_moe_jax.utils.exit_codes import FINISHED
 
 FOLDER, RESULTS, TABLE = 'results', 'results.json', 'results.md'
@@ -88,10 +87,10 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   return scores
 
 
-def write(results: Mapping[str, Any], folder: pathlib.Path) -> str:
+def write(results: Mapping[str, Any], folder: storage.Path) -> str:
   """Writes the folder `results` into the work directory of a sweep; returns the Markdown."""
   out = folder / FOLDER
-  out.mkdir(parents=True, exist_ok=True)
+  storage.make_folder(out)
   figures = routers.draw_figures(results['cells'], folder, out) if results['sweep'] == grid.ROUTERS else {}
   report = '\n'.join(_report(results, figures))
   files.write_json(out / RESULTS, results, allow_nan=False)

@@ -1,8 +1,6 @@
 """The router ablation: what every run measured, checks of the runs, and sections of the report."""
 
 import json
-import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,13 +10,14 @@ from uni_moe_jax.analysis import expert_usage_file, interference_file
 from uni_moe_jax.analysis.sweep import markdown
 from uni_moe_jax.analysis.sweep.grid import TRAIN, Cell
 from uni_moe_jax.train import workdir
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.files import read_json
 
 _INTERFERENCE = {'init': 'interference_init.json', 'final': interference_file.FILE}
 _MAY_DIFFER = ('moe.router:', 'seed:')
 
 
-def measure(folder: pathlib.Path) -> dict[str, Any]:
+def measure(folder: storage.Path) -> dict[str, Any]:
   """What the run of a work directory measured.
 
   Returns:
@@ -72,7 +71,7 @@ def find_errors(cells: Sequence[Cell], records: Sequence[Mapping[str, Any]]) -> 
   return errors
 
 
-def draw_figures(cells: Sequence[Mapping[str, Any]], folder: pathlib.Path, out: pathlib.Path) -> dict[str, list[str]]:
+def draw_figures(cells: Sequence[Mapping[str, Any]], folder: storage.Path, out: storage.Path) -> dict[str, list[str]]:
   """Writes the heat maps of every cell into `out`; returns the names of the files by name of cell."""
   figures: dict[str, list[str]] = {}
   for c in cells:
@@ -85,7 +84,7 @@ def draw_figures(cells: Sequence[Mapping[str, Any]], folder: pathlib.Path, out: 
     usage = folder / c['name'] / expert_usage_file.FILE.replace('.json', '.png')
     if usage.exists():
       names.append(f'experts_{c["name"]}.png')
-      shutil.copy(usage, out / names[-1])
+      storage.write_bytes(out / names[-1], usage.read_bytes())
   return figures
 
 

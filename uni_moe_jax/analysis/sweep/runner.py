@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from uni_moe_jax.analysis.sweep.grid import Cell
-from uni_moe_jax.utils import signals
+from uni_moe_jax.utils import signals, storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED
 from uni_moe_jax.utils.files import read_json, write_json
@@ -21,17 +21,17 @@ SETTINGS = 'settings.json'  # in the work directory of the sweep
 LOG = 'stages.json'  # in the work directory of a cell
 
 
-def claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+def claim(folder: storage.Path, settings: dict[str, Any]) -> None:
   """Records the settings of a sweep in its work directory; raises UsageError if it has cells with other settings."""
   path = folder / SETTINGS
   if (old := read_json(path, settings)) != settings:
     changed = ', '.join(f'{k}: {old.get(k)!r} → {v!r}' for k, v in settings.items() if old.get(k) != v)
     raise UsageError(f'{folder} has a sweep with other settings ({changed}); give another --workdir.')
-  folder.mkdir(parents=True, exist_ok=True)
+  storage.make_folder(folder)
   write_json(path, settings)
 
 
-def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
+def read_log(folder: storage.Path) -> list[dict[str, Any]]:
   """Every attempt of a cell, in order: [{'stage', 'command', 'exit_code', 'seconds'}]."""
   return read_json(folder / LOG, [])
 
@@ -58,7 +58,7 @@ def run_cells(cells: Sequence[Cell], start: Callable[[Sequence[str]], int]) -> b
       code = start(stage.command)
       log.append({'stage': stage.name, 'command': ' '.join(('python', *stage.command)), 'exit_code': code,
                   'seconds': round(time.perf_counter() - began, 1)})
-      cell.folder.mkdir(parents=True, exist_ok=True)
+      storage.make_folder(cell.folder)
       write_json(cell.folder / LOG, log)
       if code == PREEMPTED:
         return False

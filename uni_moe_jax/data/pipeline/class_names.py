@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Sequence
 
 from uni_moe_jax.data.mirror import Mirror
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 FILE_PREFIX = 'file:'
@@ -41,7 +42,7 @@ def read_entries(values: str, directory: str | os.PathLike[str], field: str) -> 
   name = values.removeprefix(FILE_PREFIX)
   if isinstance(directory, Mirror):
     directory.fetch_unlisted(name)
-  path = pathlib.Path(os.path.expanduser(directory)) / name
+  path = storage.path(name if storage.is_remote(name) else pathlib.Path(os.path.expanduser(directory), name))
   if not path.is_file():
     raise MissingFileError(f'config.{field}: the file of class names {path} does not exist; see '
                            'docs/guides/benchmarks.md for how to make it.')

@@ -15,7 +15,6 @@ import gzip
 import hashlib
 import html
 import os
-import pathlib
 import re
 import zlib
 from collections.abc import Iterable, Sequence
@@ -23,6 +22,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer, before_eot
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 MAX_MERGES = 48894  # of the published vocabulary; the published file has more, which are not used
@@ -129,7 +129,7 @@ def _byte_symbols() -> dict[int, str]:
 def _read_merges(merges_file: str | os.PathLike[str], pieces: Sequence[str]) -> list[tuple[str, str]]:
   """Reads the first `MAX_MERGES` merges of a file; each joins two earlier pieces into a new one."""
   field = f'config.tokenizer.merges_path={os.fspath(merges_file)!r}'
-  path = pathlib.Path(os.path.expanduser(merges_file))
+  path = storage.path(os.path.expanduser(merges_file))
   if not path.is_file():
     raise MissingFileError(f"{field} is not a file; give the path of CLIP's bpe_simple_vocab_16e6.txt.gz.")
   content = path.read_bytes()

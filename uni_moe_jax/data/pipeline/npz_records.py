@@ -29,7 +29,11 @@ def atomic_folder(directory: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   An incomplete folder is therefore never read. Of two processes that build at the same time, the first to finish wins:
   the other's folder has the same content and is dropped.
   """
-  directory = pathlib.Path(directory)
+  directory = storage.path(directory)
+  if storage.is_remote(directory):
+    with storage.uploaded(directory) as temporary:
+      yield temporary
+    return
   directory.parent.mkdir(parents=True, exist_ok=True)
   temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'.{directory.name}.', dir=directory.parent))
   try:

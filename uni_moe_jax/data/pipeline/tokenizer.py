@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import sentencepiece
 
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 # Trainer settings. With them, equal texts and size give an equal model, byte for byte.
@@ -72,9 +73,9 @@ class SentencePieceTokenizer(Tokenizer):
 
   def __init__(self, model_file: str | os.PathLike[str]):
     """Reads a model that `train` wrote. Raises MissingFileError; UsageError if it lacks one of the special tokens."""
-    if not pathlib.Path(model_file).is_file():
+    if not storage.path(model_file).is_file():
       raise MissingFileError(f'No tokenizer {model_file}. SentencePieceTokenizer.train makes one from texts.')
-    self._model = sentencepiece.SentencePieceProcessor(model_file=os.fspath(model_file))
+    self._model = sentencepiece.SentencePieceProcessor(model_proto=storage.path(model_file).read_bytes())
     self.size = self._model.get_piece_size()
     pieces = [self._model.id_to_piece(i) for i in range(self.size)]
     special = ('<pad>', '<unk>', '<spe>', '<eot>')

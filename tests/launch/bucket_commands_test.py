@@ -1,0 +1,115 @@
+"""The commands of a run with all of its folders in a bucket give what they give on a disk, to the last digit."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import in_process, processes
+from uni_moe_jax.train import loop
+from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.utils import storage
+from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED
+
+_LAUNCH = processes.ROOT / 'launch'
+_CONFIG = '''
+from tests.helpers import tiny
+from uni_moe_jax import config as config_lib
+
+def get_config():
+  c = tiny.config('shape', 'caption', data_dir=tiny.data_dir())
+  c.evaluators.shapes = config_lib.evaluator('classification', 'shape', split='train')
+  c.evaluators.captions = config_lib.evaluator('caption', 'caption', split='train', num_examples=6)
+  c.model.num_layers = 1
+  c.train.update(dict(steps=6, ema_decay=0.9, checkpoint_every=4))
+  return c
+'''
+
+
+class _StopAfter(loop.Stop):
+  """Requests to stop before step 3."""
+
+  def __init__(self):
+    self.reads = 0
+
+  @property
+  def requested(self) -> bool:
+    self.reads += 1
+    return self.reads > 3
+
+
+def _run(script: str, *flags: str) -> int:
+  one = jax.devices()[:1]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'devices', lambda: one)
+    return in_process.run(_LAUNCH / f'{script}.py', *flags)
+
+
+def _commands(config: pathlib.Path, root: str, stop: bool) -> None:
+  """Train, evaluate, report, measure, export and compare; `stop`: training stops in between, and continues."""
+  workdir, train = f'--workdir={root}/run', (f'--config={config}', f'--workdir={root}/run')
+  if stop:
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(loop, 'Stop', _StopAfter)
+      assert _run('train', *train) == PREEMPTED
+  assert _run('train', *train) == FINISHED
+  assert _run('evaluate', workdir) == FINISHED
+  assert _run('interference', workdir, '--num_batches=2') == FINISHED
+  assert _run('report', workdir, f'--output={root}/curves.png') == FINISHED
+  assert _run('export', workdir, f'--output={root}/exported', '--num_examples=2') == FINISHED
+
+
+def _copy(source: storage.Path, target: storage.Path) -> None:
+  for name in storage.files_in(source):
+    storage.make_folder((target / name).parent)
+    (target / name).write_bytes((source / name).read_bytes())
+
+
+def _json(path: storage.Path):
+  return json.loads(path.read_text())
+
+
+@pytest.fixture(name='disk', scope='module')
+def _disk(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('disk')
+  (folder / 'tiny_config.py').write_text(_CONFIG)
+  _commands(folder / 'tiny_config.py', str(folder), stop=False)
+  return folder
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_that_is_stopped_and_continued_is_the_one_on_a_disk(disk, store, tmp_path):
+  bucket = storage.path(f'{store.address}/runs/{tmp_path.name}')
+  _commands(disk / 'tiny_config.py', str(bucket), stop=True)
+  local, remote = disk / 'run', bucket / 'run'
+  with Checkpoints(local, None) as ones, Checkpoints(remote, None) as others:
+    assert ones.steps() == [4, 6] and others.steps() == [4, 6]
+    jax.tree.map(np.testing.assert_array_equal, ones.restore_host(), others.restore_host())
+  lines = [[json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+           for folder in (local, remote)]
+  without_speed = [[{k: v for k, v in line.items() if k != 'steps_per_second'} for line in run] for run in lines]
+  assert without_speed[0] == without_speed[1] and len(lines[0]) == 6
+  for file in ('evaluation.json', 'samples.json', 'interference.json', 'experts.json'):
+    assert _json(local / file) == _json(remote / file), file
+  made = {name.split('/')[0] for name in storage.files_in(remote)}
+  assert made >= {p.name for p in local.iterdir()} - {'.lock'} and 'tensorboard' in made
+  assert '<html' in (remote / 'report.html').read_text() and (bucket / 'curves.png').read_bytes()[:4] == b'\x89PNG'
+  assert {p.name for p in (disk / 'exported').iterdir()} == {
+      name.split('/')[0] for name in storage.files_in(bucket / 'exported')}
+
+  _copy(bucket / 'exported', tmp_path / 'exported')
+  outputs = [processes.python(str(folder / 'exported/example.py')) for folder in (disk, tmp_path)]
+  assert outputs[0].returncode == 0 and outputs[0].stdout == outputs[1].stdout, outputs
+  assert all(line.endswith('; as at export') for line in outputs[0].stdout.splitlines())
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_one_in_a_bucket(disk, store, tmp_path):
+  bucket = f'{store.address}/init/{tmp_path.name}'
+  _copy(disk / 'run', storage.path(f'{bucket}/run'))
+  flags = f'--config={disk}/tiny_config.py', f'--config.train.init={bucket}/run', '--config.train.steps=1'
+  assert _run('train', *flags, f'--workdir={bucket}/tuned') == FINISHED
+  assert _run('experts', '--step=1', f'--workdir={bucket}/tuned') == FINISHED
+  assert 'experts_step_1.json' in storage.files_in(storage.path(f'{bucket}/tuned'))

@@ -1,0 +1,102 @@
+"""The lock of a folder: one process has it, until it ends or dies; on a disk and in buckets."""
+
+import concurrent.futures
+import contextlib
+import errno
+import subprocess
+import sys
+import time
+
+from tests.helpers import processes
+from uni_moe_jax.utils import locks, storage
+
+_LOCKS = '''
+import contextlib, sys, time
+from uni_moe_jax.utils import locks
+with contextlib.ExitStack() as stack:
+  print(locks.lock(sys.argv[1], stack, float(sys.argv[2])), flush=True)
+  time.sleep(60)
+'''
+_PERIOD = 0.5  # seconds
+
+
+@contextlib.contextmanager
+def _owner(folder):
+  """A process that has the lock; it is killed when the block ends."""
+  command = [sys.executable, '-c', _LOCKS, str(folder), str(_PERIOD)]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=processes.ROOT) as process:
+    try:
+      assert process.stdout.readline() == 'None\n'
+      yield process
+    finally:
+      process.kill()
+
+
+def _owner_of(folder):
+  with contextlib.ExitStack() as stack:
+    return locks.lock(folder, stack, _PERIOD)
+
+
+def test_a_folder_is_locked_until_its_process_ends_or_dies(tmp_path):
+  assert _owner_of(tmp_path) is None and _owner_of(tmp_path) is None  # closing the stack unlocks it
+  with _owner(tmp_path):
+    assert _owner_of(tmp_path) == 'another process'
+  assert _owner_of(tmp_path) is None
+
+
+def test_a_file_system_without_locks_is_noted_and_used(tmp_path, monkeypatch, capsys):
+  def no_locks(*_):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(locks.fcntl, 'flock', no_locks)
+  assert _owner_of(tmp_path) is None
+  note = 'cannot be locked (No locks available); make sure that no other process trains there'
+  assert note in capsys.readouterr().err
+
+
+def _objects(folder) -> list[str]:
+  return list(storage.files_in(folder / locks.FILE))
+
+
+def test_a_bucket_is_locked_while_its_owner_lives_and_free_at_once_when_it_has_ended(store, capfd):
+  folder = storage.path(f'{store.address}/ended')
+  assert _owner_of(folder) is None and _owner_of(folder) is None
+  assert _objects(folder) == ['000002']
+  with _owner(folder) as process:
+    assert f', process {process.pid}' in _owner_of(folder)
+    assert capfd.readouterr().err.startswith(f'note: {folder} is locked by ')
+    assert _objects(folder) == ['000003']
+
+
+def test_the_lock_of_a_dead_owner_is_taken_over_after_the_missed_heartbeats_and_by_one_process(store):
+  folder = storage.path(f'{store.address}/dead')
+  with _owner(folder):
+    pass
+  started = time.monotonic()
+  with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(4) as pool:
+    owners = list(pool.map(lambda _: locks.lock(folder, stack, _PERIOD), range(4)))
+  assert owners.count(None) == 1
+  assert time.monotonic() - started > 3 * _PERIOD  # of which the first may have been before the death
+  assert _objects(folder) == ['000002']
+
+
+def test_an_owner_that_was_suspended_for_too_long_ends_when_it_finds_another(store):
+  folder = storage.path(f'{store.address}/suspended')
+  with _owner(folder) as process:
+    process.send_signal(19)  # SIGSTOP
+    with contextlib.ExitStack() as stack:
+      assert locks.lock(folder, stack, _PERIOD) is None
+      process.send_signal(18)  # SIGCONT
+      assert process.wait(timeout=30) == 1
+
+
+def test_a_number_that_was_used_before_gives_no_lock(store, monkeypatch):
+  folder = storage.path(f'{store.address}/late')
+  with _owner(folder):
+    monkeypatch.setattr(locks, '_newest', lambda folder: 0)  # as seen long ago, when no lock was there
+    (folder / locks.FILE / '000001').unlink()
+    storage.create(folder / locks.FILE / '000007', b'{"owner": "a newer one", "released": false}')
+    seen = iter([0, 7])
+    monkeypatch.setattr(locks, '_newest', lambda folder: next(seen))
+    assert _owner_of(folder) is not None
+    assert '000001' not in _objects(folder)
