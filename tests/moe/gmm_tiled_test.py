@@ -12,7 +12,7 @@ from tests.helpers import small_model
 from uni_moe_jax.moe import gmm_tiled
 
 _E, _T, _D, _F, _G = 4, 16, 6, 5, 16
-_TILES = (4,)
+_TILES = (4, 2), (2, 0)  # of four slots while more than two are left, then of two
 # Groups within a tile, over many tiles, of whole tiles, none at all, all slots in one, and one that ends within a tile.
 _SIZES = {'uneven': (3, 0, 9, 2), 'whole_tiles': (4, 8, 0, 4), 'last_only': (0, 0, 0, 14), 'first_only': (16, 0, 0, 0),
           'none': (0, 0, 0, 0), 'beyond': (3, 0, 6, 7)}
@@ -52,7 +52,7 @@ def test_tiles_equal_the_plain_sum_over_slots(sizes):
   x, kernel, gates, bias, dy = (_normal(i, *s) for i, s in enumerate(
       ((_T, _D), (_E, _D, _F), (len(tokens),), (_T, _F), (_T, _F))))
   # Slots behind the groups change nothing, whatever token and gate they have.
-  behind = _G + _TILES[0] - 1 - len(tokens)
+  behind = _G + _TILES[0][0] - 1 - len(tokens)
   padded = jnp.pad(gates, (0, behind), constant_values=7.0), jnp.pad(tokens, (0, behind), constant_values=_T - 1)
   with mock.patch.object(gmm_tiled, 'TILES', _TILES):  # read when the program is traced: by its first call
     actual = _tiled()(x, kernel, padded[0], bias, padded[1], jnp.asarray(sizes), dy)
@@ -63,7 +63,7 @@ def test_tiles_equal_the_plain_sum_over_slots(sizes):
 
 def test_a_token_that_is_not_finite_stays_in_its_own_row():
   # The last tile of a group computes tokens of the next group, too.
-  tokens, sizes = jnp.arange(_G + _TILES[0] - 1) % _T, jnp.array([3, 0, 9, 4])
+  tokens, sizes = jnp.arange(_G + _TILES[0][0] - 1) % _T, jnp.array([3, 0, 9, 4])
   x, kernel, dy = _normal(0, _T, _D).at[3].set(jnp.nan), _normal(1, _E, _D, _F), _normal(2, _T, _F)
   with mock.patch.object(gmm_tiled, 'TILES', _TILES):
     y, dx, *_ = _tiled()(x, kernel, jnp.ones(tokens.shape), jnp.zeros((_T, _F)), tokens, sizes, dy)
@@ -73,7 +73,7 @@ def test_a_token_that_is_not_finite_stays_in_its_own_row():
 
 def test_a_token_is_not_changed_by_the_product_of_an_expert_that_it_does_not_have():
   # The last tile of expert 0 computes token 3 of expert 1, too; there the product is infinite, and 0 times it is NaN.
-  tokens, sizes = jnp.arange(_G + _TILES[0] - 1) % _T, jnp.array([3, 13, 0, 0])
+  tokens, sizes = jnp.arange(_G + _TILES[0][0] - 1) % _T, jnp.array([3, 13, 0, 0])
   x = jnp.ones((_T, _D)).at[3].set(1e30)
   kernel = jnp.ones((_E, _D, _F)).at[0].set(1e30)
   with mock.patch.object(gmm_tiled, 'TILES', _TILES):
@@ -83,8 +83,11 @@ def test_a_token_is_not_changed_by_the_product_of_an_expert_that_it_does_not_hav
   assert not np.isfinite(x[3] @ kernel[0]).any()  # control
 
 
-# At most as many rows as a group has on average: 6431 / 8 = 803, 1023 / 8 = 127, 415 / 8 = 51, 143 / 8 = 17.
-@pytest.mark.parametrize('slots, groups, rows', [
-    (6431, 8, 128), (1024, 8, 128), (1023, 8, 64), (415, 8, 32), (143, 8, 32)])
-def test_rows_of_a_tile_by_hand(slots, groups, rows):
-  assert gmm_tiled.tile_rows(slots, groups) == rows
+# Products of 256 rows while more than 192 slots are left, then of 64.
+@pytest.mark.parametrize('slots, large, small', [
+    (1, 0, 1), (64, 0, 1), (192, 0, 3), (193, 1, 0), (257, 1, 1), (449, 2, 0)])
+def test_products_of_a_group_by_hand(slots, large, small):
+  filled = jnp.arange(slots + gmm_tiled.BEHIND)
+  over_tiles = gmm_tiled._loop(jnp.ones(filled.shape), filled, jnp.array([slots]), slots)
+  counted = over_tiles(0, lambda counts, token, *_: counts.at[int(len(token) < 256)].add(1), jnp.zeros(2, jnp.int32))
+  assert counted.tolist() == [large, small]

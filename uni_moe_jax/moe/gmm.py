@@ -41,7 +41,7 @@ def num_rows(backend: str, most: int) -> int:
   The last tile of 'tiled' reaches beyond its group, and megablox takes whole tiles.
   """
   if backend == 'tiled':
-    return most + gmm_tiled.TILES[0] - 1
+    return most + gmm_tiled.BEHIND
   return most + -most % _MEGABLOX_ROWS if backend == 'megablox' else most
 
 
