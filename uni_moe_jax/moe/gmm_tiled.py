@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# (rows of a product, more than how many slots a group must have left for it). On two threads, the rate of 256 rows is
-# 1.4 times that of 128; the small ones waste less of the last product.
+# (rows of a product, more than how many slots a group must have left for it). On two threads, 256 rows take 1.4 to 1.6
+# times as long as 128; the small ones waste less of the last product.
 TILES = (256, 192), (64, 0)
 BEHIND = TILES[0][0] - 1  # slots that a tile may read beyond all groups
 
