@@ -112,6 +112,17 @@ def test_gcs_deletes_only_the_generation_that_it_is_given(gcs):
   assert _status(f'{objects}?alt=media&ifGenerationMatch={generation}', method='GET') == 412
 
 
+@pytest.mark.parametrize('again', [b'content', b''])  # the last part, or the question whether it has arrived
+def test_a_complete_upload_reports_itself_again(gcs, again):
+  start = urllib.request.Request(f'{gcs.endpoint}/upload/storage/v1/b/bucket/o?name=lost&uploadType=resumable', b'{}',
+                                 {'Content-Type': 'application/json'})
+  with urllib.request.urlopen(start) as answer:
+    location = answer.headers['Location']
+  assert _status(location, b'content', 'PUT', **{'Content-Range': 'bytes 0-6/7'}) == 200
+  assert _status(location, again, 'PUT', **{'Content-Range': 'bytes 0-6/7' if again else 'bytes */7'}) == 200
+  assert _files(gcs).cat_file(f'{gcs.address}/lost') == b'content'
+
+
 def test_an_upload_that_began_before_another_object_was_there_fails(gcs):
   url = f'{gcs.endpoint}/upload/storage/v1/b/bucket/o?name=slow'
   start = urllib.request.Request(f'{url}&uploadType=resumable&ifGenerationMatch=0', b'{}',

@@ -58,13 +58,15 @@ def application(upstream: str, handler: Handler) -> web.Application:
 class Preconditions:
   """The handler that answers 412, or 304 to a read, unless `ifGenerationMatch` or `ifGenerationNotMatch` holds.
 
-  An object has one writer at a time, so that of several writers who require that it does not exist one succeeds.
+  An object has one writer at a time, so that of several writers who require that it does not exist one succeeds. A
+  resumable upload that is complete answers so again, as GCS does, to a client that did not get the first answer.
   """
 
   def __init__(self, upstream: str):
     self._upstream = upstream
     self._locks: dict[tuple[str, str], asyncio.Lock] = collections.defaultdict(asyncio.Lock)
     self._uploads: dict[str, tuple[str, dict[str, str]]] = {}  # id of a resumable upload → object, its preconditions
+    self._completed: dict[str, bytes] = {}  # id of a resumable upload → what was answered
 
   async def __call__(self, request: web.Request, body: bytes, forward: Forward) -> web.StreamResponse:
     path = _OBJECT.fullmatch(request.rel_url.raw_path)
@@ -76,6 +78,8 @@ class Preconditions:
     if request.method == 'GET' and not wanted:
       return await forward()
     async with self._locks[path['bucket'], name]:
+      if (upload_id := request.query.get('upload_id')) in self._completed:
+        return web.Response(body=self._completed[upload_id], content_type='application/json')
       if wanted:
         generation = await self._generation(request, path['bucket'], name)
         if wanted.get('ifGenerationMatch', generation) != generation:
@@ -83,7 +87,9 @@ class Preconditions:
         if wanted.get('ifGenerationNotMatch') == generation:
           return web.Response(status=304 if request.method == 'GET' else 412)
       answer = await forward()
-      if request.query.get('uploadType') == 'resumable' and 'Location' in answer.headers:
+      if upload_id and answer.status in (200, 201):
+        self._completed[upload_id] = answer.body
+      elif request.query.get('uploadType') == 'resumable' and 'Location' in answer.headers:
         [upload_id] = parse_qs(urlsplit(answer.headers['Location']).query)['upload_id']
         self._uploads[upload_id] = name, wanted
       return answer

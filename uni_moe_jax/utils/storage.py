@@ -122,6 +122,9 @@ def _configure() -> None:
   fsspec.config.conf.setdefault('s3', {}).update(use_listings_cache=False, config_kwargs=dict(
       connect_timeout=_CONNECT_TIMEOUT, read_timeout=_READ_TIMEOUT,
       retries=dict(mode='standard', max_attempts=_ATTEMPTS)))
+  if importlib.util.find_spec('s3fs'):
+    import s3fs  # pylint: disable=g-import-not-at-top
+    s3fs.core.set_custom_error_handler(lambda e: '(429)' in str(e))  # Amazon answers 503, other stores also this
 
 
 @functools.cache
