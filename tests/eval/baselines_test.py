@@ -6,6 +6,19 @@ import pytest
 from uni_moe_jax.eval import baselines, metrics
 
 
+def test_questions_are_answered_from_examples_with_the_same_question():
+  # Question a is that of train examples 0 and 2, b that of 1; c is new and answered from all.
+  seen = []
+
+  def predict(train, test):
+    seen.append((train.tolist(), test.tolist()))
+    return 10 * test + len(train)
+
+  predicted = baselines.per_question(predict, np.array(['a', 'b', 'a']), np.array(['b', 'a', 'c', 'a']))
+  assert seen == [([0, 2], [1, 3]), ([1], [0]), ([0, 1, 2], [2])]
+  assert predicted.tolist() == [1, 12, 23, 32]
+
+
 def test_majority_learns_from_train_and_is_scored_on_test():
   train = np.array(['arrow', 'box', 'box', 'letter', 'letter', 'letter'])
   test = np.array(['box', 'letter', 'arrow', 'box'])

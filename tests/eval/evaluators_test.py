@@ -1,6 +1,7 @@
 """Protocols of the evaluators, run with predictors that are always right or always wrong."""
 
 import dataclasses
+from collections import Counter
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,12 @@ from uni_moe_jax.eval.suite import EVALUATORS
 @pytest.fixture(scope='module')
 def data():
   config = tiny.config(*tiny.TASKS, data_dir=tiny.data_dir())
-  for evaluator, task in (('classification', 'shape'), ('classification', 'motion'), ('classification', 'package'),
+  config.tasks.question = config_lib.task(
+      'vqa', 'glyphs', batch_size=2, target_set='words_of_shapes', label_column='class', max_len=12,
+      template='{face} <eot> <spe> . <eot>')
+  config.target_sets.words_of_shapes = config_lib.target_set('glyphs/class', family='words')
+  for evaluator, task in (('classification', 'shape'), ('classification', 'question'),
+                          ('classification', 'motion'), ('classification', 'package'),
                           ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
     config.evaluators[task] = config_lib.evaluator(evaluator, task, split='train', batch_size=5)
   plan = make_plan(config)
@@ -114,10 +120,20 @@ def test_each_example_is_evaluated_and_counted_once_although_the_last_batch_is_f
 
 def test_baselines_fit_the_input(data):
   baseline_names = {name: set(_scores(data, name, _Oracle(n))['top-1'].baselines)
-                    for name, n in (('shape', 3), ('motion', 2), ('package', 2))}
+                    for name, n in (('shape', 3), ('motion', 2), ('package', 2), ('question', 3))}
   assert baseline_names == {
       'shape': {'majority', 'nearest neighbor'}, 'motion': {'majority', 'one frame', 'all frames'},
-      'package': {'majority', 'tf-idf'}}
+      'package': {'majority', 'tf-idf'}, 'question': {'majority', 'question alone', 'nearest neighbor'}}
+
+
+def test_baselines_of_questions_are_the_most_common_answer_and_that_of_the_nearest_image(data):
+  columns = tiny.columns()['glyphs'][0]
+  commonest = {face: Counter(sorted(columns['class'][columns['face'] == face])).most_common(1)[0][0]
+               for face in set(columns['face'].tolist())}
+  right = np.mean([commonest[face] == shape for face, shape in zip(columns['face'].tolist(), columns['class'])])
+  scores = _scores(data, 'question', _Oracle(3))['top-1'].baselines
+  assert scores['question alone'] == right > scores['majority']
+  assert scores['nearest neighbor'] == 1.0  # the neighbor of a training image is itself
 
 
 @pytest.mark.parametrize('name, targets', [('shape', 3), ('package', 2), ('pair', 1), ('caption', 1), ('text', 40)])

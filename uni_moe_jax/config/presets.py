@@ -118,7 +118,7 @@ def embedded(c: ml_collections.ConfigDict) -> None:
 
 
 def embedded_tasks(c: ml_collections.ConfigDict) -> None:
-  """Six tasks of six task types on the embedded glyphs, videos and texts, and their evaluators.
+  """Seven tasks of seven task types on the embedded glyphs, videos and texts, and their evaluators.
 
   No task trains on the names of videos: `video_name`, a known task type on new data, is evaluated zero-shot. The source
   `pairs` (does a paragraph continue a summary?) has no task: after an hour of training it is still at chance.
@@ -127,6 +127,7 @@ def embedded_tasks(c: ml_collections.ConfigDict) -> None:
   c.target_sets.glyph_classes = config.target_set('glyphs/class', family='names')
   c.target_sets.motions = config.target_set('videos/motion', family='names')
   c.target_sets.vocabulary = config.target_set('vocabulary', family='words', softmax='sampled', num_sampled=768)
+  c.target_sets.answers = config.target_set('questions/answer', family='words')
   c.target_sets.packages = config.target_set('paragraphs/package', family='words')
 
   c.tasks.glyph_class = config.task(
@@ -136,6 +137,9 @@ def embedded_tasks(c: ml_collections.ConfigDict) -> None:
   c.tasks.glyph_caption = config.task(
       'image_caption', 'glyphs', batch_size=32, target_set='vocabulary', caption_templates=('{name}',),
       max_len=NAME_TOKENS)
+  c.tasks.glyph_question = config.task(
+      'vqa', 'questions', batch_size=24, target_set='answers', label_column='answer',
+      template='{question} <eot> <spe> . <eot>', max_len=NAME_TOKENS)
   c.tasks.video_motion = config.task(
       'video_classification', 'videos', batch_size=16, target_set='motions', label_column='motion')
   c.tasks.text = config.task(
@@ -155,6 +159,7 @@ def embedded_tasks(c: ml_collections.ConfigDict) -> None:
     c.evaluators[f'class, {novelty}'] = config.evaluator('classification', 'glyph_class', split=split)
     c.evaluators[f'name, {novelty}'] = config.evaluator('retrieval', 'glyph_name', split=split, num_examples=500)
     c.evaluators[f'caption, {novelty}'] = config.evaluator('caption', 'glyph_caption', split=split, num_examples=1000)
+    c.evaluators[f'question, {novelty}'] = config.evaluator('classification', 'glyph_question', split=split)
     c.evaluators[f'motion, {novelty}'] = config.evaluator('classification', 'video_motion', split=split)
     c.evaluators[f'zero-shot video name, {novelty}'] = config.evaluator(
         'retrieval', 'video_name', split=split, num_examples=400)

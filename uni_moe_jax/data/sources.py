@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from uni_moe_jax.data.embedded import digits, docstring_texts, glyph_videos, glyphs
+from uni_moe_jax.data.embedded import digits, docstring_texts, glyph_questions, glyph_videos, glyphs
 from uni_moe_jax.data.files import file_dataset
 from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.pipeline.records import Records
@@ -24,6 +24,7 @@ def load_corpus(directory: str | os.PathLike[str], split: str) -> Records:
 
 SOURCES: dict[str, Callable[[str, str], Records]] = {
     'glyphs': glyphs.load,
+    'questions': glyph_questions.load,
     'videos': glyph_videos.load,
     'paragraphs': docstring_texts.load_paragraphs,
     'pairs': docstring_texts.load_pairs,

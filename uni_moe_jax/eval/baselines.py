@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.sparse
@@ -91,6 +91,25 @@ def nearest_neighbor(
   flat = lambda images: images.reshape(len(images), -1).astype(np.float32)
   # scikit-learn sums in float64, where squared distances of bytes are exact, so that the result is that of any machine.
   return kept[pairwise.pairwise_distances_argmin(flat(test), flat(train[kept]))]
+
+
+def per_question(
+    predict: Callable[[np.ndarray, np.ndarray], np.ndarray], train_questions: np.ndarray, test_questions: np.ndarray
+) -> np.ndarray:
+  """Returns predictions [Q] that are made for each question from the train examples with the same question.
+
+  A question that no train example has is answered from all of them.
+
+  Args:
+    predict: indices of train examples [n] and of test examples [m] → predictions [m].
+    train_questions, test_questions: strings [N] and [Q].
+  """
+  _, question = np.unique(test_questions, return_inverse=True)
+  order, parts = np.argsort(question, kind='stable'), []
+  for group in np.split(order, np.flatnonzero(np.diff(question[order])) + 1):
+    train = np.flatnonzero(train_questions == test_questions[group[0]])
+    parts.append(predict(train if len(train) else np.arange(len(train_questions)), group))
+  return np.concatenate(parts)[np.argsort(order)]
 
 
 def name_similarity(neighbor_names: Sequence[str], candidate_names: Sequence[str]) -> np.ndarray:

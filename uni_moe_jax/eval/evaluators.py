@@ -24,6 +24,7 @@ from uni_moe_jax.eval.batches import Fields
 from uni_moe_jax.eval.file_baselines import NEAREST, FileBaselines
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor, Ranked
+from uni_moe_jax.utils import templates
 from uni_moe_jax.utils.errors import UsageError
 
 _COUNTED = 20_000  # records in files whose words are counted for the unigram baseline
@@ -148,12 +149,32 @@ def label_baselines(
   train, test = [q.trained.columns[k][trained] for k in inputs], [q.evaluated.columns[k][evaluated] for k in inputs]
   if inputs == texts:
     answers['tf-idf'] = baselines.tfidf_logistic(train, train_labels, test)
+  elif q.task.type.readout == 'slot':
+    answers |= _answer_baselines(q, trained, evaluated, train_labels)
   elif train[0].ndim == 3:
     answers[NEAREST] = train_labels[baselines.nearest_neighbor(*train, *test)]
   else:
     for name, frames in (('one frame', 'middle'), ('all frames', 'all')):
       answers[name] = baselines.frame_logistic(*train, train_labels, *test, frames)
   return train_labels, by
+
+
+def _answer_baselines(
+    q: Query, trained: np.ndarray, evaluated: np.ndarray, train_labels: np.ndarray) -> dict[str, np.ndarray]:
+  """Labels [Q] of questions about images: from the question alone, and of the nearest image with the same question.
+
+  trained, evaluated: indices of the records.
+  """
+  def questions(records: Records, indices: np.ndarray) -> np.ndarray:
+    columns = [records.columns[name][indices].tolist() for name in templates.columns(q.task.template)]
+    return np.array(['\0'.join(row) for row in zip(*columns)] or [''] * len(indices))
+
+  train, test = q.trained.columns['pixels'][trained], q.evaluated.columns['pixels'][evaluated]
+  predictors = {
+      'question alone': lambda a, b: baselines.majority_predictions(train_labels[a], len(b)),
+      NEAREST: lambda a, b: train_labels[a][baselines.nearest_neighbor(train[a], test[b])]}
+  both = questions(q.trained, trained), questions(q.evaluated, evaluated)
+  return {name: baselines.per_question(predict, *both) for name, predict in predictors.items()}
 
 
 def retrieval(q: Query) -> list[Score]:
