@@ -20,20 +20,16 @@ def get_config(arg: str = '', file: str = __file__) -> ml_collections.ConfigDict
   a = config.arguments(arg, file, dict(router='attribute'), dict(router=ROUTERS))
   c = config.base()
   presets.embedded(c)
-  # Small, so that an hour has many examples. Queries and keys start different: if they are equal, `spe` first attends
-  # to itself alone, and the content of an image or video reaches it late (motions stay at chance for hundreds of
-  # steps).
-  c.model.update(dict(num_layers=4, width=128, num_heads=2, mlp_dim=512, mimetic_init=False, frame_differences=True))
+  # Small, so that an hour has many examples.
+  c.model.update(dict(num_layers=4, width=128, num_heads=2, mlp_dim=512, stem='conv'))
   c.moe.router = a.router
   c.target_sets.vocabulary.num_sampled = 512
   for name, batch_size in dict(
       glyph_class=32, glyph_name=96, glyph_caption=80, video_motion=8, text=16, package=16).items():
     c.tasks[name].batch_size = batch_size
   c.tasks.glyph_name.loss_weight, c.tasks.glyph_caption.loss_weight = 2.5, 2.0
-  # Below 1: motions and names compete for the features of a video, see configs/quickstart.py.
-  c.tasks.video_motion.loss_weight = 0.3
   for name in ('glyph_class', 'glyph_name', 'glyph_caption'):
     c.tasks[name].max_shift = 2
-  c.optim.update(dict(learning_rate=2e-3, warmup_steps=100))
+  c.optim.update(dict(name='muon', learning_rate=2e-3, warmup_steps=100))
   c.train.update(dict(steps=5500, log_every=20, checkpoint_every=200))
   return c

@@ -18,14 +18,12 @@ def get_config() -> ml_collections.ConfigDict:
   """4 layers, width 128, 8 experts; images of 32 pixels in patches of 8."""
   c = config.base()
   presets.embedded(c)
-  c.model.update(dict(num_layers=4, width=128, num_heads=2, mlp_dim=512))
+  c.model.update(dict(num_layers=4, width=128, num_heads=2, mlp_dim=512, stem='conv'))
   for name, batch_size in dict(video_motion=8, glyph_class=48, text=32, package=16).items():
     c.tasks[name].batch_size = batch_size
   c.tasks.text.loss_weight = c.tasks.glyph_name.loss_weight = 2.5
-  # Motions and names compete for the features of a video: with a larger weight of motions, names of videos score lower.
-  c.tasks.video_motion.loss_weight = 0.15
   c.tasks.glyph_name.max_shift = 1
   c.target_sets.vocabulary.num_sampled = 512
-  c.optim.update(dict(learning_rate=2e-3, warmup_steps=60))
-  c.train.update(dict(steps=800, log_every=20, checkpoint_every=200))
+  c.optim.update(dict(name='muon', learning_rate=2e-3, warmup_steps=60))
+  c.train.update(dict(steps=700, log_every=20, checkpoint_every=200))
   return c

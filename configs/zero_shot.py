@@ -17,7 +17,7 @@ from uni_moe_jax.train import finetuning
 
 
 def digit_question(c: ml_collections.ConfigDict) -> None:
-  """A task type that no embedded task trains (vqa): an image and a question, answered at its slot."""
+  """A question that no embedded task has: an image and a text, answered at its slot."""
   _digit_words(c)
   c.tasks.digit_question = config.task('vqa', 'digits', batch_size=0, target_set='digit_words', label_column='name',
                                        template='the image is <spe> . <eot>', max_len=16)

@@ -84,6 +84,15 @@ def test_tasks_of_one_type_share_a_group_only_if_their_arrays_have_one_shape(c):
   assert groups() == {'text_classification/16/0': ['package'], 'text_classification/24/0': ['second']}
 
 
+def test_sources_in_memory_share_no_group_since_their_frames_are_not_known(c):
+  c.tasks.second = c.tasks.shape.copy_and_resolve_references()
+  groups = lambda: sorted(k for k in make_plan(c).groups if k.startswith('image_classification'))
+  assert groups() == ['image_classification']
+  c.tasks.second.source = 'videos'
+  assert groups() == [f'image_classification/{c.tasks.shape.max_len}/{c.tasks.shape.max_predictions}/{source}'
+                      for source in (c.tasks.shape.source, 'videos')]
+
+
 def test_the_plan_of_one_task_has_its_target_set_only(c):
   only = make_plan(c).only('package')
   assert ([t.name for t in only.tasks], _sets(only)) == (['package'], ['packages'])

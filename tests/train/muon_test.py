@@ -122,6 +122,11 @@ def test_frozen_kernels_have_no_momentum_and_others_decay():
   assert any(path.endswith(MLP) for path in by_path(state))
 
 
+def test_nothing_is_orthogonalized_where_all_kernels_are_frozen():
+  updates, _ = _updates(_gradients(), name='muon', param_groups=((r'bias$', 1., 0.), (r'.*', 'freeze')))
+  assert {path for path, update in updates.items() if np.any(update)} == {p for p in updates if p.endswith('bias')}
+
+
 def test_a_state_restored_from_its_shapes_has_the_same_structure():
   tx = optimizer.make_optimizer(_config(name='muon'), _gradients(), axis_names=_names()).tx
   shapes = jax.eval_shape(tx.init, _gradients())

@@ -4,13 +4,24 @@ import numpy as np
 import pytest
 
 from tests.helpers import saved_run, tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.train.trained_run import TrainedRun
 from uni_moe_jax.utils.errors import UsageError
 
 
+def _config():
+  config = tiny.config('shape', 'text', 'caption', 'pair', data_dir=tiny.data_dir())
+  config.target_sets.answers = config_lib.target_set('glyphs/class', family='words')
+  config.tasks.question = config_lib.task(
+      'vqa', 'glyphs', batch_size=2, target_set='answers', label_column='class', max_len=12,
+      template='{face} <eot> <spe> . <eot>')
+  return config
+
+
 @pytest.fixture(name='folder', scope='module')
 def _folder(tmp_path_factory):
-  config = tiny.config('shape', 'text', 'caption', 'pair', data_dir=tiny.data_dir())
+  config = _config()
   folder = tmp_path_factory.mktemp('run')
   saved_run.save(folder, config, 3)
   return folder
@@ -53,9 +64,21 @@ def test_one_image_alone_gets_the_answer_that_it_gets_in_a_batch(run, images):
 
 
 def test_captions_are_those_of_the_predictor(run, folder, images):
-  _, predictor, _ = saved_run.load(tiny.config('shape', 'text', 'caption', 'pair', data_dir=tiny.data_dir()), folder)
+  _, predictor, _ = saved_run.load(_config(), folder)
   task = next(t for t in run._run.plan.tasks if t.name == 'caption')
   assert run.caption('caption', images, beam_size=2) == predictor.captions(task, images[:, None], 2)
+
+
+def test_a_question_is_answered_as_by_the_evaluator(run, images):
+  faces, task = tiny.records('glyphs').columns['face'], run._tasks['question']
+  [fields] = [batch for batch, _ in evaluation_batches(run._run.data.examples(task, 'train'), np.arange(24), 24)]
+  expected = np.exp(run._predictor.log_probabilities(run._predictor.inputs(task.type, fields), task)[:, 0])
+  for face in set(faces.tolist()):
+    same = np.flatnonzero(faces[:4] == face)
+    for i, answer in zip(same, run.classify('question', images[same], face=face), strict=True):
+      assert dict(answer) == pytest.approx(dict(zip(tiny.CLASSES, expected[i].tolist(), strict=True)), abs=1e-5)
+  assert dict(run.classify('question', images[:1], face='serif')[0]) != pytest.approx(
+      dict(run.classify('question', images[:1], face='round')[0]), abs=1e-5)
 
 
 def test_features_are_unit_vectors_of_both_sides_and_images_differ(run, images):
@@ -69,6 +92,7 @@ def test_features_are_unit_vectors_of_both_sides_and_images_differ(run, images):
 @pytest.mark.parametrize('use, message', [
     (lambda run, x: run.classify('shap', x), "task 'shap' is unknown; did you mean 'shape'"),
     (lambda run, x: run.classify('caption', x), "task 'caption' .* no classes"),
+    (lambda run, x: run.classify('question', x), "task 'question' needs the text of 'face', .*; give face=…"),
     (lambda run, x: run.classify('text', x), "task 'text' reads text alone"),
     (lambda run, x: run.caption('shape', x), "task 'shape' .* no captions"),
     (lambda run, x: run.embed_text('shape', ['a']), 'only retrieval encodes a paired text'),

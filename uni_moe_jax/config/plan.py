@@ -1,6 +1,7 @@
 """The plan of a run: its checked config, and the facts that data, trainer and evaluators share."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -203,10 +204,14 @@ def _set_spec(name: str, s: TargetSetConfig, families: Mapping[str, Condition]) 
   return spec
 
 
-def _array_shape(t: TaskConfig) -> tuple[int, ...]:
-  """Sizes that the array shapes of a task of one type depend on: tokens, predictions, frames, labels."""
+def _array_shape(t: TaskConfig, is_visual: bool) -> tuple[int | str, ...]:
+  """What the array shapes of a task of one type depend on: tokens, predictions, frames, labels.
+
+  The frames of a source in memory are not known before it is read; its name stands for them.
+  """
   of_files = (t.num_frames, 2 if t.mixes else 1) if t.num_frames or t.mixes else ()
-  return t.max_len, t.max_predictions, *of_files
+  in_memory = (t.source,) if is_visual and ':' not in t.source else ()
+  return t.max_len, t.max_predictions, *of_files, *in_memory
 
 
 def _task_spec(
@@ -216,8 +221,9 @@ def _task_spec(
   validate.check_task(name, t, task_type, c)
   _check_target_set(name, t, task_type, sets)
   # Tasks of a type share a batch only if their arrays have the same shapes.
-  shapes = {_array_shape(other) for other in c.tasks.values() if other.type == t.type and other.batch_size}
-  group = t.type if len(shapes) <= 1 else '/'.join(map(str, (t.type, *_array_shape(t))))
+  shape = functools.partial(_array_shape, is_visual=task_type.visual)
+  shapes = {shape(other) for other in c.tasks.values() if other.type == t.type and other.batch_size}
+  group = t.type if len(shapes) <= 1 else '/'.join(map(str, (t.type, *shape(t))))
   return TaskSpec(**{**vars(t), 'name': name, 'type': task_type, 'group': group,
                      'temperature': t.temperature or t.type})
 

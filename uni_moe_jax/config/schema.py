@@ -92,7 +92,7 @@ class ModelConfig:
   text_posemb_init: str = field('normal', 'Initial text position table: normal, or sincos (neighbors start similar; '
                                 'short runs).', choices=('normal', 'sincos'), published='normal')
   text_posemb_std: float = field(0.02, 'Initial std of the text position table.', at_least=0, published=0.02)
-  mimetic_init: bool = field(False, 'Keys start as a copy of the queries, so that attention starts among neighbors '
+  mimetic_init: bool = field(False, 'Keys of half of the heads start as their queries: attention among neighbors '
                              '(short runs).', published=False)
   frame_differences: bool = field(
       False, 'Adds to every video patch its change since the previous frame, through a kernel of its own. Without it, '

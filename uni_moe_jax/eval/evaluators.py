@@ -149,7 +149,7 @@ def label_baselines(
   train, test = [q.trained.columns[k][trained] for k in inputs], [q.evaluated.columns[k][evaluated] for k in inputs]
   if inputs == texts:
     answers['tf-idf'] = baselines.tfidf_logistic(train, train_labels, test)
-  elif q.task.type.readout == 'slot':
+  elif templates.columns(q.task.template):
     answers |= _answer_baselines(q, trained, evaluated, train_labels)
   elif train[0].ndim == 3:
     answers[NEAREST] = train_labels[baselines.nearest_neighbor(*train, *test)]

@@ -64,14 +64,15 @@ def layer_norm(name: str | None) -> nn.LayerNorm:
 
 
 def mimetic_query_key(init: Callable) -> Callable:
-  """An initializer of a fused projection [..., 3, N, H] whose keys start as a copy of its queries.
+  """An initializer of a fused projection [..., 3, N, H] in half of whose heads keys start as a copy of the queries.
 
-  Attention then starts between similar inputs, so that similar positions, that is neighbors, see each other first
-  (Trockman & Kolter, Mimetic Initialization of Self-Attention Layers, 2023).
+  Attention of these heads starts between similar inputs, so that similar positions, that is neighbors, see each other
+  first (Trockman & Kolter, Mimetic Initialization of Self-Attention Layers, 2023). The readout token has no neighbors:
+  with all heads alike it would see itself alone.
   """
   def copied(key, shape, dtype=jnp.float32):
-    kernel = init(key, shape, dtype)
-    return kernel.at[..., 1, :, :].set(kernel[..., 0, :, :])
+    kernel, half = init(key, shape, dtype), (shape[-2] + 1) // 2
+    return kernel.at[..., 1, :half, :].set(kernel[..., 0, :half, :])
   return copied
 
 

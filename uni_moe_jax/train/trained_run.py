@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -11,11 +11,13 @@ from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.data.pipeline.target_sets import build_target_set
+from uni_moe_jax.data.pipeline.templates import fill_template
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.train import run as run_lib
 from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.utils import templates
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
@@ -62,8 +64,12 @@ class TrainedRun:
     return pixels[:, 0] if pixels.shape[1] == 1 else pixels
 
   def classify(
-      self, task: str, images: np.ndarray, names: Sequence[str] = (), top: int = 5) -> list[list[tuple[str, float]]]:
-    """Per image or video the `top` most likely entries of the task's target set, or of `names`, with probabilities."""
+      self, task: str, images: np.ndarray, names: Sequence[str] = (), top: int = 5, **columns: str
+  ) -> list[list[tuple[str, float]]]:
+    """Per image or video the `top` most likely entries of the task's target set, or of `names`, with probabilities.
+
+    columns: texts of the columns in the task's template, such as question='which script is it ?'.
+    """
     spec = self._task(task, visual=True)
     if not spec.type.has_classes:
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}, which has no classes; use `caption` or `embed`.')
@@ -74,7 +80,7 @@ class TrainedRun:
       target = build_target_set(set_spec, tuple((name,) for name in names), self._run.data.tokenizer)
       predictor = Predictor(self._run.spec.model, self._params, {_NAMES: (set_spec, target)}, self._run.data.tokenizer)
       spec, texts = dataclasses.replace(spec, target_set=_NAMES, linear_head=False), tuple(names)
-    features = predictor.inputs(spec.type, _fields(images))
+    features = predictor.inputs(spec.type, _fields(images) | self._slot(spec, columns, len(images)))
     probabilities = np.exp(predictor.log_probabilities(features, spec)[:, 0])
     order = np.argsort(-probabilities, axis=1)[:, :top]
     return [[(texts[i], float(p[i])) for i in best] for p, best in zip(probabilities, order, strict=True)]
@@ -100,6 +106,17 @@ class TrainedRun:
     tokens, valid = pad_tokens(encode_texts(list(texts), tokenizer, spec.max_len), spec.max_len, tokenizer.pad)
     fields = {'id': np.arange(len(texts), dtype=np.uint32), 'target': tokens, 'target_valid': valid}
     return np.asarray(normalize(self._predictor.pairs(spec.type, fields)))
+
+  def _slot(self, spec: TaskSpec, columns: Mapping[str, str], batch: int) -> dict[str, np.ndarray]:
+    """The batch fields of a template's text, the same for all examples; none for a task type without a slot."""
+    if spec.type.readout != 'slot':
+      return {}
+    if missing := [name for name in templates.columns(spec.template) if name not in columns]:
+      raise UsageError(f'task {spec.name!r} needs the text of {missing[0]!r}, a column of its template '
+                       f'{spec.template!r}; give {missing[0]}=….')
+    row, slot = fill_template(self._run.data.tokenizer, spec.template, columns, spec.max_len)
+    text, valid = pad_tokens([row] * batch, spec.max_len, self._run.data.tokenizer.pad)
+    return {'text': text, 'text_valid': valid, 'position': np.full((batch, 1), slot, np.int32)}
 
   def _task(self, name: str, visual: bool = False) -> TaskSpec:
     if name not in self._tasks:
