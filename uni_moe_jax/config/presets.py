@@ -156,7 +156,7 @@ def embedded_tasks(c: ml_collections.ConfigDict) -> None:
 
   # Tokens of the tokenizer that the quickstart learns.
   c.preflight.target_lengths.update(dict(
-      glyph_classes=((4, 28), (9, 24)), motions=((5, 12),), packages=((6, 10),)))
+      answers=((2, 20), (7, 7)), glyph_classes=((4, 28), (9, 24)), motions=((5, 12),), packages=((6, 10),)))
   c.preflight.num_frames.update(dict(video_motion=8, video_name=8))
 
   for split, novelty in UNSEEN:

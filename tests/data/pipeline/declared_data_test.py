@@ -89,6 +89,6 @@ def test_presets_declare_the_sizes_of_the_embedded_data():
   plan = make_plan(c)
   data = DeclaredData(c, plan)
   assert {s.name: data.target_sets[s.name].size for s in plan.sets if not s.is_vocabulary} == {
-      'glyph_classes': 52, 'motions': 12, 'packages': 10}
+      'answers': 27, 'glyph_classes': 52, 'motions': 12, 'packages': 10}
   make = data.examples(next(t for t in plan.tasks if t.name == 'video_motion')).make
   assert make(tf.zeros([5], tf.int64), tf.zeros([5], tf.uint64))['pixels'].shape == (5, 8, 32, 32, 3)
