@@ -68,7 +68,7 @@ def mimetic_query_key(init: Callable) -> Callable:
 
   Attention of these heads starts between similar inputs, so that similar positions, that is neighbors, see each other
   first (Trockman & Kolter, Mimetic Initialization of Self-Attention Layers, 2023). The readout token has no neighbors:
-  with all heads alike it would see itself alone.
+  if all heads began so, it would see itself alone.
   """
   def copied(key, shape, dtype=jnp.float32):
     kernel, half = init(key, shape, dtype), (shape[-2] + 1) // 2
