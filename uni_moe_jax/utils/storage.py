@@ -93,9 +93,7 @@ def path(address: str | os.PathLike[str], name: str = 'path') -> Path:
   package, extra = _PACKAGES[scheme]
   if importlib.util.find_spec(package) is None:
     raise wrong(f"needs the package {package}: pip install 'uni-moe-jax[{extra}]'")
-  _configure()
-  if scheme == 's3':
-    _repeat_s3()
+  _configure(scheme)
   return epath.Path(f'{scheme}://{bucket}', *parts)
 
 
@@ -109,7 +107,7 @@ def _wrong(address: str, name: str, what: str) -> UsageError:
 
 
 @functools.cache
-def _configure() -> None:
+def _configure(scheme: str) -> None:
   """Set what all users of the libraries in this process share, Orbax and TensorFlow Datasets among them."""
   import aiohttp  # pylint: disable=g-import-not-at-top
   import fsspec  # pylint: disable=g-import-not-at-top
@@ -122,23 +120,17 @@ def _configure() -> None:
   fsspec.config.conf.setdefault('s3', {}).update(use_listings_cache=False, config_kwargs=dict(
       connect_timeout=_CONNECT_TIMEOUT, read_timeout=_READ_TIMEOUT,
       retries=dict(mode='standard', max_attempts=_ATTEMPTS)))
-  if importlib.util.find_spec('s3fs'):
-    import s3fs  # pylint: disable=g-import-not-at-top
-    s3fs.core.set_custom_error_handler(lambda e: '(429)' in str(e))  # Amazon answers 503, other stores also this
-
-
-@functools.cache
-def _repeat_s3() -> None:
-  """Make s3fs repeat requests also after answers without a body, whose status botocore does not repeat by itself."""
-  from s3fs import core  # pylint: disable=g-import-not-at-top
-  core.set_custom_error_handler(lambda e: re.search(r'\((429|5\d\d)\) when calling', str(e)) is not None)
+  if scheme == 's3':  # answers without a body have a status that botocore does not repeat by itself
+    from s3fs import core  # pylint: disable=g-import-not-at-top
+    core.set_custom_error_handler(lambda e: re.search(r'\((429|5\d\d)\) when calling', str(e)) is not None)
 
 
 def filesystem(address: str | os.PathLike[str]) -> Any:
   """Return the fsspec file system of a remote address."""
   import fsspec  # pylint: disable=g-import-not-at-top
-  _configure()
-  return fsspec.filesystem(str(address).partition(':')[0])
+  scheme = str(address).partition(':')[0]
+  _configure(scheme)
+  return fsspec.filesystem(scheme)
 
 
 def split(address: str | os.PathLike[str]) -> tuple[str, str]:
