@@ -62,6 +62,7 @@ def test_a_bucket_is_locked_while_its_owner_lives_and_free_at_once_when_it_has_e
   folder = storage.path(f'{store.address}/ended')
   assert _owner_of(folder) is None and _owner_of(folder) is None
   assert _objects(folder) == ['000002']
+  assert 'is locked by' not in capfd.readouterr().err  # nothing was waited for
   with _owner(folder) as process:
     assert f', process {process.pid}' in _owner_of(folder)
     assert capfd.readouterr().err.startswith(f'note: {folder} is locked by ')
