@@ -1,7 +1,5 @@
 """Checkpoints in a bucket are those of a disk: verified without a download, complete or not there, kept as long."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,12 +100,20 @@ def test_a_save_that_was_not_finished_is_ignored_by_readers_and_deleted_by_the_n
 
 
 def test_verification_reads_no_array(workdir, monkeypatch):
-  folder, read = workdir / 'checkpoints/2', []
-  files = storage.filesystem(workdir)
-  monkeypatch.setattr(type(files), '_cat_file', lambda *args, **kwargs: read.append(args))
-  recorded = json.loads((folder / manifest.FILE).read_text())['files']
-  assert all('md5' in entry for entry in recorded.values())
-  assert not manifest.damage(folder) and not read
+  folder, files, read = workdir / 'checkpoints/2', type(storage.filesystem(workdir)), []
+  original = files.open
+  monkeypatch.setattr(files, 'open', lambda self, path, *args, **kwargs: (
+      read.append(str(path).rpartition('/')[2]), original(self, path, *args, **kwargs))[1])
+  assert not manifest.damage(folder)
+  assert set(read) == {manifest.FILE, '_CHECKPOINT_METADATA', 'commit_success.txt'}
+
+
+def test_arrays_whose_bits_are_not_those_that_were_saved_are_refused_by_name(workdir, monkeypatch):
+  original = manifest.array_sums
+  monkeypatch.setattr(manifest, 'array_sums', lambda folder: original(folder) | {'params/kernel': 7})
+  with Checkpoints(workdir, None) as checkpoints:
+    with pytest.raises(RunError, match=r'was read 2 times, and not as it was saved \(params/kernel\)'):
+      checkpoints.restore(_LIKE)
 
 
 # In a process of its own, since TensorStore reads the address of the server once.
