@@ -2,10 +2,14 @@
 
 import concurrent.futures
 import hashlib
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
+from tests.helpers import processes
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
 
@@ -146,3 +150,12 @@ def test_errors_of_stores_become_one_sentence_with_the_address(text, meaning):
 @pytest.mark.parametrize('error', [ValueError('shape [401, 503]x'), KeyError('x'), UsageError('403 Forbidden')])
 def test_other_errors_stay_what_they_are(error):
   assert storage.explain(error, 'gs://bucket/run') is None
+
+
+def test_no_second_service_is_queried_about_buckets():
+  # gcsfs decides when it is imported, in whatever test comes first.
+  code = 'from uni_moe_jax.utils import storage; print(type(storage.filesystem("gs://bucket")).__module__)'
+  environment = {k: v for k, v in os.environ.items() if k != 'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'}
+  environment |= {'FSSPEC_GS_TOKEN': 'anon', 'PYTHONPATH': str(processes.ROOT)}
+  module = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
+  assert module.stdout.strip() == 'gcsfs.core'

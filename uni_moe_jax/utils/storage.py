@@ -112,6 +112,8 @@ def _configure(scheme: str) -> None:
   import aiohttp  # pylint: disable=g-import-not-at-top
   import fsspec  # pylint: disable=g-import-not-at-top
   logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs the traceback of what it raises
+  # Zonal buckets: gcsfs would query another service about every bucket, over gRPC, and wait where it is not reachable.
+  os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
   os.environ['EPATH_USE_TF'] = 'false'  # TensorFlow's own reader of buckets is not in its packages
   epath.gpath._is_tf_installed.cache_clear()  # TFDS may have read local paths before
   timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=_READ_TIMEOUT)
