@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,9 @@ from tests.helpers import processes
 
 BUCKET = 'bucket'
 _TIMEOUT = 60  # seconds until a server answers
+
+# gcsfs reads it when it is imported, by whatever test comes first; see `storage`.
+os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
 
 
 @dataclasses.dataclass(frozen=True)
