@@ -26,7 +26,8 @@ To continue a run, repeat the command after `kubectl delete jobset NAME`.
 HELP
 }
 
-name='' image='' claim='' account=default accelerator=tpu-v5-lite-podslice topology=4x4 chips=4 restarts=20 script=train.py dry_run=''
+name='' image='' claim='' account=default dry_run='' script=train.py
+accelerator=tpu-v5-lite-podslice topology=4x4 chips=4 restarts=20
 while (($#)); do
   case "$1" in
     --name) name="$2"; shift 2 ;;

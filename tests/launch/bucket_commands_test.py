@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import in_process, processes
+from tests.helpers.stop_request import StopAfterTwoSteps
 from uni_moe_jax.train import loop
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.utils import storage
@@ -28,18 +29,6 @@ def get_config():
 '''
 
 
-class _StopAfter(loop.Stop):
-  """Requests to stop before step 3."""
-
-  def __init__(self):
-    self.reads = 0
-
-  @property
-  def requested(self) -> bool:
-    self.reads += 1
-    return self.reads > 3
-
-
 def _run(script: str, *flags: str) -> int:
   one = jax.devices()[:1]
   with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +41,7 @@ def _commands(config: pathlib.Path, root: str, stop: bool) -> None:
   workdir, train = f'--workdir={root}/run', (f'--config={config}', f'--workdir={root}/run')
   if stop:
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(loop, 'Stop', _StopAfter)
+      patch.setattr(loop, 'Stop', StopAfterTwoSteps)
       assert _run('train', *train) == PREEMPTED
   assert _run('train', *train) == FINISHED
   assert _run('evaluate', workdir) == FINISHED

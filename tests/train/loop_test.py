@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import processes, saved_run, tiny
+from tests.helpers.stop_request import StopAfterTwoSteps
 from tests.stress import injected_faults
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
@@ -23,18 +24,6 @@ def _config():
   c.model.num_layers = 1  # what is tested is the loop: a small program compiles sooner
   c.train.update(dict(steps=6, ema_decay=0.9, checkpoint_every=4))
   return c
-
-
-class _StopAfter(loop.Stop):
-  """Requests to stop before step 3, as a signal during the step before it would."""
-
-  def __init__(self):
-    self.reads = 0
-
-  @property
-  def requested(self) -> bool:
-    self.reads += 1
-    return self.reads > 3
 
 
 def _state(workdir):
@@ -66,7 +55,7 @@ def restarted(tmp_path_factory):
   """Stopped after three steps, then started again."""
   workdir = tmp_path_factory.mktemp('restarted')
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, 'Stop', _StopAfter)
+    patch.setattr(loop, 'Stop', StopAfterTwoSteps)
     assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.PREEMPTED
   assert _state(workdir)[0] == 3
   assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.FINISHED

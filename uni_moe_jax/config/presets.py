@@ -119,7 +119,7 @@ def embedded(c: ml_collections.ConfigDict) -> None:
 
 
 def embedded_tasks(c: ml_collections.ConfigDict) -> None:
-  """Seven tasks of seven task types on the embedded glyphs, videos and texts, and their evaluators.
+  """Seven tasks of six task types on the embedded glyphs, videos and texts, and their evaluators.
 
   No task trains on the names of videos: `video_name`, a known task type on new data, is evaluated zero-shot. The source
   `pairs` (does a paragraph continue a summary?) has no task: after an hour of training it is still at chance.

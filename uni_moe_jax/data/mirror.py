@@ -69,7 +69,7 @@ class Mirror(os.PathLike):
     Raises MissingFileError if there is no complete dataset.
     """
     remote, local = storage.path(self.address) / prefix, self.root / prefix
-    names = _repeat(lambda: dict(storage.files_in(remote)), str(remote))
+    names = _repeat(lambda: storage.files_in(remote), str(remote))
     matches = [n for n in names if n.rpartition('/')[2] == MANIFEST]
     if not matches:
       raise MissingFileError(
@@ -324,7 +324,7 @@ def local_input(address: str | os.PathLike[str], name: str, cache_dir: str) -> I
   storage.check_access(source, name)
   files, is_file = storage.filesystem(address), bool(source.suffix) and source.is_file()
   folder = source.parent if source.suffix == '.jsonl' and is_file else source
-  names = [''] if folder == source and is_file else list(dict(storage.files_in(folder)))
+  names = [''] if folder == source and is_file else list(storage.files_in(folder))
   os.makedirs(cache := os.path.expanduser(cache_dir), exist_ok=True)
   with tempfile.TemporaryDirectory(prefix='.input-', dir=cache) as copy:
     target = pathlib.Path(copy, folder.name)

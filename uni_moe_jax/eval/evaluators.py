@@ -150,7 +150,11 @@ def label_baselines(
   if inputs == texts:
     answers['tf-idf'] = baselines.tfidf_logistic(train, train_labels, test)
   elif templates.columns(q.task.template):
-    answers |= _answer_baselines(q, trained, evaluated, train_labels)
+    questions = _questions(q, q.trained, trained), _questions(q, q.evaluated, evaluated)
+    for name, predict in (
+        ('question alone', lambda a, b: baselines.majority_predictions(train_labels[a], len(b))),
+        (NEAREST, lambda a, b: train_labels[a][baselines.nearest_neighbor(train[0][a], test[0][b])])):
+      answers[name] = baselines.per_question(predict, *questions)
   elif train[0].ndim == 3:
     answers[NEAREST] = train_labels[baselines.nearest_neighbor(*train, *test)]
   else:
@@ -159,22 +163,10 @@ def label_baselines(
   return train_labels, by
 
 
-def _answer_baselines(
-    q: Query, trained: np.ndarray, evaluated: np.ndarray, train_labels: np.ndarray) -> dict[str, np.ndarray]:
-  """Labels [Q] of questions about images: from the question alone, and of the nearest image with the same question.
-
-  trained, evaluated: indices of the records.
-  """
-  def questions(records: Records, indices: np.ndarray) -> np.ndarray:
-    columns = [records.columns[name][indices].tolist() for name in templates.columns(q.task.template)]
-    return np.array(['\0'.join(row) for row in zip(*columns)] or [''] * len(indices))
-
-  train, test = q.trained.columns['pixels'][trained], q.evaluated.columns['pixels'][evaluated]
-  predictors = {
-      'question alone': lambda a, b: baselines.majority_predictions(train_labels[a], len(b)),
-      NEAREST: lambda a, b: train_labels[a][baselines.nearest_neighbor(train[a], test[b])]}
-  both = questions(q.trained, trained), questions(q.evaluated, evaluated)
-  return {name: baselines.per_question(predict, *both) for name, predict in predictors.items()}
+def _questions(q: Query, records: Records, indices: np.ndarray) -> np.ndarray:
+  """What the template of a task takes from some records: strings [N], equal for equal questions."""
+  columns = [records.columns[name][indices].tolist() for name in templates.columns(q.task.template)]
+  return np.array(['\0'.join(row) for row in zip(*columns, strict=True)])
 
 
 def retrieval(q: Query) -> list[Score]:

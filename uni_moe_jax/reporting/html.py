@@ -167,7 +167,7 @@ def _evaluation(rows: Sequence[Mapping[str, Any]]) -> str:
   css = {'evaluator': '', 'metric': '', 'model': 'number', 'strongest baseline': '', 'verdict': 'mark'}
   main = [[*map(escape, line.cells[:-1]), f'<span class="{line.verdict}">{line.cells[-1]}</span>']
           for line in headline.lines(rows)]
-  return (f'{_table(css, main)}<details><summary>All {len(rows)} metrics</summary>{_all_metrics(rows)}</details>')
+  return f'{_table(css, main)}<details><summary>All {len(rows)} metrics</summary>{_all_metrics(rows)}</details>'
 
 
 def _all_metrics(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -38,8 +38,7 @@ MAY_CHANGE = (
     'train.log_every', 'train.checkpoint_every', 'train.max_to_keep', 'train.keep_every', 'train.best_metric',
     'train.evaluate_every', 'train.max_nonfinite_steps', 'train.hang_timeout', 'train.interference_every',
     'train.interference_parameters', 'train.deterministic', 'data.dir', 'data.cache_dir', 'data.cache_gb',
-    'data.max_corrupt_fraction', 'preflight',
-    'mesh', 'evaluators', 'tokenizer.merges_path')
+    'data.max_corrupt_fraction', 'preflight', 'mesh', 'evaluators', 'tokenizer.merges_path')
 
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:

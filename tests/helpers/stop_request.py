@@ -1,0 +1,15 @@
+"""Stops of a training loop at a step, without a signal."""
+
+from uni_moe_jax.train import loop
+
+
+class StopAfterTwoSteps(loop.Stop):
+  """Requests to stop before step 3, as a signal during the step before it would."""
+
+  def __init__(self):
+    self.reads = 0
+
+  @property
+  def requested(self) -> bool:
+    self.reads += 1
+    return self.reads > 3
