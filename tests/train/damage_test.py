@@ -206,7 +206,7 @@ def test_a_full_disk_is_reported_with_the_step_that_is_safe(workdir, monkeypatch
 
 
 @pytest.mark.parametrize('number, message', [
-    (errno.EACCES, 'Permission denied.*that of step 2 is safe. Check whether the disk can be reached'),
+    (errno.EACCES, 'Permission denied.*that of step 2 is safe. Check whether .*checkpoints can be reached'),
     (errno.ENOSPC, 'step 3 could not be written')])
 def test_a_failed_last_save_is_reported_and_a_write_error_is_not_a_full_disk(workdir, monkeypatch, number, message):
   monkeypatch.setattr(manifest, 'write', _refuse(number))

@@ -159,3 +159,24 @@ def test_no_second_service_is_queried_about_buckets():
   environment |= {'FSSPEC_GS_TOKEN': 'anon', 'PYTHONPATH': str(processes.ROOT)}
   module = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
   assert module.stdout.strip() == 'gcsfs.core'
+
+
+def test_what_was_opened_before_keeps_no_listings_either(gcs):
+  # Orbax and TensorFlow Datasets open buckets by epath, perhaps before this package is asked for one.
+  code = '''
+import fsspec, sys
+from etils import epath
+folder = epath.Path('gs://bucket/opened-before')
+list(folder.iterdir()), fsspec.filesystem('gs').ls(folder)
+{storage}
+list(folder.iterdir()), fsspec.filesystem('gs').ls(folder)
+fsspec.filesystem('gs', skip_instance_cache=True).pipe_file(f'{folder}/{sys.argv[1]}', b'')
+print(*(len(x) for x in (list(folder.iterdir()), fsspec.filesystem('gs').ls(folder))))
+'''
+  (storage.path(gcs.address) / 'opened-before/0').write_text('')
+  lines = {'': '1 1', 'from uni_moe_jax.utils import storage; storage.path(folder)': '3 3'}
+  for line, num_listed in lines.items():
+    ran = subprocess.run(
+        [sys.executable, '-c', code.replace('{storage}', line), f'written after {line}'], capture_output=True, text=True,
+        check=True, env={**os.environ, 'EPATH_USE_TF': 'false', 'PYTHONPATH': str(processes.ROOT)})
+    assert ran.stdout.strip() == num_listed

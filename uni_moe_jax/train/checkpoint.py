@@ -306,10 +306,11 @@ class Checkpoints:
       safe = 'nothing was saved before it' if kept is None else f'that of step {kept} is safe'
       if reason:
         raise RunError(f'the checkpoint of step {step} could not be written; {safe}; {reason}') from e
-      fix = 'Free some space' if is_full else 'Check whether the disk can be reached, and who may write there'
+      space = '' if self._is_remote else f' ({errors.free_space(self._folder)})'
+      fix = 'Free some space' if is_full else f'Check whether {self._folder} can be reached, and who may write there'
       raise RunError(
-          f'the checkpoint of step {step} could not be written: {"the disk is full" if is_full else e} '
-          f'({errors.free_space(self._folder)}); {safe}. {fix}, then the same command continues.') from e
+          f'the checkpoint of step {step} could not be written: {"the disk is full" if is_full else e}{space}; {safe}. '
+          f'{fix}, then the same command continues.') from e
 
 
 @dataclasses.dataclass(frozen=True)

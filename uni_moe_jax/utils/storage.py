@@ -122,6 +122,9 @@ def _configure(scheme: str) -> None:
   fsspec.config.conf.setdefault('s3', {}).update(use_listings_cache=False, config_kwargs=dict(
       connect_timeout=_CONNECT_TIMEOUT, read_timeout=_READ_TIMEOUT,
       retries=dict(mode='standard', max_attempts=_ATTEMPTS)))
+  # What was opened before, by TensorFlow Datasets for example, was opened without these settings.
+  fsspec.get_filesystem_class(scheme).clear_instance_cache()
+  epath.backend._FileSystemSpecBackend._get_filesystem.cache_clear()
   if scheme == 's3':  # answers without a body have a status that botocore does not repeat by itself
     from s3fs import core  # pylint: disable=g-import-not-at-top
     core.set_custom_error_handler(lambda e: re.search(r'\((429|5\d\d)\) when calling', str(e)) is not None)
