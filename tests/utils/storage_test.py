@@ -162,7 +162,7 @@ def test_no_second_service_is_queried_about_buckets():
 
 
 def test_what_was_opened_before_keeps_no_listings_either(gcs):
-  # Orbax and TensorFlow Datasets open buckets by epath, perhaps before this package is asked for one.
+  # Orbax and TensorFlow Datasets open buckets by epath, perhaps before this package opens one.
   code = '''
 import fsspec, sys
 from etils import epath
