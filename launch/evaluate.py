@@ -66,7 +66,8 @@ def main() -> int:
       run = train_run.build(config)
       if _CONFIG.present:
         workdir_lib.claim_workdir(workdir, config, run.data.fingerprint, writes)
-      predictor, params = train_run.predictor(run, checkpoints, step)
+      predictor, params = train_run.predictor(run, checkpoints, step if _BEST.value else None)
+      step = checkpoints.latest() if plan.tasks and not _BEST.value else step
       run_expert_usage.write_after_evaluation(run, params, step, workdir)
       rows = suite.evaluate(run.plan, run.data, predictor, step, workdir, writes)
   print(headline.table(rows))

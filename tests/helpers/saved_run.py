@@ -10,8 +10,8 @@ import ml_collections
 
 from tests.helpers import small_model
 from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.train import manifest, workdir
 from uni_moe_jax.train import run as train_run
-from uni_moe_jax.train import workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.step import TrainState
 from uni_moe_jax.utils import storage
@@ -37,6 +37,25 @@ def load(config: ml_collections.ConfigDict, folder: Folder) -> tuple[train_run.R
   run = train_run.build(config, jax.devices()[:1])
   with Checkpoints(folder, 1) as checkpoints:
     return run, *train_run.predictor(run, checkpoints)
+
+
+def largest_file(checkpoint: storage.Path) -> str:
+  """Return the name of the largest file of a checkpoint's arrays."""
+  sizes = {name: size for name, (size, _) in storage.files_in(checkpoint).items() if '/d/' in name}
+  return max(sizes, key=sizes.get)
+
+
+def flip_bit(file: storage.Path) -> None:
+  """Flip a bit in the middle of a file or object."""
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 1
+  storage.write_bytes(file, bytes(content))
+
+
+def alter(checkpoint: storage.Path) -> None:
+  """Flip a bit of a checkpoint's arrays in a bucket, as if on the way there: the manifest has the digest of that."""
+  flip_bit(checkpoint / largest_file(checkpoint))
+  manifest.write(checkpoint, checkpoint, manifest.metrics(checkpoint), manifest.array_sums(checkpoint))
 
 
 def lines(folder: Folder) -> list[dict[str, float]]:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import in_process, processes
+from tests.helpers import in_process, processes, saved_run
 from tests.helpers.stop_request import StopAfterTwoSteps
 from uni_moe_jax.train import loop
 from uni_moe_jax.train.checkpoint import Checkpoints
@@ -92,6 +92,10 @@ def test_a_run_in_a_bucket_that_is_stopped_and_continued_is_the_one_on_a_disk(di
   outputs = [processes.python(str(folder / 'exported/example.py')) for folder in (disk, tmp_path)]
   assert outputs[0].returncode == 0 and outputs[0].stdout == outputs[1].stdout, outputs
   assert all(line.endswith('; as at export') for line in outputs[0].stdout.splitlines())
+
+  saved_run.alter(remote / 'checkpoints/6')
+  assert _run('evaluate', f'--workdir={remote}', '--force') == FINISHED
+  assert {row['step'] for row in _json(remote / 'evaluation.json')} == {4}
 
 
 @pytest.mark.slow

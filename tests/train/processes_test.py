@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.helpers import process_step, processes, saved_run, tiny
+from uni_moe_jax.utils import storage
 
 pytestmark = pytest.mark.slow
 
@@ -88,15 +89,19 @@ def test_a_run_of_two_processes_stops_continues_and_equals_that_of_one(tmp_path)
 
 def test_a_run_in_a_bucket_moves_between_processes_and_devices(gcs, tmp_path):
   config, bucket, one = tmp_path / 'config.py', f'{gcs.address}/{tmp_path.name}', [sys.executable, 'launch/train.py']
-  config.write_text(_CONFIG.format(root=str(processes.ROOT), data=tiny.data_dir(), steps=6))
-  flags = [f'--config={config}', '--config.train.evaluate_every=0', '--config.optim.decay_steps=6']
+  config.write_text(_CONFIG.format(root=str(processes.ROOT), data=tiny.data_dir(), steps=8))
+  flags = [f'--config={config}', '--config.train.evaluate_every=0', '--config.optim.decay_steps=8']
   processes.run([*one, *flags, f'--workdir={tmp_path / "disk"}'], devices=8)
-  for steps, command in ((2, [*processes.TWO, '--']), (4, one), (6, [*processes.TWO, '--'])):
+  two = [*processes.TWO, '--']
+  for steps, command, resumed in ((2, two, None), (4, one, 2), (6, two, 4), (8, two, 4)):
+    if steps == 8:  # the processes agree that the checkpoint of step 6 cannot be used, whichever reads the altered bit
+      saved_run.alter(storage.path(bucket) / 'checkpoints/6')
     output = processes.run([*command, *flags, f'--workdir={bucket}', f'--config.train.steps={steps}'],
                            devices=8 if command is one else 4)
-    assert (f'resumed from step {steps - 2}' in output) == (steps > 2), output
+    assert (f'resumed from step {resumed}' in output) == (resumed is not None), output
+  assert 'the checkpoint of step 6 in' in output and f'it was moved to {bucket}/damaged/6' in output, output
   moved, unmoved = (saved_run.lines(folder) for folder in (bucket, tmp_path / 'disk'))
-  assert [line['step'] for line in moved] == [1, 2, 3, 4, 5, 6]
+  assert [line['step'] for line in moved] == list(range(1, 9))
   assert [a['loss/total'] for a in moved] == pytest.approx([b['loss/total'] for b in unmoved], abs=1e-5)
 
 

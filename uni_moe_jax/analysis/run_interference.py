@@ -85,8 +85,8 @@ def load_state(run: Run, workdir: str | os.PathLike[str], step: int | None, at_i
     steps = checkpoints.steps()
     if not steps:
       raise UsageError(f'workdir {workdir} has no checkpoint yet; train it first, or measure --at_init.')
-    step = steps[-1] if step is None else step
-    if step not in steps:
+    if step is not None and step not in steps:
       raise UsageError(f'workdir {workdir} has no checkpoint of step {step}; it has those of '
                        f'{", ".join(map(str, steps))}.')
-    return checkpoints.restore(run.abstract_state(), step), f'step {step}'
+    state = checkpoints.restore(run.abstract_state(), step)
+    return state, f'step {checkpoints.latest() if step is None else step}'

@@ -32,7 +32,8 @@ _ITEM = 'default'  # Orbax's name of the folder of a step's arrays
 class Checkpoints:
   """Saves and restores a train state (any pytree of arrays) in `workdir/checkpoints`; a context manager.
 
-  A checkpoint with a missing, truncated or altered file is skipped with a warning, and the previous one is used.
+  A checkpoint with a missing, truncated or altered file is skipped with a warning, and the previous one is used. In a
+  bucket, altered arrays may be noticed only when they are read: `latest` is an earlier step after that.
   """
 
   def __init__(
@@ -49,31 +50,25 @@ class Checkpoints:
     Raises:
       RunError: every checkpoint is damaged.
     """
-    self._workdir, self._is_remote = workdir, storage.is_remote(workdir)
+    self._workdir, self._is_remote, self._writes = workdir, storage.is_remote(workdir), max_to_keep is not None
     self._folder = storage.absolute(workdir) / CHECKPOINTS
     if str(self._folder).startswith('s3:'):
       orbax_s3.support()
-    writes = max_to_keep is not None
     self._in_place = bool(multihost.broadcast_from_primary(
-        writes and distributed.is_primary() and not self._renames_folders()))
-    # The newest intact step when this was opened, as the primary process finds it; later steps are of this process.
-    self._opened = multihost.broadcast_from_primary(self._newest_intact(writes) if distributed.is_primary() else _NONE)
-    if self._opened == _ALL_DAMAGED:
-      raise RunError(
-          f'every checkpoint in {self._folder} is damaged (see above), so nothing of this run can be trusted. Copy an '
-          f'intact one back, or delete {self._folder} to train from the start.')
-    self._own, self._pending, self._sums = set(), None, {}
+        self._writes and distributed.is_primary() and not self._renames_folders()))
+    self._own, self._pending, self._sums, self._damaged = set(), None, {}, {}
+    self._opened = self._open()
     self._best_metric = best_metric
     self._metrics = {step: manifest.metrics(self._folder / str(step)) for step in saved_steps(workdir)}
     self._manager = ocp.CheckpointManager(
         self._folder, item_handlers=ocp.StandardCheckpointHandler(),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=_Retention(max_to_keep, keep_every, self._best_of),
-            create=writes and not self._is_remote,
-            cleanup_tmp_directories=writes and not self._in_place, enable_async_checkpointing=True,
+            create=self._writes and not self._is_remote,
+            cleanup_tmp_directories=self._writes and not self._in_place, enable_async_checkpointing=True,
             # Finished checkpoints have a commit file in both modes.
             atomicity_options=ocp.options.AtomicityOptions(
-                _MODE.COMMIT_FILE if self._in_place or not writes else _MODE.ATOMIC_RENAME),
+                _MODE.COMMIT_FILE if self._in_place or not self._writes else _MODE.ATOMIC_RENAME),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             # Orbax's own metadata of a step must not be read before the step is verified.
             lightweight_initialize=True))
@@ -126,14 +121,17 @@ class Checkpoints:
       RunError: the step is damaged.
       UsageError: it has other arrays than `like`.
     """
-    step = self._verified(step)
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    self._check_fits(step, self._saved_tree(step), shapes)
-    return self._read(step, lambda: self._manager.restore(step, args=ocp.args.StandardRestore(shapes)))
+
+    def read(step):
+      self._check_fits(step, self._saved_tree(step), shapes)
+      return self._read_arrays(step, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(shapes))
+
+    return self._of_intact(step, read)
 
   def param_shapes(self, step: int | None = None) -> Any:
     """Shapes of the parameters that `restore_params` reads by default."""
-    return self._saved_params(self._verified(step))[1]
+    return self._of_intact(step, self._saved_params)[1]
 
   def restore_params(self, step: int | None = None, like: Any = None, partial: bool = False) -> Any:
     """Parameters of a step (default: the newest), averaged ones if the run keeps them. No other array is read.
@@ -147,26 +145,30 @@ class Checkpoints:
       RunError: the step is damaged.
       UsageError: it has other arrays than `like`.
     """
-    step = self._verified(step)
-    name, saved = self._saved_params(step)
-    if like is None:
-      item = {name: saved}
-      restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    else:
-      self._check_fits(step, saved, like, partial)
-      item = {name: like}
-      restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-    restore = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      return self._read(step, lambda: checkpointer.restore(self._folder / str(step) / _ITEM, args=restore))[name]
+    def read(step):
+      name, saved = self._saved_params(step)
+      if like is None:
+        item = {name: saved}
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+      else:
+        self._check_fits(step, saved, like, partial)
+        item = {name: like}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+      args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+      return self._read_arrays(step, ocp.PyTreeCheckpointHandler(), args)[name]
+
+    return self._of_intact(step, read)
 
   def restore_host(self, step: int | None = None) -> Any:
     """A step (default: the newest) on the host, as dictionaries and lists; see `restore`."""
-    step = self._verified(step)
-    saved = self._saved_tree(step)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), saved)
-    return jax.device_get(self._read(step, lambda: self._manager.restore(step, args=ocp.args.StandardRestore(like))))
+
+    def read(step):
+      shapes = jax.tree.map(
+          lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), self._saved_tree(step))
+      return self._read_arrays(step, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(shapes))
+
+    return jax.device_get(self._of_intact(step, read))
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -193,18 +195,27 @@ class Checkpoints:
             'checkpoint.', file=sys.stderr, flush=True)
     return renames
 
-  def _newest_intact(self, clean: bool) -> int:
+  def _open(self) -> int:
+    """The newest intact step as the primary process finds it, or _NONE; later ones are of this process."""
+    opened = multihost.broadcast_from_primary(self._newest_intact() if distributed.is_primary() else _NONE)
+    if opened == _ALL_DAMAGED:
+      raise RunError(
+          f'every checkpoint in {self._folder} is damaged (see above), so nothing of this run can be trusted. Copy an '
+          f'intact one back, or delete {self._folder} to train from the start.')
+    return opened
+
+  def _newest_intact(self) -> int:
     """The newest intact step, _NONE or _ALL_DAMAGED, with warnings.
 
-    clean: move damaged ones away, and delete those that were written in place and not finished.
+    Who writes moves damaged ones away, and deletes those that were written in place and not finished.
     """
-    for folder in unfinished_folders(self._workdir) if clean else ():
+    for folder in unfinished_folders(self._workdir) if self._writes else ():
       storage.remove_folder(folder)
     steps = saved_steps(self._workdir)
     for i, step in reversed(list(enumerate(steps))):
-      damage = manifest.damage(self._folder / str(step))
+      damage = self._damaged.get(step) or self._damage(step)
       if not damage:
-        for damaged in steps[i + 1:] if clean else ():
+        for damaged in steps[i + 1:] if self._writes else ():
           self._move_away(damaged)
         return step
       fallback = f'falling back to the previous one, of step {steps[i - 1]}' if i else 'there is no earlier one'
@@ -217,44 +228,69 @@ class Checkpoints:
     storage.move_folder(self._folder / str(step), target)
     print(f'warning: it was moved to {target}; delete that folder after inspecting it.', file=sys.stderr, flush=True)
 
+  def _damage(self, step: int) -> str:
+    """See `manifest.damage`; what a bucket has is read again, since bits may have changed on the way."""
+    folder = self._folder / str(step)
+    return (damage := manifest.damage(folder)) and (manifest.damage(folder) if self._is_remote else damage)
+
   def _verified(self, step: int | None) -> int:
     """The given or newest step, after pending saves. Raises RunError if it is damaged."""
     self.finish()
     step = self.latest() if step is None else step
-    if step != self._opened and step not in self._own and (damage := manifest.damage(self._folder / str(step))):
+    if step != self._opened and step not in self._own and (damage := self._damage(step)):
       raise RunError(f'the checkpoint of step {step} in {self._workdir} is damaged: {damage}; choose another step.')
     return step
 
+  def _of_intact(self, step: int | None, read: Callable[[int], Any]) -> Any:
+    """What `read` gives for a step; None: for the newest one whose arrays are those that were saved."""
+    while True:
+      chosen = self._verified(step)
+      try:
+        return read(chosen)
+      except _AlteredError as e:
+        if step is not None:
+          raise
+        self._damaged[chosen] = e.damage
+        self._own.discard(chosen)
+        self._opened = self._open()
+        self._manager.reload()
+
   def _saved_tree(self, step: int) -> Any:
     """Shapes and types of the arrays of a step."""
-    return self._read(step, lambda: self._manager.item_metadata(step).tree, are_arrays=False)
+    return self._read(step, lambda _: self._manager.item_metadata(step).tree, are_arrays=False)
 
-  def _read(self, step: int, read: Callable[[], Any], are_arrays: bool = True) -> Any:
-    """A tree of a step, which `read` reads, again if it fails or the bits of arrays are not those that were saved.
+  def _read_arrays(self, step: int, handler: ocp.CheckpointHandler, args: Any) -> Any:
+    """What a handler reads, by itself: in a `Checkpointer` each process would wait for one that fails."""
+    with contextlib.closing(handler):
+      return self._read(step, lambda folder: handler.restore(folder, args=args))
+
+  def _read(self, step: int, read: Callable[[storage.Path], Any], are_arrays: bool = True) -> Any:
+    """What `read` reads of the folder of a step's arrays, again if these are not those that were saved.
+
+    All processes read again if one must; `read` must not wait for another one.
 
     Raises:
-      RunError: they are not the second time, either.
+      _AlteredError: they are not the second time, either.
     """
-    if not (saved := manifest.array_sums(self._folder / str(step))):  # on a disk
-      return read()
+    folder = self._folder / str(step)
     for _ in range(_READS):
+      saved, tree, wrong = {}, None, []
       try:
-        tree = read()
+        saved, tree = manifest.array_sums(folder), read(folder / _ITEM)
       except Exception as e:
-        # Several processes do not all read again.
-        if jax.process_count() > 1 or storage.explain(e, str(self._workdir)):
+        if not self._is_remote or storage.explain(e, str(self._workdir)):
           raise
         wrong = [f'{type(e).__name__} in decoding them']
-      else:
-        sums = array_sums.array_sums(tree) if are_arrays else {}
-        wrong = [path for path, x in sums.items() if int(x) != saved[path]]
-      if not wrong:
+      failed = multihost.sum_over_processes(bool(wrong))
+      if not failed and saved and are_arrays:
+        wrong = [path for path, x in array_sums.array_sums(tree).items() if int(x) != saved[path]]
+        failed = multihost.sum_over_processes(bool(wrong))
+      if not failed:
         return tree
+      names = errors.first_few(wrong or ['in another process, see its output'])
       print(f'warning: arrays of the checkpoint of step {step} in {self._workdir} were not read as they were saved '
-            f'({errors.first_few(wrong)}).', file=sys.stderr, flush=True)
-    raise RunError(f'the checkpoint of step {step} in {self._workdir} was read {_READS} times, and not as it was saved '
-                   f'({errors.first_few(wrong)}): bits changed on the way there or back. Try another host, or move '
-                   f'{self._folder / str(step)} away to continue from an earlier one.')
+            f'({names}).', file=sys.stderr, flush=True)
+    raise _AlteredError(step, self._workdir, f'it was read {_READS} times, and not as it was saved ({names})')
 
   def _saved_params(self, step: int) -> tuple[str, Any]:
     """(field of the state, shapes) of the parameters to use of a step."""
@@ -311,6 +347,14 @@ class Checkpoints:
       raise RunError(
           f'the checkpoint of step {step} could not be written: {"the disk is full" if is_full else e}{space}; {safe}. '
           f'{fix}, then the same command continues.') from e
+
+
+class _AlteredError(RunError):
+  """Arrays of a step in a bucket are not those that were saved: bits changed on the way there or back."""
+
+  def __init__(self, step: int, workdir: str | os.PathLike[str], damage: str):
+    super().__init__(f'the checkpoint of step {step} in {workdir} is damaged: {damage}; choose another step.')
+    self.damage = damage
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,14 +18,16 @@ from uni_moe_jax.utils.exit_codes import ERROR
 _TICKS = 20  # per timeout
 _NOTE_AFTER = 30.0  # seconds until a wait for a bucket is noted, then after twice as long
 START = 'starting'
+RESTORE = 'restoring'
 BATCH = 'waiting for the batch'
 STEP = 'waiting for the result'
 SAVE = 'saving'
 EVALUATE = 'evaluating the parameters'
-_LONG, _LONG_FACTOR = (START, EVALUATE), 6  # they read data and compile
+_LONG, _LONG_FACTOR = (START, RESTORE, EVALUATE), 6  # they read much, or compile
 _CHECKS = {
     START: 'Check the disk or network of the data and the work directory, the devices, and the logs of the other '
            'processes of this run.',
+    RESTORE: 'Check the disk or network of the work directory.',
     BATCH: 'Check the disk or network of the data, and the free memory.',
     STEP: 'Check the devices, and the logs of the other processes of this run: one of them may have died.',
     SAVE: 'Check the disk or network of the work directory.',
@@ -40,7 +42,7 @@ class HangDetector:
     """Starts when it is entered.
 
     Args:
-      timeout: seconds per phase, six times as many for START and for each evaluator; 0 disables.
+      timeout: seconds per phase, six times as many for START, RESTORE and each evaluator; 0 disables.
       buckets: phase → address of the bucket that it reads or writes; its waits are noted.
     """
     self._timeout, self._buckets = timeout, buckets
@@ -61,7 +63,7 @@ class HangDetector:
 
   @contextlib.contextmanager
   def phase(self, name: str, step: int | None = None) -> Iterator[None]:
-    """Limits the time of the body: START, BATCH, STEP, SAVE or EVALUATE, of a step. Code outside has no limit."""
+    """Limits the time of the body: START, …, EVALUATE, of a step. Code outside has no limit."""
     self._waited, self._phase = 0.0, (name, step)
     try:
       yield

@@ -21,7 +21,7 @@ import numpy as np
 from uni_moe_jax.data.pipeline.mixtures import Batch
 from uni_moe_jax.parallel import distributed, multihost
 from uni_moe_jax.train.checkpoint import Checkpoints
-from uni_moe_jax.train.hang_detection import BATCH, SAVE, START, STEP, HangDetector
+from uni_moe_jax.train.hang_detection import BATCH, RESTORE, SAVE, START, STEP, HangDetector
 from uni_moe_jax.train.metrics_log import MetricsLog
 from uni_moe_jax.train.run import Run, build, conditions, initial_state
 from uni_moe_jax.train.step import Step, TrainState
@@ -119,7 +119,8 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
 
 def _buckets(workdir: str, data_dir: str) -> dict[str, str]:
   """For `HangDetector`: the buckets that phases of a run wait for."""
-  return {phase: address for phase, address in ((SAVE, workdir), (BATCH, data_dir)) if storage.is_remote(address)}
+  phases = (RESTORE, workdir), (SAVE, workdir), (BATCH, data_dir)
+  return {phase: address for phase, address in phases if storage.is_remote(address)}
 
 
 def _close(checkpoints: Checkpoints, detector: HangDetector, *error) -> None:
@@ -158,14 +159,16 @@ def _loop(
   if first >= last:
     print(f'{workdir} is finished: {first} of {last} steps.')
     return FINISHED
+  if saved is not None:  # may be step 0, which launch/convert.py writes
+    with detector.phase(RESTORE, first):
+      state = checkpoints.restore(run.abstract_state())
+      first = checkpoints.latest()  # an earlier one, if the arrays of that one were altered
+      print(f'resumed from step {first}', flush=True)
   with detector.phase(START):
+    if saved is None:
+      state = initial_state(run)
     log = MetricsLog(workdir, first, last, distributed.is_primary())
     trainer = _Trainer(run, checkpoints, detector, log, hooks)
-    if saved is not None:  # may be step 0, which launch/convert.py writes
-      state = checkpoints.restore(run.abstract_state())
-      print(f'resumed from step {first}', flush=True)
-    else:
-      state = initial_state(run)
   print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
   with log:
     done = trainer.train(state, first, stop, started)

@@ -33,7 +33,7 @@ def measure(folder: storage.Path, log: Sequence[Mapping[str, Any]], run: str) ->
     return {'training': None}
   config = workdir.load_config(folder)
   with Checkpoints(folder, max_to_keep=None) as checkpoints:
-    steps, params = checkpoints.latest(), checkpoints.restore_params()
+    params, steps = checkpoints.restore_params(), checkpoints.latest()
   frozen = optimizer.frozen_paths(optimizer.match_param_groups(params, config.optim.param_groups))
   changes = warm_start.compare_params(_run_params(run), params, frozen)
   task = make_plan(config).tasks[0]
