@@ -29,19 +29,23 @@ def _with_s3(build: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, An
     if not directory.startswith('s3:'):
       return build(directory, *args, **kwargs)
     bucket, key = storage.split(re.sub('^s3:/+', 's3://', directory))  # Orbax may have joined its slashes
-    return _replace_driver(build(f'/{key}', *args, **kwargs), {'driver': 's3', 'bucket': bucket, **_endpoint()})
+    return _replace_driver(build(f'/{key}', *args, **kwargs), {'driver': 's3', 'bucket': bucket, **_settings()})
 
   return build_kvstore_tspec
 
 
-def _endpoint() -> dict[str, str]:
-  """The server and region that AWS's variables name; TensorStore reads neither. {}: those of the bucket."""
+def _settings() -> dict[str, Any]:
+  """What AWS's variables say: server and region, which TensorStore does not read ({}: those of the bucket), and keys.
+
+  Without the last, it logs errors about files of credentials that are not there, though it finds the keys.
+  """
   server = os.environ.get('AWS_ENDPOINT_URL_S3') or os.environ.get('AWS_ENDPOINT_URL')
   region = os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION') or (server and 'us-east-1')
-  return ({'endpoint': server} if server else {}) | ({'aws_region': region} if region else {})
+  keys = {'aws_credentials': {'type': 'environment'}} if os.environ.get('AWS_ACCESS_KEY_ID') else {}
+  return ({'endpoint': server} if server else {}) | ({'aws_region': region} if region else {}) | keys
 
 
-def _replace_driver(spec: Any, s3: dict[str, str]) -> Any:
+def _replace_driver(spec: Any, s3: dict[str, Any]) -> Any:
   """A spec in which files below / are objects of a bucket."""
   if not isinstance(spec, dict):
     return spec
