@@ -58,7 +58,7 @@ def test_training_reports_what_is_wrong(tmp_path, arguments, message):
 @pytest.mark.parametrize('argument, message', [
     ('--input=gs://b/x', 'is a URL, but must be a path of a disk; copy its files'),
     ('--workdir=gcs://bucket/x', "has the unknown scheme 'gcs'; did you mean 'gs'"),
-    ('--workdir=gs:/bucket/x', 'lacks the name of a bucket; write gs://BUCKET/NAME'),
+    ('--workdir=gs:bucket/x', 'is no address of a bucket; write gs://BUCKET/NAME'),
     ('--workdir=gs://Bucket/x', "has the bucket 'Bucket'")])
 @pytest.mark.parametrize('joined', [True, False])
 def test_an_address_that_cannot_be_read_is_refused_before_anything_else(argument, message, joined, capsys):

@@ -20,7 +20,11 @@ from uni_moe_jax.utils.errors import UsageError
     ('https://bucket/run', "has the unknown scheme 'https'; choices: gs, s3, or a local path"),
     ('gs://', 'lacks the name of a bucket; write gs://BUCKET/NAME'),
     ('gs:///run', 'lacks the name of a bucket'),
-    ('gs:/bucket/run', 'lacks the name of a bucket'),
+    ('gs:/bucket/run', 'is no address of a bucket; write gs://BUCKET/NAME'),
+    ('s3:bucket/run', 'is no address of a bucket; write s3://BUCKET/NAME'),
+    ('gs//bucket/run', 'is no address of a bucket'),
+    ('GS://bucket/run', "has the unknown scheme 'GS'; choices: gs, s3"),
+    (' gs://bucket/run', 'is no address of a bucket'),
     ('s3:////run', 'lacks the name of a bucket; write s3://BUCKET/NAME'),
     ('gs://Bucket/run', "has the bucket 'Bucket', but a bucket is named with 3 to 222 of a-z, 0-9, dot, hyphen"),
     ('gs://bücket/run', "has the bucket 'bücket'"),
@@ -59,7 +63,7 @@ def test_names_in_a_bucket_are_joined_as_those_of_folders(scheme):
   assert str(storage.path(f'{scheme}://bucket')).rstrip('/') == f'{scheme}://bucket'
 
 
-@pytest.mark.parametrize('address', ['runs/a b', '/runs/x:/y', 'a#b', 'ünï', '.', '~/x', 'c:/x', 'a/gs://b'])
+@pytest.mark.parametrize('address', ['runs/a b', '/runs/x:/y', 'a#b', 'ünï', '.', '~/x', 'c:/x', 'a/gs://b', './gs:x'])
 def test_a_path_of_the_disk_may_have_any_name(address):
   assert storage.path(address) == pathlib.Path(address) and not storage.is_remote(address)
   assert storage.path(pathlib.Path(address)) == pathlib.Path(address)
@@ -177,6 +181,6 @@ print(*(len(x) for x in (list(folder.iterdir()), fsspec.filesystem('gs').ls(fold
   lines = {'': '1 1', 'from uni_moe_jax.utils import storage; storage.path(folder)': '3 3'}
   for line, num_listed in lines.items():
     ran = subprocess.run(
-        [sys.executable, '-c', code.replace('{storage}', line), f'written after {line}'], capture_output=True, text=True,
-        check=True, env={**os.environ, 'EPATH_USE_TF': 'false', 'PYTHONPATH': str(processes.ROOT)})
+        [sys.executable, '-c', code.replace('{storage}', line), f'written after {line}'], check=True,
+        capture_output=True, text=True, env={**os.environ, 'EPATH_USE_TF': 'false', 'PYTHONPATH': str(processes.ROOT)})
     assert ran.stdout.strip() == num_listed

@@ -231,6 +231,7 @@ def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
   """The config of a work directory. Raises MissingFileError if there is no run."""
   path = storage.path(workdir) / CONFIG_FILE
   if not path.exists():
+    storage.check_access(path.parent, 'workdir')  # the bucket may be missing
     raise MissingFileError(f'workdir {workdir} holds no run ({CONFIG_FILE} is missing); train first: '
                            f'python launch/train.py --config=configs/quickstart.py --workdir={workdir}')
   content = _read(path)

@@ -145,7 +145,7 @@ def _parse(argv: Sequence[str], local: Sequence[str] = ()) -> list[str]:
         continue
       if name.lstrip('-') in local:
         files.check_local(path, name)
-      elif argument.startswith('-') and ':/' in value or before.startswith('-') and ':/' in argument:
+      elif name.startswith('-'):
         storage.check_access(storage.path(path, name), name)
     rest = flags.FLAGS(argv)
   except UsageError as e:

@@ -67,20 +67,20 @@ def path(address: str | os.PathLike[str], name: str = 'path') -> Path:
   Raises:
     UsageError: the scheme, the bucket or the name cannot be one, or the package for the scheme is not installed.
   """
-  if isinstance(address, pathlib.PurePath):
-    text = str(address)
-    if not re.match(r'(gs|s3):/', text):
-      return pathlib.Path(address)
   text = str(address)
-  matches = re.match(r'([A-Za-z][\w+.-]*):(/+)(.*)', text, re.DOTALL)
-  if matches is None or (matches[2] == '/' and matches[1] not in _PACKAGES):
-    return pathlib.Path(text)
-  scheme, slashes, rest = matches.groups()
+  if isinstance(address, pathlib.PurePath) and not re.match('(gs|s3):/', text):
+    return pathlib.Path(address)
   wrong = functools.partial(_wrong, text, name)
+  if typo := re.match(r'(?!(?:gs|s3)://)\s*(gs|s3)(?::|//)', text):
+    raise wrong(f'is no address of a bucket; write {typo[1]}://BUCKET/NAME')
+  matches = re.match(r'([A-Za-z][\w+.-]*)://(.*)', text, re.DOTALL)
+  if matches is None:
+    return pathlib.Path(text)
+  scheme, rest = matches.groups()
   if scheme not in _PACKAGES:
     raise wrong(f'has the unknown scheme {scheme!r}; {nearest(scheme, _PACKAGES)}, or a local path')
   bucket, _, key = rest.rstrip('/').partition('/')
-  if slashes != '//' or not bucket:
+  if not bucket:
     raise wrong(f'lacks the name of a bucket; write {scheme}://BUCKET/NAME')
   if not _BUCKET.fullmatch(bucket):
     raise wrong(f'has the bucket {bucket!r}, but a bucket is named with 3 to 222 of a-z, 0-9, dot, hyphen and '
@@ -111,7 +111,8 @@ def _configure(scheme: str) -> None:
   """Set what all users of the libraries in this process share, Orbax and TensorFlow Datasets among them."""
   import aiohttp  # pylint: disable=g-import-not-at-top
   import fsspec  # pylint: disable=g-import-not-at-top
-  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs the traceback of what it raises
+  for name in ('gcsfs', 'fsspec'):  # they log the traceback of what they raise
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   # Zonal buckets: gcsfs would query another service about every bucket, over gRPC, and wait where it is not reachable.
   os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
   os.environ['EPATH_USE_TF'] = 'false'  # TensorFlow's own reader of buckets is not in its packages
