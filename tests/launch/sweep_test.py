@@ -14,6 +14,7 @@ import pytest
 from tests.helpers import in_process, stand_in, tiny
 from uni_moe_jax.train import finetuning, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.utils import storage
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -189,12 +190,14 @@ def test_mistakes_are_one_sentence_before_anything_runs(root, command, arguments
 
 
 @pytest.mark.nightly
-def test_a_tiny_router_ablation(root):
+@pytest.mark.parametrize('place', ['disk', 'gcs'])
+def test_a_tiny_router_ablation(root, place, request):
+  folder = root / 'out' if place == 'disk' else storage.path(f'{request.getfixturevalue(place).address}/out')
   code, output, errors = _run(root, _routers(
-      root, '--routers=dense,token', '--num_batches=2', script=_ROOT / 'launch/sweep.py'))
+      root, '--routers=dense,token', '--num_batches=2', f'--workdir={folder}', script=_ROOT / 'launch/sweep.py'))
   assert code == 0, errors[-3000:] + output[-3000:]
-  out = root / 'out/results'
-  assert sorted(p.name for p in out.iterdir()) == [
+  out = folder / 'results'
+  assert list(storage.files_in(out)) == [
       'experts_token-0.png', 'interference_dense-0.png', 'interference_token-0.png', 'results.json', 'results.md']
   results = json.loads((out / 'results.json').read_text())
   dense, token = results['cells']
