@@ -39,6 +39,13 @@ def load(config: ml_collections.ConfigDict, folder: Folder) -> tuple[train_run.R
     return run, *train_run.predictor(run, checkpoints)
 
 
+def copy(source: storage.Path, target: storage.Path) -> None:
+  """Copy a folder between disks and buckets."""
+  for name in storage.files_in(source):
+    storage.make_folder((target / name).parent)
+    (target / name).write_bytes((source / name).read_bytes())
+
+
 def largest_file(checkpoint: storage.Path) -> str:
   """Return the name of the largest file of a checkpoint's arrays."""
   sizes = {name: size for name, (size, _) in storage.files_in(checkpoint).items() if '/d/' in name}

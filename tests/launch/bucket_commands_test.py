@@ -50,12 +50,6 @@ def _commands(config: pathlib.Path, root: str, stop: bool) -> None:
   assert _run('export', workdir, f'--output={root}/exported', '--num_examples=2') == FINISHED
 
 
-def _copy(source: storage.Path, target: storage.Path) -> None:
-  for name in storage.files_in(source):
-    storage.make_folder((target / name).parent)
-    (target / name).write_bytes((source / name).read_bytes())
-
-
 def _json(path: storage.Path):
   return json.loads(path.read_text())
 
@@ -88,7 +82,7 @@ def test_a_run_in_a_bucket_that_is_stopped_and_continued_is_the_one_on_a_disk(di
   assert {p.name for p in (disk / 'exported').iterdir()} == {
       name.split('/')[0] for name in storage.files_in(bucket / 'exported')}
 
-  _copy(bucket / 'exported', tmp_path / 'exported')
+  saved_run.copy(bucket / 'exported', tmp_path / 'exported')
   outputs = [processes.python(str(folder / 'exported/example.py')) for folder in (disk, tmp_path)]
   assert outputs[0].returncode == 0 and outputs[0].stdout == outputs[1].stdout, outputs
   assert all(line.endswith('; as at export') for line in outputs[0].stdout.splitlines())
@@ -101,7 +95,7 @@ def test_a_run_in_a_bucket_that_is_stopped_and_continued_is_the_one_on_a_disk(di
 @pytest.mark.slow
 def test_a_run_starts_from_one_in_a_bucket(disk, store, tmp_path):
   bucket = f'{store.address}/init/{tmp_path.name}'
-  _copy(disk / 'run', storage.path(f'{bucket}/run'))
+  saved_run.copy(disk / 'run', storage.path(f'{bucket}/run'))
   flags = f'--config={disk}/tiny_config.py', f'--config.train.init={bucket}/run', '--config.train.steps=1'
   assert _run('train', *flags, f'--workdir={bucket}/tuned') == FINISHED
   assert _run('experts', '--step=1', f'--workdir={bucket}/tuned') == FINISHED

@@ -188,19 +188,13 @@ def test_a_store_that_refuses_and_loses_requests_has_what_was_saved(store):
   assert saved_steps(f'{store.address}/flaky') == [2, 3]
 
 
-def _copy(source, target):
-  for name in storage.files_in(source):
-    storage.make_folder((target / name).parent)
-    (target / name).write_bytes((source / name).read_bytes())
-
-
 def test_a_checkpoint_that_was_copied_from_a_bucket_to_a_disk_or_back_is_verified_by_its_content(
     workdir, tmp_path, capfd):
-  _copy(workdir, tmp_path / 'copy')
+  saved_run.copy(workdir, tmp_path / 'copy')
   _assert_step(tmp_path / 'copy', 2, max_to_keep=None)
   with Checkpoints(tmp_path / 'disk', max_to_keep=1) as checkpoints:
     checkpoints.save(2, _state(2))
-  _copy(tmp_path / 'disk', workdir.parent / 'back')
+  saved_run.copy(tmp_path / 'disk', workdir.parent / 'back')
   _assert_step(workdir.parent / 'back', 2, max_to_keep=None)
   [name] = [name for name in storage.files_in(workdir.parent / 'back/checkpoints/2') if name.startswith('default/d/')]
   saved_run.flip_bit(workdir.parent / 'back/checkpoints/2' / name)
