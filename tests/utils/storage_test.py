@@ -105,6 +105,7 @@ def test_a_folder_of_a_bucket_is_moved_over_another_and_removed(store):
   storage.move_folder(folder / 'a', folder / 'b')
   assert list(storage.files_in(folder)) == ['ab/other', 'b/deep/y', 'b/x']
   assert (folder / 'b/deep/y').read_bytes() == b'a/deep/y'
+  assert 'folders/b/deep/y' in storage.files_in(storage.path(store.address))
   storage.remove_folder(folder / 'b')
   storage.remove_folder(folder / 'b')
   assert list(storage.files_in(folder)) == ['ab/other']

@@ -239,7 +239,7 @@ def files_in(folder: Path) -> dict[str, tuple[int, str | None]]:
   """
   if not is_remote(folder):
     return {str(p.relative_to(folder)): (p.stat().st_size, None) for p in sorted(folder.rglob('*')) if p.is_file()}
-  prefix = '/'.join(split(folder)) + '/'
+  prefix = '/'.join(filter(None, split(folder))) + '/'  # a whole bucket has no name in it
   entries = filesystem(folder).find(str(folder), detail=True)
   return {name.removeprefix(prefix): (entry['size'], _md5(entry)) for name, entry in sorted(entries.items())
           if entry['type'] == 'file' and name.startswith(prefix)}
