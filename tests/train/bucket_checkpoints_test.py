@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import processes, saved_run
+from uni_moe_jax.parallel import multihost
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.workdir import load_config, saved_steps
@@ -35,10 +36,12 @@ def _workdir(store, request):
   return storage.path(folder)
 
 
-def _assert_step(workdir, step, **options):
+def _assert_step(workdir, step, restored=None, **options):
   with Checkpoints(workdir, **options) as checkpoints:
     assert checkpoints.latest() == step
-    np.testing.assert_array_equal(checkpoints.restore(_LIKE)['params']['kernel'], _state(step)['params']['kernel'])
+    kernel = checkpoints.restore(_LIKE)['params']['kernel']
+    assert checkpoints.latest() == (restored or step)
+  np.testing.assert_array_equal(kernel, _state(restored or step)['params']['kernel'])
 
 
 def test_a_state_is_restored_bit_for_bit_in_silence(capfd, workdir):
@@ -129,6 +132,17 @@ def test_a_checkpoint_whose_arrays_are_not_those_that_were_saved_is_named_and_se
     checkpoints.save(2, _state(2))
     checkpoints.finish()
     assert checkpoints.steps() == saved_steps(workdir) == [1, 2]
+
+
+@pytest.mark.parametrize('failures, restored', [((0, 0, 1), 2), ((0, 1, 0, 1), 1)])  # elsewhere, by agreement
+def test_a_process_reads_again_or_the_earlier_step_if_another_one_must(gcs, failures, restored, monkeypatch, capfd):
+  workdir, others = f'{gcs.address}/others_{restored}', iter(failures)
+  with Checkpoints(workdir, max_to_keep=2) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, _state(step))
+  monkeypatch.setattr(multihost, 'sum_over_processes', lambda number: number + next(others, 0))
+  _assert_step(workdir, 2, max_to_keep=2, restored=restored)
+  assert 'were not read as they were saved (in another process, see its output)' in capfd.readouterr().err
 
 
 def test_if_no_checkpoint_has_the_arrays_that_were_saved_nothing_is_moved(workdir, altered):
