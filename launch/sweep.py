@@ -50,8 +50,7 @@ def main() -> int:
   source, *names = (flag.value for flag in _OWN_FLAGS[_SWEEP.value])
   make_grid = grid.router_grid if _SWEEP.value == grid.ROUTERS else grid.adaptation_grid
   cells, settings = make_grid(folder, source, *names, _NUM_SEEDS.value, _OVERRIDE.value, _ROOT)  # checks all configs
-  if not storage.is_remote(folder):
-    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
   runner.claim(folder, settings)
   if not runner.run_cells(cells, lambda command: runner.run_command(command, _ROOT)):
     return exit_codes.PREEMPTED

@@ -190,9 +190,9 @@ def test_mistakes_are_one_sentence_before_anything_runs(root, command, arguments
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize('place', ['disk', 'gcs'])
-def test_a_tiny_router_ablation(root, place, request):
-  folder = root / 'out' if place == 'disk' else storage.path(f'{request.getfixturevalue(place).address}/out')
+@pytest.mark.parametrize('store', ['disk', 'gcs'])
+def test_a_tiny_router_ablation(root, store, request):
+  folder = root / 'out' if store == 'disk' else storage.path(f'{request.getfixturevalue(store).address}/out')
   code, output, errors = _run(root, _routers(
       root, '--routers=dense,token', '--num_batches=2', f'--workdir={folder}', script=_ROOT / 'launch/sweep.py'))
   assert code == 0, errors[-3000:] + output[-3000:]
