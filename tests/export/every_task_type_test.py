@@ -35,7 +35,8 @@ def _config(router: str, some: bool) -> ml_collections.ConfigDict:
   c.tasks.question = config_lib.task(
       'vqa', 'glyphs', batch_size=4, target_set='answers', label_column='class', template='{face} {name} ? <spe> <eot>',
       max_len=12)
-  c.model.update(dict(dtype='bfloat16', video_mean=(0.4,), video_std=(0.3,), frame_differences=True))
+  c.model.update(dict(dtype='bfloat16', video_mean=(0.4,), video_std=(0.3,), frame_differences=True,
+                      word_neighbors=2))
   c.model.extra_temperature_groups = tuple({t.type for t in c.tasks.values()})
   for name in {*c.tasks} - _TRAINED:
     c.tasks[name].batch_size = 0  # a training step of every type takes half a minute to compile

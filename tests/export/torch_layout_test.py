@@ -42,7 +42,7 @@ def test_every_parameter_is_filled_and_every_key_accounted_for(model):
 
 
 @pytest.mark.parametrize('changes', [dict(num_prefix_prompts=2), dict(label_prompts=(('names', 3),)),
-                                     dict(frame_differences=True), dict(stem='conv')])
+                                     dict(frame_differences=True), dict(stem='conv'), dict(word_neighbors=1)])
 def test_what_the_published_layout_lacks_is_refused(changes):
   spec = small_model.spec(temperature_groups=(), **changes)
   with pytest.raises(LayoutError, match=r'does not support config\.model\.num_prefix_prompts, .*label_prompts'):

@@ -18,6 +18,7 @@ from uni_moe_jax.tools.bench import uncached_search
 _SPEC = small_model.spec()
 _VIDEOS = small_model.spec(frame_differences=True)  # captions videos of two frames, the others images
 _PROMPTED = small_model.spec(num_deep_prompts=2, num_prefix_prompts=3, prompt_sharing='separate', spe_bias=True)
+_NEIGHBORS = small_model.spec(word_neighbors=2)
 _DEEP = small_model.spec(num_deep_prompts=2, spe_bias=True)
 _DENSE, _TOKEN, _CONTEXT, _TASK = (small_model.spec(router) for router in ('dense', 'token', 'context', 'task'))
 _B, _K, _N, _V = 4, 3, 5, small_model.VOCABULARY
@@ -113,7 +114,7 @@ def _assert_equal_without_caches(beams: int, eot: int, spec):
 
 @pytest.mark.parametrize('beams, spec', [
     (1, _SPEC), (_K, _SPEC), (1, _DENSE), (1, _DEEP), (1, _PROMPTED), (_K, _PROMPTED), (_K, _TOKEN), (_K, _CONTEXT),
-    (_K, _TASK), (1, _VIDEOS), (_K, _VIDEOS)])
+    (_K, _TASK), (1, _VIDEOS), (_K, _VIDEOS), (1, _NEIGHBORS), (_K, _NEIGHBORS)])
 def test_beam_search_equals_a_search_without_caches(beams, spec):
   tokens = _assert_equal_without_caches(beams, _NEVER, spec)
   # Otherwise equality would prove little: captions differ and do not repeat one word.
@@ -122,7 +123,7 @@ def test_beam_search_equals_a_search_without_caches(beams, spec):
 
 
 @pytest.mark.parametrize('beams, spec', [
-    (1, _SPEC), (1, _DENSE), *((_K, spec) for spec in (_SPEC, _PROMPTED, _TOKEN, _CONTEXT, _VIDEOS))])
+    (1, _SPEC), (1, _DENSE), *((_K, spec) for spec in (_SPEC, _PROMPTED, _TOKEN, _CONTEXT, _VIDEOS, _NEIGHBORS))])
 def test_hypotheses_that_end_early_equal_a_search_without_caches_and_the_others_go_on(beams, spec):
   eot = _an_end(spec, beams)
   tokens = _assert_equal_without_caches(beams, eot, spec)

@@ -1,7 +1,6 @@
 """Embedders against a second, plain computation, and tables by hand."""
 
 import functools
-import math
 
 import flax.linen as nn
 import jax
@@ -12,7 +11,6 @@ import pytest
 from tests.helpers import small_model
 from uni_moe_jax.model import embedders
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
 
 
 @functools.cache
@@ -69,28 +67,6 @@ def test_images_are_embedded_at_scaled_positions():
   actual = _jitted('visual', small_model.spec(posemb_scale=.5))(_tables(), _pixels(), 0)
   _assert_close(actual, _expected(_pixels(), 0, embedders.sincos_table(2, 16, .5)))
   assert np.abs(actual - _expected(_pixels(), 0)).max() > .01  # the scale matters
-
-
-def test_text_positions_by_hand():
-  # D = 4: two frequencies, 1 and 1/100; std .5 → amplitude .5 · √2.
-  rows = embedders.sincos_rows(.5)(None, (3, 4))
-  angle = np.array([[0, 0], [1, .01], [2, .02]])
-  np.testing.assert_allclose(rows, math.sqrt(.5) * np.concatenate([np.sin(angle), np.cos(angle)], axis=1), rtol=1e-6)
-  np.testing.assert_allclose(np.square(rows).mean(), .25, rtol=1e-6)
-
-
-@pytest.mark.parametrize('posemb_init, mimetic_init', [('sincos', True), ('normal', False)])
-def test_initial_tables_follow_the_spec(posemb_init, mimetic_init):
-  spec = small_model.spec(text_posemb_init=posemb_init, text_posemb_std=.06, mimetic_init=mimetic_init)
-  init = small_model.jit(UniPerceiver(spec).init)
-  params = nn.unbox(init(jax.random.key(0), small_model.sequence('text_classification', batch=1)))['params']
-  table = params['embed']['position']
-  np.testing.assert_allclose(np.sqrt(np.square(table).mean()), .06, rtol=.2)
-  assert np.allclose(table, embedders.sincos_rows(.06)(None, table.shape)) == (posemb_init == 'sincos')
-  for subtree in ('blocks', 'tail'):
-    query, key, value = np.moveaxis(params['encoder'][subtree]['block0']['qkv']['kernel'], -3, 0)
-    assert np.array_equal(query[..., :1, :], key[..., :1, :]) == mimetic_init, subtree  # of two heads
-    assert not np.array_equal(query, value)
 
 
 def test_patches_and_frames_are_in_reading_order_and_colors_the_last_axis_of_a_patch():

@@ -121,18 +121,6 @@ def test_initial_kernels_differ_and_are_uniform_within_the_bound_of_the_fans():
   assert len(np.unique(kernel[:, 0, 0, 0, 0])) == 4
 
 
-def test_keys_of_half_of_the_heads_may_start_as_a_copy_of_the_queries():
-  plain = layers.xavier_uniform(40, 40)
-  kernel = layers.mimetic_query_key(plain)(jax.random.key(0), (4, 40, 3, 5, 8))
-  drawn = plain(jax.random.key(0), (4, 40, 3, 5, 8))
-  query, key, value = (kernel[:, :, i] for i in range(3))
-  np.testing.assert_array_equal(key[:, :, :3], query[:, :, :3])  # of five heads
-  np.testing.assert_array_equal(key[:, :, 3:], drawn[:, :, 1, 3:])
-  np.testing.assert_array_equal(query, drawn[:, :, 0])
-  np.testing.assert_array_equal(value, drawn[:, :, 2])
-  assert float(jnp.abs(drawn[:, :, 1] - drawn[:, :, 0]).min(axis=(0, 1, 3)).min()) > 0  # control: they differ
-
-
 def test_projection_by_hand():
   # Token (1, 2): (1·1 + 2·10 + .5, 1·3 + 2·30).
   y = layers.project(jnp.array([[[1., 2.]]]), jnp.array([[1., 3.], [10., 30.]]), jnp.array([.5, 0.]))

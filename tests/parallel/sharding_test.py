@@ -24,7 +24,7 @@ def _boxed(router: str, **changes):
   spec = small_model.spec(
       router, posemb='learned', num_deep_prompts=2, prompt_sharing='separate', num_prefix_prompts=2,
       label_prompts=(('names', 3),), spe_bias=True, head=3, modality_embedding=True, frame_differences=True,
-      **changes)
+      word_neighbors=1, **changes)
   return jax.eval_shape(functools.partial(boxed_params, UniPerceiver(spec)), jax.random.key(0))
 
 

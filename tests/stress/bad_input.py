@@ -52,7 +52,7 @@ UNREACHABLE = ('x' * 5000, 'x' * 300 + '/y', '/dev/null/x', '~no_such_user/x', '
 _NOT_FINITE = (float('nan'), float('inf'), float('-inf'), 10**40, -10**40, 1e300)
 # Sections in which a negative number is wrong. Elsewhere (means, seeds) it may be right.
 _NOT_NEGATIVE = ('model', 'moe', 'tokenizer', 'optim', 'train', 'tasks', 'target_sets', 'evaluators', 'mesh')
-_CHOICES = ('posemb', 'prompt_sharing', 'text_posemb_init', 'dtype', 'router', 'gmm', 'placement', 'type', 'mixture',
+_CHOICES = ('posemb', 'prompt_sharing', 'dtype', 'router', 'gmm', 'placement', 'type', 'mixture',
             'contrastive_reduction', 'schedule', 'unused_params', 'family', 'softmax', 'target_set')
 
 

@@ -19,15 +19,15 @@ from uni_moe_jax.utils.tree_paths import by_path
 
 SUBLAYERS = {'qkv': 'attention', 'attention_out': 'attention', 'ffn_in': 'mlp', 'ffn_out': 'mlp'}
 VISUAL = {'embed/patch', 'embed/patch_bias', 'embed/difference', 'embed/temporal', 'embed/spatial', 'embed/visual_type'}
-TEXT = {'embed/position', 'embed/type'}
+TEXT = {'embed/position', 'embed/type', 'embed/neighbors'}
 
 
 @functools.cache
 def _spec(**changes):
   """Four experts; layers 0 and 1 are scanned, layer 2 is the tail. All tables, and two temperatures."""
   return small_model.spec(
-      posemb='learned', modality_embedding=True, frame_differences=True, temperature_groups=('group', 'other'),
-      **changes)
+      posemb='learned', modality_embedding=True, frame_differences=True, word_neighbors=1,
+      temperature_groups=('group', 'other'), **changes)
 
 
 def _shapes(spec):
@@ -173,8 +173,8 @@ def test_a_step_uses_the_label_prompts_of_the_sets_it_encodes():
 
 
 def test_a_word_as_readout_token_has_a_position_in_every_sequence():
-  assert _unused(contents=('visual',), spec=small_model.spec(prefix_word=5)) == set()
-  assert _unused(contents=('visual',), spec=small_model.spec()) == TEXT
+  assert _unused(contents=('visual',), spec=_spec(prefix_word=5)) == {'embed/neighbors'}
+  assert _unused(contents=('visual',), spec=_spec()) == TEXT
 
 
 def test_the_word_table_and_the_norm_serve_both_modalities():

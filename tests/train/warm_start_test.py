@@ -26,10 +26,12 @@ def test_prompts_heads_and_new_temperatures_start_fresh():
       'encoder/tail/block0/prompts/input'}
 
 
-def test_frame_differences_may_be_dropped_or_added():
-  with_them, without = small_model.spec(frame_differences=True), small_model.spec()
-  assert _compare(without, with_them) == ([], ['embed/difference'])
-  assert _compare(with_them, without) == (['embed/difference'], [])
+@pytest.mark.parametrize('changes, name', [
+    (dict(frame_differences=True), 'embed/difference'), (dict(word_neighbors=1), 'embed/neighbors')])
+def test_frame_differences_and_neighbors_may_be_dropped_or_added(changes, name):
+  with_them, without = small_model.spec(**changes), small_model.spec()
+  assert _compare(without, with_them) == ([], [name])
+  assert _compare(with_them, without) == ([name], [])
 
 
 def test_computed_parameters_stay_fresh_in_any_shape():

@@ -44,7 +44,7 @@ def small(c: ml_collections.ConfigDict) -> None:
   """A model of 64-pixel images that learns on a few CPU cores, and settings for short runs."""
   c.model.update(dict(
       num_layers=4, width=128, num_heads=2, mlp_dim=512, image_size=64, patch_size=8, max_text_len=TEXT_TOKENS,
-      layer_scale_init=0.5, remat=False, text_posemb_init='sincos', text_posemb_std=0.06))
+      layer_scale_init=0.5, remat=False, word_neighbors=2))
   c.optim.update(dict(learning_rate=1e-3, warmup_steps=60))
   c.train.update(dict(steps=800, log_every=20, checkpoint_every=200))
 
@@ -112,10 +112,7 @@ def embedded(c: ml_collections.ConfigDict) -> None:
   c.model.update(dict(
       patch_size=8, max_text_len=TEXT_TOKENS, layer_scale_init=0.5,
       pixel_mean=(0.12,) * 3, pixel_std=(0.3,) * 3,  # of the training images, which are mostly background
-      # Without these, masked words stay at the unigram's perplexity for hundreds of steps: attention first has to find
-      # the neighbors of a word.
-      text_posemb_init='sincos', text_posemb_std=0.06, mimetic_init=True,
-      frame_differences=True))
+      word_neighbors=2, frame_differences=True))
 
 
 def embedded_tasks(c: ml_collections.ConfigDict) -> None:

@@ -89,11 +89,9 @@ class ModelConfig:
       False, 'Adds a learned row to every visual token (some published checkpoints have it).')
   posemb_scale: float = field(1.0, 'Factor of row and column in sin-cos image positions: 160/224 where a model of '
                               '160 pixels continues at 224, so that a patch keeps its place in the image.', above=0)
-  text_posemb_init: str = field('normal', 'Initial text position table: normal, or sincos (neighbors start similar; '
-                                'short runs).', choices=('normal', 'sincos'), published='normal')
-  text_posemb_std: float = field(0.02, 'Initial std of the text position table.', at_least=0, published=0.02)
-  mimetic_init: bool = field(False, 'Keys of half of the heads start as their queries: attention among neighbors '
-                             '(short runs).', published=False)
+  word_neighbors: int = field(
+      0, 'Words on either side of a word that its token contains, too, each place through a kernel of its own; in '
+      'captions only those before it. Without, attention has to find them first (short runs).', at_least=0, published=0)
   frame_differences: bool = field(
       False, 'Adds to every video patch its change since the previous frame, through a kernel of its own. Without it, '
       'the direction of a motion is a product of time, position and brightness, which an hour of training did not find '

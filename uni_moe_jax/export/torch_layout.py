@@ -143,10 +143,11 @@ def _check_convertible(spec: ModelSpec) -> None:
   if spec.router not in ('attribute', 'dense'):
     raise LayoutError(f'config.moe.router={spec.router!r} is not supported by the published layout, which has '
                       "attribute gates; convert a model with router 'attribute' or 'dense'.")
-  if spec.num_prefix_prompts or spec.label_prompts or spec.frame_differences or spec.stem != 'patch':
+  if (spec.num_prefix_prompts or spec.label_prompts or spec.frame_differences or spec.word_neighbors
+      or spec.stem != 'patch'):
     raise LayoutError('the published layout does not support config.model.num_prefix_prompts, '
-                      "config.model.frame_differences, config.model.stem='conv' and label_prompts of a target set; "
-                      'convert a model without them.')
+                      "config.model.frame_differences, config.model.word_neighbors, config.model.stem='conv' and "
+                      'label_prompts of a target set; convert a model without them.')
   unknown = [t for t in spec.temperature_groups if t not in PUBLISHED_TEMPERATURES]
   if unknown:
     raise LayoutError(f'the published layout has no temperature group {unknown[0]!r}; '

@@ -10,7 +10,7 @@ from uni_moe_jax.model import attention_kernels, heads_first_attention, masks, s
 from uni_moe_jax.model.prompts import prompt_table
 from uni_moe_jax.model.sequences import EmbeddedSequence, KeysValues, KVCache, heads_first
 from uni_moe_jax.model.sublayer import Context, Hidden, Pools, Sublayer, output_projection
-from uni_moe_jax.moe.layers import Projection, mimetic_query_key, xavier_uniform
+from uni_moe_jax.moe.layers import Projection, xavier_uniform
 from uni_moe_jax.moe.routing import MergedRouting
 from uni_moe_jax.parallel import sharding
 
@@ -25,7 +25,7 @@ class Attention(Sublayer):
     width, heads = {'embed': spec.width}, {'heads': spec.num_heads, 'head_dim': spec.head_dim}
     init = xavier_uniform(spec.width, spec.width)
     self.router = self.make_router()
-    self.qkv = self.make_projection(width, {'qkv': 3, **heads}, mimetic_query_key(init) if spec.mimetic_init else init)
+    self.qkv = self.make_projection(width, {'qkv': 3, **heads}, init)
     self.attention_out = self.make_projection(heads, width, init)
 
   def __call__(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from uni_moe_jax.model import merging
 from uni_moe_jax.model.heads import normalize
-from uni_moe_jax.model.sequences import READ_NOTHING, KVCache, Layout, Sequence, heads_first
+from uni_moe_jax.model.sequences import NO_WORD, READ_NOTHING, KVCache, Layout, Sequence, heads_first
 from uni_moe_jax.model.trie import Trie, allowed, follow
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe.precision import EXACT
@@ -48,7 +48,9 @@ def prefill(model: UniPerceiver, params, task_type: TaskType, pixels: jax.Array,
   fixed = {sub: tuple((joined(out, 0), joined(out, 1)) for out in collected[sub]) for sub in _STACKS}
   words = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], max_len, x.shape[-1]), x.dtype), fixed)
   pools = {sub: tuple(out['pools'][0] for out in collected[sub]) for sub in _STACKS}
-  return KVCache(fixed, words, jnp.zeros((B, max_len), bool), pools)
+  n = model.spec.word_neighbors
+  recent = jnp.full((B, n), NO_WORD, jnp.int32) if n else None
+  return KVCache(fixed, words, jnp.zeros((B, max_len), bool), pools, recent)
 
 
 def decode_step(
@@ -65,11 +67,15 @@ def decode_step(
   """
   B, slot = word.shape[0], jnp.maximum(t - 1, 0)
   word_valid = jnp.broadcast_to(t > 0, (B, 1))
+  recent = before = None
+  if kv_cache.recent is not None:
+    recent = jnp.where(word_valid, jnp.concatenate([word[:, None], kv_cache.recent[:, :-1]], axis=1), NO_WORD)
+    before = jnp.stack([kv_cache.recent, recent], axis=1)
   sequence = Sequence(
       layout=step_layout(task_type), ids=jnp.arange(B, dtype=jnp.uint32),
       text=jnp.stack([word, jnp.full_like(word, spe)], axis=1),
       text_valid=jnp.concatenate([word_valid, jnp.ones((B, 1), bool)], axis=1), text_positions=jnp.stack([slot, t]),
-      kv_cache=kv_cache)
+      text_before=before, kv_cache=kv_cache)
 
   def run(m):
     encoded = m.encode(sequence, keys=True)
@@ -85,7 +91,7 @@ def decode_step(
       sub: tuple((insert(k, out, 0), insert(v, out, 1)) for (k, v), out in zip(kv_cache.words[sub], collected[sub]))
       for sub in _STACKS}
   valid = jax.lax.dynamic_update_slice_in_dim(kv_cache.valid, word_valid, slot, axis=1)
-  return features, kv_cache.replace(words=words, valid=valid)
+  return features, kv_cache.replace(words=words, valid=valid, recent=recent)
 
 
 @flax.struct.dataclass
@@ -101,13 +107,14 @@ class Captions:
 
 @flax.struct.dataclass
 class _Carry:
-  """State of the loop. words, valid: as in `KVCache`; tokens, log_p, candidates: as in `Captions`."""
+  """State of the loop. words, valid, recent: as in `KVCache`; tokens, log_p, candidates: as in `Captions`."""
   t: jax.Array  # position of the next query
   word: jax.Array  # [B, k], last word of each hypothesis
   done: jax.Array  # [B, k], whether it has ended
   score: jax.Array  # [B, k], Σ log_p
   words: Any
   valid: jax.Array
+  recent: jax.Array | None
   tokens: jax.Array
   log_p: jax.Array
   candidates: jax.Array
@@ -139,7 +146,7 @@ def beam_search(
 
   def next_words(c: _Carry):
     """(logits [B, k, V] of the query at position t, cache with the word at t - 1)."""
-    cache = kv_cache.replace(words=c.words, valid=c.valid)
+    cache = kv_cache.replace(words=c.words, valid=c.valid, recent=c.recent)
     features, cache = decode_step(merged_model, merged, task_type, cache, c.word.reshape(-1), c.t, spe=spe)
     return jnp.matmul(scale * features, words.T, precision=EXACT).reshape(B, beam_size, V), cache
 
@@ -166,7 +173,8 @@ def beam_search(
         t=c.t + 1, word=word,
         # If fewer sequences are allowed than there are beams, the remaining hypotheses have probability 0, and end.
         done=done | (word == eot) | jnp.isneginf(best[:, :beam_size]), score=best[:, :beam_size],
-        words=_reorder(cache.words, parent), valid=cache.valid, tokens=put(c.tokens, word), log_p=put(c.log_p, chosen),
+        words=_reorder(cache.words, parent), valid=cache.valid, recent=_reorder(cache.recent, parent, axis=-2),
+        tokens=put(c.tokens, word), log_p=put(c.log_p, chosen),
         candidates=c.candidates.at[c.t, :, :best.shape[1]].set(best),
         node=None if trie is None else follow(trie, _take(c.node, parent), word, done))
 
@@ -175,8 +183,9 @@ def beam_search(
       t=jnp.int32(0), word=jnp.full_like(zeros, eot), done=jnp.zeros((B, beam_size), bool),
       # All hypotheses of an image are equal until the first word: only one of them counts.
       score=jnp.broadcast_to(jnp.where(jnp.arange(beam_size) == 0, 0.0, -jnp.inf), (B, beam_size)),
-      words=kv_cache.words, valid=kv_cache.valid, tokens=jnp.full((B, beam_size, max_len), eot, jnp.int32),
-      log_p=jnp.zeros((B, beam_size, max_len)), candidates=jnp.full((max_len, B, beam_size + 1), -jnp.inf),
+      words=kv_cache.words, valid=kv_cache.valid, recent=kv_cache.recent,
+      tokens=jnp.full((B, beam_size, max_len), eot, jnp.int32), log_p=jnp.zeros((B, beam_size, max_len)),
+      candidates=jnp.full((max_len, B, beam_size + 1), -jnp.inf),
       node=None if trie is None else zeros)
   end = jax.lax.while_loop(lambda c: (c.t < max_len) & ~c.done.all(), step, start)
   num_words = (end.tokens != eot).sum(-1)
@@ -198,14 +207,15 @@ def _repeat(kv_cache: KVCache, beam_size: int, shared: bool) -> KVCache:
   """
   repeated = lambda tree, axis: jax.tree.map(lambda x: jnp.repeat(x, beam_size, axis=x.ndim + axis), tree)
   kv_cache = kv_cache.replace(
-      words=repeated(kv_cache.words, -4), valid=repeated(kv_cache.valid, -2), pools=repeated(kv_cache.pools, -2))
+      words=repeated(kv_cache.words, -4), valid=repeated(kv_cache.valid, -2), pools=repeated(kv_cache.pools, -2),
+      recent=repeated(kv_cache.recent, -2))
   return kv_cache if shared else kv_cache.replace(fixed=repeated(kv_cache.fixed, -4))
 
 
-def _reorder(words, parent: jax.Array):
-  """Gives each hypothesis its parent's words."""
+def _reorder(words, parent: jax.Array, axis: int = -4):
+  """Gives each hypothesis its parent's words. axis: of the hypotheses."""
   B, beam_size = parent.shape
   if beam_size == 1:
     return words
   rows = (parent + beam_size * jnp.arange(B)[:, None]).reshape(-1)
-  return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), words)
+  return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim + axis), words)

@@ -1,11 +1,9 @@
 """Embedders of words and patches, and the tokens before them: the prefix `spe`, then prompts.
 
-Text: word + position + type, then LayerNorm. Visual: patch projection + spatial + temporal, then the *same* LayerNorm.
-An image is a video of one frame. Patches are reshaped and multiplied, not convolved: on CPU the gradient of a
-convolution is ten times slower.
+Text: word (and its neighbors) + position + type, then LayerNorm. Visual: patch projection + spatial + temporal, then
+the *same* LayerNorm. An image is a video of one frame. Patches are reshaped and multiplied, not convolved: on CPU the
+gradient of a convolution is ten times slower.
 """
-
-import math
 
 import flax.linen as nn
 import jax
@@ -14,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from uni_moe_jax.model.prompts import TokenPrompts
+from uni_moe_jax.model.sequences import NO_WORD
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.stem import conv_stem, stem_params
 from uni_moe_jax.moe.layers import dot, layer_norm, param, xavier_uniform
@@ -38,15 +37,6 @@ def sincos_table(side: int, width: int, scale: float = 1.0) -> np.ndarray:
   return np.concatenate([_waves(r, width // 4), _waves(c, width // 4)], axis=1).astype(np.float32)
 
 
-def sincos_rows(std: float):
-  """Initializer of 1-D positions [S, D]: std · √2 · [sin(i w), cos(i w)], w_k = 10000^(-k/(D/2))."""
-  def init(key, shape, dtype=jnp.float32):
-    del key
-    length, width = shape
-    return jnp.asarray(std * math.sqrt(2) * _waves(np.arange(length), width // 2), dtype)
-  return init
-
-
 def patchify(pixels: jax.Array, patch: int) -> jax.Array:
   """[B, T, H, W, C] → [B, T · (H/p)(W/p), p · p · C], tokens and pixels in row-major order."""
   B, T, H, W, C = pixels.shape
@@ -68,10 +58,12 @@ class Embed(nn.Module):
       return sharding.as_used(values, (axis, 'embed'), self.mesh)
 
     self.word = table('word', s.vocab_size, 'vocab')
-    position = sincos_rows if s.text_posemb_init == 'sincos' else nn.initializers.normal
-    self.position = table('position', s.max_text_len, 'position', position(s.text_posemb_std))
+    self.position = table('position', s.max_text_len, 'position')
     # Two rows as published, of which only row 0 is used, so that a converted checkpoint keeps its table.
     self.type = table('type', 2, 'type')
+    if s.word_neighbors:
+      rows = 2 * s.word_neighbors * s.width
+      self.neighbors = table('neighbors', rows, 'feature', xavier_uniform(rows, s.width))
     patch_dim = s.patch_size * s.patch_size * s.channels
     if s.stem == 'conv':
       self.stem = stem_params(self, s)
@@ -101,9 +93,17 @@ class Embed(nn.Module):
       x = x + jnp.where(ids == self.spec.spe_id, 1, 0)[..., None] * self.spe_bias.reshape((1,) * ids.ndim + (-1,))
     return x
 
-  def text(self, ids: jax.Array, positions: jax.Array) -> jax.Array:
-    """ids [B, S] and positions [B, S] → [B, S, D]."""
-    return self.norm(self.words(ids) + self.position[positions] + self.type[0][None, None])
+  def text(self, ids: jax.Array, positions: jax.Array, neighbors: jax.Array | None = None) -> jax.Array:
+    """ids [B, S], positions [B, S] and `Sequence.neighbors` [B, S, 2n] → [B, S, D]."""
+    x = self.words(ids) + self.position[positions] + self.type[0][None, None]
+    if neighbors is not None:
+      words = jnp.where((neighbors == NO_WORD)[..., None], 0, self.words(jnp.maximum(neighbors, 0)))
+      x = x + self._project(words.reshape(*ids.shape, -1), self.neighbors)
+    return self.norm(x)
+
+  def _project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    dtype = self.spec.dtype
+    return dot(x.astype(dtype), kernel.astype(dtype), kernel, sharding.on_one_cpu(self.mesh))
 
   def prefix(self) -> jax.Array:
     """The prefix `spe`, [1, 1, D]: LN(Word[spe]) without position and type, or a word as a text."""
@@ -133,15 +133,13 @@ class Embed(nn.Module):
       constants = (T > 1 and s.video_mean) or s.pixel_mean, (T > 1 and s.video_std) or s.pixel_std
       mean, std = (np.reshape(x, (1, 1, 1, 1, s.channels)) for x in constants)
       pixels = (pixels.astype(jnp.float32) / 255 - mean.astype(np.float32)) / std.astype(np.float32)
-    on_cpu = sharding.on_one_cpu(self.mesh)
-    project = lambda x, kernel: dot(patchify(x.astype(s.dtype), s.patch_size), kernel.astype(s.dtype), kernel, on_cpu)
     if s.stem == 'conv':
-      x = conv_stem(pixels, self.stem, s.dtype, on_cpu)
+      x = conv_stem(pixels, self.stem, s.dtype, sharding.on_one_cpu(self.mesh))
     else:
-      x = project(pixels, self.patch) + self.patch_bias[None, None]
+      x = self._project(patchify(pixels, s.patch_size), self.patch) + self.patch_bias[None, None]
     if s.frame_differences and T > 1:
       change = jnp.pad(pixels[:, 1:] - pixels[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))
-      x = x + project(change, self.difference)
+      x = x + self._project(patchify(change, s.patch_size), self.difference)
     frames = jax.lax.dynamic_slice_in_dim(self.temporal, temporal_offset, T)
     position = (frames[:, None] + self.spatial[None]).reshape(1, T * s.patches, s.width)
     if s.modality_embedding:

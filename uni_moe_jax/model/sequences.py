@@ -18,6 +18,7 @@ from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.tasks.task_types import TaskType
 
 Fields = dict[str, jax.Array]  # of a batch, [shards, b, …], or of an evaluation batch, [B, …]
+NO_WORD = -1  # in place of a neighbor
 READ_NOTHING = 'nothing'  # prefill: only keys and values of the last layer are wanted
 # (keys, values [b, N, S, H] in the order of the products, mask bool [B or 1, 1, Q or 1, S] or None: all visible). b
 # divides B, and each row serves B / b consecutive examples: hypotheses about one image share its keys, all examples
@@ -86,6 +87,7 @@ class KVCache:
   words: Any  # [B, N, W, H], of decoded words
   valid: jax.Array | None  # bool [B, W], which words are decoded
   pools: Any  # of context routers: {sublayer: [B, D]}; {} without them
+  recent: jax.Array | None = None  # int32 [B, n], the last decoded words, newest first, see `Sequence.neighbors`
 
   def of_layer(self, subtree: str, block: int) -> 'KVCache':
     """The cache of one block of the pattern, without `valid`, which is that of all."""
@@ -107,6 +109,7 @@ class Sequence:
   text_valid: jax.Array | None = None  # bool [B, S], which tokens are not padding; None: all
   positions: jax.Array | None = None  # int32 [B, M] of the tokens to read ('masked', 'slot'), in the text segment
   text_positions: jax.Array | None = None  # int32 [S] or [B, S] rows of the position table; None: the layout's own
+  text_before: jax.Array | None = None  # int32 [B, S, n] in a decoding step, see `neighbors`
   kv_cache: KVCache | None = None
   classes: jax.Array | None = None  # int32 [B], which entry of `layout.label_set` each sequence is
 
@@ -158,6 +161,28 @@ class Sequence:
     if self.layout.masks[self.layout.modalities.index('text')] == 'two_stream':
       positions = positions % (self.text.shape[1] // 2)
     return jnp.broadcast_to(positions, self.text.shape)
+
+  def neighbors(self, n: int) -> jax.Array | None:
+    """int32 [B, S, 2n]: the n words before each token of the text, nearest first, then those after; None if n is 0.
+
+    NO_WORD past the ends and for padding. Captions have none after a word, since it must not see what follows it; those
+    of a query are the words before it.
+    """
+    if not n:
+      return None
+    before, after = self.text_before, None
+    if before is None:
+      words = self.text if self.text_valid is None else jnp.where(self.text_valid, self.text, NO_WORD)
+      full = self.layout.masks[self.layout.modalities.index('text')] == 'full'
+      words = words if full else words[:, :words.shape[1] // 2]
+      padded = jnp.pad(words, ((0, 0), (n, n)), constant_values=NO_WORD)
+      at = lambda offset: jax.lax.slice_in_dim(padded, n + offset, n + offset + words.shape[1], axis=1)
+      before = jnp.stack([at(-k) for k in range(1, n + 1)], axis=-1)
+      if full:
+        after = jnp.stack([at(k) for k in range(1, n + 1)], axis=-1)
+      else:
+        before = jnp.concatenate([before, before], axis=1)
+    return jnp.concatenate([before, jnp.full_like(before, NO_WORD) if after is None else after], axis=-1)
 
   def pad_batch(self, multiple: int) -> 'Sequence':
     """Pads texts with examples without valid tokens, so that every device has equally many.

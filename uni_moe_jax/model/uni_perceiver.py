@@ -90,7 +90,8 @@ class UniPerceiver(nn.Module):
   def _embed(self, sequences: list[Sequence]) -> tuple[EmbeddedSequence, ...]:
     """Embeds raw sequences, the texts of all of them together: each one's gradient has the size of the word table."""
     prefix = self.embed.prefix() if any(s.layout.prefixed for s in sequences) else None
-    texts = [(s.text, s.token_positions()) for s in sequences if s.text is not None]
+    texts = [(s.text, s.token_positions(), s.neighbors(self.spec.word_neighbors))
+             for s in sequences if s.text is not None]
     embed = lambda text: sharding.shard_batch(self.embed.text(*text), self.mesh)
     embedded = iter(map_joined(embed, texts, self.shards))
     return tuple(self._segments(s, None if s.text is None else next(embedded), prefix) for s in sequences)

@@ -63,19 +63,6 @@ def layer_norm(name: str | None) -> nn.LayerNorm:
       bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)))
 
 
-def mimetic_query_key(init: Callable) -> Callable:
-  """An initializer of a fused projection [..., 3, N, H] in half of whose heads keys start as a copy of the queries.
-
-  Attention of these heads starts between similar inputs, so that similar positions, that is neighbors, see each other
-  first (Trockman & Kolter, Mimetic Initialization of Self-Attention Layers, 2023). The readout token has no neighbors:
-  if all heads began so, it would see itself alone.
-  """
-  def copied(key, shape, dtype=jnp.float32):
-    kernel, half = init(key, shape, dtype), (shape[-2] + 1) // 2
-    return kernel.at[..., 1, :half, :].set(kernel[..., 0, :half, :])
-  return copied
-
-
 @flax.struct.dataclass
 class Projection:
   """A linear projection that is ready to multiply.

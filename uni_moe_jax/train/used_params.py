@@ -21,7 +21,7 @@ from uni_moe_jax.utils.tree_paths import path_of
 # Parameters that only some steps use, and the content that uses them; \1 is the group of the pattern.
 _NEEDS = (
     (r'^embed/(stem.*|patch|patch_bias|difference|temporal|spatial|visual_type)$', 'visual'),
-    (r'^embed/(position|type)$', 'text'),
+    (r'^embed/(position|type|neighbors)$', 'text'),
     (r'/prompts/target$', 'target'),
     (r'^linear_head/', 'head'),
     (r'^embed/prompts/(label_.+)$', r'\1'),
@@ -84,7 +84,7 @@ def used_mask(
     if path.startswith(LOG_SCALE):
       return jnp.asarray(path.removeprefix(LOG_SCALE) in temperatures) & (jnp.exp(leaf) <= MAX_SCALE)
     need = next((m.expand(content) for pattern, content in _NEEDS if (m := re.search(pattern, path))), None)
-    if need == 'text' and spec.prefix_word is not None:  # a word as readout token has a position, too
+    if spec.prefix_word is not None and path in ('embed/position', 'embed/type'):  # every sequence starts with a word
       need = None
     return jnp.asarray(need is None or need in contents)
   return jax.tree_util.tree_map_with_path(of_param, params)

@@ -11,7 +11,7 @@ from uni_moe_jax.utils.suggest import nearest
 from uni_moe_jax.utils.tree_paths import by_path
 
 # Parameters that only one of the models may have: prompts, heads, temperatures of other tasks, additions to a patch.
-ADDED = (r'/prompts/', r'^embed/(spe_bias|visual_type|difference)$', r'^linear_head/', r'^log_scale_')
+ADDED = (r'/prompts/', r'^embed/(spe_bias|visual_type|difference|neighbors)$', r'^linear_head/', r'^log_scale_')
 
 
 def compare_models(
