@@ -42,7 +42,7 @@ class Flaky:
   """The handler of the proxy."""
 
   def __init__(self, plan: Plan):
-    self._plan, self._counts = plan, collections.Counter()
+    self._plan, self._counts, self._cuts = plan, collections.Counter(), 0  # cuts: of the next answers with a body
 
   async def __call__(self, request: web.Request, body: bytes, forward: store_proxy.Forward) -> web.StreamResponse:
     if request.path == _COUNTS:
@@ -61,7 +61,9 @@ class Flaky:
       request.transport.abort()
       return web.Response()
     answer = await forward()
-    if p.resets <= fate < p.resets + p.truncated and len(answer.body) > 1:
+    self._cuts += p.resets <= fate < p.resets + p.truncated
+    if self._cuts and len(answer.body) > 1:
+      self._cuts -= 1
       counts['truncated'] += 1
       cut = web.StreamResponse(status=answer.status, headers=answer.headers)
       cut.content_length = len(answer.body)
