@@ -5,8 +5,8 @@ import functools
 import pathlib
 
 import numpy as np
+import tensorflow as tf
 import tensorflow_datasets as tfds
-from tensorflow_datasets.testing import mocking
 
 from tests.data import own_files
 from tests.helpers import tiny
@@ -36,15 +36,27 @@ def _video(i: int) -> bytes:
   return own_files.npy_bytes(own_files.moving_bar(i % 2 == 0))
 
 
-class _Coco:
+def _coco(i: int) -> dict:
   """COCO captions. The mock of TFDS gives the fields of its list of objects different lengths."""
+  return {'image': image(i), 'image/filename': f'{i}.jpg', 'captions': {'text': [_text(i), _text(i + 100)]}}
 
-  def __len__(self):
-    return EXAMPLES
 
-  def __getitems__(self, keys):
-    return [{'image': image(i), 'image/filename': f'{i}.jpg', 'captions': {'text': [_text(i), _text(i + 100)]}}
-            for i in keys]
+def _serialize(record: dict) -> bytes:
+  """Return a record as TFDS stores it; fields of lists and records in records have joined names."""
+  example = tf.train.Example()
+
+  def add(name, value):
+    if isinstance(value, dict):
+      for key, inner in value.items():
+        add(f'{name}/{key}' if name else key, inner)
+      return
+    values = np.atleast_1d(value).tolist() if not isinstance(value, bytes) else [value]
+    if isinstance(values[0], (str, bytes)):
+      example.features.feature[name].bytes_list.value.extend(v if isinstance(v, bytes) else v.encode() for v in values)
+    elif isinstance(values[0], int):
+      example.features.feature[name].int64_list.value.extend(values)
+  add('', record)
+  return example.SerializeToString()
 
 
 def _own(source: str) -> FileDataset:
@@ -76,12 +88,15 @@ def write_class_names(folder: pathlib.Path) -> None:
 @contextlib.contextmanager
 def records(monkeypatch):
   """Give every source `EXAMPLES` records, whatever is on the disk."""
-  # In TFDS 4.9.10, reading several records of a mocked source at once lacks an argument.
-  monkeypatch.setattr(mocking, '_getitems', lambda keys, generator, **_: [generator[k] for k in keys])
+  def open_mocked(builder, _, split):
+    images = {name: tfds.decode.SkipDecoding() for name, feature in builder.info.features.items()
+              if isinstance(feature, tfds.features.Image)}
+    source = builder.as_data_source(split, decoders=images or None)
+    read = _coco if builder.name == 'coco_captions' else source.__getitem__
+    return EXAMPLES, lambda ids: [_serialize(read(int(i))) for i in ids], None
+
   monkeypatch.setattr(file_dataset, '_load_own', lambda source, *_: _own(source))
   monkeypatch.setattr(file_dataset, '_check_prepared', lambda *_: None)
-  original = file_dataset._open
-  monkeypatch.setattr(file_dataset, '_open', lambda builder, *rest: (
-      (_Coco(), None) if builder.name == 'coco_captions' else original(builder, *rest)))
+  monkeypatch.setattr(file_dataset, '_open', open_mocked)
   with tfds.testing.mock_data(num_examples=EXAMPLES):
     yield

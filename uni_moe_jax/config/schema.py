@@ -164,6 +164,9 @@ class DataConfig:
       0.0, 'Bound of cache_dir in GB, past which the files used longest ago are removed; 0: none.', at_least=0)
   max_corrupt_fraction: float = field(
       0.01, 'Fraction of the examples read from files that may be unusable before the run stops.', at_least=0)
+  resize: str = field(
+      'fast', 'How images in files are resized: fast (cropped first, means of areas); pillow (decoded whole, bicubic).',
+      choices=('fast', 'pillow'), published='pillow')
   random_special_tokens: bool = field(False, 'Random words of text_mlm may be special tokens.', published=True)
 
 

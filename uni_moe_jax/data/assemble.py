@@ -64,7 +64,8 @@ class Data:
     special, seed = config.data.random_special_tokens, config.seed
     self._builders = {training: Builder(*common, training, special, seed) for training in (True, False)}
     self._file_builder = FileExampleBuilder(
-        *common, self._model.image_size, False, special, seed, config.data.max_corrupt_fraction)
+        *common, self._model.image_size, False, special, seed, config.data.max_corrupt_fraction,
+        config.data.resize)
     if isinstance(self.dir, mirror.Mirror):
       print(f'data: fetched {self.dir.describe()} into {self.dir.root}', flush=True)
 

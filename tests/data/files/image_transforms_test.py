@@ -1,6 +1,7 @@
 """Resizing, cropping and mirroring: gray levels by hand and against Pillow, and positions of crops."""
 
 import collections
+import io
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from uni_moe_jax.data.files import image_transforms
 from uni_moe_jax.data.pipeline import hashing
 
 
-def _h(i=0):
-  return hashing.mix_constant('images', i)
+def _draw(i=0, crop='resize_crop'):
+  draws = image_transforms.draws(hashing.mix_constant('images', i)[None], crop)
+  return {purpose: value[0] for purpose, value in draws.items()}
 
 
 def _numbered(*shape):
@@ -24,12 +26,16 @@ def _noise(h, w):
   return np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8)
 
 
-def _resize_crop(image, size, h):
-  return image_transforms.transform(image, size, h, 'resize_crop', True)
+def _resize_crop(image, size, draw):
+  return image_transforms.random_flip(image_transforms.resize_and_crop(image, size, draw, 'resize_crop'), draw)
+
+
+def _random_resized_crop(image, size, i):
+  return image_transforms.resize_and_crop(image, size, _draw(i, 'random_resized_crop'), 'random_resized_crop').numpy()
 
 
 def _evaluate(image, size, crop='random_resized_crop'):
-  return image_transforms.transform(image, size, None, crop, True)
+  return image_transforms.resize_and_crop(image, size, None, crop)
 
 
 def _positions(made, image, size):
@@ -106,8 +112,8 @@ def test_half_of_an_odd_margin_is_rounded_to_even(margin, offset):
 
 def test_random_crops_are_uniformly_distributed():
   image, n = _numbered(5, 5), 900
-  np.testing.assert_array_equal(image_transforms.random_crop(image, 5, _h()), image)
-  positions = [_positions(image_transforms.random_crop(image, 3, _h(i)).numpy(), image, 3) for i in range(n)]
+  np.testing.assert_array_equal(image_transforms.random_crop(image, 5, _draw()), image)
+  positions = [_positions(image_transforms.random_crop(image, 3, _draw(i)).numpy(), image, 3) for i in range(n)]
   # 3 · 3 positions, 100 each, give or take sqrt(900 · 1/9 · 8/9) = 9.4.
   counts = collections.Counter(position for [position] in positions)
   assert set(counts) == {(d, r, False) for d in range(3) for r in range(3)}
@@ -116,8 +122,8 @@ def test_random_crops_are_uniformly_distributed():
 
 def test_half_of_the_images_are_mirrored_independently_of_the_crop():
   image, n = _numbered(3, 4), 600
-  crops = [image_transforms.random_crop(image, 3, _h(i)).numpy() for i in range(n)]
-  made = [image_transforms.random_flip(crop, _h(i)).numpy() for i, crop in enumerate(crops)]
+  crops = [image_transforms.random_crop(image, 3, _draw(i)).numpy() for i in range(n)]
+  made = [image_transforms.random_flip(crop, _draw(i)).numpy() for i, crop in enumerate(crops)]
   mirrored = [np.array_equal(m, crop[:, ::-1]) for m, crop in zip(made, crops)]
   assert all(m or np.array_equal(p, crop) for m, p, crop in zip(mirrored, made, crops))
   assert abs(np.mean(mirrored) - .5) < 4 * np.sqrt(.25 / n)
@@ -129,7 +135,7 @@ def test_half_of_the_images_are_mirrored_independently_of_the_crop():
 
 def test_random_choices_depend_on_the_hash_alone():
   image = _numbered(5, 9)
-  once, again = ([_resize_crop(image, 4, _h(i)).numpy() for i in range(30)] for _ in range(2))
+  once, again = ([_resize_crop(image, 4, _draw(i)).numpy() for i in range(30)] for _ in range(2))
   np.testing.assert_array_equal(once, again)
   assert len({made.tobytes() for made in once}) > 5
 
@@ -154,7 +160,7 @@ def _part(made, H, W):
 
 def test_random_resized_crops_keep_the_published_bounds_and_are_anywhere():
   H, W = 240, 320
-  crops = [image_transforms.random_resized_crop(_coordinates(H, W), 64, _h(i)).numpy() for i in range(60)]
+  crops = [_random_resized_crop(_coordinates(H, W), 64, i) for i in range(60)]
   height, width, top, left = np.array([_part(made, H, W) for made in crops]).T
   share, ratio = height * width / (H * W), width / height
   # From 8 to 100 % of the area, from 3/4 to 4/3 as wide as high, with an error of two pixels. Some of 60 draws are near
@@ -174,13 +180,15 @@ def test_an_image_too_long_for_any_draw_is_cropped_to_the_largest_allowed_center
   image = np.zeros((10, 1000, 1), np.uint8)
   image[:, 493:493 + 13] = 200
   image = image.swapaxes(0, 1) if down else image
-  assert all((image_transforms.random_resized_crop(image, 8, _h(i)).numpy() == 200).all() for i in range(3))
+  assert all((_random_resized_crop(image, 8, i) == 200).all() for i in range(3))
 
 
 def test_the_jittered_short_side_is_between_256_and_320_of_224():
   # From 16 · 256 / 224 to 16 · 320 / 224.
-  assert {int(image_transforms.jittered_short_side(16, _h(i))) for i in range(60)} == {18, 19, 20, 21, 22}
-  drawn = [int(image_transforms.jittered_short_side(224, _h(i))) for i in range(150)]
+  draw = lambda size, n: [
+      int(image_transforms.jittered_short_side(size, _draw(i, 'jittered_crop'))) for i in range(n)]
+  assert set(draw(16, 60)) == {18, 19, 20, 21, 22}
+  drawn = draw(224, 150)
   assert 256 <= min(drawn) < 260 and 316 < max(drawn) <= 320
 
 
@@ -199,20 +207,20 @@ def test_evaluation_takes_the_center_of_the_short_side_or_for_classification_of_
 
 def test_resize_crop_takes_any_part_along_the_long_side():
   image = _numbered(4, 6)
-  made = {_positions(_resize_crop(image, 4, _h(i)).numpy(), image, 4)[0] for i in range(60)}
+  made = {_positions(_resize_crop(image, 4, _draw(i)).numpy(), image, 4)[0] for i in range(60)}
   assert made == {(0, right, mirrored) for right in range(3) for mirrored in (False, True)}
 
 
 @pytest.mark.parametrize('view', [
     _evaluate, lambda image, size: _evaluate(image, size, 'resize_crop'),
-    lambda image, size: _resize_crop(image, size, _h())])
+    lambda image, size: _resize_crop(image, size, _draw())])
 def test_a_single_pixel_becomes_an_image_of_its_color(view):
   pixel = np.array([[[10, 200, 30]]], np.uint8)
   np.testing.assert_array_equal(view(pixel, 7), np.broadcast_to(pixel, (7, 7, 3)))
 
 
 @pytest.mark.parametrize('crop', [
-    image_transforms.center_crop, lambda image, size: image_transforms.random_crop(image, size, _h())])
+    image_transforms.center_crop, lambda image, size: image_transforms.random_crop(image, size, _draw())])
 @pytest.mark.parametrize('sides', [(3, 9), (9, 2)])
 def test_an_image_smaller_than_its_crop_is_an_error(crop, sides):
   with pytest.raises(tf.errors.InvalidArgumentError, match='smaller than its crop; resize it first'):
@@ -220,7 +228,7 @@ def test_an_image_smaller_than_its_crop_is_an_error(crop, sides):
 
 
 @pytest.mark.parametrize('view', [
-    lambda image: _resize_crop(image, 4, _h()), lambda image: _evaluate(image, 4)])
+    lambda image: _resize_crop(image, 4, _draw()), lambda image: _evaluate(image, 4)])
 def test_transforms_have_static_shapes_in_a_pipeline(view):
   # Sizes of images are not known before they are decoded.
   made = [_noise(5, 9), _noise(7, 6)]
@@ -230,3 +238,53 @@ def test_transforms_have_static_shapes_in_a_pipeline(view):
   assert tuple(data.element_spec.shape) == (4, 4, 3)
   for transformed, image in zip(data, made, strict=True):
     np.testing.assert_array_equal(transformed, view(image))
+
+
+def _encode(image, file_format, **options):
+  Image.fromarray(image.squeeze()).save(out := io.BytesIO(), file_format, **options)
+  return tf.constant(out.getvalue())
+
+
+def _read_fast(encoded, size, draw=None, crop='resize_crop', channels=3):
+  return image_transforms.read(encoded, channels, size, draw, crop, 'fast').numpy()
+
+
+@pytest.mark.parametrize('before, size, after', [
+    # From 3 to 2 pixels, each new one is an old one and half of the middle: (10 + 40 / 2) / 1.5 = 20, (80 + 20) / 1.5.
+    ([10, 40, 80], 2, [20, 67]),
+    ([0, 10, 100, 201], 2, [5, 151]),  # the mean of 100 and 201 is rounded up
+    # From 2 to 4 pixels the new ones are at 1/4, 3/4, 5/4, 7/4, the old ones at 1/2 and 3/2, beyond which they stay.
+    ([0, 100], 4, [0, 25, 75, 100])], ids=['fractions of pixels', 'means', 'enlarged'])
+def test_fast_resized_levels_equal_those_computed_by_hand_on_both_axes(before, size, after):
+  image, expected = (np.tile(np.array(row, np.uint8), (len(row), 1)) for row in (before, after))
+  for axis in (0, 1):
+    made = _read_fast(_encode(np.moveaxis(image, 0, axis), 'PNG'), size, channels=1)[..., 0]
+    np.testing.assert_array_equal(made, np.moveaxis(expected, 0, axis))
+
+
+@pytest.mark.parametrize('crop, share', [('resize_crop', 1), ('random_resized_crop', 224 / 256)])
+def test_fast_evaluation_takes_the_same_center(crop, share):
+  image = np.stack([_coordinates(96, 160)[..., 0]] * 3, -1)
+  encoded, middle = _encode(image, 'PNG'), 96 * share / 160 * 256 / 2
+  across = _read_fast(encoded, 32, crop=crop)[..., 0].astype(float).mean(0)
+  assert abs(across[0] - (128 - middle)) < 4 and abs(across[-1] - (128 + middle)) < 4
+
+
+# A short side of 23 or 320 pixels: the part is enlarged, or read whole, at a half, a quarter or an eighth of its size,
+# where a corner or side is off by up to seven pixels: 256 / 320 of a level each.
+@pytest.mark.parametrize('size, levels', [(64, 0), (320, 0), (150, 4), (75, 6), (36, 12)])
+@pytest.mark.parametrize('crop', ['resize_crop', 'random_resized_crop', 'jittered_crop'])
+def test_the_part_of_a_jpeg_that_is_decoded_is_the_one_that_was_drawn(crop, size, levels):
+  H, W = (23, 31) if size == 64 else (320, 427)
+  encoded = _encode(_coordinates(H, W), 'JPEG', quality=100, subsampling=0)
+  png = _encode(tf.io.decode_jpeg(encoded).numpy(), 'PNG')
+  for i in range(4):
+    part, expected = (_read_fast(e, size, _draw(i, crop), crop)[..., :2].astype(int) for e in (encoded, png))
+    assert np.abs(part - expected).max() <= levels
+
+
+def test_fast_crops_are_uniformly_distributed_over_the_file():
+  encoded = _encode(_numbered(5, 9), 'PNG')
+  made = collections.Counter(
+      _positions(_read_fast(encoded, 5, _draw(i), channels=1), _numbered(5, 9), 5)[0][1] for i in range(500))
+  assert set(made) == set(range(5)) and all(abs(n - 100) < 4 * np.sqrt(500 * .2 * .8) for n in made.values())

@@ -30,7 +30,7 @@ def _questions(**fields):
                               template='{q} <spe> <eot>', max_predictions=2, **fields)
   builder = file_dataset_examples.FileExampleBuilder(
       SentencePieceTokenizer(tiny.tokenizer_file()), {'ab': ('a', 'b')}, 3, SIDE, training=True,
-      random_special_tokens=False, seed=0, max_corrupt_fraction=0.0)
+      random_special_tokens=False, seed=0, max_corrupt_fraction=0.0, resize='fast')
   return builder.build(make_plan(c).tasks[0], dataset)
 
 

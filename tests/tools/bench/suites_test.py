@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import tiny
 from uni_moe_jax.tasks import router_names
-from uni_moe_jax.tools.bench import caption_rate, cases, settings, suites, training_steps
+from uni_moe_jax.tools.bench import caption_rate, cases, input_rate, settings, suites, training_steps
 
 _SIZES = settings.Sizes(
     rounds=1, num_layers=1, width=16, num_heads=2, mlp_dim=16, image_size=16, patch_size=8, experts=2, batch_size=4,
@@ -94,12 +94,14 @@ def test_images_and_videos_are_counted_separately():
       'shape, batches of 8': 'images/s', 'motion, batches of 4': 'videos/s', 'pair, batches of 4': 'images/s'}
 
 
-def test_files_are_counted_by_type_with_the_recorded_rate_in_the_note():
-  rows = _measure('files')
-  assert [(r.name.split()[0], r.unit) for r in rows.values()] == [
-      ('JPEG', 'images/s'), ('PNG', 'images/s'), ('mp4', 'videos/s')]
-  for row, recorded in zip(rows.values(), ('1,000', '7,200', '90,000'), strict=True):
-    assert recorded in row.note.partition('recorded')[2]
+def test_files_are_counted_by_type_beside_the_same_work_by_hand():
+  rows, types = _measure('files'), [t.name for t in input_rate._FILE_TYPES.values()]
+  assert [(name, row.unit) for name, row in rows.items() if name in types] == list(
+      zip(types, ('images/s', 'images/s', 'videos/s'), strict=True))
+  for name in types:
+    assert rows[f'{name} / by hand'].unit == 'x' and rows[f'{name}: by hand'].unit == rows[name].unit
+  assert rows.keys() - {f'{name}{suffix}' for name in types for suffix in ('', ': by hand', ' / by hand')} == {
+      f"{types[0]}, resize='pillow'"}
 
 
 @pytest.mark.nightly

@@ -54,19 +54,25 @@ class FileDataset:
   fingerprint: str  # hex sha256 of the content
   present: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # column of texts → bool [N]
   prefetch: Callable[[np.ndarray], None] | None = None  # ids in the order in which they will be read
+  read_examples: Callable[[np.ndarray], list[bytes]] | None = None  # as `read`: serialized tf.train.Examples
 
   def media_column(self) -> str | None:
     """The column of images or videos."""
     return next((c for c, column_type in self.columns.items() if column_type in MEDIA_TYPES), None)
 
-  def read_valid(self, ids: np.ndarray) -> list[Record | CorruptExample]:
-    """Reads records; one that cannot be read is the reason. Raises RunError if no record of the source can be read."""
+  def read_valid(
+      self, ids: np.ndarray, read: Callable[[np.ndarray], list[Any]] | None = None) -> list[Any | CorruptExample]:
+    """Reads records; one that cannot be read is the reason. Raises RunError if no record of the source can be read.
+
+    read: `read` (the default) or `read_examples`.
+    """
+    read = read or self.read
     try:
-      return self.read(ids)
+      return read(ids)
     except RunError:
       raise
-    except Exception as e:  # array_record and TFDS document no closed set of errors for damaged files
-      records = [self._read_one(i) for i in ids]
+    except Exception as e:  # array_record and protobuf document no closed set of errors for damaged files
+      records = [self._read_one(i, read) for i in ids]
       probes = (self._read_one(i) for i in _evenly_spaced(self.size, _NUM_PROBES))
       if all(isinstance(record, CorruptExample) for record in itertools.chain(records, probes)):
         raise RunError(
@@ -89,9 +95,11 @@ class FileDataset:
       chunk = ids[start:start + _CHUNK]
       yield from zip(chunk, self.read_valid(chunk), strict=True)
 
-  def _read_one(self, index: int) -> Record | CorruptExample:
+  def _read_one(self, index: int, read: Callable[[np.ndarray], list[Any]] | None = None) -> Any | CorruptExample:
     try:
-      return self.read(np.array([index]))[0]
+      return (read or self.read)(np.array([index]))[0]
+    except CorruptExample as e:
+      return e
     except Exception as e:
       return CorruptExample(f'a record that cannot be read ({e})')
 
@@ -163,9 +171,9 @@ def _load_own(source: str, directory: str | os.PathLike[str], split: str) -> Fil
   except Exception as e:  # numpy, zipfile and zlib document no closed set of errors for damaged files
     raise UsageError(f'{folder / prepare.LABELS} cannot be read ({e}); {_PREPARE_AGAIN}') from e
   columns = {**summary['columns'], LOCATION: 'text'}
-  reader, prefetch = _open(_builder(str(folder)), directory, split, columns)
-  return FileDataset(source, summary['splits'][split], _record_reader(reader, columns, classes), columns, classes,
-                     labels, summary['fingerprints'][split], present, prefetch)
+  _, read, prefetch = _open(_builder(str(folder)), directory, split)
+  return FileDataset(source, summary['splits'][split], _record_reader(read, columns, classes), columns, classes,
+                     labels, summary['fingerprints'][split], present, prefetch, read)
 
 
 @functools.lru_cache(maxsize=64)
@@ -190,12 +198,11 @@ def _load_tfds(source: str, directory: str | os.PathLike[str], split: str) -> Fi
   builder = tfds_builder(source, directory)
   _check_prepared(builder, source, directory, split)
   columns, classes = tfds_columns(builder.info.features)
-  reader, prefetch = _open(builder, directory, split, columns)
+  size, read, prefetch = _open(builder, directory, split)
   # Name and version of a TFDS dataset identify its content.
-  fingerprint = hashlib.sha256(f'{builder.info.full_name} {split} {len(reader)}'.encode()).hexdigest()
-  return FileDataset(
-      source, len(reader), _record_reader(reader, columns, classes), columns, classes, {}, fingerprint,
-      prefetch=prefetch)
+  fingerprint = hashlib.sha256(f'{builder.info.full_name} {split} {size}'.encode()).hexdigest()
+  return FileDataset(source, size, _record_reader(read, columns, classes), columns, classes, {}, fingerprint,
+                     prefetch=prefetch, read_examples=read)
 
 
 def _check_prepared(builder, source: str, directory: str | os.PathLike[str], split: str) -> None:
@@ -229,32 +236,43 @@ def tfds_columns(features: Mapping[str, Any]) -> tuple[dict[str, str], dict[str,
   return columns, classes
 
 
-def _open(builder, directory: str | os.PathLike[str], split: str, columns: dict[str, str]):
-  """(TFDS data source whose images stay encoded, `FileDataset.prefetch`)."""
-  import tensorflow_datasets as tfds
-  decoders = {c: tfds.decode.SkipDecoding() for c, column_type in columns.items() if column_type == 'image'}
-  reader = builder.as_data_source(split, decoders=decoders or None)
+def _open(builder, directory: str | os.PathLike[str], split: str):
+  """(number of records, `FileDataset.read_examples`, `FileDataset.prefetch`) of a split."""
+  source = builder.as_data_source(split).data_source
   if not isinstance(directory, mirror.Mirror):
-    return reader, None
-  reader.data_source = mirror.Shards(directory, builder.info.splits[split].file_instructions)
-  return reader, reader.data_source.prefetch
+    return len(source), lambda ids: source.__getitems__(np.asarray(ids).tolist()), None
+  shards = mirror.Shards(directory, builder.info.splits[split].file_instructions)
+  return len(shards), shards.__getitems__, shards.prefetch
 
 
 def _record_reader(
-    reader, columns: dict[str, str], classes: dict[str, tuple[str, ...]]) -> Callable[[np.ndarray], list[Record]]:
-  """`FileDataset.read` of a TFDS data source."""
-  string = lambda value: value.decode() if isinstance(value, bytes) else str(value)
+    read_examples: Callable[[np.ndarray], list[bytes]], columns: dict[str, str], classes: dict[str, tuple[str, ...]],
+) -> Callable[[np.ndarray], list[Record]]:
+  """`FileDataset.read` of serialized examples."""
+  parse = example_parser(columns, classes)
+  return lambda ids: list(map(parse, read_examples(ids)))
 
-  def get(example, name, column_type, names):
-    while name not in example:  # a nested feature
-      head, _, name = name.partition('/')
-      example = example[head]
-    value = example[name]
+
+def example_parser(columns: dict[str, str], classes: dict[str, tuple[str, ...]]) -> Callable[[bytes], Record]:
+  """Serialized tf.train.Example → the record of some columns, see `FileDataset.columns`. Images stay encoded.
+
+  The function raises CorruptExample.
+  """
+  from tensorflow.train import Example
+
+  def get(feature, column_type, names):
     if column_type == 'class':
-      return names[int(value)] if value >= 0 else ''
+      [index] = feature.int64_list.value
+      return names[index] if index >= 0 else ''
     if column_type == 'texts':
-      return tuple(map(string, value))
-    return string(value) if column_type == 'text' else value
+      return tuple(text.decode() for text in feature.bytes_list.value)
+    [value] = feature.bytes_list.value
+    return value.decode() if column_type == 'text' else value
 
-  return lambda ids: [{c: get(example, c, column_type, classes.get(c)) for c, column_type in columns.items()}
-                      for example in reader.__getitems__(np.asarray(ids).tolist())]
+  def parse(example):
+    try:
+      features = Example.FromString(example).features.feature
+      return {c: get(features[c], column_type, classes.get(c)) for c, column_type in columns.items()}
+    except Exception as e:  # protobuf documents no closed set of errors for damaged bytes
+      raise CorruptExample(f'a record that cannot be read ({e})') from e
+  return parse

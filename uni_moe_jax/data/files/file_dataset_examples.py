@@ -8,21 +8,21 @@ examples do not move, and the batch stays a function of (seed, step). In evaluat
 import concurrent.futures
 import dataclasses
 import functools
-import os
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.data.files import file_dataset_features, image_transforms, video, video_pixels
-from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record
+from uni_moe_jax.data.files import augmentations, file_dataset_features, image_transforms, video, video_pixels
+from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record, example_parser
+from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
 from uni_moe_jax.data.files.video import CorruptVideo
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.examples import Examples, Features, mask_maker, subset
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
-from uni_moe_jax.utils import templates
+from uni_moe_jax.utils import cores, templates
 from uni_moe_jax.utils.errors import UsageError
 
 _MAX_ATTEMPTS = 8  # to replace a corrupt example; if one in ten is corrupt, all fail with a probability of 1e-8
@@ -43,6 +43,7 @@ class FileExampleBuilder:
   random_special_tokens: bool
   seed: int
   max_corrupt_fraction: float  # of the examples that are read, before the run stops
+  resize: str  # 'fast' or 'pillow', see `image_transforms`
   num_views: int = 1  # of every video in evaluation
   num_crops: int = 1
 
@@ -104,7 +105,7 @@ class _Batch:
       self, builder: FileExampleBuilder, task: TaskSpec, records: FileDataset, corrupt_counter: CorruptExampleCounter):
     b = self._builder = builder
     self._task, self._records, self._corrupt_counter = task, records, corrupt_counter
-    self._reader = file_dataset_features.feature_reader(
+    self._readers = file_dataset_features.feature_readers(
         task, records, b.tokenizer, b.keys.get(task.target_set, ()), b.training)
     self.keep = example_ids(records, task, b.seed if b.training else None)
     self._media_column = records.media_column() if task.type.visual else None
@@ -124,8 +125,17 @@ class _Batch:
         b.size, task.num_frames, task.crop, task.random_flip, b.training, b.num_views, b.num_crops, task.frame_stride)
     self._mirror_words = (
         file_dataset_features.word_mirror(task.mirrored_words) if b.training and task.mirrored_words else None)
-    self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())  # starts its threads with the first video
-    self._specs = {**self._reader.specs, **({'pixels': (np.uint8, self._video_reader.shape)} if self._is_video else {})}
+    self._tables = file_dataset_features.label_tables(task, records, b.keys.get(task.target_set, ()))
+    # TensorFlow takes an image from the bytes of its record, without Python's lock.
+    self._read_examples = records.read_examples if self._media_column and not self._is_video else None
+    self._parse = example_parser(
+        {c: t for c, t in records.columns.items() if t not in MEDIA_TYPES and c != LOCATION}, records.classes)
+    self._pool = concurrent.futures.ThreadPoolExecutor(cores.available())  # starts its threads with the first video
+    self._specs = {name: (table.dtype, table.shape[1:]) for name, table in self._tables.items()}
+    for reader in self._readers:
+      self._specs |= reader.specs
+    if self._is_video:
+      self._specs['pixels'] = np.uint8, self._video_reader.shape
     # Traced once: an evaluation calls it eagerly, a training pipeline inlines it.
     self.make = tf.function(
         self._make, input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.uint64)])
@@ -177,48 +187,65 @@ class _Batch:
     b, t, n = self._builder, self._task, tf.shape(data)[0]
     shape = [1, b.size, b.size, b.channels]  # a video of one frame
 
-    def decode(i, encoded, h):
-      image = tf.io.decode_image(encoded, channels=b.channels, expand_animations=False)
-      image = image_transforms.transform(
-          image, b.size, h if b.training else None, t.crop, t.random_flip, t.randaugment, t.random_erasing)
+    def decode(i, encoded, h, draw=None):
+      if self._read_examples:
+        media = {self._media_column: tf.io.FixedLenFeature([], tf.string)}
+        encoded = tf.io.parse_single_example(encoded, media)[self._media_column]
+      image = image_transforms.read(encoded, b.channels, b.size, draw, t.crop, b.resize)
+      if b.training:
+        image = image_transforms.random_flip(image, draw) if t.random_flip else image
+        image = augmentations.randaugment(image, h, t.randaugment) if t.randaugment else image
+        image = augmentations.random_erasing(image, h, t.random_erasing) if t.random_erasing else image
       return i, tf.ensure_shape(image[None], shape)
 
-    images = tf.data.Dataset.from_tensor_slices((tf.range(n), data, hashes)).map(
-        decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=False)
+    draws = [image_transforms.draws(hashes, t.crop)] if b.training else []
+    images = tf.data.Dataset.from_tensor_slices((tf.range(n), data, hashes, *draws)).map(
+        decode, num_parallel_calls=cores.available(), deterministic=True)
     # Only a dataset can drop an element that fails. Images are numbered, which shows the missing ones.
     sentinel = tf.data.Dataset.from_tensors((n, tf.zeros(shape, tf.uint8)))
     batch = images.ignore_errors().concatenate(sentinel).batch(tf.cast(n, tf.int64) + 1)
     index, pixels = batch.get_single_element()
-    pixels = tf.scatter_nd(index[:, None], pixels, [n + 1, *shape])[:n]
+    pixels = tf.cond(
+        tf.size(index) > n, lambda: pixels, lambda: tf.scatter_nd(index[:, None], pixels, [n + 1, *shape]))[:n]
     ok = tf.scatter_nd(index[:, None], tf.ones_like(index), [n + 1])[:n] > 0
     return tf.ensure_shape(pixels, [None, *shape]), ok
 
   def _read(self, ids: np.ndarray, hashes: np.ndarray):
-    """Problems ('' for none), encoded images, and the features of `_specs` in order."""
+    """Problems ('' for none), images (see `_example`), and the features of `_specs` in order."""
     n = len(ids)
     problems, data = np.full(n, b'', object), np.full(n, b'', object)
-    features = {name: np.zeros((n, *shape), dtype) for name, (dtype, shape) in self._specs.items()}
-    records = file_dataset_features.read_or_stop(self._records, self.keep[ids], self._corrupt_counter)
+    features = {name: self._tables[name][self.keep[ids]] if name in self._tables else np.zeros((n, *shape), dtype)
+                for name, (dtype, shape) in self._specs.items()}
+    records = file_dataset_features.read_or_stop(
+        self._records, self.keep[ids], self._corrupt_counter, self._read_examples)
     # Videos in parallel: decoders and Pillow release Python's lock.
-    examples = (self._pool.map if self._is_video else map)(self._example, records, hashes.tolist())
-    for i, example in enumerate(examples):
-      if isinstance(example, Exception):
-        problems[i] = str(example).encode(errors='backslashreplace')
-      else:
-        values, data[i] = example
-        for name, value in values.items():
-          features[name][i] = value
+    examples = list((self._pool.map if self._is_video else map)(self._example, records, hashes.tolist()))
+    usable = [i for i, example in enumerate(examples) if not isinstance(example, Exception)]
+    for i in set(range(n)).difference(usable):
+      problems[i] = str(examples[i]).encode(errors='backslashreplace')
+    contents, media = zip(*(examples[i] for i in usable)) if usable else ((), ())
+    if self._is_video and usable:
+      features['pixels'][usable] = media
+    elif usable:
+      data[usable] = np.array(media, object)
+    for reader, values in zip(self._readers, zip(*contents)):
+      for name, value in reader.collate(values).items():
+        features[name][usable] = value
     return problems, data, *features.values()
 
-  def _example(self, record: Record | CorruptExample, h: int) -> tuple[dict[str, Any], bytes] | Exception:
-    """(features, encoded image) of a record, or why it cannot be used."""
+  def _example(self, record: Record | bytes | CorruptExample, h: int) -> tuple[list[Any], Any] | Exception:
+    """(contents by reader; frames, or an encoded image, or a serialized example) of a record, or its problem."""
     try:
       if isinstance(record, CorruptExample):
         return record
-      if self._mirror_words and (video_pixels if self._is_video else image_transforms).is_mirrored(h):
-        record = self._mirror_words(record)
-      features, data = self._reader.read(record, h), record[self._media_column] if self._media_column else b''
-      return ({**features, 'pixels': self._video_reader(data, h)}, b'') if self._is_video else (features, data)
+      media = record if self._read_examples else record.get(self._media_column, b'')
+      contents = []
+      if self._readers:
+        record = self._parse(record) if self._read_examples else record
+        if self._mirror_words and (video_pixels if self._is_video else image_transforms).is_mirrored(h):
+          record = self._mirror_words(record)
+        contents = [reader.read(record, h) for reader in self._readers]
+      return contents, self._video_reader(media, h) if self._is_video else media
     except (CorruptExample, CorruptVideo) as e:
       return e
 

@@ -12,7 +12,7 @@ from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
-from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
+from uni_moe_jax.data.pipeline.examples import pad_tokens
 from uni_moe_jax.data.pipeline.templates import fill_template
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.data.pipeline.vqa_answers import normalize_answer, soft_score
@@ -25,26 +25,52 @@ _WINDOW_CHARS_PER_TOKEN = 12  # more than S tokens of any language
 
 
 class FeatureReader(NamedTuple):
-  """Reads features of one record, without the batch axis."""
-  specs: dict[str, tuple[type, tuple[int, ...]]]  # feature → dtype, shape
-  read: Callable[[Record, int], dict[str, Any]]  # (record, the example's hash) → features; raises CorruptExample
+  """Reads features of records."""
+  specs: dict[str, tuple[type, tuple[int, ...]]]  # feature → dtype, shape without the batch axis
+  read: Callable[[Record, int], Any]  # (record, the example's hash) → its content; raises CorruptExample
+  collate: Callable[[list[Any]], dict[str, Any]]  # contents of n examples → features [n, …]
 
 
-def feature_reader(
-    task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, keys: Sequence[str], training: bool) -> FeatureReader:
-  """Reader of all features of a task but its pixels. Raises UsageError if the config does not fit the source.
+def feature_readers(
+    task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, keys: Sequence[str], training: bool,
+) -> list[FeatureReader]:
+  """Readers of all features of a task but its pixels and those of `label_tables`.
 
   keys: what records call the classes of the task's target set, in order.
+
+  Raises:
+    UsageError: the config does not fit the source.
   """
   readers = []
-  if task.type.has_classes:
+  if task.type.has_classes and task.label_column not in records.labels:
     readers.append(_label_reader(task, records, keys, training))
   if task.type.target == 'pair' or task.type.readout == 'queries':
     readers.append(_phrase_reader(task, records, tokenizer, training))
   if task.type.readout == 'slot':
     readers.append(_template_reader(task, records, tokenizer))
-  return FeatureReader({name: spec for r in readers for name, spec in r.specs.items()},
-                       lambda record, h: {k: v for r in readers for k, v in r.read(record, h).items()})
+  return readers
+
+
+def label_tables(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> dict[str, np.ndarray]:
+  """Features of all records that are known before any is read, [N, …]: `label` and `weight` of own data's classes.
+
+  Records without a class have no weight. Raises UsageError for a class that is not in the target set.
+  """
+  if not task.type.has_classes or task.label_column not in records.labels:
+    return {}
+  index = _class_index(task, records, keys)
+  table = np.array([*map(index.get, records.classes[task.label_column]), 0], np.int32)  # the last for no class, -1
+  labels = records.labels[task.label_column][:, None]
+  return {'label': table[labels], 'weight': (labels >= 0).astype(np.float32)}
+
+
+def _class_index(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> dict[str, int]:
+  index = {key: i for i, key in enumerate(keys)}
+  if unknown := [name for name in records.classes[task.label_column] if name not in index]:
+    raise UsageError(
+        f'config.tasks.{task.name}: class {unknown[0]!r} of source {task.source!r} is not in the target set; '
+        f'{nearest(unknown[0], keys)}.')
+  return index
 
 
 def _label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str], training: bool) -> FeatureReader:
@@ -60,11 +86,7 @@ def _label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str], tra
         f'{task.source!r}; {nearest(column, _columns_of_type(records, "class", "texts"))}.')
   is_class = column_type == 'class'
   M, normalize = (1, str) if is_class else (max(1, task.max_predictions), normalize_answer)
-  index = {normalize(key): i for i, key in enumerate(keys)}
-  if is_class and (unknown := [name for name in records.classes[column] if name not in index]):
-    raise UsageError(
-        f'config.tasks.{task.name}: class {unknown[0]!r} of source {task.source!r} is not in the target set; '
-        f'{nearest(unknown[0], keys)}.')
+  index = _class_index(task, records, keys) if is_class else {normalize(key): i for i, key in enumerate(keys)}
 
   def draw(counts, N, h):
     """One of the answers, as if all N people had given it."""
@@ -79,29 +101,33 @@ def _label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str], tra
     counts = [(v, n) for v, n in collections.Counter(map(normalize, values)).most_common() if v in index]
     counts = draw(counts, len(values), h) if training and task.single_answer and counts else counts[:M]
     padding = [0] * (M - len(counts))
-    return {'label': [index[v] for v, _ in counts] + padding, 'weight': [n / len(values) for _, n in counts] + padding}
-  return FeatureReader({'label': (np.int32, (M,)), 'weight': (np.float32, (M,))}, read)
+    return [index[v] for v, _ in counts] + padding, [n / len(values) for _, n in counts] + padding
+  return FeatureReader({'label': (np.int32, (M,)), 'weight': (np.float32, (M,))}, read,
+                       lambda rows: dict(zip(('label', 'weight'), zip(*rows))))
 
 
 def _phrase_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
   """Reader of a paired text, whose `text_id` is equal for equal texts, or of a caption: `text` [words | queries]."""
   choose, S = _phrase_chooser(task, records, training), task.max_len
 
-  def read_pair(record, h):
-    text = choose(record, h)
-    [ids], [valid] = pad_tokens(encode_texts([text], tokenizer, S), S, tokenizer.pad)
-    return {'target': ids, 'target_valid': valid, 'text_id': zlib.crc32(text.encode()) & 0x7FFFFFFF, 'weight': [1.0]}
+  def tokenize(texts):
+    return pad_tokens([tokenizer.encode(text)[:S - 1] + [tokenizer.eot] for text in texts], S, tokenizer.pad)
 
-  def read_caption(record, h):
-    [words], [valid] = pad_tokens(encode_texts([choose(record, h)], tokenizer, S), S, tokenizer.pad)
-    return {'text': np.concatenate([words, np.full(S, tokenizer.spe)]), 'text_valid': np.concatenate([valid, valid]),
-            'label': words, 'weight': valid}
+  def collate_pairs(texts):
+    ids, valid = tokenize(texts)
+    return {'target': ids, 'target_valid': valid, 'weight': 1.0,
+            'text_id': [zlib.crc32(text.encode()) & 0x7FFFFFFF for text in texts]}
+
+  def collate_captions(texts):
+    words, valid = tokenize(texts)
+    return {'text': np.concatenate([words, np.full_like(words, tokenizer.spe)], 1),
+            'text_valid': np.concatenate([valid, valid], 1), 'label': words, 'weight': valid}
 
   if task.type.target == 'pair':
     return FeatureReader({'target': (np.int32, (S,)), 'target_valid': (np.bool_, (S,)), 'text_id': (np.int32, ()),
-                          'weight': (np.float32, (1,))}, read_pair)
+                          'weight': (np.float32, (1,))}, choose, collate_pairs)
   return FeatureReader({'text': (np.int32, (2 * S,)), 'text_valid': (np.bool_, (2 * S,)), 'label': (np.int32, (S,)),
-                        'weight': (np.float32, (S,))}, read_caption)
+                        'weight': (np.float32, (S,))}, choose, collate_captions)
 
 
 def _template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer) -> FeatureReader:
@@ -109,11 +135,11 @@ def _template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer)
   S = task.max_len
   _check_columns(task, records, 'template', templates.columns(task.template), 'text', 'class')
 
-  def read(record, _):
-    ids, position = fill_template(tokenizer, task.template, record, S)
-    [text], [valid] = pad_tokens([ids], S, tokenizer.pad)
-    return {'text': text, 'text_valid': valid, 'position': [position]}
-  return FeatureReader({'text': (np.int32, (S,)), 'text_valid': (np.bool_, (S,)), 'position': (np.int32, (1,))}, read)
+  def collate(rows):
+    text, valid = pad_tokens([ids for ids, _ in rows], S, tokenizer.pad)
+    return {'text': text, 'text_valid': valid, 'position': [[position] for _, position in rows]}
+  return FeatureReader({'text': (np.int32, (S,)), 'text_valid': (np.bool_, (S,)), 'position': (np.int32, (1,))},
+                       lambda record, _: fill_template(tokenizer, task.template, record, S), collate)
 
 
 def word_mirror(pairs: Sequence[Sequence[str]]) -> Callable[[Record], Record]:
@@ -129,11 +155,15 @@ def word_mirror(pairs: Sequence[Sequence[str]]) -> Callable[[Record], Record]:
 
 
 def read_or_stop(
-    records: FileDataset, ids: np.ndarray, counter: CorruptExampleCounter) -> list[Record | CorruptExample]:
-  """Reads records by id. If the source is unreachable, all are corrupt, and the training loop raises."""
+    records: FileDataset, ids: np.ndarray, counter: CorruptExampleCounter,
+    read: Callable[[np.ndarray], list[Any]] | None = None) -> list[Any | CorruptExample]:
+  """Reads records by id. If the source is unreachable, all are corrupt, and the training loop raises.
+
+  read: see `FileDataset.read_valid`.
+  """
   if not counter.failure:
     try:
-      return records.read_valid(ids)
+      return records.read_valid(ids, read)
     except RunError as e:  # raised in a thread of TensorFlow it would arrive with an unrelated traceback
       counter.failure = e
   return [CorruptExample('source unreachable')] * len(ids)

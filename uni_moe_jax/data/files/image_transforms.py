@@ -1,11 +1,14 @@
-"""Transforms of a decoded image as the published system applies them, as plain TensorFlow functions.
+"""From the bytes of an image to the pixels that a model receives, in TensorFlow ops.
 
-An image is uint8 [H, W, C]; images differ in size until they are cropped, so each function takes one. Every random
-choice is a function of the example's hash `h` (`hashing.example_hash`, a uint64 scalar) and of a purpose, which each
-function folds in.
+An image is uint8 [H, W, C]; images differ in size until they are cropped, so functions take one. What an image draws
+is a row of `draws`, which makes those of a whole batch, a function of the examples' hashes (`hashing.example_hash`).
+
+Two ways to resize (config.data.resize). 'pillow' is published: the image is decoded, resized as by Pillow's BICUBIC and
+cropped. 'fast' crops first, to whole pixels of the file: only that part of a JPEG is decoded, at a half, quarter or
+eighth of its size where that suffices; what is left is averaged over areas, or interpolated bilinearly if it grows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
@@ -13,59 +16,112 @@ from uni_moe_jax.data.files import augmentations
 from uni_moe_jax.data.files.video_pixels import AREA_RANGE, ASPECT_RANGE, MAX_DRAWS
 from uni_moe_jax.data.pipeline import hashing
 
+Draw = Mapping[str, tf.Tensor]  # of one image, by purpose
 
-def transform(
-    image: tf.Tensor, size: int, h: tf.Tensor | None, crop: str, flip: bool, randaugment: float = 0.0,
-    erasing: float = 0.0) -> tf.Tensor:
-  """A decoded image uint8 [H, W, C] as a task needs it: uint8 [size, size, C].
+_JPEG_MAGIC = b'\xff\xd8\xff'
+_RATIOS = (1, 2, 4, 8)  # by which a JPEG can be decoded smaller
+
+
+def draws(hashes: tf.Tensor, crop: str) -> dict[str, tf.Tensor]:
+  """What images draw, by purpose, from their hashes uint64 [n].
+
+  'corner' uint64 [n, 2], 'flip' bool [n]; of an area 'area', 'ratio' f32 [n, MAX_DRAWS] in [0, 1); of a jittered crop
+  'short side' uint64 [n].
+  """
+  corner = tf.stack([hashing.mix_tensor(hashes, purpose) for purpose in ('crop down', 'crop right')], 1)
+  made = {'corner': corner, 'flip': hashing.uniform(hashing.mix_tensor(hashes, 'flip')) < 0.5}
+  if crop == 'random_resized_crop':
+    several = hashing.mix_tensor(hashes[:, None], tf.range(MAX_DRAWS, dtype=tf.int64))
+    made |= {purpose: hashing.uniform(hashing.mix_tensor(several, purpose)) for purpose in ('area', 'ratio')}
+  elif crop == 'jittered_crop':
+    made['short side'] = hashing.mix_tensor(hashes, 'short side')
+  return made
+
+
+def read(encoded: tf.Tensor, channels: int, size: int, draw: Draw | None, crop: str, resize: str) -> tf.Tensor:
+  """The part of an encoded image that a task needs: uint8 [size, size, channels].
 
   Args:
-    h: the example's hash in training. None in evaluation, which takes the center of an image whose short side is
-      `size`, or 256/224 of it for classification.
+    encoded: the bytes of a file that TensorFlow can decode.
+    draw: of the image in training. None in evaluation, which takes the center of an image whose short side is `size`,
+      or 256/224 of it for classification.
     crop: 'resize_crop' (pairs and captions), 'random_resized_crop' (classification) or 'jittered_crop' (as for
       videos).
-    flip: mirror half of the images.
-    randaugment: magnitude; 0 turns it off.
-    erasing: probability that a rectangle becomes noise.
+    resize: 'pillow' or 'fast', see above.
   """
-  if h is None:
-    short_side = 256 * size // 224 if crop == 'random_resized_crop' else size
-    return center_crop(resize_short_side(image, short_side), size)
-  if crop == 'random_resized_crop':
-    image = random_resized_crop(image, size, h)
+  if resize == 'pillow':
+    return resize_and_crop(tf.io.decode_image(encoded, channels, expand_animations=False), size, draw, crop)
+
+  def decode_part():
+    corner, sides = part(tf.io.extract_jpeg_shape(encoded)[:2], size, draw, crop)
+    smaller = tf.reduce_sum(tf.cast(tf.reduce_min(sides) >= tf.constant(_RATIOS[1:]) * size, tf.int32))
+    window = tf.concat([corner, sides], 0) // tf.gather(_RATIOS, smaller)
+    return tf.switch_case(smaller, [
+        lambda ratio=ratio: tf.io.decode_and_crop_jpeg(encoded, window, channels, ratio) for ratio in _RATIOS])
+
+  def decode_all():
+    image = tf.io.decode_image(encoded, channels, expand_animations=False)
+    return _slice(image, *part(tf.shape(image)[:2], size, draw, crop))
+
+  is_jpeg = tf.strings.substr(encoded, 0, len(_JPEG_MAGIC)) == _JPEG_MAGIC
+  return _fit(tf.ensure_shape(tf.cond(is_jpeg, decode_part, decode_all), [None, None, channels]), size)
+
+
+def part(sides: tf.Tensor, size: int, draw: Draw | None, crop: str) -> tuple[tf.Tensor, tf.Tensor]:
+  """(corner, sides) int32 [2] of the part of an image of `sides` that becomes [size, size]; see `read`."""
+  if draw is not None and crop == 'random_resized_crop':
+    return _random_part(sides, draw)
+  if draw is None:
+    short_side = size if crop != 'random_resized_crop' else 256 * size // 224
   else:
-    short_side = size if crop == 'resize_crop' else jittered_short_side(size, h)
-    image = random_crop(resize_short_side(image, short_side), size, h)
-  if flip:
-    image = random_flip(image, h)
-  if randaugment:
-    image = augmentations.randaugment(image, h, randaugment)
-  return augmentations.random_erasing(image, h, erasing) if erasing else image
+    short_side = size if crop == 'resize_crop' else jittered_short_side(size, draw)
+  shorter = tf.reduce_min(sides)
+  side = tf.maximum(1, shorter * size // short_side)
+  inner = tf.stack([side, side])
+  return (sides - inner) // 2 if draw is None else _random_corner(sides - inner, draw), inner
 
 
-def jittered_short_side(size: int, h: tf.Tensor) -> tf.Tensor:
+def _fit(image: tf.Tensor, size: int) -> tf.Tensor:
+  """uint8 [H, W, C] to [size, size, C]: means of areas, or interpolated bilinearly if a side grows."""
+  is_larger, sides = tf.reduce_all(tf.shape(image)[:2] >= size), [size, size]
+  resized = tf.cond(
+      is_larger, lambda: tf.raw_ops.ResizeArea(images=image[None], size=sides),
+      lambda: tf.raw_ops.ResizeBilinear(images=image[None], size=sides, half_pixel_centers=True))
+  return tf.ensure_shape(tf.cast(resized[0] + 0.5, tf.uint8), [*sides, image.shape[-1]])
+
+
+def resize_and_crop(image: tf.Tensor, size: int, draw: Draw | None, crop: str) -> tf.Tensor:
+  """`read` of a decoded image with 'pillow'."""
+  if draw is None:
+    return center_crop(resize_short_side(image, 256 * size // 224 if crop == 'random_resized_crop' else size), size)
+  if crop == 'random_resized_crop':
+    area = _slice(image, *_random_part(tf.shape(image)[:2], draw))
+    return tf.ensure_shape(_resize(area, tf.constant([size, size])), [size, size, image.shape[-1]])
+  short_side = size if crop == 'resize_crop' else jittered_short_side(size, draw)
+  return random_crop(resize_short_side(image, short_side), size, draw)
+
+
+def jittered_short_side(size: int, draw: Draw) -> tf.Tensor:
   """A short side between 256/224 and 320/224 of `size`: int32."""
   low, high = 256 * size // 224, 320 * size // 224
-  return low + hashing.randint(hashing.mix_tensor(h, 'short side'), high - low + 1)
+  return low + hashing.randint(draw['short side'], high - low + 1)
 
 
-def random_resized_crop(image: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
-  """Inception's crop: 8 to 100 % of the area, aspect ratio 3/4 to 4/3, to uint8 [size, size, C].
+def _random_part(sides: tf.Tensor, draw: Draw) -> tuple[tf.Tensor, tf.Tensor]:
+  """Inception's crop: 8 to 100 % of the area, aspect ratio 3/4 to 4/3; (corner, sides) int32 [2].
 
   The first of ten draws that fits; if none does, as in a very long image, the largest center that the ratios allow.
   """
-  H, W = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
-  width, height = tf.unstack(augmentations.random_sides(image, h, AREA_RANGE, ASPECT_RANGE, ('area', 'ratio')))
+  H, W = tf.unstack(tf.cast(sides, tf.float32))
+  width, height = tf.unstack(augmentations.random_sides(sides, draw['area'], draw['ratio'], AREA_RANGE, ASPECT_RANGE))
   fits = (height <= H) & (width <= W) & (height >= 1) & (width >= 1)
   # The fallback comes after the draws and always fits.
   height = tf.concat([height, [tf.minimum(H, tf.round(W / ASPECT_RANGE[0]))]], 0)
   width = tf.concat([width, [tf.minimum(W, tf.round(H * ASPECT_RANGE[1]))]], 0)
   first = tf.where(tf.concat([fits, [True]], 0))[0, 0]
-  sides = tf.cast(tf.stack([height[first], width[first]]), tf.int32)
-  margin = tf.shape(image)[:2] - sides
-  corner = tf.where(first < MAX_DRAWS, _random_corner(margin, h), margin // 2)
-  part = tf.slice(image, tf.pad(corner, [[0, 1]]), tf.concat([sides, [-1]], 0))
-  return tf.ensure_shape(_resize(part, tf.constant([size, size])), [size, size, image.shape[-1]])
+  inner = tf.cast(tf.stack([height[first], width[first]]), tf.int32)
+  margin = sides - inner
+  return tf.where(first < MAX_DRAWS, _random_corner(margin, draw), margin // 2), inner
 
 
 def resize_short_side(image: tf.Tensor, size: int | tf.Tensor) -> tf.Tensor:
@@ -80,10 +136,18 @@ def _resize(image: tf.Tensor, sides: tf.Tensor) -> tf.Tensor:
   Keys' kernel, a = -1/2, widened when the image shrinks, first across, then down, rounded to integer levels after each:
   it overshoots at edges, which a single rounding for both axes would keep, 20 levels from Pillow.
   """
-  for shape in (tf.stack([tf.shape(image)[0], sides[1]]), sides):
-    resized = tf.image.resize(tf.cast(image, tf.float32), shape, tf.image.ResizeMethod.BICUBIC, antialias=True)
-    image = tf.saturate_cast(tf.floor(resized + 0.5), tf.uint8)  # rounds halves up, as Pillow does
-  return image
+  across = tf.transpose(_resize_down(tf.transpose(image, [1, 0, 2]), sides[1]), [1, 0, 2])
+  return _resize_down(across, sides[0])
+
+
+def _resize_down(image: tf.Tensor, height: tf.Tensor) -> tf.Tensor:
+  """uint8 [H, W, C] to [height, W, C]."""
+  H, W, C = tf.unstack(tf.shape(image))
+  # As one column with W · C channels, which the op handles as vectors and not pixel by pixel.
+  column = tf.cast(tf.reshape(image, [H, 1, W * C]), tf.float32)
+  resized = tf.image.resize(column, [height, 1], tf.image.ResizeMethod.BICUBIC, antialias=True)
+  levels = tf.cast(tf.clip_by_value(resized + 0.5, 0.0, 255.0), tf.uint8)  # rounds halves up, as Pillow does
+  return tf.ensure_shape(tf.reshape(levels, [height, W, C]), [None, None, image.shape[-1]])
 
 
 def center_crop(image: tf.Tensor, size: int) -> tf.Tensor:
@@ -91,9 +155,9 @@ def center_crop(image: tf.Tensor, size: int) -> tf.Tensor:
   return _crop(image, lambda margin: tf.cast(tf.round(tf.cast(margin, tf.float32) / 2), tf.int32), size)
 
 
-def random_crop(image: tf.Tensor, size: int, h: tf.Tensor) -> tf.Tensor:
+def random_crop(image: tf.Tensor, size: int, draw: Draw) -> tf.Tensor:
   """A crop at a uniformly distributed position: uint8 [size, size, C]."""
-  return _crop(image, lambda margin: _random_corner(margin, h), size)
+  return _crop(image, lambda margin: _random_corner(margin, draw), size)
 
 
 def is_mirrored(h: int) -> bool:
@@ -101,21 +165,23 @@ def is_mirrored(h: int) -> bool:
   return hashing.fold(h, 'flip') < 1 << 63
 
 
-def random_flip(image: tf.Tensor, h: tf.Tensor) -> tf.Tensor:
+def random_flip(image: tf.Tensor, draw: Draw) -> tf.Tensor:
   """Mirrors half of the images left to right."""
-  return tf.where(hashing.uniform(hashing.mix_tensor(h, 'flip')) < 0.5, tf.reverse(image, [-2]), image)
+  return tf.cond(draw['flip'], lambda: tf.reverse(image, [-2]), lambda: tf.identity(image))
 
 
-def _random_corner(margin: tf.Tensor, h: tf.Tensor) -> tf.Tensor:
+def _random_corner(margin: tf.Tensor, draw: Draw) -> tf.Tensor:
   """A uniformly distributed upper left corner, int32 [2] in 0…margin."""
-  down, right = (hashing.randint(hashing.mix_tensor(h, purpose), margin[i] + 1)
-                 for i, purpose in enumerate(('crop down', 'crop right')))
-  return tf.stack([down, right])
+  return hashing.randint(draw['corner'], margin + 1)
+
+
+def _slice(image: tf.Tensor, corner: tf.Tensor, sides: tf.Tensor) -> tf.Tensor:
+  return tf.slice(image, tf.pad(corner, [[0, 1]]), tf.concat([sides, [-1]], 0))
 
 
 def _crop(image: tf.Tensor, corner: Callable[[tf.Tensor], tf.Tensor], size: int) -> tf.Tensor:
   """[size, size, C] from `corner` of the margin, both int32 [2]. Raises InvalidArgumentError for a shorter side."""
   sides = tf.shape(image)[:2]
   tf.debugging.assert_greater_equal(sides, size, 'The image is smaller than its crop; resize it first.')
-  cropped = tf.slice(image, tf.pad(corner(sides - size), [[0, 1]]), [size, size, -1])
+  cropped = _slice(image, corner(sides - size), tf.constant([size, size]))
   return tf.ensure_shape(cropped, [size, size, image.shape[-1]])  # unknown in a graph otherwise

@@ -8,7 +8,8 @@ training, from the beginning in evaluation, and from the beginning again where t
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,23 +109,48 @@ def sample_frames(data: bytes, choose: Callable[[int, float], np.ndarray]) -> np
     array = _load_array(data)
     return array[choose(len(array), DEFAULT_FPS).reshape(-1)]
   container, stream = _open(data)
-  if not (num_frames := stream.frames):
-    with container:
-      num_frames = sum(1 for _ in container.decode(stream))
-    container, stream = _open(data)  # not every file can be read again by seeking its start
   with container:
-    indices = choose(num_frames, float(stream.average_rate or DEFAULT_FPS)).reshape(-1)
-    frames: dict[int, np.ndarray] = {}
-    for i, frame in enumerate(container.decode(stream)):
-      if i in indices:
-        frames[i] = last = np.rot90(frame.to_ndarray(format='rgb24'), _quarter_turns(frame))
-      if i >= indices.max():
-        break
+    packets, codec = [packet for packet in container.demux(stream) if packet.size], stream.codec_context
+    if not (num_frames := stream.frames):
+      num_frames = sum(1 for _ in _decode_all(codec, packets))
+      codec.flush_buffers()
+    indices = choose(num_frames, float(stream.average_rate or DEFAULT_FPS)).reshape(-1).tolist()
+    reformat = _pyav().video.reformatter.VideoReformatter().reformat  # frames would make one each
+    frames = {i: np.rot90(reformat(frame, format='rgb24').to_ndarray(), _quarter_turns(frame))
+              for i, frame in _decode(codec, packets, num_frames, sorted(set(indices))).items()}
   if not frames:
     raise CorruptVideo('no frames')
   _one_size(frame.shape for frame in frames.values())
   # A container may declare more frames than it has: the last one replaces those.
+  last = frames[max(frames)]
   return np.stack([frames.get(i, last) for i in indices])
+
+
+def _decode(codec: Any, packets: Sequence[Any], num_frames: int, wanted: Sequence[int]) -> dict[int, Any]:
+  """{index: frame} of the wanted ones, ascending; each is decoded from the key frame before it."""
+  times = [packet.pts for packet in packets]
+  if None in times or len(set(times)) != num_frames or any(packet.is_discard for packet in packets):
+    # Which packet has which frame is unknown.
+    return {i: frame for i, frame in zip(range(wanted[-1] + 1), _decode_all(codec, packets)) if i in wanted}
+  times = {time: i for i, time in enumerate(sorted(times))}  # packets are in order of decoding
+  keys = [(times[packet.pts], i) for i, packet in enumerate(packets) if packet.is_keyframe]
+  frames, position = {}, 0
+  for index in wanted:
+    key = max((i for first, i in keys if first <= index), default=0)
+    if key > position:
+      codec.flush_buffers()
+      position = key
+    while index not in frames and position <= len(packets):
+      for frame in codec.decode(packets[position] if position < len(packets) else None):
+        if (i := times.get(frame.pts)) in wanted:
+          frames[i] = frame
+      position += 1
+  return frames
+
+
+def _decode_all(codec: Any, packets: Iterable[Any]) -> Iterator[Any]:
+  for packet in itertools.chain(packets, [None]):  # None: frames that wait for later ones
+    yield from codec.decode(packet)
 
 
 def _load_array(data: bytes) -> np.ndarray:
@@ -156,7 +182,7 @@ def _open(data: bytes) -> tuple[Any, Any]:
     raise HugeVideo(TOO_MANY_PIXELS)
   # A stream may change its size; FFmpeg counts the padding of a frame, too.
   stream.codec_context.options = {'max_pixels': str(2 * MAX_PIXELS)}
-  stream.thread_type = 'AUTO'
+  stream.codec_context.thread_count = 1  # other videos are decoded at the same time
   return container, stream
 
 

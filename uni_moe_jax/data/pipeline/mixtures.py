@@ -16,6 +16,7 @@ of its own shards. As a set, the batch does not depend on the mesh.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,10 +25,16 @@ import tensorflow as tf
 from uni_moe_jax.config.plan import Plan, TaskSpec
 from uni_moe_jax.data.pipeline import hashing, mixup
 from uni_moe_jax.data.pipeline.examples import Examples, Features
+from uni_moe_jax.utils import cores
 
 Batch = dict[str, dict[str, np.ndarray]]
 _PREFETCHED = 2**16  # examples of a task whose order decides in which order its files are fetched
 UNBATCHED_FIELDS = ('temporal_offset',)  # features without an example axis
+
+
+def num_in_flight() -> int:
+  """Batches of a mixture that are made at once; as many may wait. One has too few rows to keep many cores busy."""
+  return max(2, min(16, cores.available() // 4))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +84,8 @@ class Mixture:
       if prefetch := self.examples[t.name].prefetch:
         prefetch(self._ids(t, counts[:-(-_PREFETCHED // t.batch_size), None])[0].numpy())
     dataset = tf.data.Dataset.from_tensor_slices((steps, counts)).map(
-        lambda step, count: self._batch(tasks, step, count), num_parallel_calls=2, deterministic=True)
-    for batch in dataset.prefetch(2).as_numpy_iterator():
+        lambda step, count: self._batch(tasks, step, count), num_parallel_calls=num_in_flight(), deterministic=True)
+    for batch in dataset.prefetch(num_in_flight()).as_numpy_iterator():
       for e in self.examples.values():
         e.corrupt_counter.check()
       yield batch
@@ -133,6 +140,13 @@ class Mixture:
     return mixup.apply(features, mixup_lambda, cutmix_lambda, box_center, h)
 
 
+def batch_sizes(batch: Batch) -> dict[str, int]:
+  """{'images': of a host batch, frames of videos one by one; 'tokens': of its texts, without padding}."""
+  images = sum(math.prod(fields['pixels'].shape[:-3]) for fields in batch.values() if 'pixels' in fields)
+  valid = [fields[k] for fields in batch.values() for k in ('text_valid', 'target_valid') if k in fields]
+  return {'images': images, 'tokens': sum(int(np.sum(mask)) for mask in valid)}
+
+
 def draw_tasks(plan: Plan, seed: int, steps: int) -> np.ndarray:
   """Draws the task of each step 0…steps-1 of a 'one_task' mixture: names, unicode [steps]."""
   weights = np.array([t.sampling_weight or t.loss_weight for t in plan.tasks])
@@ -164,7 +178,8 @@ def evaluation_batches(
     features = examples.make(tf.gather(ids, rows), tf.gather(hashes, rows))
     return {**features, 'id': tf.cast(features['id'] & 0xFFFFFFFF, tf.uint32)}
 
-  dataset = tf.data.Dataset.from_tensor_slices(rows).map(make, num_parallel_calls=2, deterministic=True).prefetch(1)
+  dataset = tf.data.Dataset.from_tensor_slices(rows).map(
+      make, num_parallel_calls=num_in_flight(), deterministic=True).prefetch(1)
   for features, count in zip(dataset.as_numpy_iterator(), counts[:, 0].tolist(), strict=True):
     examples.corrupt_counter.check()
     yield features, count

@@ -4,9 +4,12 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
+import json
 import pathlib
 import tempfile
+import types
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,18 +18,24 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.files import file_dataset, prepare
 from uni_moe_jax.data.files.file_dataset_examples import FileExampleBuilder
-from uni_moe_jax.data.pipeline.mixtures import Batch, BatchLayout, Mixture
+from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
+from uni_moe_jax.data.pipeline.mixtures import Batch, BatchLayout, Mixture, num_in_flight
+from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
+from uni_moe_jax.tools.bench import plain_input
 from uni_moe_jax.tools.bench.cases import Context, RepeatedStep
 from uni_moe_jax.tools.bench.results_table import Budget, Row
 from uni_moe_jax.tools.bench.settings import Sizes
 from uni_moe_jax.tools.bench.timing import interleaved
 
 _BUDGET = Budget(1.05, 1.02)
-_PREFETCHED = 4  # batches that the pipeline may have ready: two are waiting, two are being made
-_RECORDED = {'images/s': '14,000', 'videos/s': '90,000 frames a second'}  # from memory; _FILE_TYPES has those of files
+_OF_BY_HAND = Budget(0.9, 1.0, at_most=False)
+_BY_HAND_NOTE = 'the same work in plain tf.data, see tools/bench/plain_input.py'
+_RECORDED = {'images/s': '14,000', 'videos/s': '90,000 frames a second'}
 _STEPS = 100_000  # of a stream: more than are read
 _CLASSES = ('a', 'b')
 _BATCH_SIZE = 64
+_MAX_LEN = 16  # tokens of a caption
+_WORDS = ('a', 'the', 'red', 'blue', 'small', 'old', 'cat', 'dog', 'house', 'river', 'near', 'under', 'bright', 'field')
 _NUM_FRAMES = 8  # of a video in an example
 _VIDEO = (64, 96, 128)  # frames, height, width of a video file
 
@@ -50,7 +59,7 @@ def input_rate(context: Context) -> list[Row]:
     return [step(run.put_batch(batch)) for batch in itertools.islice(real, s.steps)][-1]
 
   seconds = interleaved({'real': real_steps, 'constant': constant_steps}, s.rounds, before={'real': _skip(real)})
-  note = f'{s.steps} steps per round; {_PREFETCHED} batches are skipped before each, so that none is ready'
+  note = f'{s.steps} steps per round; {_num_prefetched()} batches are skipped before each, so that none is ready'
   slowdown = seconds.figure(seconds['real'] / seconds['constant'])
   return rows + [
       Row('input', 'constant-batch step', seconds.figure(seconds['constant'] / s.steps), 's', note=note),
@@ -58,10 +67,15 @@ def input_rate(context: Context) -> list[Row]:
 
 
 def _pipeline_rates(
-    suite: str, mixtures: Mapping[str, Mixture], sizes: Sizes, note: Callable[[str, str], str]) -> list[Row]:
-  """Measure the pipeline of each mixture of one visual task. note: of (name, unit)."""
-  streams = {name: _batches(mixture) for name, mixture in mixtures.items()}
+    suite: str, mixtures: Mapping[str, Mixture], sizes: Sizes, note: Callable[[str, str], str],
+    by_hand: Mapping[str, tuple[Iterator[Any], int]] = types.MappingProxyType({})) -> list[Row]:
+  """Measure the pipeline of each mixture of one visual task.
+
+  note: of (name, unit). by_hand: name of a mixture → batches of the same work in plain tf.data, and their size.
+  """
+  streams: dict[str, Iterator[Any]] = {name: _batches(mixture) for name, mixture in mixtures.items()}
   first = {name: next(stream) for name, stream in streams.items()}
+  streams |= {(name, 'by hand'): stream for name, (stream, _) in by_hand.items()}
   seconds = interleaved(
       {name: _skip(stream, sizes.steps) for name, stream in streams.items()}, sizes.rounds,
       before={name: _skip(stream) for name, stream in streams.items()})
@@ -69,8 +83,12 @@ def _pipeline_rates(
   for name, mixture in mixtures.items():
     [task], [fields] = mixture.plan.tasks, first[name].values()
     unit = 'videos/s' if fields['pixels'].shape[-4] > 1 else 'images/s'
-    rate = seconds.figure(task.batch_size * sizes.steps / seconds[name])
-    rows.append(Row(suite, name, rate, unit, note=note(name, unit)))
+    time = seconds[name] / task.batch_size
+    rows.append(Row(suite, name, seconds.figure(sizes.steps / time), unit, note=note(name, unit)))
+    if name in by_hand:
+      plain = seconds[name, 'by hand'] / by_hand[name][1]
+      rows += [Row(suite, f'{name}: by hand', seconds.figure(sizes.steps / plain), unit, note=_BY_HAND_NOTE),
+               Row(suite, f'{name} / by hand', seconds.figure(plain / time), 'x', _OF_BY_HAND, _BY_HAND_NOTE)]
   return rows
 
 
@@ -78,10 +96,15 @@ def _batches(mixture: Mixture) -> Iterator[Batch]:
   return (batch for _, batch in mixture.iterate(0, _STEPS))
 
 
-def _skip(batches: Iterator[Batch], count: int = _PREFETCHED) -> Callable[[], None]:
+def _num_prefetched() -> int:
+  """Batches that the pipeline may have ready: some wait, as many are being made."""
+  return 2 * num_in_flight()
+
+
+def _skip(batches: Iterator[Batch], count: int | None = None) -> Callable[[], None]:
   """Return a function that discards batches; by default those that may be ready, as they cost a round nothing."""
   def skip():
-    for _ in itertools.islice(batches, count):
+    for _ in itertools.islice(batches, count or _num_prefetched()):
       pass
   return skip
 
@@ -93,9 +116,9 @@ class FileType:
   write: Callable[[pathlib.Path, np.random.Generator], None]
   image_size: int  # of the model
   crop: str  # see `config.task`
-  recorded: str  # rate measured without batches, for the note
   num_frames: int = 0  # of a video; 0: images
   share: float = 1.0  # number of files relative to `Sizes.files`
+  num_captions: int = 0  # 0: images by class
 
 
 def _write_image(height: int, width: int, path: pathlib.Path, rng: np.random.Generator) -> None:
@@ -116,44 +139,76 @@ def _write_video(path: pathlib.Path, rng: np.random.Generator) -> None:
 
 _FILE_TYPES = {  # by suffix
     'jpg': FileType('JPEG of 500 × 375, random area', functools.partial(_write_image, 375, 500), 224,
-                    'random_resized_crop', '1,000 with a crop of one size; in memory, undecoded, 14,000'),
-    'png': FileType('PNG of 32 × 32', functools.partial(_write_image, 32, 32), 32, 'resize_crop', '7,200'),
+                    'random_resized_crop'),
+    'png': FileType('PNG of 32 × 32 with captions', functools.partial(_write_image, 32, 32), 32, 'resize_crop',
+                    num_captions=5),
     'mp4': FileType('mp4 of {2} × {1}, {0} frames: {3} of them, jittered'.format(*_VIDEO, _NUM_FRAMES), _write_video,
-                    96, 'jittered_crop', 'no video files; 90,000 frames in memory', _NUM_FRAMES, 0.125),
+                    96, 'jittered_crop', _NUM_FRAMES, 0.125),
 }
 
 
 def file_rate(context: Context) -> list[Row]:
-  """Measure JPEGs, PNGs and, with the extra `video`, videos.
+  """Measure JPEGs, PNGs and, with the extra `video`, videos, beside the same work by hand.
 
   The files are noise, which is harder to decode than photographs.
   """
-  types = {suffix: t for suffix, t in _FILE_TYPES.items() if not t.num_frames or importlib.util.find_spec('av')}
-  recorded = {t.name: t.recorded for t in types.values()}
-  with tempfile.TemporaryDirectory(prefix='files_') as folder:
-    mixtures = {t.name: _file_mixture(pathlib.Path(folder), suffix, t, max(2, int(context.sizes.files * t.share)))
-                for suffix, t in types.items()}
-    return _pipeline_rates('files', mixtures, context.sizes, lambda name, _: (
-        f'from prepared files, pipeline only, on all cores; recorded on two cores: {recorded[name]}'))
+  file_types = {suffix: t for suffix, t in _FILE_TYPES.items() if not t.num_frames or importlib.util.find_spec('av')}
+  mixtures, by_hand = {}, {}
+  with tempfile.TemporaryDirectory(prefix='files_') as temporary:
+    for suffix, t in file_types.items():
+      folder = pathlib.Path(temporary)
+      count = max(2, int(context.sizes.files * t.share))
+      paths, captions = _prepare(folder, suffix, t, count)
+      batch_size, classes = min(_BATCH_SIZE, count), [i % 2 for i in range(count)]
+      tokenizer = captions and SentencePieceTokenizer.train(sum(captions, []), folder / 'captions.model', 300, True)
+      mixtures[t.name] = _file_mixture(folder, suffix, t, batch_size, tokenizer, 'fast')
+      if captions:
+        rows = encode_texts(sum(captions, []), tokenizer, _MAX_LEN)
+        tokens = pad_tokens(rows, _MAX_LEN, tokenizer.pad)[0].reshape(count, t.num_captions, _MAX_LEN)
+        stream = plain_input.pngs(paths, tokens, t.image_size, batch_size)
+      elif t.num_frames:
+        stream = plain_input.videos(paths, classes, t.image_size, t.num_frames, batch_size)
+      else:
+        stream = plain_input.jpegs(paths, classes, t.image_size, batch_size)
+        mixtures[f"{t.name}, resize='pillow'"] = _file_mixture(folder, suffix, t, batch_size, tokenizer, 'pillow')
+      by_hand[t.name] = stream, batch_size
+    return _pipeline_rates(
+        'files', mixtures, context.sizes, lambda *_: 'from prepared files, pipeline only, on all cores', by_hand)
 
 
-def _file_mixture(folder: pathlib.Path, suffix: str, file_type: FileType, count: int) -> Mixture:
-  """Write and prepare `count` files in a folder, for training."""
-  rng = np.random.default_rng(0)
-  for c in _CLASSES:
-    (folder / suffix / c).mkdir(parents=True)
-  for i in range(count):
-    file_type.write(folder / suffix / _CLASSES[i % 2] / f'{i}.{suffix}', rng)
-  prepare.prepare(folder / suffix, folder, suffix, test_fraction=0.0)
+def _prepare(
+    folder: pathlib.Path, suffix: str, file_type: FileType, count: int) -> tuple[list[pathlib.Path], list[list[str]]]:
+  """Write and prepare files in a folder: (their paths, the captions of each)."""
+  rng, source = np.random.default_rng(0), folder / suffix
+  paths = [source / ('' if file_type.num_captions else _CLASSES[i % 2]) / f'{i}.{suffix}' for i in range(count)]
+  for path in paths:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file_type.write(path, rng)
+  captions = [[' '.join(rng.choice(_WORDS, 8)) for _ in range(file_type.num_captions)] for _ in paths]
+  if file_type.num_captions:
+    (source / 'captions.jsonl').write_text('\n'.join(
+        json.dumps({'image': path.name, 'captions': texts}) for path, texts in zip(paths, captions, strict=True)))
+  prepare.prepare(source, folder, suffix, test_fraction=0.0)
+  return paths, captions if file_type.num_captions else []
+
+
+def _file_mixture(folder: pathlib.Path, suffix: str, file_type: FileType, batch_size: int, tokenizer: Tokenizer | None,
+                  resize: str) -> Mixture:
+  """The mixture of prepared files, for training."""
   c = config_lib.base()
   c.model.image_size = file_type.image_size
   c.target_sets.classes = config_lib.target_set(_CLASSES, family='names')
-  task_type = 'video_classification' if file_type.num_frames else 'image_classification'
-  c.tasks[suffix] = config_lib.task(
-      task_type, f'own:{suffix}', batch_size=min(_BATCH_SIZE, count), target_set='classes', label_column='label',
-      num_frames=file_type.num_frames, crop=file_type.crop, random_flip=True)
+  common = dict(batch_size=batch_size, crop=file_type.crop, random_flip=True)
+  if file_type.num_captions:
+    c.tasks[suffix] = config_lib.task(
+        'image_retrieval', f'own:{suffix}', caption_templates=('{captions}',), max_len=_MAX_LEN, **common)
+  else:
+    task_type = 'video_classification' if file_type.num_frames else 'image_classification'
+    c.tasks[suffix] = config_lib.task(task_type, f'own:{suffix}', target_set='classes', label_column='label',
+                                      num_frames=file_type.num_frames, **common)
   plan = make_plan(c)
-  # No text, so no tokenizer.
-  builder = FileExampleBuilder(None, {'classes': _CLASSES}, 3, file_type.image_size, True, False, 0, 0.0)
+  builder = FileExampleBuilder(
+      tokenizer, {'classes': _CLASSES}, channels=3, size=file_type.image_size, training=True,
+      random_special_tokens=False, seed=0, max_corrupt_fraction=0.0, resize=resize)
   examples = builder.build(plan.tasks[0], file_dataset.load(f'own:{suffix}', folder, 'train'))
   return Mixture(plan, {suffix: examples}, 0, 'all_tasks', c.model.max_num_frames, BatchLayout())

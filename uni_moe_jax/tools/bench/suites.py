@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import os
 import platform
 import sys
 import time
@@ -19,6 +18,7 @@ from uni_moe_jax.tools.bench.results_table import Row
 from uni_moe_jax.tools.bench.settings import Sizes
 from uni_moe_jax.tools.bench.timing import interleaved
 from uni_moe_jax.train.loop import commit
+from uni_moe_jax.utils import cores
 from uni_moe_jax.utils.errors import UsageError
 
 SUITE_FUNCTIONS = {
@@ -67,7 +67,7 @@ def _header(devices: Sequence[jax.Device], dtype: str) -> dict[str, str]:
       'command': ' '.join(['python', *sys.argv]),
       'commit': commit(),
       'device': f'{devices[0].device_kind} ({devices[0].platform}), {len(devices)} of {jax.device_count()} used',
-      'cores': f'{len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()} usable',
+      'cores': f'{cores.available()} usable',
       'versions': ', '.join([f'python {platform.python_version()}', *versions]),
       'dtype of products': dtype,
       'budgets': 'set for float32 on two CPU cores; those of gpu for bfloat16 on an H100',

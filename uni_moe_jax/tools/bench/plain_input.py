@@ -1,0 +1,70 @@
+"""The work of suite `files` as one would write it by hand in plain tf.data, for comparison.
+
+Its order cannot be resumed, its batches depend on the machine, and a damaged file ends it.
+"""
+
+import io
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+
+from uni_moe_jax.data.files.video_pixels import AREA_RANGE, ASPECT_RANGE, JITTER
+from uni_moe_jax.utils import cores
+
+
+def jpegs(paths: Sequence[pathlib.Path], labels: Sequence[int], size: int, batch_size: int) -> Iterator[Any]:
+  """Batches of a random area of each image, mirrored or not, with its label."""
+  def decode(path, label):
+    encoded = tf.io.read_file(path)
+    corner, sides, _ = tf.image.sample_distorted_bounding_box(
+        tf.io.extract_jpeg_shape(encoded), tf.zeros([1, 0, 4]), aspect_ratio_range=ASPECT_RANGE,
+        area_range=AREA_RANGE, use_image_if_no_bounding_boxes=True, min_object_covered=0.0)
+    image = tf.io.decode_and_crop_jpeg(encoded, tf.concat([corner[:2], sides[:2]], 0), 3)
+    image = tf.cast(tf.image.resize(image, [size, size], tf.image.ResizeMethod.AREA) + 0.5, tf.uint8)
+    return tf.image.random_flip_left_right(image), label
+  return _batches(decode, (list(map(str, paths)), labels), batch_size)
+
+
+def pngs(paths: Sequence[pathlib.Path], captions: np.ndarray, size: int, batch_size: int) -> Iterator[Any]:
+  """Batches of images, mirrored or not, each with one of its captions, int32 [N, K, S]."""
+  def decode(path, tokens):
+    image = tf.image.random_crop(tf.io.decode_png(tf.io.read_file(path), 3), [size, size, 3])
+    caption = tokens[tf.random.uniform([], 0, captions.shape[1], tf.int32)]
+    return tf.image.random_flip_left_right(image), caption
+  return _batches(decode, (list(map(str, paths)), captions), batch_size)
+
+
+def videos(paths: Sequence[pathlib.Path], labels: Sequence[int], size: int, num_frames: int, batch_size: int):
+  """Batches of one random frame of each segment, with the same jittered crop, mirrored or not, and the label."""
+  import av  # of an extra
+
+  def read(path: bytes) -> np.ndarray:
+    rng = np.random.default_rng()
+    with av.open(io.BytesIO(pathlib.Path(path.decode()).read_bytes())) as container:
+      stream = container.streams.video[0]
+      wanted = ((np.arange(num_frames) + rng.random(num_frames)) * stream.frames / num_frames).astype(int).tolist()
+      frames = []
+      for i, frame in enumerate(container.decode(stream)):
+        if i in wanted:
+          frames.append(frame.to_image())
+        if i == wanted[-1]:
+          break
+    side = min(frames[0].size) / rng.uniform(*JITTER)
+    left, top = ((length - side) * rng.random() for length in frames[0].size)
+    box = left, top, left + side, top + side
+    made = np.stack([frame.resize((size, size), Image.Resampling.BILINEAR, box=box) for frame in frames])
+    return made[:, :, ::-1] if rng.random() < 0.5 else made
+
+  def decode(path, label):
+    return tf.ensure_shape(tf.numpy_function(read, [path], tf.uint8), [num_frames, size, size, 3]), label
+  return _batches(decode, (list(map(str, paths)), labels), batch_size)
+
+
+def _batches(decode: Callable[..., Any], examples: Any, batch_size: int) -> Iterator[Any]:
+  data = tf.data.Dataset.from_tensor_slices(examples).repeat().shuffle(1024).map(decode, cores.available())
+  # With AUTOTUNE, hundreds of batches would be ready before they are timed.
+  return data.batch(batch_size, drop_remainder=True).prefetch(1).as_numpy_iterator()
