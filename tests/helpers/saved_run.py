@@ -13,6 +13,7 @@ from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.train import manifest, workdir
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.train.metrics_log import TIMINGS
 from uni_moe_jax.train.step import TrainState
 from uni_moe_jax.utils import storage
 
@@ -68,4 +69,4 @@ def alter(checkpoint: storage.Path) -> None:
 def lines(folder: Folder) -> list[dict[str, float]]:
   """Return the lines of metrics.jsonl without the speed, in which equal runs differ."""
   texts = (storage.path(folder) / 'metrics.jsonl').read_text().splitlines()
-  return [{k: v for k, v in json.loads(text).items() if k != 'steps_per_second'} for text in texts]
+  return [{k: v for k, v in json.loads(text).items() if k not in TIMINGS} for text in texts]

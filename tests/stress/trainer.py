@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.train import manifest
+from uni_moe_jax.train.metrics_log import TIMINGS
 from uni_moe_jax.train.workdir import CHECKPOINTS, saved_steps
 from uni_moe_jax.utils import storage
 
@@ -139,7 +140,7 @@ def log_lines(workdir: storage.Path) -> list[dict[str, Any]]:
 
 def metric_lines(workdir: storage.Path) -> list[dict[str, Any]]:
   """Return the lines of metrics.jsonl without the speed."""
-  return [{k: v for k, v in line.items() if k != 'steps_per_second'} for line in log_lines(workdir)]
+  return [{k: v for k, v in line.items() if k not in TIMINGS} for line in log_lines(workdir)]
 
 
 def differences(undisturbed: pathlib.Path, other: storage.Path) -> list[str]:

@@ -1,6 +1,8 @@
 """A run that is stopped and started again ends like one that is not."""
 
 import contextlib
+import itertools
+import json
 import os
 import signal
 import sys
@@ -13,7 +15,7 @@ import pytest
 from tests.helpers import processes, saved_run, tiny
 from tests.helpers.stop_request import StopAfterTwoSteps
 from tests.stress import injected_faults
-from uni_moe_jax.train import loop
+from uni_moe_jax.train import loop, metrics_log
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.utils import locks, signals
@@ -48,6 +50,27 @@ def uninterrupted(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('uninterrupted')
   assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.FINISHED
   return workdir
+
+
+def test_a_line_has_the_speed_of_its_steps(uninterrupted):
+  images = sum(t.batch_size for t in train_run.build(_config(), jax.devices()[:1]).plan.tasks if t.type.visual)
+  for line in map(json.loads, (uninterrupted / 'metrics.jsonl').read_text().splitlines()):
+    assert set(metrics_log.TIMINGS) <= set(line)
+    assert line['images_per_second'] == pytest.approx(images * line['steps_per_second'])
+    assert line['input_wait_share'] == pytest.approx(line['input_wait'] * line['steps_per_second'])
+    assert 0 <= line['input_wait_share'] < 1
+    assert line['tokens_per_second'] > 0 and line['mfu'] > 0
+
+
+def test_a_step_of_two_micro_steps_has_the_products_of_one():
+  counted = []
+  for grad_accum_steps in (1, 2):
+    c = _config()
+    c.train.grad_accum_steps, c.moe.router = grad_accum_steps, 'dense'  # kernels are merged once per micro-step
+    run = train_run.build(c, jax.devices()[:1])
+    task, batch = next(run.mixture().iterate(0, 1))
+    counted.append(run.step_flops(task, run.put_batch(batch), run.target_sets()))
+  assert counted[0] == pytest.approx(counted[1], rel=1e-3) and counted[0] > 1e5
 
 
 @pytest.fixture(scope='module')
@@ -173,7 +196,7 @@ def test_the_log_states_parameters_and_conditions(uninterrupted, capsys):
 
 @pytest.mark.parametrize('nonfinite, code', [((1, 2, 3), loop.ERROR), ((1, 2, 4, 5), loop.FINISHED)])
 def test_losses_that_stay_nonfinite_stop_the_run_and_are_named(tmp_path, capsys, monkeypatch, nonfinite, code):
-  put, calls = train_run.Run.put_batch, []
+  put, calls, logged = train_run.Run.put_batch, [], itertools.count(1)
 
   def corrupt(run, batch):
     calls.append(len(calls))
@@ -182,7 +205,7 @@ def test_losses_that_stay_nonfinite_stop_the_run_and_are_named(tmp_path, capsys,
     return put(run, batch)
 
   monkeypatch.setattr(train_run.Run, 'put_batch', corrupt)
-  monkeypatch.setattr(train_run.Mixture, 'num_corrupt_examples', lambda _: len(calls) // 2)
+  monkeypatch.setattr(train_run.Mixture, 'num_corrupt_examples', lambda _: next(logged) // 2)
   c = _config()
   c.train.max_nonfinite_steps = 3
   assert loop.train(c, str(tmp_path), jax.devices()[:1]) == code

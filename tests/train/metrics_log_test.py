@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from uni_moe_jax.train.metrics_log import MetricsLog
+from uni_moe_jax.train.metrics_log import TIMINGS, MetricsLog
 
 
 def _lines(folder):
@@ -102,3 +102,21 @@ def test_steps_without_a_finite_loss_do_not_break_the_progress_bar(tmp_path):
     log.add({'nonfinite_streak': 1.})
     log.write(1)
   tqdm.return_value.set_postfix_str.assert_called_once_with('loss nan')
+
+
+def test_a_line_has_the_speed_of_the_steps_and_their_wait_for_input(tmp_path, capsys):
+  with mock.patch('time.perf_counter', side_effect=[0., 4., 8.]), MetricsLog(tmp_path, 0, 4) as log:
+    for wait in (.5, 1.5):
+      log.add({'loss/total': 2.})
+      log.add_work(input_wait=wait, images=600, tokens=40, ideal_seconds=.3)
+    log.write(2)
+    log.add({'loss/total': 2.})
+    log.add_work(input_wait=0., images=0, tokens=40, ideal_seconds=0.)  # only text; the peak of the devices is unknown
+    log.write(3)
+  first, second = _lines(tmp_path)
+  # Two steps in 4 seconds: 1,200 images and 80 tokens; 2 seconds of waiting; 0.6 seconds of products at the peak.
+  assert {k: first[k] for k in TIMINGS} == dict(
+      steps_per_second=.5, images_per_second=300, tokens_per_second=20, mfu=.15, input_wait=1, input_wait_share=.5)
+  assert {k: second[k] for k in TIMINGS if k in second} == dict(
+      steps_per_second=.25, tokens_per_second=10, input_wait=0, input_wait_share=0)
+  assert '0.50 step/s  300 images/s  20 tokens/s  MFU 15.0%  input wait 50.0%  4 s left' in capsys.readouterr().out

@@ -20,7 +20,8 @@ from uni_moe_jax.reporting import figures
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
-_OWN_PANELS = ('loss/total', 'learning_rate', 'grad_norm', 'steps_per_second')
+_OWN_PANELS = ('loss/total', 'learning_rate', 'grad_norm', 'steps_per_second', 'input_wait_share', 'images_per_second',
+               'tokens_per_second', 'mfu')
 _GROUP_TITLES = {'run': 'The run', 'loss': 'Loss by task', 'accuracy': 'Accuracy by task',
                  'eval': 'Evaluations along the way',
                  'interference': 'Interference along the way: Δ of a step on the second task for the loss of the first'}

@@ -18,8 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from uni_moe_jax.data.pipeline.mixtures import Batch
-from uni_moe_jax.parallel import distributed, multihost
+from uni_moe_jax.data.pipeline.lookahead import Lookahead
+from uni_moe_jax.data.pipeline.mixtures import Batch, batch_sizes
+from uni_moe_jax.parallel import distributed, multihost, peaks
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.hang_detection import BATCH, RESTORE, SAVE, START, STEP, HangDetector
 from uni_moe_jax.train.metrics_log import MetricsLog
@@ -190,21 +191,39 @@ class _Trainer:
     self._validation = Validation(run, detector.phase)
     self._hooks = [hook for make in hooks if (hook := make(run))]
     self._step_fns: dict[str | None, Step] = {}  # by task; each compiles when it is first called
+    self._peak = peaks.of_mesh(run.mesh)
+    self._ideal_seconds: dict[str | None, float] = {}  # by task, of a step's products at the peak of the devices
     self._pending: dict[str, jax.Array] | None = None  # metrics of the running step, read when the next one is queued
     self._means: dict[str, float] = {}  # as logged at the newest step; {} if that step is not logged
 
   def train(self, state: TrainState, first: int, stop: Stop, started: float) -> int | None:
     """Number of steps taken when a stop was requested or all are; None after too many that were not finite."""
-    stops, batches, done = multihost.AnyProcess(self._run.mesh), self._mixture.iterate(first, self._config.steps), first
+    batches = Lookahead(self._mixture.iterate(first, self._config.steps), self._place)
+    with contextlib.ExitStack() as stack:
+      stack.push(functools.partial(self._close, batches))
+      return self._train(state, first, stop, started, batches)
+
+  def _close(self, batches: Lookahead, *error) -> None:
+    with self._phase(BATCH):
+      batches.__exit__(*error)
+
+  def _train(self, state: TrainState, first: int, stop: Stop, started: float, batches: Lookahead) -> int | None:
+    stops, done = multihost.AnyProcess(self._run.mesh), first
     for step in range(first, self._config.steps):
       with self._phase(STEP, step):
         if stops(stop.requested):
           break
       with self._phase(SAVE, step):
         self._checkpoints.check()
+      if not batches.is_ready and self._pending is not None:
+        with self._phase(STEP, step):  # until it ends, the devices do not wait
+          jax.block_until_ready(self._pending)
+      waits_since = time.perf_counter()
       with self._phase(START if step == first else BATCH, step + 1):  # the first batch opens files
-        task, batch = next(batches)
+        task, batch, sizes = batches.take()
+      input_wait = time.perf_counter() - waits_since if step > first else 0.0
       state, metrics = self._take(step, task, state, batch)
+      self._log.add_work(input_wait=input_wait, ideal_seconds=self._ideal_seconds[task], **sizes)
       if step == first:
         print(f'first step after {time.perf_counter() - started:.0f} s', flush=True)
       done = step + 1
@@ -227,18 +246,24 @@ class _Trainer:
       self._checkpoints.finish()
     return done
 
+  def _place(self, item: tuple[str | None, Batch]) -> tuple[str | None, Batch, dict[str, int]]:
+    """(task, batch on the devices, its sizes in all processes); runs in another thread."""
+    task, batch = item
+    return task, self._run.put_batch(batch), {k: n * jax.process_count() for k, n in batch_sizes(batch).items()}
+
   def _take(self, step: int, task: str | None, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
     """(state, metrics with those of the hooks) after step `step + 1`; donates the buffers of the state."""
     compiles = task not in self._step_fns
     if compiles:
       self._step_fns[task] = self._run.step_fn(task)
     with self._phase(START, step + 1):  # hooks compile, too
-      batch = self._run.put_batch(batch)
       # Hooks run before the step, which donates the buffers of the state.
       extra = {k: v for hook in self._hooks for k, v in hook(step, state.params, batch, self._target_sets).items()}
     with self._phase(START if compiles else STEP, step + 1):
       state, metrics = self._step_fns[task](state, batch, self._target_sets)
       if compiles:
+        products = self._run.step_flops(task, batch, self._target_sets) if self._peak else 0
+        self._ideal_seconds[task] = products / (self._peak or 1.0)
         jax.block_until_ready(metrics)
     return state, {**metrics, **extra}
 

@@ -11,6 +11,10 @@ import tqdm
 from uni_moe_jax.utils import storage
 
 FILE = 'metrics.jsonl'
+# Metrics of time, which differ between equal runs.
+TIMINGS = ('steps_per_second', 'images_per_second', 'tokens_per_second', 'mfu', 'input_wait', 'input_wait_share')
+_SHOWN = {'images_per_second': '{:,.0f} images/s', 'tokens_per_second': '{:,.0f} tokens/s', 'mfu': 'MFU {:.1%}',
+          'input_wait_share': 'input wait {:.1%}'}
 
 
 class MetricsLog:
@@ -21,7 +25,7 @@ class MetricsLog:
 
     writes: whether this process writes; one of several does, and the others only average.
     """
-    self._last, self._sums, self._count, self._since = last, {}, 0, time.perf_counter()
+    self._last, self._sums, self._work, self._count, self._since = last, {}, {}, 0, time.perf_counter()
     self._bar, self._writes = None, writes
     if not writes:
       return
@@ -54,12 +58,24 @@ class MetricsLog:
     if self._bar:
       self._bar.update(1)
 
+  def add_work(self, **work: float) -> None:
+    """Adds what one step did.
+
+    Args:
+      work: `input_wait`, seconds without a batch and without a step that runs; `images` (frames of videos, too) and
+        `tokens` of text, without padding, in all processes; `ideal_seconds` that the step's products would take at the
+        peak of the devices, 0 if that is unknown.
+    """
+    for k, v in work.items():
+      self._work[k] = self._work.get(k, 0.0) + v
+
   def write(self, step: int) -> dict[str, float]:
     """Writes and returns the means since the last write. step: number of steps taken."""
     now = time.perf_counter()
     means = {k: total / n for k, (total, n) in self._sums.items()}
-    means['steps_per_second'] = self._count / max(now - self._since, 1e-9)
-    self._sums, self._count, self._since = {}, 0, now
+    speed = self._speed(max(now - self._since, 1e-9))
+    means |= speed
+    self._sums, self._work, self._count, self._since = {}, {}, 0, now
     self.record(step, means)
     losses = ' '.join(f'{k.removeprefix("loss/")} {v:.3f}' for k, v in sorted(means.items()) if k.startswith('loss/'))
     rate = means['steps_per_second']
@@ -67,9 +83,21 @@ class MetricsLog:
       # The means lack losses that are not finite.
       self._bar.set_postfix_str(f'loss {means.get("loss/total", float("nan")):.3f}')
     else:
+      shown = ''.join('  ' + text.format(speed[k]) for k, text in _SHOWN.items() if k in speed)
       left = (self._last - step) / rate
-      print(f'step {step}/{self._last}  {losses}  {rate:.2f} step/s  {_duration(left)} left', flush=True)
+      print(f'step {step}/{self._last}  {losses}  {rate:.2f} step/s{shown}  {_duration(left)} left', flush=True)
     return means
+
+  def _speed(self, seconds: float) -> dict[str, float]:
+    """The `TIMINGS` of the steps since the last write."""
+    speed = {'steps_per_second': self._count / seconds}
+    speed |= {f'{k}_per_second': self._work[k] / seconds for k in ('images', 'tokens') if self._work.get(k)}
+    if self._work.get('ideal_seconds'):
+      speed['mfu'] = self._work['ideal_seconds'] / seconds
+    if 'input_wait' in self._work:
+      wait = self._work['input_wait']
+      speed |= {'input_wait': wait / max(self._count, 1), 'input_wait_share': wait / seconds}
+    return speed
 
   def copy(self) -> None:
     """Brings the copy in a bucket up to date, so that a checkpoint never has steps that the log lacks."""

@@ -16,6 +16,7 @@ from uni_moe_jax.config.plan import Plan, make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.pipeline.mixtures import UNBATCHED_FIELDS, Batch, BatchLayout, Mixture
 from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.model import flops
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, boxed_params, init_params
 from uni_moe_jax.parallel import sharding
@@ -24,7 +25,7 @@ from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.train import optimizer, warm_start, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.forward import StepSpec, TargetSets
-from uni_moe_jax.train.step import Step, TrainState, init_state
+from uni_moe_jax.train.step import Step, TrainState, forward_flops, init_state
 from uni_moe_jax.train.used_params import expert_sublayer, unit_axes
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path, path_of
@@ -63,9 +64,15 @@ class Run:
 
   def step_fn(self, task: str | None = None) -> Step:
     """The jitted step of the whole mixture, or of a step with one task."""
-    spec = self.spec if task is None else dataclasses.replace(self.spec, plan=self.plan.only(task))
     deterministic = self.config.train.deterministic
-    return Step(spec, self.config.seed, self.shardings, sharding.replicated(self.mesh), deterministic)
+    return Step(self._step_spec(task), self.config.seed, self.shardings, sharding.replicated(self.mesh), deterministic)
+
+  def step_flops(self, task: str | None, batch: Batch, target_sets: TargetSets) -> int:
+    """FLOPs of the products of a step as in `step_fn`, without those that rematerialization repeats."""
+    return flops.TRAIN * forward_flops(self._step_spec(task), self.shapes.params, batch, target_sets)
+
+  def _step_spec(self, task: str | None) -> StepSpec:
+    return self.spec if task is None else dataclasses.replace(self.spec, plan=self.plan.only(task))
 
   @property
   def resumes_exactly(self) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
+from uni_moe_jax.model import flops
 from uni_moe_jax.model.encoder import Collected
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.train import forward, router_metrics, used_params
@@ -81,6 +82,25 @@ def gradients(spec: StepSpec, params: Any, batch: Batch, target_sets: TargetSets
     grads, output = _accumulated(spec, params, batch, target_sets, sampled, sums, key)
   dropped = {'sampled_softmax/dropped_labels': sum(s.dropped for s in sampled.values())} if sampled else {}
   return output.replace(grads=grads, metrics={**output.metrics, **dropped})
+
+
+def forward_flops(spec: StepSpec, params: Any, batch: Batch, target_sets: TargetSets) -> int:
+  """FLOPs of the forward pass of a step; arguments may be shapes."""
+  key, sums = jax.random.key(0), {t.name: np.float32(1) for t in spec.plan.tasks}
+  micro = batch if spec.grad_accum_steps == 1 else jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+
+  def encode(params, micro, target_sets, of_sets=False):
+    sampled, target_sets = forward.sample_vocabularies(spec, micro, key), forward.sample_synonyms(target_sets, key)
+    if of_sets:
+      return forward.forward(spec, params, {}, target_sets, sampled, key)[0]
+    return _output(spec, params, micro, target_sets, sampled, sums, key)[0]
+
+  total = flops.count(encode, params, micro, target_sets)
+  if spec.grad_accum_steps == 1 or not target_sets:
+    return spec.grad_accum_steps * total
+  once = flops.count(functools.partial(encode, of_sets=True), params, micro, target_sets)
+  return spec.grad_accum_steps * (total - once) + once
 
 
 def _accumulated(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import in_process, processes, small_model
+from uni_moe_jax.parallel import peaks
 from uni_moe_jax.tasks import router_names
 from uni_moe_jax.tools.bench import gpu, gpu_sections, settings, suites
 from uni_moe_jax.tools.bench.cases import Context
@@ -47,7 +48,7 @@ def test_without_a_gpu_one_sentence_names_what_is_missing():
     ('NVIDIA H200', 989), ('NVIDIA H200 NVL', 835), ('NVIDIA L4', 121), ('NVIDIA L40S', 362),
     ('NVIDIA L40', None), ('NVIDIA A10G', None), (f'{_H100} MIG 1g.10gb', None), ('cpu', None)])
 def test_the_peak_is_that_of_the_very_card(device, tflops):
-  assert gpu_sections.peak(device) == (tflops and tflops * 1e12)
+  assert peaks.of_kind(device) == (tflops and tflops * 1e12)
 
 
 def _model_rows(device: str):

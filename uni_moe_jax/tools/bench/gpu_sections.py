@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from uni_moe_jax.model import attention_kernels
 from uni_moe_jax.moe import gmm, gmm_triton
+from uni_moe_jax.parallel import peaks
 from uni_moe_jax.tasks.router_names import DENSE, ROUTERS
 from uni_moe_jax.tools.bench import caption_rate, flops
 from uni_moe_jax.tools.bench.cases import Context, RepeatedStep
@@ -26,19 +26,6 @@ Measure = Callable[[], list[Row]]
 Measurement = tuple[str, Measure]  # and its name, for a row without a figure
 Operands = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array]  # with gradients, without, of the result
 
-# FLOP/s of dense bfloat16 products with float32 sums, by JAX's `device_kind`. Data sheets of NVIDIA; most of them give
-# the rate with sparsity, which is twice this one.
-_PEAKS = {
-    r'NVIDIA A10': 125e12,  # A10 datasheet
-    r'NVIDIA A100.*GB.*': 312e12,  # A100 datasheet: the same for SXM and PCIe
-    r'NVIDIA L4': 121e12,  # L4 datasheet: 242 with sparsity
-    r'NVIDIA L40S': 362e12,  # L40S datasheet: 733 with sparsity
-    r'NVIDIA H100 80GB HBM3': 989e12,  # H100 datasheet, SXM: 1,979 with sparsity
-    r'NVIDIA H100 PCIe': 756e12,  # H100 datasheet: 1,513 with sparsity
-    r'NVIDIA H100 NVL': 835e12,  # H100 datasheet: 1,671 with sparsity
-    r'NVIDIA H200': 989e12,  # H200 datasheet, SXM: 1,979 with sparsity
-    r'NVIDIA H200 NVL': 835e12,  # H200 datasheet: 1,671 with sparsity
-}
 _MFU = {(DENSE, 'train'): Budget(45, 55, at_most=False)}
 _RATIO = {('attribute', 'train'): Budget(1.05, 1.02), ('token', 'train'): Budget(2., 1.9)}
 _TOLERANCE = .02  # of the largest result, for bfloat16
@@ -50,11 +37,6 @@ class NotAvailableError(Exception):
 
 
 row = functools.partial(Row, 'gpu')
-
-
-def peak(device_kind: str) -> float | None:
-  """FLOP/s of dense bfloat16 products by the vendor; None for a card that the table lacks, or a part of a card."""
-  return next((rate for pattern, rate in _PEAKS.items() if re.fullmatch(pattern, device_kind)), None)
 
 
 def describe(e: Exception, characters: int) -> str:
@@ -82,7 +64,7 @@ def _model(context: Context, router: str, dense: Callable[[], RepeatedStep]) -> 
   work = s.batch_size * flops.image_and_name(steps[router].run.spec.model.spec, s.name_tokens)
   note = (f'base/16, bfloat16, B {s.batch_size}, {s.image_size} px, a name of {s.name_tokens} tokens per image, no '
           'remat; FLOPs: useful matrix products; ')
-  rate = peak(device)
+  rate = peaks.of_kind(device)
   note += f'peak of {device}: {rate / 1e12:.0f} TFLOP/s' if rate else f'the peak of {device!r} is unknown'
   rows = []
   for mode, passes, calls in (('train', flops.TRAIN, steps), ('inference', 1, {r: x.infer for r, x in steps.items()})):
