@@ -55,6 +55,7 @@ setuptools.setup(
         'optax>=0.2.8,<0.3',
         'orbax-checkpoint>=0.12.8,<0.13',
         'pillow>=13,<14',
+        'pyarrow>=26,<27',
         'rouge-score>=0.1.2,<0.2',
         'sacrebleu>=2.6,<3',
         'safetensors>=0.8,<0.9',

@@ -4,12 +4,14 @@ Embedded data:    python launch/prepare_data.py
 Your own data:    python launch/prepare_data.py --input=photos --name=pets
 A TFDS dataset:   python launch/prepare_data.py --tfds=coco_captions
 
-Your own data is a folder [split/]class/*.jpg (or videos), a .jsonl file or a folder of them, an .npz of frames beside
-its .jsonl, or .txt files. It becomes the source 'own:pets' of configs; its folder contains prepared.json: splits,
-statistics, and skipped rows with the reason. A TFDS dataset is downloaded by TFDS and becomes 'tfds:coco_captions'.
+Your own data is a folder [split/]class/*.jpg (or videos), or files of rows: .jsonl (with an .npz of frames beside it),
+.tar of WebDataset, .parquet, .csv, .tsv or .txt. It becomes the source 'own:pets' of configs; its folder contains
+prepared.json: splits, statistics, and skipped rows with the reason. The same command continues what was killed. A TFDS
+dataset is downloaded by TFDS and becomes 'tfds:coco_captions'.
 """
 
 import os
+import shlex
 import time
 
 from absl import flags
@@ -21,7 +23,8 @@ from uni_moe_jax.utils.errors import UsageError
 
 _DATA_DIR = flags.DEFINE_string('data_dir', DataConfig().dir, 'Folder of prepared data, also gs://… or s3://….')
 _CACHE_DIR = flags.DEFINE_string('cache_dir', DataConfig().cache_dir, 'Local folder for data on its way to a bucket.')
-_INPUT = flags.DEFINE_string('input', None, 'Folder or file of your own data, also gs://…; none: the embedded data.')
+_INPUT = flags.DEFINE_string(
+    'input', None, 'Folder or file of your own data, also gs://…, or {00000..01242}.tar; none: the embedded data.')
 _NAME = flags.DEFINE_string('name', None, 'Name of your dataset: lower-case letters, digits, underscores.')
 _TFDS = flags.DEFINE_string('tfds', None, 'TFDS dataset NAME[/CONFIG][:VERSION], written as array records.')
 _VERSION = flags.DEFINE_string('version', '1.0.0', 'Version of your dataset; runs read the newest one.')
@@ -31,6 +34,9 @@ _TEST_FRACTION = flags.DEFINE_float(
     'test_fraction', 0.1, 'Fraction that becomes the test split if the data names no splits.', 0, 1)
 _MAX_CORRUPT_FRACTION = flags.DEFINE_float(
     'max_corrupt_fraction', 0.1, 'Largest fraction of rows that may be skipped; more are an error.', 0, 1)
+_NUM_WORKERS = flags.DEFINE_integer('num_workers', os.cpu_count(), 'Processes for your own data.', 1)
+_RUNNER = flags.DEFINE_enum('runner', 'local', ['local', 'beam'], 'What prepares your own data: processes, or Beam.')
+_BEAM_OPTIONS = flags.DEFINE_string('beam_options', '', 'Options of Apache Beam, such as "--runner=DataflowRunner …".')
 
 
 def main() -> int:
@@ -42,11 +48,14 @@ def main() -> int:
     from uni_moe_jax.data.files import tfds_prepare
     print(tfds_prepare.prepare(_TFDS.value, directory))
   elif _INPUT.value is not None:
-    from uni_moe_jax.data.files import prepare, prepare_summary
-    with mirror.local_input(_INPUT.value, '--input', _CACHE_DIR.value) as source:
-      summary = prepare.prepare(source, directory, _NAME.value, _VERSION.value, _GIF.value, _TEST_FRACTION.value,
-                                _MAX_CORRUPT_FRACTION.value, _ALLOW_OUTSIDE.value)
-    print(prepare_summary.describe(summary))
+    from uni_moe_jax.data.files import prepare
+    from uni_moe_jax.data.preparation import input_shards, summary
+    with input_shards.opened(_INPUT.value, _CACHE_DIR.value) as source:
+      prepared = prepare.prepare(
+          source, directory, _NAME.value, _VERSION.value, _GIF.value, _TEST_FRACTION.value, _MAX_CORRUPT_FRACTION.value,
+          _ALLOW_OUTSIDE.value, _NUM_WORKERS.value,
+          shlex.split(_BEAM_OPTIONS.value) if _RUNNER.value == 'beam' else None)
+    print(summary.describe(prepared))
   else:
     from uni_moe_jax.data.embedded import docstring_texts, glyph_videos, glyphs
     for source in (glyphs, glyph_videos, docstring_texts):

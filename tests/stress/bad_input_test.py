@@ -33,23 +33,23 @@ def test_bad_commands_end_in_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize('name, function, replacement, message', [
-    ('image', 'media.read_image', lambda path: media.Media(path.read_bytes(), (32, 24)), 'TRACEBACK'),
-    ('video', 'media.read_video', lambda path: media.Media(path.read_bytes(), (8, 24, 24)), 'TRACEBACK CorruptVideo'),
-    ('jsonl', 'check.mark_inconsistent', lambda rows: rows[2:], '5 rows are good, 4 were kept'),
+    ('image', 'files.media.check_image', lambda data: media.Media(data, (32, 24)), 'TRACEBACK'),
+    ('video', 'files.media.check_video', lambda data: media.Media(data, (8, 24, 24)), 'TRACEBACK CorruptVideo'),
+    ('jsonl', 'preparation.input_shards._lines', lambda shard: pathlib.Path(shard.file).read_bytes().splitlines()[2:],
+     r'5 rows are good, [34] were kept'),
 ], ids=['an image that TensorFlow cannot decode', 'a video without frames', 'a good row that is lost'])
 def test_a_defect_in_reading_data_is_detected(tmp_path, monkeypatch, name, function, replacement, message):
-  monkeypatch.setattr(f'uni_moe_jax.data.files.{function}', replacement)
+  monkeypatch.setattr(f'uni_moe_jax.data.{function}', replacement)
   with pytest.raises(AssertionError, match=message):
     bad_input.check(bad_files.PROPERTIES[name], 60, 0, tmp_path)
 
 
 @pytest.mark.skipif(not bad_files.HAS_VIDEO, reason='needs the extra video')
-def test_a_damaged_video_that_no_seek_rewinds_is_sampled(tmp_path):
+def test_a_damaged_video_that_no_seek_rewinds_is_sampled():
   data = bytearray(bad_files._video('avi'))
   data[0] ^= 1
   data[129] ^= 32
-  (tmp_path / 'x.avi').write_bytes(data)
-  assert bad_files._sampled(media.read_video(tmp_path / 'x.avi')) == 0
+  assert bad_files._sampled(media.check_video(bytes(data))) == 0
 
 
 def test_equal_seeds_give_equal_inputs(tmp_path):
@@ -88,7 +88,6 @@ def test_a_damaged_config_file_is_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize('num_bytes', [1, 4, 12])
-def test_a_png_without_its_end_is_corrupt(tmp_path, num_bytes):  # Pillow reads it, TensorFlow does not
-  (tmp_path / 'image').write_bytes(bad_files._image('PNG', 0)[:-num_bytes])
+def test_a_png_without_its_end_is_corrupt(num_bytes):  # Pillow reads it, TensorFlow does not
   with pytest.raises(media.CorruptFile, match='truncated'):
-    media.read_image(tmp_path / 'image')
+    media.check_image(bad_files._image('PNG', 0)[:-num_bytes])

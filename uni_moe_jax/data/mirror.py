@@ -18,7 +18,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError, dis
 from uni_moe_jax.utils.files import check_local, write_json
 
 MANIFEST = 'files.json'
-_LAZY = ('.array_record', '.npz')  # in names of files that are fetched one by one; others come with their manifest
+# In names of files that are fetched one by one; others come with their manifest.
+_LAZY = ('.array_record', '.npz', '.npy')
 _NUM_FETCHES = 8  # at once, and again as many in the background
 _NUM_INPUT_FETCHES = 32
 _ATTEMPTS, _PAUSE = 4, 1.0  # of a request beyond those of the library, and seconds before the second one
@@ -125,12 +127,15 @@ class Mirror(os.PathLike):
       shutil.rmtree(folder, ignore_errors=True)
     return complete
 
-  def upload(self, folder: pathlib.Path) -> None:
-    """Copies a complete dataset in a folder of the mirror to the bucket."""
+  def upload(self, folder: pathlib.Path, uploaded: Mapping[str, tuple[int, str]] = MappingProxyType({})) -> None:
+    """Copies a complete dataset in a folder of the mirror to the bucket.
+
+    uploaded: size and digest of its files that are in the bucket, and not in the folder.
+    """
     files, target = storage.filesystem(self.address), storage.path(self.address) / str(folder.relative_to(self.root))
     paths = sorted(p for p in folder.rglob('*') if p.is_file() and p.name != MANIFEST)
     names = {str(p.relative_to(folder)): [p.stat().st_size, _sha256(p)] for p in paths}
-    write_json(folder / MANIFEST, names)
+    write_json(folder / MANIFEST, {**names, **uploaded})
     for name in (*names, MANIFEST):
       _repeat(lambda: files.put_file(str(folder / name), str(target / name)), f'{target}/{name}')
 
@@ -299,10 +304,11 @@ def has_dataset(directory: str | os.PathLike[str], folder: pathlib.Path) -> bool
   return directory.is_complete(folder) if isinstance(directory, Mirror) else folder.is_dir()
 
 
-def publish(directory: str | os.PathLike[str], folder: pathlib.Path) -> None:
-  """Copies a complete dataset to the bucket of a data directory that is a mirror."""
+def publish(directory: str | os.PathLike[str], folder: pathlib.Path,
+            uploaded: Mapping[str, tuple[int, str]] = MappingProxyType({})) -> None:
+  """`Mirror.upload` to the bucket of a data directory that is a mirror."""
   if isinstance(directory, Mirror):
-    directory.upload(folder)
+    directory.upload(folder, uploaded)
 
 
 def sync(directory: str | os.PathLike[str], prefix: str) -> None:

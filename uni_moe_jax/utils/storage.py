@@ -187,6 +187,15 @@ def write_bytes(target: Path, content: bytes) -> None:
     temporary.rename(target)
 
 
+def move_file(source: str | os.PathLike[str], target: Path) -> None:
+  """Move a local file, on the same disk atomically, or into a bucket."""
+  if is_remote(target):
+    filesystem(target).put_file(str(source), str(target))
+    os.unlink(source)
+  else:
+    shutil.move(source, target)
+
+
 def create(target: Path, content: bytes) -> bool:
   """Write a file or an object only if there is none. Of several writers one gets True.
 

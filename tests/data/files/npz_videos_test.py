@@ -55,10 +55,11 @@ def test_one_file_is_open_at_a_time(tmp_path):
 
 _PROGRAM = """
 import pathlib, re, sys
-from uni_moe_jax.data.files import check
-rows, skipped = check.read_checked_rows(pathlib.Path(sys.argv[1]), max_corrupt_fraction=1.0)
+from uni_moe_jax.data.preparation import input_shards, scan
+[shard] = input_shards.plan(pathlib.Path(sys.argv[1]))
+num_rows = scan.Scan(shard, sys.argv[1], 'image', False)()
 # Its peak; that of getrusage includes the process that started it.
-print(len(rows), int(re.search(r'VmHWM:\\s+(\\d+) kB', pathlib.Path('/proc/self/status').read_text())[1]) >> 10)
+print(num_rows, int(re.search(r'VmHWM:\\s+(\\d+) kB', pathlib.Path('/proc/self/status').read_text())[1]) >> 10)
 """
 
 

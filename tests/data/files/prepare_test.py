@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.data import own_files
 from uni_moe_jax.data.files import file_dataset, prepare
-from uni_moe_jax.data.files.prepare_summary import describe
+from uni_moe_jax.data.preparation.summary import describe
 
 
 @pytest.fixture(scope='module')
@@ -252,9 +252,9 @@ def test_a_damaged_array_costs_its_own_rows_only(tmp_path, damage):
 
 @pytest.mark.parametrize('name, damage, message', [
     ('prepared.json', lambda data: data[:100], 'prepared.json is damaged'),
-    ('prepared.json', lambda data: data.replace(b'"format": 2', b'"format": 1'), 'prepared.json has format 1, not 2'),
-    ('labels.npz', lambda data: data[:100], 'labels.npz cannot be read'),
-    ('labels.npz', lambda data: b'', 'labels.npz cannot be read')])
+    ('prepared.json', lambda data: data.replace(b'"format": 3', b'"format": 2'), 'prepared.json has format 2, not 3'),
+    ('train-text.npy', lambda data: data[:-1], 'train-text.npy cannot be read'),
+    ('train-text.npy', lambda data: b'', 'train-text.npy cannot be read')])
 def test_the_error_for_damaged_prepared_data_gives_the_command(tmp_path, name, damage, message):
   (tmp_path / 'one.txt').write_text('a line')
   prepare.prepare(tmp_path / 'one.txt', tmp_path, 'one')

@@ -1,16 +1,14 @@
 """Splits of a user's own data: named or chosen, without groups or equal content in two of them."""
 
-import dataclasses
-import pathlib
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.data import own_files
-from uni_moe_jax.data.files import check, file_dataset, formats, prepare, splits
-from uni_moe_jax.data.files.formats import read_rows
-from uni_moe_jax.data.files.prepare_summary import describe
+from uni_moe_jax.data.files import file_dataset, prepare
+from uni_moe_jax.data.preparation.summary import describe
 
 
 def _read_all(data, split, name):
@@ -29,15 +27,14 @@ def test_the_test_split_has_its_fraction_of_groups_for_any_file_names(tmp_path, 
   if has_images:
     own_files.write_jsonl(tmp_path / 'all.jsonl', [
         {'image': f'{i // 2:04}/image.png', 'captions': [f'number {i}'], 'key': f'row {i}'} for i in range(600)])
-  rows = list(check.mark_duplicates(read_rows(tmp_path)))
-  members = splits.split_rows(rows, 0.1, tmp_path)
-  assert 0.06 < len(members['test']) / len(rows) < 0.14
+  summary = prepare.prepare(tmp_path, tmp_path / 'out', 'fraction')
+  assert 0.06 < summary['splits']['test'] / sum(summary['splits'].values()) < 0.14
   if has_images:  # rows of one image stay together
-    assert not {row.path for row in members['train']} & {row.path for row in members['test']}
-  elsewhere = pathlib.Path('/elsewhere')
-  moved = [dataclasses.replace(row, path=row.path and elsewhere / row.path.relative_to(tmp_path)) for row in rows]
-  moved = splits.split_rows(moved, 0.1, elsewhere)
-  assert {s: len(rows) for s, rows in moved.items()} == {s: len(rows) for s, rows in members.items()}
+    images = _images_by_split(tmp_path / 'out', summary)
+    assert not set(images['train']) & set(images['test'])
+  tmp_path.rename(elsewhere := tmp_path.with_name(f'{tmp_path.name}, moved'))
+  shutil.rmtree(elsewhere / 'out')
+  assert prepare.prepare(elsewhere, elsewhere / 'out', 'fraction')['fingerprints'] == summary['fingerprints']
 
 
 def test_groups_in_several_named_splits_are_reported(tmp_path):
@@ -100,16 +97,21 @@ def test_equal_files_under_other_names_stay_in_one_split(tmp_path):
 
 
 def test_groups_are_joined_through_others_and_unrelated_rows_keep_their_split(tmp_path):
-  row = lambda group, content: formats.Row(group, group=group, content=content)
-  rows = [row(f'group {i}', b'') for i in range(200)]
-  chain = [row(f'group {i}', content) for i, content in (
-      (150, b'1'), (7, b'1'), (7, b'2'), (90, b'2'), (90, b'3'), (3, b'3'))]
-  alone, joined = ({row.location: split for split, members in splits.split_rows(r, 0.5, tmp_path).items()
-                    for row in members} for r in (rows, rows + chain))
-  split = {f'group {i}': joined[f'group {i}'] for i in (150, 7, 90, 3)}
-  assert set(split.values()) == {alone['group 150']}  # the smallest name, as text
-  assert {**joined, **split} == {**alone, **split}
-  assert len({alone[name] for name in split}) == 2  # they would have been separated
+  """Five groups are a chain of equal labeled texts; its split is that of the group that comes first."""
+  rows = [{'text': f'text {i}', 'label': 'x', 'group': f'group {i}'} for i in range(200)]
+  chain = [{'text': text, 'label': f'y{i}', 'group': f'group {i}'} for text, groups in (
+      ('one', (150, 7)), ('two', (7, 90)), ('three', (90, 3)), ('four', (3, 199))) for i in groups]
+  splits = []
+  for name, content in (('alone', rows), ('joined', rows + chain)):
+    own_files.write_jsonl(tmp_path / name / 'all.jsonl', content)
+    summary = prepare.prepare(tmp_path / name, tmp_path, name, test_fraction=0.5, max_corrupt_fraction=0.5)
+    splits.append({r['text']: split for split in summary['splits'] for r in _read_all(tmp_path, split, name)})
+  alone, joined = splits
+  members = [f'text {i}' for i in (3, 7, 90, 150, 199)]
+  assert {joined[text] for text in (*members, 'one', 'two', 'three', 'four')} == {alone['text 3']}
+  assert len({alone[text] for text in members}) == 2  # they would have been separated
+  assert {text: joined[text] for text in alone if text not in members} == {
+      text: split for text, split in alone.items() if text not in members}
 
 
 def test_labeled_texts_stay_in_one_split_and_running_text_does_not(tmp_path):

@@ -164,16 +164,21 @@ def _load_own(source: str, directory: str | os.PathLike[str], split: str) -> Fil
   if split not in summary['splits']:
     raise UsageError(f'split {split!r} is not in source {source!r}; {nearest(split, summary["splits"])}.')
   classes = {column: tuple(c['names']) for column, c in summary['classes'].items()}
-  try:
-    with np.load(mirror.local(directory, folder / prepare.LABELS)) as arrays:
-      labels, present = ({c: arrays[f'{split}/{c}'] for c, t in summary['columns'].items() if t in types}
-                         for types in (('class',), ('text', 'texts')))
-  except Exception as e:  # numpy, zipfile and zlib document no closed set of errors for damaged files
-    raise UsageError(f'{folder / prepare.LABELS} cannot be read ({e}); {_PREPARE_AGAIN}') from e
+  arrays = {c: _load_array(mirror.local(directory, folder / f'{split}-{c}.npy'))
+            for c, t in summary['columns'].items() if t not in MEDIA_TYPES}
+  labels, present = ({c: a for c, a in arrays.items() if (c in classes) == is_class} for is_class in (True, False))
   columns = {**summary['columns'], LOCATION: 'text'}
   _, read, prefetch = _open(_builder(str(folder)), directory, split)
   return FileDataset(source, summary['splits'][split], _record_reader(read, columns, classes), columns, classes,
                      labels, summary['fingerprints'][split], present, prefetch, read)
+
+
+def _load_array(path: storage.Path) -> np.ndarray:
+  """An array that stays in its file."""
+  try:
+    return np.load(path, mmap_mode='r')
+  except (OSError, ValueError, EOFError) as e:
+    raise UsageError(f'{path} cannot be read ({e}); {_PREPARE_AGAIN}') from e
 
 
 @functools.lru_cache(maxsize=64)

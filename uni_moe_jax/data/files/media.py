@@ -7,15 +7,20 @@ could not read is converted once, when data is prepared.
 import dataclasses
 import hashlib
 import io
+import os
 import pathlib
+import stat
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from uni_moe_jax.utils.errors import UsageError
 
 _PNG_END = b'IEND\xaeB`\x82'  # the last chunk and its checksum
 MIN_SIDE = 8  # pixels; smaller images are tracking pixels and leftovers
 # A small file may declare a huge image: sizes are checked before anything is decoded.
 MAX_BYTES = 2**30  # of a file
 MAX_PIXELS = 2**26  # of an image or frame
+TOO_LARGE = f'larger than {MAX_BYTES >> 30} GiB'
 TOO_MANY_PIXELS = f'more than {MAX_PIXELS // 10**6} megapixels'
 # Formats that tf.io.decode_image reads as Pillow does. It takes the palette indices of a BMP for levels.
 _PLAIN_FORMATS = ('JPEG', 'PNG', 'WEBP')
@@ -41,9 +46,15 @@ def content_digest(data: bytes) -> bytes:
   return hashlib.sha256(data).digest()
 
 
-def read_image(path: pathlib.Path) -> Media:
-  """Reads an image: of an animation the first frame, transparent pixels on white. Raises CorruptFile."""
-  data = _read_bytes(path)
+def check(media_type: str, data: bytes) -> Media:
+  """The stored content of an image or video. Raises CorruptFile."""
+  if len(data) > MAX_BYTES:
+    raise CorruptFile(TOO_LARGE)
+  return check_image(data) if media_type == 'image' else check_video(data)
+
+
+def check_image(data: bytes) -> Media:
+  """Decodes an image: of an animation the first frame, transparent pixels on white. Raises CorruptFile."""
   try:
     return _as_displayed(data)
   except CorruptFile:
@@ -85,24 +96,27 @@ def _as_displayed(data: bytes) -> Media:
   return Media(data, image.size, '; '.join(notes), digest)
 
 
-def read_video(path: pathlib.Path) -> Media:
-  """Reads a video file as it is; every frame must decode. Raises CorruptFile."""
+def check_video(data: bytes) -> Media:
+  """Keeps a video as it is; every frame must decode. Raises CorruptFile."""
   from uni_moe_jax.data.files import video
-  data = _read_bytes(path)
   try:
     return Media(data, video.probe(data), digest=content_digest(data))
   except video.HugeVideo as e:
     raise CorruptFile(str(e)) from None
   except video.CorruptVideo as e:
     raise CorruptFile('corrupt video') from e
+  except UsageError as e:  # a few videos among images are skipped anyway
+    raise CorruptFile(str(e)) from None
 
 
-def _read_bytes(path: pathlib.Path) -> bytes:
+def read_bytes(path: pathlib.Path) -> bytes:
+  """The content of a file. Raises CorruptFile."""
   try:
-    if path.exists() and not path.is_file():
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
       raise CorruptFile('unreadable file')  # a folder; or a device or pipe, which may never end
-    if path.stat().st_size > MAX_BYTES:
-      raise CorruptFile(f'larger than {MAX_BYTES >> 30} GiB')
+    if status.st_size > MAX_BYTES:
+      raise CorruptFile(TOO_LARGE)
     return path.read_bytes()
   except (FileNotFoundError, NotADirectoryError):
     raise CorruptFile('missing file') from None

@@ -2,53 +2,61 @@
 
   data_dir/own/NAME/VERSION/      features and shards as TFDS lays them out; tfds.builder_from_directory(…) reads them
                     prepared.json splits, columns, classes, statistics, skipped rows (first locations), fingerprints
-                    labels.npz    {split}/{column}: class indices int32 [N], -1 for none; of texts bool [N], whether
-                    present
+                    {split}-{column}.npy: class indices int32 [N], -1 for none; of texts bool [N], whether present
+           own/NAME/.VERSION.unfinished/  what is done of it; the same command continues
 
 Images and videos keep the bytes of their files, except the few that `media.py` must rewrite.
 """
 
-import collections
 import contextlib
+import dataclasses
+import functools
 import hashlib
-import io
 import json
 import os
 import pathlib
+import pickle
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-from absl import logging
 
 from uni_moe_jax.data import mirror
-from uni_moe_jax.data.files.check import open_media, read_checked_rows
-from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES, Row
-from uni_moe_jax.data.files.npz_videos import NpzReader
-from uni_moe_jax.data.files.prepare_summary import summarize
-from uni_moe_jax.data.files.splits import Splits, group_of, split_rows
-from uni_moe_jax.data.pipeline import npz_records
+from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
+from uni_moe_jax.data.preparation import input_shards, workers
+from uni_moe_jax.data.preparation.merge import Merge, Merged
+from uni_moe_jax.data.preparation.scan import MANIFEST, SPLITS, Scan, ScannedShard
+from uni_moe_jax.data.preparation.summary import summarize
+from uni_moe_jax.data.preparation.write import MODULUS, Write
+from uni_moe_jax.utils import locks, storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.files import check_renames_folders
 
-FOLDER, SUMMARY, LABELS = 'own', 'prepared.json', 'labels.npz'
-FORMAT = 2  # of prepared data; data of another format must be prepared again
+FOLDER, SUMMARY = 'own', 'prepared.json'
+FORMAT = 3  # of prepared data; data of another format must be prepared again
 VERSION = '1.0.0'  # of a dataset, by default
-_MAX_CLASSES = 10_000  # of a field; a field of more values is text
+_FILE_BYTES, _FILE_ROWS = 2**28, 2**20  # after which another file of records begins
 
-Classes = dict[str, tuple[str, ...]]  # class column → names in order
+Run = Callable[[Iterable[workers.Task], int, str], None]  # tasks, their number, what they do
 
 
 def prepare(
-    source: pathlib.Path, data_dir: str | os.PathLike[str], name: str, version: str = VERSION, gif: str = 'image',
-    test_fraction: float = 0.1, max_corrupt_fraction: float = 0.1, allow_outside: bool = False) -> dict:
+    source: storage.Path, data_dir: str | os.PathLike[str], name: str, version: str = VERSION, gif: str = 'image',
+    test_fraction: float = 0.1, max_corrupt_fraction: float = 0.1, allow_outside: bool = False,
+    num_workers: int = 1, beam_options: Sequence[str] | None = None) -> dict:
   """Prepares a file or folder as dataset `name` in a folder of prepared data; returns the content of prepared.json.
 
+  A preparation that was killed continues: parts of the input that are done are not read again.
+
   Args:
-    source, gif, allow_outside: see `formats.read_rows`.
+    source: see `input_shards`. gif, allow_outside: see `input_shards.read`.
     max_corrupt_fraction: the largest fraction of skipped rows.
     test_fraction: fraction of the groups that becomes the split 'test' if the data names no splits.
+    num_workers: processes. beam_options: of a pipeline of Apache Beam instead; its workers write into the bucket, if
+      `data_dir` is in one. The result depends on neither.
 
   Raises:
     UsageError: nothing to read, an invalid name, an existing version, or too many skipped rows.
@@ -58,105 +66,169 @@ def prepare(
   if not re.fullmatch(r'\d+\.\d+\.\d+', version):
     raise UsageError(f'--version={version!r} must look like {VERSION}.')
   folder = pathlib.Path(data_dir) / FOLDER / name / version
+  in_bucket = beam_options is not None and isinstance(data_dir, mirror.Mirror)
+  work = (storage.path(str(data_dir)) / FOLDER / name if in_bucket else folder.parent) / f'.{version}.unfinished'
   if mirror.has_dataset(data_dir, folder):
+    if not in_bucket and work.is_dir() and (folder / SUMMARY).exists():  # it was killed when all was done
+      shutil.rmtree(work)
+      return json.loads((folder / SUMMARY).read_text())
     raise UsageError(f'{folder} already exists; give another --version or --name, or remove it.')
   check_renames_folders(pathlib.Path(data_dir), '--data_dir')
-  rows, skipped = read_checked_rows(source, gif, max_corrupt_fraction, allow_outside)
-  root = source if source.is_dir() else source.parent
-  splits = split_rows(rows, test_fraction, root)
-  columns, classes = _find_columns(rows)
-  arrays = _label_arrays(splits, columns, classes)
-  num_splits = collections.Counter(g for members in splits.values() for g in {group_of(row, root) for row in members})
-  with npz_records.atomic_folder(folder) as unfinished:
-    fingerprints = _write_shards(unfinished, name, version, splits, columns, classes)
-    summary = {'format': FORMAT, 'name': name, 'version': version, 'fingerprints': fingerprints,
-               'groups_in_several_splits': sum(n > 1 for n in num_splits.values()),
-               **summarize(splits, columns, classes, arrays, skipped, test_fraction)}
-    np.savez_compressed(unfinished / LABELS, **arrays)
-    (unfinished / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
-  mirror.publish(data_dir, folder)
+  with contextlib.ExitStack() as stack:
+    storage.make_folder(work)
+    if owner := locks.lock(work, stack):
+      raise UsageError(f'{work} is locked by {owner}, which prepares the same dataset; wait until it has ended.')
+    if not in_bucket:
+      _remove_temporary(work)
+    scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(
+        prefix='.scratch-', dir=None if in_bucket else work)))
+    run = functools.partial(workers.run, num_workers=num_workers)
+    if beam_options is not None:
+      from uni_moe_jax.data.preparation import on_beam
+      run = functools.partial(on_beam.run, folder=work / 'tasks', options=beam_options)
+    try:
+      shards = _scan(source, work / 'shards', scratch, run, gif, allow_outside)
+      merged = Merge([ScannedShard(shard) for shard in shards], scratch)(test_fraction, max_corrupt_fraction, source)
+      identity = hashlib.sha256(repr((FORMAT, test_fraction, [s.name for s in shards])).encode()).hexdigest()[:20]
+      target = storage.path(str(data_dir)) / FOLDER / name / version if in_bucket else work / f'final-{identity}'
+      files = _write(merged, shards, target, work / f'written-{identity}', name, run)
+      small = scratch / 'final' if in_bucket else target
+      summary = _describe(merged, files, small, name, version, test_fraction)
+    except UsageError:
+      storage.remove_folder(work)  # the user will change the files
+      raise
+    if in_bucket:
+      shutil.rmtree(folder, ignore_errors=True)
+      folder.parent.mkdir(parents=True, exist_ok=True)
+      shutil.move(small, folder)
+    else:
+      target.rename(folder)
+    mirror.publish(data_dir, folder, {f.name: f.facts['file'] for f in files} if in_bucket else {})
+  storage.remove_folder(work)
   return summary
 
 
-def _find_columns(rows: list[Row]) -> tuple[dict[str, str], Classes]:
-  """(column → 'image', 'video', 'texts', 'text' or 'class', class names).
-
-  Classes are the values of 'label' and of every field whose values occur at least twice on average.
-  """
-  columns, classes = {row.media_type: row.media_type for row in rows if row.media_type}, {}
-  values: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-  for row in rows:
-    columns |= {name: 'texts' if isinstance(v, tuple) else 'text' for name, v in row.texts.items()}
-    for name, value in row.labels.items():
-      values[name][value] += 1
-  for name, counts in values.items():
-    columns[name] = 'text'
-    if name == 'label' or len(counts) <= min(_MAX_CLASSES, counts.total() / 2):
-      is_numeric = all(re.fullmatch(r'-?\d+', v) for v in counts)
-      columns[name] = 'class'
-      classes[name] = tuple(sorted(counts, key=(lambda v: (int(v), v)) if is_numeric else None))
-  return dict(sorted(columns.items())), classes
+def _remove_temporary(work: pathlib.Path) -> None:
+  """Removes what processes that were killed had begun to write."""
+  for path in (*work.glob('.*'), *work.glob('*/.*')):
+    if path.is_dir():
+      shutil.rmtree(path)
 
 
-def _value(row: Row, column: str, column_type: str) -> int | str | list[str]:
-  """The value of a class or of texts, as TFDS encodes it; -1 for no class."""
-  if column_type == 'class':
-    return row.labels.get(column, -1)
-  text = row.texts.get(column) or row.labels.get(column)
-  return list(text or ()) if column_type == 'texts' else text or ''
+def _names_in(folder: storage.Path) -> set[str]:
+  """The complete folders in a folder."""
+  return {name.split('/')[0] for name in storage.files_in(folder) if name.endswith(f'/{MANIFEST}')}
 
 
-def _label_arrays(splits: Splits, columns: dict[str, str], classes: Classes) -> dict[str, np.ndarray]:
-  """The content of labels.npz."""
-  arrays = {}
-  for column, column_type in columns.items():
-    index = {name: i for i, name in enumerate(classes.get(column, ()))}
-    for split, rows in splits.items() if column_type not in MEDIA_TYPES else ():
-      values = [_value(row, column, column_type) for row in rows]
-      arrays[f'{split}/{column}'] = (
-          np.array([index.get(v, -1) for v in values], np.int32) if column_type == 'class' else
-          np.array([bool(v) for v in values]))
-  return arrays
+def _scan(source: storage.Path, folder: storage.Path, scratch: pathlib.Path, run: Run, gif: str,
+          allow_outside: bool) -> list[storage.Path]:
+  """Reads all shards of the input, but those that are done; returns their folders in order."""
+  storage.make_folder(folder)
+  done, names, num_tasks = _names_in(folder), [], 0
+  with open(scratch / 'plan', 'w+b') as file:  # the names of all files may not fit into memory
+    for shard in input_shards.plan(source):
+      names.append((task := Scan(shard, str(folder), gif, allow_outside)).name)
+      if names[-1] not in done:
+        pickle.dump(task, file)
+        num_tasks += 1
+    file.seek(0)
+    run((pickle.load(file) for _ in range(num_tasks)), num_tasks, 'read')
+  return [folder / name for name in names]
 
 
-def _write_shards(folder: pathlib.Path, name: str, version: str, splits: Splits, columns: dict[str, str],
-                  classes: Classes) -> dict[str, str]:
-  """Writes shards and metadata; returns a hex sha256 of the content of each split."""
+@dataclasses.dataclass(frozen=True)
+class _File:
+  """A file of records that is written."""
+  name: str
+  split: str
+  folder: storage.Path  # of its arrays
+  facts: dict[str, Any]
+
+
+def _write(merged: Merged, shards: Sequence[storage.Path], target: storage.Path, done: storage.Path, name: str,
+           run: Run) -> list[_File]:
+  """Writes the files of all splits, but those that are done."""
+  for folder in (target, done):
+    storage.make_folder(folder)
+  cuts = _cut(merged, shards)
+  numbers = {split: [i for i, cut in enumerate(cuts) if cut[0] == split] for split in merged.split_sizes}
+  names = [f'{name}-{split}.array_record-{numbers[split].index(i):05}-of-{len(numbers[split]):05}'
+           for i, (split, *_) in enumerate(cuts)]
+  finished = _names_in(done)
+
+  def tasks() -> Iterator[Write]:
+    for file, (split, start, first, last) in zip(names, cuts):
+      if file not in finished:
+        bounds = merged.bounds[first], merged.bounds[last]
+        yield Write(
+            str(target), file, str(done), SPLITS.index(split), start, tuple(map(str, shards[first:last])),
+            merged.splits.read(*bounds), merged.signatures.read(*bounds) if merged.dropped else np.empty(0, np.int32),
+            merged.columns, merged.classes, merged.dropped)
+
+  run(tasks(), len(set(names) - finished), 'written')
+  return [_File(file, split, done / file, json.loads((done / file / MANIFEST).read_text()))
+          for file, (split, *_) in zip(names, cuts)]
+
+
+def _cut(merged: Merged, shards: Sequence[storage.Path]) -> list[tuple[str, int, int, int]]:
+  """(split, number of its examples before, first shard, shard after the last one) of each file."""
+  cuts = []
+  numbers = {split: [0, 0, 0, 0] for split in merged.split_sizes}  # examples before, first shard, rows, bytes
+  for i, shard in enumerate(shards):
+    sizes, splits = ScannedShard(shard).records()['bytes'], merged.splits.read(*merged.bounds[i:i + 2])
+    for split, state in numbers.items():
+      selected = splits == SPLITS.index(split)
+      state[2] += int(selected.sum())
+      state[3] += int(sizes[selected].sum())
+      if state[2] and (state[3] >= _FILE_BYTES or state[2] >= _FILE_ROWS or i == len(shards) - 1):
+        cuts.append((split, state[0], state[1], i + 1))
+        state[:] = state[0] + state[2], i + 1, 0, 0
+  return sorted(cuts, key=lambda cut: (SPLITS.index(cut[0]), cut[1]))
+
+
+def _describe(merged: Merged, files: Sequence[_File], folder: pathlib.Path, name: str, version: str,
+              test_fraction: float) -> dict:
+  """Writes arrays and metadata; returns the content of prepared.json."""
+  folder.mkdir(exist_ok=True)
+  for split, size in merged.split_sizes.items():
+    members = [f for f in files if f.split == split]
+    for column, column_type in merged.columns.items():
+      if column_type not in MEDIA_TYPES:
+        array = np.lib.format.open_memmap(
+            folder / f'{split}-{column}.npy', 'w+', np.int32 if column_type == 'class' else np.bool_, (size,))
+        start = 0
+        for f in members:
+          with (f.folder / f'{column}.npy').open('rb') as file:
+            part = np.load(file)
+          array[start:start + len(part)] = part
+          start += len(part)
+        array.flush()
+  _write_metadata(merged, files, folder, name, version)
+  fingerprints = {split: f'{sum(int(f.facts["fingerprint"], 16) for f in files if f.split == split) % MODULUS:064x}'
+                  for split in merged.split_sizes}
+  summary = {'format': FORMAT, 'name': name, 'version': version, 'fingerprints': fingerprints,
+             **summarize(merged, test_fraction)}
+  (folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+  return summary
+
+
+def _write_metadata(merged: Merged, files: Sequence[_File], folder: pathlib.Path, name: str, version: str) -> None:
+  """Writes what TFDS needs to read the files."""
   import tensorflow_datasets as tfds
-  tfds.disable_progress_bar()
   features = tfds.features
   make = {'image': features.Image, 'video': lambda: features.Scalar(np.object_), 'text': features.Text,
           'texts': lambda: features.Sequence(features.Text())}
   features_dict = features.FeaturesDict({
-      column: features.ClassLabel(names=list(classes[column])) if column_type == 'class' else make[column_type]()
-      for column, column_type in {**columns, LOCATION: 'text'}.items()})
-  digests = {split: hashlib.sha256() for split in splits}
-  with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-    with contextlib.ExitStack() as quiet:  # no messages of TFDS about downloads and temporary folders
-      quiet.callback(logging.set_verbosity, logging.get_verbosity())
-      logging.set_verbosity(logging.ERROR)
-      quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
-      tfds.dataset_builders.store_as_tfds_dataset(
-          name, version, features_dict, {s: _examples(rows, columns, digests[s]) for s, rows in splits.items()},
-          data_dir=unfinished, description='Prepared by uni_moe_jax.', file_format='array_record',
-          disable_shuffling=True)
-    for path in pathlib.Path(unfinished, name, version).iterdir():
-      path.rename(folder / path.name)
-  return {split: digest.hexdigest() for split, digest in digests.items()}
-
-
-def _examples(rows: list[Row], columns: dict[str, str], digest) -> Iterator[tuple[int, dict]]:
-  """Yields TFDS examples, and updates `digest` with the content of every column."""
-  arrays = NpzReader()
-  for i, row in enumerate(rows):
-    example = {LOCATION: row.location}
-    for column, column_type in columns.items():
-      if column_type in MEDIA_TYPES:
-        is_plain_file = not row.note and row.array_index is None
-        content = row.path.read_bytes() if is_plain_file else open_media(row, arrays).data
-        example[column] = io.BytesIO(content) if column_type == 'image' else content
-      else:
-        example[column] = _value(row, column, column_type)
-        content = repr(example[column]).encode()
-      digest.update(hashlib.sha256(content).digest())
-    yield i, example
+      column: features.ClassLabel(names=list(merged.classes[column])) if column_type == 'class' else make[column_type]()
+      for column, column_type in {**merged.columns, LOCATION: 'text'}.items()})
+  info = tfds.core.DatasetInfo(
+      builder=tfds.core.DatasetIdentity(name=name, version=tfds.core.Version(version), data_dir=str(folder),
+                                        module_name=''),
+      features=features_dict, description='Prepared by uni_moe_jax.', disable_shuffling=True)
+  info.set_file_format('array_record')
+  template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=name, filetype_suffix='array_record')
+  info.set_splits(tfds.core.splits.SplitDict([tfds.core.SplitInfo(
+      name=split, shard_lengths=[f.facts['size'] for f in files if f.split == split],
+      num_bytes=sum(f.facts['bytes'] for f in files if f.split == split), filename_template=template)
+      for split in merged.split_sizes]))
+  info.write_to_directory(folder)

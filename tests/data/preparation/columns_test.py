@@ -1,0 +1,28 @@
+"""Arrays in files: what a dictionary gives, in pieces."""
+
+import numpy as np
+import pytest
+
+from uni_moe_jax.data.preparation import columns
+from uni_moe_jax.data.preparation.columns import Column, smallest_by_key
+
+
+@pytest.mark.parametrize('num_keys', [1, 7, 10**6])
+def test_the_smallest_value_of_equal_keys_is_found_in_pieces(tmp_path, monkeypatch, num_keys):
+  monkeypatch.setattr(columns, '_PIECE', 16)
+  rng = np.random.default_rng(num_keys)
+  keys = rng.integers(0, num_keys, 300).astype(np.uint64) * np.uint64(2**43 + 1)
+  values, ids = rng.integers(-50, 50, 300), np.arange(300)
+  used = ids % 3 != 0
+  smallest_by_key(((ids[i:i + 20][used[i:i + 20]], keys[i:i + 20][used[i:i + 20]], values[i:i + 20][used[i:i + 20]])
+                   for i in range(0, 300, 20)), 300, out := Column(tmp_path / 'out', 'i8', 300))
+  expected = {k: min(values[used & (keys == k)], default=0) for k in keys}
+  np.testing.assert_array_equal(out.read(0, 300), np.where(used, [expected[k] for k in keys], 0))
+
+
+def test_a_column_is_read_and_written_anywhere(tmp_path):
+  column = Column(tmp_path / 'x', 'i4', 5)
+  column.append(np.array([1, 2]))
+  column.write(1, np.array([8, 9]))
+  column.put(np.array([6, 0]), np.array([-1, 7]))
+  assert column.read(0, 7).tolist() == [7, 8, 9, 0, 0, 1, -1] and column.take(np.array([6, 1])).tolist() == [-1, 8]

@@ -1,0 +1,246 @@
+"""Formats of input, and their division into shards."""
+
+import io
+import json
+import pathlib
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.data import own_files
+from uni_moe_jax.data.files import file_dataset, prepare
+from uni_moe_jax.data.preparation import archives, input_shards
+from uni_moe_jax.utils import storage
+from uni_moe_jax.utils.errors import MissingFileError, UsageError
+
+_OPTIONS = dict(test_fraction=0.0, max_corrupt_fraction=0.9)
+
+
+def _image(i: int, color: str = 'red', file_format: str = 'JPEG') -> bytes:
+  return own_files.encode_image(own_files.color_image(color, i, (8, 8)), file_format)
+
+
+def _read_all(data, name='x', split='train'):
+  dataset = file_dataset.load(f'own:{name}', data, split)
+  return dataset.read(np.arange(dataset.size))
+
+
+def _prepare(source, tmp_path, **options):
+  """(summary, records of the split train)"""
+  summary = prepare.prepare(source, tmp_path / 'data', 'x', **_OPTIONS | options)
+  return summary, _read_all(tmp_path / 'data')
+
+
+def _skipped(summary):
+  return {reason: rows['first'] for reason, rows in summary['skipped'].items()}
+
+
+def _write_tar(path: pathlib.Path, members: dict[str, bytes]) -> pathlib.Path:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tarfile.open(path, 'w') as tar:
+    for name, data in members.items():
+      info = tarfile.TarInfo(name)
+      info.size = len(data)
+      tar.addfile(info, io.BytesIO(data))
+  return path
+
+
+def test_samples_of_tar_files_have_captions_fields_and_classes(tmp_path):
+  _write_tar(tmp_path / 'in/00000.tar', {
+      'a/1.jpg': _image(1), 'a/1.txt': b'eins\n', 'a/1.json': json.dumps(
+          {'caption': 'eins', 'key': '1', 'color': 'red', 'image': 'elsewhere.jpg', 'size': [3]}).encode(),
+      'a/2.png': _image(2, file_format='PNG'), 'a/2.json': b'{"captions": ["zwei", "two"], "color": "red"}',
+      '._x.jpg': b'as macOS leaves them'})
+  _write_tar(tmp_path / 'in/00001.tar', {'1.cls': b'7', '1.webp': _image(3, file_format='WEBP'), '1.npy': b'?'})
+  (tmp_path / 'in/00000_stats.json').write_text('{}')
+  summary, records = _prepare(tmp_path / 'in', tmp_path)
+  assert [(r['image'], r['captions'], r['color'], r['label'], r['source_location']) for r in records] == [
+      (_image(1), ('eins',), 'red', '', '00000.tar/a/1'),
+      (_image(2, file_format='PNG'), ('zwei', 'two'), 'red', '', '00000.tar/a/2'),
+      (_image(3, file_format='WEBP'), (), '', '7', '00001.tar/1')]
+  assert summary['columns'] == {'captions': 'texts', 'color': 'class', 'image': 'image', 'label': 'class'}
+  assert summary['dropped_fields'] == {"'size'": 1, "'npy'": 1} and not summary['skipped']
+
+
+def test_broken_samples_of_a_tar_file_are_counted_and_named(tmp_path):
+  _write_tar(tmp_path / 'in/0.tar', {
+      'good.jpg': _image(1), 'bad.jpg': b'no image', 'cut.jpg': _image(2)[:300], 'json.jpg': _image(3),
+      'json.json': b'{', 'text.jpg': _image(4), 'text.txt': b'\xff', 'two.jpg': _image(5), 'two.png': _image(6),
+      'none.txt': b'no image'})
+  summary, records = _prepare(tmp_path / 'in', tmp_path)
+  assert [r['source_location'] for r in records] == ['0.tar/good']
+  assert _skipped(summary) == {
+      'not an image': ['0.tar/bad'], 'corrupt image': ['0.tar/cut'], 'not JSON': ['0.tar/json'],
+      'not UTF-8': ['0.tar/text'], 'several images or videos': ['0.tar/two'], 'no image': ['0.tar/none']}
+
+
+@pytest.mark.parametrize('damage, num_kept', [
+    (lambda data: data[:1536 + 700], 1), (lambda data: data[:1536 + 300], 1), (lambda data: data[:3072], 2),
+    (lambda data: data[:1536] + bytes([7]) * 512 + data[2048:], 1), (lambda data: b'', 0), (lambda data: b'x' * 999, 0),
+], ids=['in an image', 'in a header', 'no end', 'no header', 'empty', 'no tar'])
+def test_a_damaged_tar_file_keeps_the_samples_before_the_damage(tmp_path, damage, num_kept):
+  images = [_image(i)[:500].ljust(600, b'\0') for i in range(3)]  # of two blocks each
+  path = _write_tar(tmp_path / 'in/0.tar', {f'{i}.jpg': data for i, data in enumerate(images[:2])})
+  assert all(len(data) == 600 for data in images)
+  path.write_bytes(damage(path.read_bytes()))
+  rows = list(archives.read_tar(str(path), ''))
+  assert [row.location for row in rows if not row.skipped] == [f'0.tar/{i}' for i in range(num_kept)]
+  assert rows[-1].skipped == 'corrupt or truncated tar file' and len(rows) == num_kept + 1
+
+
+def test_a_range_names_files_which_must_exist(tmp_path):
+  for i in range(8, 12):
+    _write_tar(tmp_path / f'in/train-{i:03}.tar', {f'{i}.jpg': _image(i), f'{i}.txt': f'number {i}'.encode()})
+  summary, records = _prepare(tmp_path / 'in/train-{009..011}.tar', tmp_path)
+  assert [r['captions'] for r in records] == [(f'number {i}',) for i in (9, 10, 11)]
+  with pytest.raises(MissingFileError, match=r'\{010\.\.013\}\.tar: train-012.tar, train-013.tar of 4 files do not'):
+    list(input_shards.plan(tmp_path / 'in/train-{010..013}.tar'))
+
+
+def test_equal_images_of_archives_are_compared_by_content_and_declared_keys(tmp_path):
+  caption = dict.fromkeys(('1.txt', '2.txt', '3.txt'), b'the same')
+  _write_tar(tmp_path / 'in/0.tar', dict(sorted({'1.jpg': _image(1), '2.jpg': _image(2), '3.jpg': _image(1), **caption}
+                                                .items())))
+  _write_tar(tmp_path / 'in/1.tar', {'1.jpg': _image(4), '1.json': b'{"key": "k"}'})
+  _write_tar(tmp_path / 'in/2.tar', {'1.jpg': _image(5), '1.json': b'{"key": "k"}'})
+  summary, records = _prepare(tmp_path / 'in', tmp_path)
+  assert [r['image'] for r in records] == [_image(i) for i in (1, 2, 4)]
+  assert _skipped(summary) == {'duplicate': ['0.tar/3'], 'duplicate key': ['2.tar/1']}
+
+
+def test_images_of_parquet_are_bytes_or_paths(tmp_path):
+  (tmp_path / 'in').mkdir()
+  own_files.write_image(tmp_path / 'in/here.png', 'blue', 1)
+  pq.write_table(pa.table({'jpg': [_image(0), None, b'no image'], 'caption': ['one', 'two', 'three'],
+                           'similarity': [0.5, 0.25, float('nan')]}), tmp_path / 'in/train-0.parquet')
+  pq.write_table(pa.table({'image': [{'bytes': _image(1), 'path': 'x.jpg'}], 'caption': ['four']}),
+                 tmp_path / 'in/train-1.parquet')
+  pq.write_table(pa.table({
+      'image': ['here.png', 'gone.png', 'https://x.example/y.jpg'], 'caption': ['five', 'six', None],
+      'split': ['test', None, None]}), tmp_path / 'in/train-2.parquet')
+  summary, records = _prepare(tmp_path / 'in', tmp_path)
+  assert [(r['image'], r['captions']) for r in records] == [(_image(0), ('one',)), (_image(1), ('four',))]
+  assert [r['captions'] for r in _read_all(tmp_path / 'data', split='test')] == [('five',)]
+  assert _skipped(summary) == {
+      'no image': ['train-0.parquet:2'], 'not an image': ['train-0.parquet:3'],
+      'missing file': ['train-2.parquet:2'],
+      'a URL, which is not fetched (img2dataset downloads images)': ['train-2.parquet:3']}
+
+
+def test_damage_of_a_parquet_file_costs_its_own_rows(tmp_path):
+  rows = {'jpg': [_image(i) for i in range(6)], 'caption': [f'number {i}' for i in range(6)]}
+  for name in ('0', '1', '2'):
+    (tmp_path / 'in').mkdir(exist_ok=True)
+    pq.write_table(pa.table(rows | {'key': [f'{name}{i}' for i in range(6)]}), tmp_path / f'in/{name}.parquet',
+                   row_group_size=3, compression='none')
+  content = bytearray((tmp_path / 'in/1.parquet').read_bytes())
+  content[4:40] = bytes(36)  # the header of the first page
+  (tmp_path / 'in/1.parquet').write_bytes(content)
+  (tmp_path / 'in/2.parquet').write_bytes(b'PAR1')
+  summary, records = _prepare(tmp_path / 'in', tmp_path)
+  assert [r['source_location'] for r in records] == [*(f'0.parquet:{i}' for i in range(1, 7)),
+                                                     *(f'1.parquet:{i}' for i in (4, 5, 6))]
+  assert _skipped(summary) == {'corrupt Parquet file': ['1.parquet:1', '2.parquet:1']}
+
+
+@pytest.mark.parametrize('suffix, delimiter', [('csv', ','), ('tsv', '\t')])
+def test_a_table_names_files_and_may_have_lines_in_quotes(tmp_path, suffix, delimiter):
+  for i in range(3):
+    own_files.write_image(tmp_path / f'in/images/{i}.png', 'red', i)
+  lines = [['image', ' caption', 'color'], ['images/0.png', f'"a ""red""{delimiter} one,\n\nin lines"', 'red'], [],
+           ['images/1.png', 'café', 'red'], ['images/2.png', ''], ['images/9.png', 'gone', ''], ['', 'text', '']]
+  content = '\ufeff' + '\r\n'.join(map(delimiter.join, lines)) + '\r\n'
+  (tmp_path / f'in/data.{suffix}').write_bytes(content.encode() + b'images/2.png' + delimiter.encode() * 2 + b'\xff\n')
+  summary, records = _prepare(tmp_path / 'in', tmp_path)
+  assert [(r['captions'], r['color'], r['source_location']) for r in records] == [
+      ((' '.join(f'a "red"{delimiter} one, in lines'.split()),), 'red', f'data.{suffix}:2'),
+      (('café',), 'red', f'data.{suffix}:6')]
+  assert _skipped(summary) == {
+      'another number of fields than in the first line': [f'data.{suffix}:7'], 'missing file': [f'data.{suffix}:8'],
+      'no image': [f'data.{suffix}:9'], 'not UTF-8': [f'data.{suffix}:10']}
+
+
+def test_a_table_without_known_columns_is_a_note_beside_folders_of_classes(tmp_path):
+  own_files.write_image(tmp_path / 'in/red/0.png', 'red', 0)
+  own_files.write_image(tmp_path / 'in/blue/1.png', 'blue', 1)
+  (tmp_path / 'in/sizes.csv').write_text('name,width\n0.png,24\n')
+  summary, records = _prepare(tmp_path / 'in', tmp_path)
+  assert [r['label'] for r in records] == ['blue', 'red']
+  assert _skipped(summary) == {'not an image or video': ['sizes.csv']}
+
+
+def _inputs(root: pathlib.Path) -> dict[str, pathlib.Path]:
+  """An input of every kind, with odd rows."""
+  own_files.write_captioned_images(root / 'jsonl', 12)
+  own_files.append_odd_rows(root / 'jsonl')
+  (root / 'lines.txt').write_bytes(b'\xef\xbb\xbfone\n\ntwo\rthree\r\n\r\n\n four\n\xe3\x80\x80\nfive\r\rsix \xff')
+  for i in range(7):
+    own_files.write_image(root / f'folder/{("red", "blue")[i % 2]}/{i}.png', 'red', i, (8, 8))
+  rows = [f'folder/red/{i}.png,"number\n{i}",{i}\n' for i in (0, 2, 4)]
+  (root / 'table').mkdir()
+  (root / 'folder').rename(root / 'table/folder')
+  (root / 'table/data.csv').write_text('image,caption,key\n' + ''.join(rows) + '\n"unclosed')
+  for i in range(7):
+    own_files.write_image(root / f'folder/{("red", "blue")[i % 2]}/{i}.png', 'red', i, (8, 8))
+  pq.write_table(pa.table({'text': [f'text {i}' for i in range(9)], 'label': list('aabbccabc')}), root / 'x.parquet')
+  return {'jsonl': root / 'jsonl', 'txt': root / 'lines.txt', 'folder': root / 'folder', 'csv': root / 'table',
+          'parquet': root / 'x.parquet'}
+
+
+@pytest.mark.parametrize('name', ['jsonl', 'txt', 'folder', 'csv', 'parquet'])
+def test_the_rows_do_not_depend_on_the_size_of_shards(tmp_path, monkeypatch, name):
+  source = _inputs(tmp_path / 'in')[name]
+  undivided = list(input_shards.plan(source))
+  rows = [row for shard in undivided for row in input_shards.read(shard)]
+  assert len(undivided) == 1 and len(rows) > 3
+  for size in (1, 2, 3):
+    monkeypatch.setattr(input_shards, '_NUM_ROWS', size)
+    shards = list(input_shards.plan(source))
+    assert (len(shards) > 1) == (name != 'parquet')
+    assert [row for shard in shards for row in input_shards.read(shard)] == rows
+    assert len({shard.name() for shard in shards}) == len(shards)
+
+
+def test_documents_and_line_numbers_go_on_over_shards(tmp_path, monkeypatch):
+  monkeypatch.setattr(input_shards, '_NUM_ROWS', 2)
+  rows = [row for shard in input_shards.plan(_inputs(tmp_path)['txt']) for row in input_shards.read(shard)]
+  assert [(row.texts['text'], row.location, row.group) for row in rows] == [
+      ('one', 'lines.txt:1', 'lines/0'), ('two', 'lines.txt:3', 'lines/1'), ('three', 'lines.txt:4', 'lines/1'),
+      ('four', 'lines.txt:7', 'lines/3'), ('five', 'lines.txt:9', 'lines/4'), ('six \ufffd', 'lines.txt:11', 'lines/5')]
+
+
+def test_a_changed_file_is_another_shard(tmp_path):
+  own_files.write_jsonl(tmp_path / 'x.jsonl', [{'text': 'one'}])
+  [before] = input_shards.plan(tmp_path)
+  own_files.write_jsonl(tmp_path / 'x.jsonl', [{'text': 'two'}])
+  [after] = input_shards.plan(tmp_path)
+  assert before.name() != after.name() != after.name('video')
+
+
+def test_an_input_of_no_known_format_is_refused(tmp_path):
+  with pytest.raises(MissingFileError, match='does not exist'):
+    list(input_shards.plan(tmp_path / 'gone'))
+  (tmp_path / 'x.zip').touch()
+  (tmp_path / 'x').mkdir()
+  for name, message in (('x.zip', r'a file must end in \.jsonl, \.tar'), ('x', 'no file of rows')):
+    with pytest.raises(UsageError, match=message):
+      list(input_shards.plan(tmp_path / name))
+
+
+def test_archives_in_a_bucket_are_read_there(gcs, tmp_path):
+  for i in range(2):
+    _write_tar(tmp_path / f'in/{i}.tar', {f'{i}{j}.jpg': _image(3 * i + j) for j in range(3)})
+  pq.write_table(pa.table({'jpg': [_image(9)], 'caption': ['one']}), tmp_path / 'table.parquet')
+  for path in (*(tmp_path / 'in').iterdir(), tmp_path / 'table.parquet'):
+    storage.write_bytes(storage.path(f'{gcs.address}/archives/{path.relative_to(tmp_path)}'), path.read_bytes())
+  for i, (local, name) in enumerate((('in', 'in'), ('in', 'in/{0..1}.tar'), ('table.parquet', 'table.parquet'))):
+    with input_shards.opened(f'{gcs.address}/archives/{name}', str(tmp_path / 'cache')) as source:
+      summary = prepare.prepare(source, tmp_path / 'data', f'x{i}')
+    expected = prepare.prepare(tmp_path / local, tmp_path / 'data', f'y{i}')
+    assert summary['fingerprints'] == expected['fingerprints']
+  assert not (tmp_path / 'cache').exists()
+  with pytest.raises(MissingFileError, match=r'2.tar of 3 files do not exist'):
+    list(input_shards.plan(storage.path(f'{gcs.address}/archives/in/{{0..2}}.tar')))

@@ -1,0 +1,136 @@
+"""A preparation gives the same files for any number of workers, and wherever it was interrupted."""
+
+import pathlib
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from tests.data import own_files
+from tests.helpers import processes
+from tests.stress import preparation
+from uni_moe_jax.data.files import prepare
+from uni_moe_jax.data.preparation import input_shards, workers
+from uni_moe_jax.data.preparation.scan import Scan
+from uni_moe_jax.data.preparation.write import Write
+from uni_moe_jax.utils import locks
+from uni_moe_jax.utils.errors import UsageError
+
+
+class _Killed(Exception):
+  pass
+
+
+@pytest.fixture(name='source')
+def _source(tmp_path, monkeypatch):
+  """Images in seven shards, several files of records, and duplicates in other shards."""
+  monkeypatch.setattr(input_shards, '_NUM_ROWS', 5)
+  monkeypatch.setattr(prepare, '_FILE_ROWS', 8)
+  root = own_files.write_captioned_images(tmp_path / 'in')
+  rows = own_files.read_jsonl(root / 'data.jsonl')
+  own_files.write_jsonl(root / 'data.jsonl', [*rows, rows[3], {**rows[4], 'captions': ['other']}])
+  return root
+
+
+def _run(source, data, monkeypatch, num_tasks=10**6):
+  """Prepares until so many tasks are done, in the last of which it is killed; returns their types."""
+  started = []
+
+  def run(tasks, *_, **__):
+    for task in tasks:
+      started.append(type(task))
+      if len(started) > num_tasks:
+        raise _Killed
+      task()
+
+  monkeypatch.setattr(workers, 'run', run)
+  prepare.prepare(source, data, 'x')
+  return started
+
+
+def test_what_is_done_is_not_done_again(source, tmp_path, monkeypatch):
+  tasks = _run(source, tmp_path / 'whole', monkeypatch)
+  assert tasks == [Scan] * 7 + [Write] * 4
+  expected = preparation.content(tmp_path / 'whole/own/x')
+  for num_done in range(len(tasks)):
+    data = tmp_path / f'{num_done}'
+    with pytest.raises(_Killed):
+      _run(source, data, monkeypatch, num_done)
+    (data / 'own/x/.1.0.0.unfinished/shards/.half').mkdir()  # as a process leaves it that is killed
+    assert _run(source, data, monkeypatch) == tasks[num_done:]
+    assert preparation.content(data / 'own/x') == expected
+
+
+def test_one_that_was_killed_at_its_end_is_complete(source, tmp_path, monkeypatch):
+  _run(source, tmp_path, monkeypatch)
+  work = tmp_path / 'own/x/.1.0.0.unfinished'
+  work.mkdir()
+  assert prepare.prepare(source, tmp_path, 'x')['splits'] == {'train': 24, 'test': 7}
+  assert not work.exists()
+
+
+def test_other_options_or_rows_are_not_taken_from_an_interrupted_one(source, tmp_path, monkeypatch):
+  with pytest.raises(_Killed):
+    _run(source, tmp_path, monkeypatch, 9)
+  rows = own_files.read_jsonl(source / 'data.jsonl')
+  own_files.write_jsonl(source / 'data.jsonl', [{**row, 'captions': ['new']} for row in rows])
+  assert _run(source, tmp_path, monkeypatch) == [Scan] * 7 + [Write] * 4
+
+
+def test_after_too_many_bad_rows_files_are_read_again(source, tmp_path, monkeypatch):
+  image = source / 'images/000.jpg'
+  content = image.read_bytes()
+  image.unlink()
+  with pytest.raises(UsageError, match='cannot be used'):
+    prepare.prepare(source, tmp_path, 'x', max_corrupt_fraction=0.01)
+  image.write_bytes(content)
+  assert prepare.prepare(source, tmp_path, 'x', max_corrupt_fraction=0.05)['splits'] == {'train': 24, 'test': 7}
+
+
+def test_two_processes_do_not_prepare_the_same(source, tmp_path, monkeypatch):
+  monkeypatch.setattr(locks, 'lock', lambda *_: 'another process')
+  with pytest.raises(UsageError, match='is locked by another process, which prepares the same dataset'):
+    prepare.prepare(source, tmp_path, 'x')
+
+
+def test_workers_are_processes_that_give_the_same_files(source, tmp_path):
+  for num_workers in (1, 2):
+    prepare.prepare(source, tmp_path / str(num_workers), 'x', num_workers=num_workers)
+  one, two = (preparation.content(tmp_path / str(n) / 'own/x') for n in (1, 2))
+  assert one == two and len([name for name in one if 'array_record' in name]) == 4
+
+
+def test_progress_has_rows_per_second_and_the_time_left(monkeypatch, capsys):
+  times = iter([0., 5., 20.])
+  monkeypatch.setattr(workers, 'time', types.SimpleNamespace(monotonic=lambda: next(times)))
+  workers.run([lambda: 1000, lambda: 500], 4, 'read', 1)
+  assert capsys.readouterr().out == 'read 1,500 rows, 75 rows/s, part 2 of 4, 0.3 min left\n'
+
+
+_WORKERS = '''
+import functools, os, sys, time
+from uni_moe_jax.data.preparation import workers
+if __name__ == '__main__':
+  print(os.getpid(), flush=True)
+  workers.run([functools.partial(time.sleep, 100)] * 3, 3, 'slept', 2)
+'''
+
+
+def test_workers_end_when_their_process_is_killed(tmp_path):
+  (tmp_path / 'program.py').write_text(_WORKERS)
+  process = subprocess.Popen([sys.executable, str(tmp_path / 'program.py')], stdout=subprocess.PIPE,
+                             env=processes.environment(1))
+  process.stdout.readline()
+  children = pathlib.Path(f'/proc/{process.pid}/task/{process.pid}/children')
+  while len(children.read_text().split()) < 3:  # two workers, and the tracker of resources
+    time.sleep(0.05)
+  process.kill()
+  process.communicate(timeout=60)  # its output ends when the last process that has the pipe ends
+
+
+@pytest.mark.slow
+def test_preparations_killed_at_random_moments_end_like_an_undisturbed_one(tmp_path):
+  source = preparation.write_rows(tmp_path / 'in', 5_000)
+  assert not preparation.kills(tmp_path, source, 4, seed=0)

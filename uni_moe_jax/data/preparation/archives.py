@@ -1,0 +1,125 @@
+"""Rows of archives: tar files of WebDataset, and Parquet files. Damage costs the rows that it hits.
+
+Sample KEY of a tar file is its consecutive members KEY.jpg (or another image or video), KEY.txt (a caption), KEY.json
+(fields as in .jsonl) and KEY.cls (a class). A row of a Parquet file has fields as in .jsonl; an image or video may be
+bytes, in a column of that name or of a file suffix ('jpg'), or of the type {bytes, path}.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import tarfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from uni_moe_jax.data.files import formats, media
+from uni_moe_jax.data.files.formats import Row, Skip, printable, shorten
+from uni_moe_jax.utils import storage
+
+_BATCH = 64  # rows of Parquet in memory at once, with their images
+_CORRUPT_TAR, _CORRUPT_PARQUET = 'corrupt or truncated tar file', 'corrupt Parquet file'
+
+
+def open_binary(address: str) -> BinaryIO:
+  """Opens a file of a disk or a bucket for reading."""
+  return storage.filesystem(address).open(address, 'rb') if storage.is_remote(address) else open(address, 'rb')
+
+
+def read_tar(address: str, split: str) -> Iterator[Row]:
+  """Yields the samples of a tar file; where it is damaged it ends, with a row that says so."""
+  name, key, members = os.path.basename(address), None, {}
+  with open_binary(address) as file:
+    try:
+      tar = tarfile.open(fileobj=file, mode='r:')
+      while (member := tar.next()) is not None:
+        tar.members.clear()  # it would keep all of them
+        folder, _, base = member.name.rpartition('/')
+        if not member.isfile() or base.startswith('.'):
+          continue
+        stem, _, extension = base.partition('.')
+        if (folder, stem) != key:
+          if key is not None:
+            yield _sample(name, key, members, split)
+          key, members = (folder, stem), {}
+        members[extension.lower()] = tar.extractfile(member).read(media.MAX_BYTES + 1)  # which is refused
+      file.seek(tar.offset)
+      is_complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, EOFError):
+      is_complete, key = False, None  # a sample that may lack members
+    if key is not None:
+      yield _sample(name, key, members, split)
+    if not is_complete:
+      yield Row(printable(name), skipped=_CORRUPT_TAR)
+
+
+def _sample(file: str, key: tuple[str, str], members: dict[str, bytes], split: str) -> Row:
+  location = printable('/'.join(filter(None, (file, *key))))
+  try:
+    value = formats.decode_json(members.pop('json')) if 'json' in members else {}
+    if isinstance(value, dict):
+      value = {k: v for k, v in value.items() if k not in formats.MEDIA_TYPES}  # names of files elsewhere
+      for extension, field in (('txt', 'caption'), ('cls', 'label')):
+        if extension in members:
+          value[field] = formats.decode_text(members.pop(extension))
+    known = {e: formats.media_type_of(f'.{e.rpartition(".")[2]}') for e in members}
+    content = [(media_type, members[e]) for e, media_type in known.items() if media_type]
+    if len(content) > 1:
+      raise Skip('several images or videos')
+    row = formats.parse(value, location, pathlib.Path(), split, False, data=content[0] if content else None)
+    others = map(shorten, (e for e, media_type in known.items() if not media_type))
+    return dataclasses.replace(row, dropped_fields=(*row.dropped_fields, *others))
+  except Skip as e:
+    return Row(location, skipped=str(e))
+
+
+def row_groups(address: str) -> list[int]:
+  """The number of the first row of each row group of a Parquet file; [1] if it is damaged."""
+  try:
+    with open_binary(address) as file:
+      metadata = _parquet(file).metadata
+      sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+  except ValueError:  # ArrowInvalid among others
+    return [1]
+  return [1 + sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def read_parquet(
+    address: str, group: int, first: int, root: pathlib.Path, split: str, allow_outside: bool) -> Iterator[Row]:
+  """Yields the rows of a row group; where it is damaged it ends, with a row that says so."""
+  name, number = os.path.basename(address), first
+  with open_binary(address) as file:
+    try:
+      for batch in _parquet(file).iter_batches(_BATCH, row_groups=[group]):
+        for value in batch.to_pylist():
+          yield _parquet_row(value, printable(f'{name}:{number}'), root, split, allow_outside)
+          number += 1
+    except (ValueError, OSError) as e:  # pyarrow's errors are of these classes
+      if storage.is_remote(address) and storage.explain(e, address):
+        raise
+      yield Row(printable(f'{name}:{number}'), skipped=_CORRUPT_PARQUET)
+
+
+def _parquet(file: BinaryIO) -> Any:
+  import pyarrow.parquet as pq
+  return pq.ParquetFile(file)
+
+
+def _parquet_row(
+    value: dict[str, Any], location: str, root: pathlib.Path, split: str, allow_outside: bool) -> Row:
+  content = []
+  for name, field in list(value.items()):
+    is_file = isinstance(field, dict) and isinstance(field.get('bytes'), bytes)
+    if media_type := name if name in formats.MEDIA_TYPES else formats.media_type_of(f'.{name}'):
+      if is_file or isinstance(field, bytes):
+        content.append((media_type, field['bytes'] if is_file else field))
+      if not isinstance(field, str):
+        del value[name]
+    elif isinstance(field, float) and math.isnan(field):
+      del value[name]
+  try:
+    if len(content) > 1:
+      raise Skip('several images or videos')
+    return formats.parse(value, location, root, split, allow_outside, data=content[0] if content else None)
+  except Skip as e:
+    return Row(location, skipped=str(e))

@@ -1,0 +1,304 @@
+"""The input in shards: parts that are read independently of each other, in the order of their rows.
+
+  folder        images or videos [split/]class/file
+  file.jsonl    an object per line, or a folder of such files; file.npz beside it has videos
+  file.csv      also .tsv: the columns that its first line names, with the fields of .jsonl
+  file.parquet  the same as columns, images also as bytes; or a folder of such files
+  file.tar      of WebDataset, or a folder of them, or a range of names: {00000..01242}.tar
+  file.txt      a text per line, empty lines between documents; or a folder of such files
+
+Tar and Parquet files may be in a bucket: whoever reads a shard opens them there.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import hashlib
+import io
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO
+
+from uni_moe_jax.data import mirror
+from uni_moe_jax.data.files import formats
+from uni_moe_jax.data.files.formats import MEDIA_SUFFIXES, SPLIT_NAMES, Row, one_line, printable
+from uni_moe_jax.data.preparation import archives
+from uni_moe_jax.utils import storage
+from uni_moe_jax.utils.errors import MissingFileError, UsageError, first_few
+
+_NUM_ROWS = 2_000  # of a shard, where a file can be divided
+_RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
+_ARCHIVES = ('.tar', '.parquet')
+_TABLES = {'.csv': ',', '.tsv': '\t'}  # suffix → delimiter
+_FILES = (('.jsonl',), *((suffix,) for suffix in _ARCHIVES), tuple(_TABLES), ('.txt',))  # the first ones scanned count
+_MAX_FIELD = 2**24  # characters of a field of a table: one may lack its second quote
+_SPLIT_PREFIX = re.compile('[A-Za-z]+(?=-|$)')  # of 'train-00000-of-00004'
+
+
+@dataclasses.dataclass(frozen=True)
+class InputShard:
+  """A part of the input.
+
+  Attributes:
+    reader: key of `_READERS`.
+    root: folder that locations and paths are relative to.
+    file: its address. state: size and time of change, so that another content is another shard.
+    start, stop: bytes of a file of lines; start of Parquet: the row group.
+    line: number of the first line or row. document: number of documents before it.
+    split: of rows that name none.
+    columns: of a table. paths: below `root`, of a folder by class.
+  """
+  reader: str
+  root: str
+  file: str = ''
+  state: tuple[float, ...] = ()
+  start: int = 0
+  stop: int = 0
+  line: int = 1
+  document: int = 0
+  split: str = ''
+  columns: tuple[str, ...] = ()
+  paths: tuple[str, ...] = ()
+
+  def name(self, *options: object) -> str:
+    """Identifies the shard and the options that its rows depend on."""
+    return hashlib.sha256(repr((self, options)).encode(errors='backslashreplace')).hexdigest()[:20]
+
+  def location(self, what: object) -> str:
+    """'file:what', relative to the input."""
+    return printable(f'{os.path.basename(self.file)}:{what}')
+
+
+@contextlib.contextmanager
+def opened(address: str, cache_dir: str) -> Iterator[storage.Path]:
+  """Yields the input; from a bucket it is copied for that time, unless its rows are in tar or Parquet files."""
+  source = storage.path(os.path.expanduser(address), '--input')
+  if storage.is_remote(source):
+    storage.check_access(source.parent if _RANGE.search(source.name) else source, '--input')
+    if any(file.suffix.lower() in _ARCHIVES for file in _row_files(source)):
+      yield source
+      return
+  with mirror.local_input(address, '--input', cache_dir) as copy:
+    yield copy
+
+
+def plan(source: storage.Path) -> Iterator[InputShard]:
+  """Yields the shards of an input, in order.
+
+  Raises:
+    MissingFileError: it does not exist. UsageError: it contains no known format.
+  """
+  files = _row_files(source)
+  empty = True
+  if files:
+    shards = itertools.chain.from_iterable(map(_divide, files))
+  elif storage.is_remote(source) or source.is_file():
+    raise UsageError(f'--input={source}: a file must end in {", ".join(itertools.chain(*_FILES))}.')
+  else:
+    shards = _class_folders(source)
+  for shard in shards:
+    empty = False
+    yield shard
+  if empty and not files:
+    raise UsageError(f'--input={source} has no file of rows ({", ".join(itertools.chain(*_FILES))}) and no folder of '
+                     f'images or videos per class ({", ".join(sorted(MEDIA_SUFFIXES))}).')
+
+
+def read(shard: InputShard, gif: str = 'image', allow_outside: bool = False) -> Iterator[Row]:
+  """Yields the rows of a shard.
+
+  Args:
+    gif: media type of .gif files in a folder by class: 'image' (the first frame) or 'video'.
+    allow_outside: whether a row may name a file that is not below its folder, also through a link.
+  """
+  if shard.reader == 'folder':
+    root = pathlib.Path(shard.root)
+    return (formats.class_folder_row(root, pathlib.PurePath(path), gif) for path in shard.paths)
+  return _READERS[shard.reader](shard, allow_outside)
+
+
+def _row_files(source: storage.Path) -> list[storage.Path]:
+  """The files with rows, in order; [] for a folder by class, in which text files are notes."""
+  if match := _RANGE.search(source.name):
+    return _named_range(source, match)
+  if remote := storage.is_remote(source):
+    paths = [source] if source.suffix in _ARCHIVES else [
+        source / name for name in storage.files_in(source) if '/' not in name]
+  elif not source.exists():
+    raise MissingFileError(f'--input={source} does not exist.')
+  else:
+    # Some systems leave '._data.jsonl' beside a file.
+    paths = [source] if source.is_file() else sorted(p for p in source.iterdir() if not p.name.startswith('.'))
+  for suffixes in _FILES[:3] if remote else _FILES:
+    files = [p for p in paths if p.suffix.lower() in suffixes]
+    if suffixes == tuple(_TABLES) and files != [source]:  # others are notes
+      files = [p for p in files if set(formats.RESERVED_FIELDS) & set(_columns(p))]
+    if suffixes == ('.txt',) and files != [source] and _has_media(source):
+      files = []
+    if files:
+      return files
+  return []
+
+
+def _named_range(source: storage.Path, match: re.Match) -> list[storage.Path]:
+  """The files of a name with a range, such as {00000..01242}.tar."""
+  first, last = match.groups()
+  names = [f'{source.name[:match.start()]}{i:0{len(first)}}{source.name[match.end():]}'
+           for i in range(int(first), int(last) + 1)]
+  existing = ({name for name in storage.files_in(source.parent)} if storage.is_remote(source) else
+              {name for name in names if (source.parent / name).is_file()})
+  if missing := [name for name in names if name not in existing] or ([] if names else [source.name]):
+    raise MissingFileError(f'--input={source}: {first_few(missing)} of {len(names)} files do not exist.')
+  return [source.parent / name for name in names]
+
+
+def _has_media(source: pathlib.Path) -> bool:
+  return any(p.suffix.lower() in MEDIA_SUFFIXES and not p.name.startswith('.')
+             for pattern in ('*/*', '*/*/*') for p in source.glob(pattern))
+
+
+def _class_folders(root: pathlib.Path) -> Iterator[InputShard]:
+  paths = _files_below(str(root), '')
+  while batch := tuple(itertools.islice(paths, _NUM_ROWS)):
+    yield InputShard('folder', str(root), paths=batch)
+
+
+def _files_below(folder: str, prefix: str) -> Iterator[str]:
+  """The names of files below a folder, in the order of sorted paths; hidden ones are ignored."""
+  with os.scandir(folder) as entries:
+    scanned = sorted((e for e in entries if not e.name.startswith('.')), key=lambda entry: entry.name)
+  for entry in scanned:
+    if entry.is_dir(follow_symlinks=False):
+      yield from _files_below(entry.path, f'{prefix}{entry.name}/')
+    elif entry.is_file():
+      yield prefix + entry.name
+
+
+def _divide(file: storage.Path) -> Iterator[InputShard]:
+  """The shards of a file with rows."""
+  suffix, stem = file.suffix.lower(), file.stem.lower()
+  prefix = stem if suffix in ('.jsonl', '.txt') else ''.join(_SPLIT_PREFIX.findall(stem)[:1])
+  status = file.stat()
+  shard = functools.partial(InputShard, suffix[1:], str(file.parent), str(file),
+                            (status.length, status.mtime) if storage.is_remote(file) else
+                            (status.st_size, status.st_mtime_ns), split=SPLIT_NAMES.get(prefix, ''))
+  if suffix == '.tar':
+    yield shard()
+  elif suffix == '.parquet':
+    for i, row in enumerate(archives.row_groups(str(file))):
+      yield shard(start=i, line=row)
+  elif suffix == '.jsonl' and file.with_suffix('.npz').is_file():
+    yield shard(stop=file.stat().st_size)  # videos of an array are read in one pass
+  else:
+    with archives.open_binary(str(file)) as lines:
+      first_line = 1
+      if suffix in _TABLES:
+        shard = functools.partial(shard, columns=_columns(file))
+        records = ((last - first, 0) for first, last, _ in _records(lines, _TABLES[suffix]))
+        first_line += next(records, (0, 0))[0]  # the names of the columns
+        steps = records
+      elif suffix == '.txt':
+        texts = (_texts(line, i == 0) for i, line in enumerate(lines))
+        steps = ((len(t), sum(not one_line(line) for line in t)) for t in texts)
+      else:
+        steps = ((1, 0) for _ in lines)
+      yield from _cut(lines, steps, shard, first_line)
+
+
+def _cut(file: BinaryIO, steps: Iterator[tuple[int, int]], shard: Callable[..., InputShard],
+         line: int) -> Iterator[InputShard]:
+  """Shards of a file of which each step has read some lines and ends of documents; `line`: number of the first one."""
+  start, document = file.tell(), 0
+  while chunk := list(itertools.islice(steps, _NUM_ROWS)):
+    yield shard(start=start, stop=(start := file.tell()), line=line, document=document)
+    line += sum(lines for lines, _ in chunk)
+    document += sum(documents for _, documents in chunk)
+
+
+def _lines(shard: InputShard) -> Iterator[bytes]:
+  with open(shard.file, 'rb') as file:
+    file.seek(shard.start)
+    while file.tell() < shard.stop:
+      yield file.readline()
+
+
+def _texts(data: bytes, is_first: bool) -> list[str]:
+  """The lines of a part of a text file, which may end as on any system."""
+  return io.StringIO(data.decode('utf-8-sig' if is_first else 'utf-8', 'replace'), newline=None).readlines()
+
+
+def _read_lines(shard: InputShard, _: bool) -> Iterator[Row]:
+  """Yields one text per line. Lines between empty lines are a document, which stays in one split."""
+  name, document = os.path.basename(shard.file), shard.document
+  stem = printable(pathlib.PurePath(name).stem)
+  for number, line in enumerate(_texts(b''.join(_lines(shard)), not shard.start), shard.line):
+    if text := one_line(line):
+      yield Row(shard.location(number), shard.split, texts={'text': text},
+                key=f'{name}:{number}',  # equal lines are no duplicates: a book may repeat a sentence
+                group=f'{stem}/{document}')
+    else:
+      document += 1
+
+
+def _read_jsonl(shard: InputShard, allow_outside: bool) -> Iterator[Row]:
+  array, root = pathlib.Path(shard.file).with_suffix('.npz'), pathlib.Path(shard.root)
+  has_array = array.is_file()
+  # Decoded line by line, so that a byte of another encoding costs one line.
+  for number, line in enumerate(_lines(shard), shard.line):
+    if line.strip():
+      location = shard.location(number)
+      try:
+        value = formats.decode_json(line, 'utf-8-sig' if number == 1 else 'utf-8')
+        yield formats.parse(value, location, root, shard.split, allow_outside,
+                            (array, number - 1) if has_array else None)
+      except formats.Skip as e:
+        yield Row(location, skipped=str(e))
+
+
+def _columns(file: storage.Path) -> tuple[str, ...]:
+  """The names in the first line of a table."""
+  with archives.open_binary(str(file)) as lines:
+    _, _, names = next(_records(lines, _TABLES[file.suffix.lower()]), (0, 0, None))
+  return tuple(one_line(name) for name in names or ())
+
+
+def _records(lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, int, list[str] | None]]:
+  """Yields (number of lines before, and after it, fields) of each record of a table; None for one that is damaged."""
+  csv.field_size_limit(_MAX_FIELD)
+  reader = csv.reader((line.decode('utf-8-sig' if i == 0 else 'utf-8', 'surrogateescape')
+                       for i, line in enumerate(lines)), delimiter=delimiter)
+  while True:
+    before = reader.line_num
+    try:
+      record = next(reader)
+    except StopIteration:
+      return
+    except csv.Error:
+      record = None
+    yield before, reader.line_num, record
+
+
+def _read_table(shard: InputShard, allow_outside: bool) -> Iterator[Row]:
+  root, delimiter = pathlib.Path(shard.root), _TABLES[f'.{shard.reader}']
+  for before, _, record in _records(_lines(shard), delimiter):
+    if record != []:
+      location = shard.location(shard.line + before)
+      try:
+        if record is None or len(record) != len(shard.columns):
+          raise formats.Skip('another number of fields than in the first line')
+        texts = (formats.decode_text(field.encode(errors='surrogateescape')) for field in record)
+        value = {name: text for name, text in zip(shard.columns, texts) if text}
+        yield formats.parse(value, location, root, shard.split, allow_outside)
+      except formats.Skip as e:
+        yield Row(location, skipped=str(e))
+
+
+_READERS: dict[str, Callable[[InputShard, bool], Iterator[Row]]] = {
+    'jsonl': _read_jsonl, 'txt': _read_lines, 'csv': _read_table, 'tsv': _read_table,
+    'tar': lambda shard, _: archives.read_tar(shard.file, shard.split),
+    'parquet': lambda shard, allow_outside: archives.read_parquet(
+        shard.file, shard.start, shard.line, pathlib.Path(shard.root), shard.split, allow_outside)}

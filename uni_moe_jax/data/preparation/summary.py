@@ -1,0 +1,64 @@
+"""Statistics of prepared data, for prepared.json and for the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from uni_moe_jax.data.preparation.merge import Merged
+from uni_moe_jax.data.preparation.scan import SPLITS
+
+_MAX_DROPPED_FIELDS = 20  # by name
+
+
+def summarize(merged: Merged, test_fraction: float) -> dict[str, Any]:
+  """Statistics of splits, classes and skipped rows."""
+  splits, warnings = merged.split_sizes, []
+  if 'train' not in splits:
+    warnings.append('there is no split train; this data can only be evaluated')
+  elif test_fraction and 'test' not in splits and not merged.names_splits:
+    warnings.append(f'the split test is empty with --test_fraction={test_fraction}: too few groups; raise it, or name '
+                    'the split of each row')
+  count = lambda column, split: [merged.class_counts[column][name, SPLITS.index(split)]
+                                 for name in merged.classes[column]]
+  return {
+      'groups_in_several_splits': merged.groups_in_several_splits, 'columns': merged.columns, 'splits': splits,
+      'classes': {column: {'names': list(names), 'counts': {s: count(column, s) for s in splits}}
+                  for column, names in merged.classes.items()},
+      'sizes': _spread(merged.sizes), 'captions_per_example': _spread(merged.num_captions),
+      'rewritten': dict(merged.rewritten.most_common()),
+      'dropped_fields': dict(merged.dropped_fields.most_common(_MAX_DROPPED_FIELDS)), 'warnings': warnings,
+      'skipped': {reason: {'count': n, 'first': locations} for reason, (n, locations) in merged.skipped.items()}}
+
+
+def _spread(counts: Mapping[tuple[int, ...], int]) -> dict[str, list[int]]:
+  """{'min', 'median', 'max'} of each element of tuples of equal length, from how often each occurs; {} for none."""
+  spreads = []
+  for values in zip(*counts):
+    order = np.argsort(values)
+    ends = np.cumsum(np.array(list(counts.values()))[order])
+    median = np.searchsorted(ends, ends[-1] // 2, 'right')
+    spreads.append([values[order[i]] for i in (0, median, -1)])
+  return dict(zip(('min', 'median', 'max'), map(list, zip(*spreads))))
+
+
+def describe(summary: dict[str, Any]) -> str:
+  """A few lines on prepared.json for the terminal."""
+  lines = [f'{summary["name"]} {summary["version"]}: ' + ', '.join(f'{s} {n}' for s, n in summary['splits'].items()),
+           'columns: ' + ', '.join(f'{column} ({t})' for column, t in summary['columns'].items())]
+  for column, classes in summary['classes'].items():
+    names = ', '.join(classes['names'][:8]) + (', …' if len(classes['names']) > 8 else '')
+    lines.append(f'{column}: {len(classes["names"])} classes: {names}')
+  for title, spread in (('size', summary['sizes']), ('captions', summary['captions_per_example'])):
+    if spread:
+      lines.append(f'{title}: ' + ', '.join(f'{k} {" × ".join(map(str, v))}' for k, v in spread.items()))
+  lines += [f'warning: {warning}' for warning in summary['warnings']]
+  lines += [f'rewritten, {note}: {count}' for note, count in summary['rewritten'].items()]
+  lines += [f'dropped field {name}, whose type or name cannot be used: {count}'
+            for name, count in summary['dropped_fields'].items()]
+  if n := summary['groups_in_several_splits']:
+    lines.append(f'warning: {n} groups are in several splits; evaluation may see training examples')
+  for reason, rows in summary['skipped'].items():
+    more = ', …' if rows['count'] > len(rows['first']) else ''
+    lines.append(f'skipped, {reason}: {rows["count"]} ({", ".join(rows["first"])}{more})')
+  return '\n'.join(lines)
