@@ -13,6 +13,7 @@ Suites:
   hangs            stalled start and input, a hung step, a full disk, one of two processes dying or failing, two
                    processes with separate work directories
   resharding       a run continued on other numbers of devices and processes, with the rows and losses of one device
+  preparation      SIGKILL of prepare_data at random moments; started again, it must write the same files
   bad_input        generated configs, checkpoints, paths, data and commands: refused in one sentence or skipped
   injected_faults  trainers with faults that the checks of preemption and damage must detect
   soak             --config under observation: memory, speed, checkpoints; needs an idle machine
@@ -40,9 +41,10 @@ from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.suggest import nearest
 
-SUITES = ('preemption', 'buckets', 'damage', 'hangs', 'resharding', 'bad_input', 'injected_faults')
+SUITES = ('preemption', 'buckets', 'damage', 'hangs', 'resharding', 'preparation', 'bad_input', 'injected_faults')
 SOAK = 'soak'
 _TRIES = 3  # to detect an injected fault: kills may come too early
+_NUM_ROWS = 50_000  # that are prepared
 _FAULT_SAVES = 1  # kills during a save, per injected fault
 
 
@@ -161,6 +163,15 @@ class Suites:
       result = resharding.reshard(schedule, self._folder / 'resharding')
       report += result.report
     return result.findings
+
+  def preparation(self) -> list[str]:
+    from tests.stress import preparation
+    folder = self._folder / 'preparation'
+    source = preparation.write_rows(folder / 'in', _NUM_ROWS)
+    with _timed(f'preparation, {self._size.kills} kills') as report:
+      findings = preparation.kills(folder, source, self._size.kills, self._seed)
+      report += findings
+    return findings
 
   def bad_input(self) -> list[str]:
     from tests.stress import bad_files, bad_input

@@ -95,7 +95,8 @@ def test_every_fault_can_be_injected():  # what it replaces still exists
     ('hangs', [*(f'{name}: exit code 1' for name in injected_faults.HANGS), 'a full disk',
                'exit code 2 and exit code 2', 'one killed', 'one failed']),
     ('resharding', ['1 × 2: steps 5…8', '2 × 1: steps 9…12',
-                    *(f'fault {name!r} on 1 × 2: detected' for name in recorded_batches.FAULTS)])])
+                    *(f'fault {name!r} on 1 × 2: detected' for name in recorded_batches.FAULTS)]),
+    ('preparation', ['preparation, 3 kills: '])])
 def test_a_shortened_suite_has_no_findings(tmp_path, capsys, suite, words):
   code = run.run((suite,), run.QUICK, 0, tmp_path, keep=True)
   output = capsys.readouterr().out
