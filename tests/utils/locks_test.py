@@ -3,9 +3,13 @@
 import concurrent.futures
 import contextlib
 import errno
+import json
 import subprocess
 import sys
 import time
+
+import fsspec
+import pytest
 
 from tests.helpers import processes
 from uni_moe_jax.utils import locks, storage
@@ -101,3 +105,21 @@ def test_a_number_that_was_used_before_gives_no_lock(store, monkeypatch):
     monkeypatch.setattr(locks, '_newest', lambda folder: next(seen))
     assert _owner_of(folder) is not None
     assert '000001' not in _objects(folder)
+
+
+def test_a_lock_is_read_while_its_owner_renews_it(store, monkeypatch):
+  path = storage.path(store.address) / 'renewed/.lock/000001'
+  files = fsspec.get_filesystem_class(store.address.partition(':')[0])
+  info = files._info
+
+  async def then_renewed(self, *args, **options):
+    found = await info(self, *args, **options)
+    await self._pipe_file(str(path), b'{"beat": 10}')
+    return found
+
+  monkeypatch.setattr(files, '_info', then_renewed)  # before a file system is made, which binds it
+  storage.write_bytes(path, b'{"beat": 9}')
+  with pytest.raises((OSError, ValueError)):  # control: another version than announced, or cut off
+    json.loads(path.read_text())
+  storage.write_bytes(path, b'{"beat": 9}')
+  assert locks._read(path.parent, 1) in ({'beat': 9}, {'beat': 10})

@@ -187,6 +187,11 @@ def write_bytes(target: Path, content: bytes) -> None:
     temporary.rename(target)
 
 
+def read_object(target: Path) -> bytes:
+  """Read an object of a bucket by one request. Other ways of reading fail while another process rewrites it."""
+  return filesystem(target).cat_file(str(target))
+
+
 def move_file(source: str | os.PathLike[str], target: Path) -> None:
   """Move a local file, on the same disk atomically, or into a bucket."""
   if is_remote(target):
@@ -211,7 +216,7 @@ def create(target: Path, content: bytes) -> bool:
         file.write(content)
     return True
   except FileExistsError:
-    return is_remote(target) and target.read_bytes() == content
+    return is_remote(target) and read_object(target) == content
 
 
 def make_folder(folder: Path) -> None:
