@@ -113,9 +113,9 @@ def test_a_lock_is_read_while_its_owner_renews_it(store, monkeypatch):
   info = files._info
 
   async def then_renewed(self, *args, **options):
-    found = await info(self, *args, **options)
+    details = await info(self, *args, **options)
     await self._pipe_file(str(path), b'{"beat": 10}')
-    return found
+    return details
 
   monkeypatch.setattr(files, '_info', then_renewed)  # before a file system is made, which binds it
   storage.write_bytes(path, b'{"beat": 9}')
