@@ -18,7 +18,7 @@ from absl import flags
 
 from uni_moe_jax.config.schema import DataConfig
 from uni_moe_jax.data import mirror
-from uni_moe_jax.utils import cli, storage
+from uni_moe_jax.utils import cli, cores, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _DATA_DIR = flags.DEFINE_string('data_dir', DataConfig().dir, 'Folder of prepared data, also gs://… or s3://….')
@@ -34,7 +34,7 @@ _TEST_FRACTION = flags.DEFINE_float(
     'test_fraction', 0.1, 'Fraction that becomes the test split if the data names no splits.', 0, 1)
 _MAX_CORRUPT_FRACTION = flags.DEFINE_float(
     'max_corrupt_fraction', 0.1, 'Largest fraction of rows that may be skipped; more are an error.', 0, 1)
-_NUM_WORKERS = flags.DEFINE_integer('num_workers', os.cpu_count(), 'Processes for your own data.', 1)
+_NUM_WORKERS = flags.DEFINE_integer('num_workers', cores.available(), 'Processes for your own data.', 1)
 _RUNNER = flags.DEFINE_enum('runner', 'local', ['local', 'beam'], 'What prepares your own data: processes, or Beam.')
 _BEAM_OPTIONS = flags.DEFINE_string('beam_options', '', 'Options of Apache Beam, such as "--runner=DataflowRunner …".')
 

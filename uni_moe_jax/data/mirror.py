@@ -134,7 +134,7 @@ class Mirror(os.PathLike):
     """
     files, target = storage.filesystem(self.address), storage.path(self.address) / str(folder.relative_to(self.root))
     paths = sorted(p for p in folder.rglob('*') if p.is_file() and p.name != MANIFEST)
-    names = {str(p.relative_to(folder)): [p.stat().st_size, _sha256(p)] for p in paths}
+    names = {str(p.relative_to(folder)): size_and_digest(p) for p in paths}
     write_json(folder / MANIFEST, {**names, **uploaded})
     for name in (*names, MANIFEST):
       _repeat(lambda: files.put_file(str(folder / name), str(target / name)), f'{target}/{name}')
@@ -360,6 +360,11 @@ def _repeat(function, address: str) -> Any:
   raise AssertionError
 
 
-def _sha256(path: pathlib.Path) -> str:
+def size_and_digest(path: str | os.PathLike[str]) -> list[Any]:
+  """What the manifest has of a file: bytes, sha256."""
+  return [os.path.getsize(path), _sha256(path)]
+
+
+def _sha256(path: str | os.PathLike[str]) -> str:
   with open(path, 'rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -82,9 +82,8 @@ def test_broken_samples_of_a_tar_file_are_counted_and_named(tmp_path):
     (lambda data: data[:1536] + bytes([7]) * 512 + data[2048:], 1), (lambda data: b'', 0), (lambda data: b'x' * 999, 0),
 ], ids=['in an image', 'in a header', 'no end', 'no header', 'empty', 'no tar'])
 def test_a_damaged_tar_file_keeps_the_samples_before_the_damage(tmp_path, damage, num_kept):
-  images = [_image(i)[:500].ljust(600, b'\0') for i in range(3)]  # of two blocks each
-  path = _write_tar(tmp_path / 'in/0.tar', {f'{i}.jpg': data for i, data in enumerate(images[:2])})
-  assert all(len(data) == 600 for data in images)
+  images = [_image(i)[:500].ljust(600, b'\0') for i in range(2)]  # of two blocks each
+  path = _write_tar(tmp_path / 'in/0.tar', {f'{i}.jpg': data for i, data in enumerate(images)})
   path.write_bytes(damage(path.read_bytes()))
   rows = list(archives.read_tar(str(path), ''))
   assert [row.location for row in rows if not row.skipped] == [f'0.tar/{i}' for i in range(num_kept)]

@@ -1,6 +1,7 @@
 """A preparation gives the same files for any number of workers, and wherever it was interrupted."""
 
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from uni_moe_jax.data.preparation import input_shards, workers
 from uni_moe_jax.data.preparation.scan import Scan
 from uni_moe_jax.data.preparation.write import Write
 from uni_moe_jax.utils import locks
-from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 
 class _Killed(Exception):
@@ -69,6 +70,27 @@ def test_one_that_was_killed_at_its_end_is_complete(source, tmp_path, monkeypatc
   work.mkdir()
   assert prepare.prepare(source, tmp_path, 'x')['splits'] == {'train': 24, 'test': 7}
   assert not work.exists()
+
+
+def test_files_that_were_removed_before_all_was_published_are_written_again(source, tmp_path, monkeypatch):
+  _run(source, tmp_path / 'whole', monkeypatch)
+  with monkeypatch.context() as patch, pytest.raises(_Killed):
+    patch.setattr(prepare.mirror, 'publish', lambda *_: (_ for _ in ()).throw(_Killed))
+    _run(source, tmp_path / 'killed', monkeypatch)
+  shutil.rmtree(tmp_path / 'killed/own/x/1.0.0')  # as a mirror does with what its bucket lacks
+  assert _run(source, tmp_path / 'killed', monkeypatch) == [Write] * 4
+  assert preparation.content(tmp_path / 'killed/own/x') == preparation.content(tmp_path / 'whole/own/x')
+
+
+def test_a_wrong_input_leaves_what_is_done(source, tmp_path, monkeypatch):
+  with pytest.raises(_Killed):
+    _run(source, tmp_path, monkeypatch, 9)
+  with pytest.raises(MissingFileError, match='does not exist'):
+    prepare.prepare(source.with_name('inn'), tmp_path, 'x')
+  assert _run(source, tmp_path, monkeypatch) == [Write] * 2
+  with pytest.raises(MissingFileError):
+    prepare.prepare(source.with_name('inn'), tmp_path, 'y')
+  assert not list((tmp_path / 'own/y').iterdir())  # nothing was done
 
 
 def test_other_options_or_rows_are_not_taken_from_an_interrupted_one(source, tmp_path, monkeypatch):

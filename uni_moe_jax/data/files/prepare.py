@@ -8,10 +8,12 @@
 Images and videos keep the bytes of their files, except the few that `media.py` must rewrite.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -67,7 +69,8 @@ def prepare(
     raise UsageError(f'--version={version!r} must look like {VERSION}.')
   folder = pathlib.Path(data_dir) / FOLDER / name / version
   in_bucket = beam_options is not None and isinstance(data_dir, mirror.Mirror)
-  work = (storage.path(str(data_dir)) / FOLDER / name if in_bucket else folder.parent) / f'.{version}.unfinished'
+  parent = storage.path(str(data_dir)) / FOLDER / name if in_bucket else folder.parent
+  work = parent / f'.{version}.unfinished'
   if mirror.has_dataset(data_dir, folder):
     if not in_bucket and work.is_dir() and (folder / SUMMARY).exists():  # it was killed when all was done
       shutil.rmtree(work)
@@ -76,6 +79,7 @@ def prepare(
   check_renames_folders(pathlib.Path(data_dir), '--data_dir')
   with contextlib.ExitStack() as stack:
     storage.make_folder(work)
+    after_lock = stack.enter_context(contextlib.ExitStack())  # the lock is in the folder
     if owner := locks.lock(work, stack):
       raise UsageError(f'{work} is locked by {owner}, which prepares the same dataset; wait until it has ended.')
     if not in_bucket:
@@ -86,17 +90,19 @@ def prepare(
     if beam_options is not None:
       from uni_moe_jax.data.preparation import on_beam
       run = functools.partial(on_beam.run, folder=work / 'tasks', options=beam_options)
+    shards = None
     try:
       shards = _scan(source, work / 'shards', scratch, run, gif, allow_outside)
       merged = Merge([ScannedShard(shard) for shard in shards], scratch)(test_fraction, max_corrupt_fraction, source)
-      identity = hashlib.sha256(repr((FORMAT, test_fraction, [s.name for s in shards])).encode()).hexdigest()[:20]
-      target = storage.path(str(data_dir)) / FOLDER / name / version if in_bucket else work / f'final-{identity}'
-      files = _write(merged, shards, target, work / f'written-{identity}', name, run)
-      small = scratch / 'final' if in_bucket else target
-      summary = _describe(merged, files, small, name, version, test_fraction)
     except UsageError:
-      storage.remove_folder(work)  # the user will change the files
+      if shards is not None or not _names_in(work / 'shards'):  # the user will change the files; or nothing is done
+        after_lock.callback(storage.remove_folder, work)
       raise
+    identity = hashlib.sha256(repr((FORMAT, test_fraction, [s.name for s in shards])).encode()).hexdigest()[:20]
+    target = parent / version if in_bucket else work / f'final-{identity}'
+    files = _write(merged, shards, target, work / f'written-{identity}', name, run)
+    small = scratch / 'final' if in_bucket else target
+    summary = _describe(merged, files, small, name, version, test_fraction)
     if in_bucket:
       shutil.rmtree(folder, ignore_errors=True)
       folder.parent.mkdir(parents=True, exist_ok=True)
@@ -150,11 +156,12 @@ def _write(merged: Merged, shards: Sequence[storage.Path], target: storage.Path,
   """Writes the files of all splits, but those that are done."""
   for folder in (target, done):
     storage.make_folder(folder)
-  cuts = _cut(merged, shards)
-  numbers = {split: [i for i, cut in enumerate(cuts) if cut[0] == split] for split in merged.split_sizes}
-  names = [f'{name}-{split}.array_record-{numbers[split].index(i):05}-of-{len(numbers[split]):05}'
-           for i, (split, *_) in enumerate(cuts)]
-  finished = _names_in(done)
+  cuts = _cut(merged, len(shards))
+  totals = collections.Counter(split for split, *_ in cuts)
+  numbers = {split: itertools.count() for split in totals}
+  names = [f'{name}-{split}.array_record-{next(numbers[split]):05}-of-{totals[split]:05}' for split, *_ in cuts]
+  # Without its files if these were moved to their place, and removed there, before all was published.
+  finished = _names_in(done) & storage.files_in(target).keys()
 
   def tasks() -> Iterator[Write]:
     for file, (split, start, first, last) in zip(names, cuts):
@@ -170,17 +177,18 @@ def _write(merged: Merged, shards: Sequence[storage.Path], target: storage.Path,
           for file, (split, *_) in zip(names, cuts)]
 
 
-def _cut(merged: Merged, shards: Sequence[storage.Path]) -> list[tuple[str, int, int, int]]:
+def _cut(merged: Merged, num_shards: int) -> list[tuple[str, int, int, int]]:
   """(split, number of its examples before, first shard, shard after the last one) of each file."""
   cuts = []
   numbers = {split: [0, 0, 0, 0] for split in merged.split_sizes}  # examples before, first shard, rows, bytes
-  for i, shard in enumerate(shards):
-    sizes, splits = ScannedShard(shard).records()['bytes'], merged.splits.read(*merged.bounds[i:i + 2])
+  for i in range(num_shards):
+    bounds = merged.bounds[i:i + 2]
+    sizes, splits = merged.rows.read(*bounds)['bytes'], merged.splits.read(*bounds)
     for split, state in numbers.items():
       selected = splits == SPLITS.index(split)
       state[2] += int(selected.sum())
       state[3] += int(sizes[selected].sum())
-      if state[2] and (state[3] >= _FILE_BYTES or state[2] >= _FILE_ROWS or i == len(shards) - 1):
+      if state[2] and (state[3] >= _FILE_BYTES or state[2] >= _FILE_ROWS or i == num_shards - 1):
         cuts.append((split, state[0], state[1], i + 1))
         state[:] = state[0] + state[2], i + 1, 0, 0
   return sorted(cuts, key=lambda cut: (SPLITS.index(cut[0]), cut[1]))

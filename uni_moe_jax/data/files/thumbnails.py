@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import io
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +9,7 @@ from PIL import Image, ImageOps
 
 from uni_moe_jax.data.files import video
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record
+from uni_moe_jax.utils import cores
 from uni_moe_jax.utils.errors import UsageError
 
 SIDE = 32  # pixels
@@ -34,7 +34,7 @@ def read(records: FileDataset, ids: np.ndarray, num_frames: int) -> Iterator[tup
     except Exception:  # Pillow, numpy and PyAV document no closed set of errors for damaged files
       return None
 
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release Python's lock
+  with concurrent.futures.ThreadPoolExecutor(cores.available()) as pool:  # decoders release Python's lock
     for start in range(0, len(ids), _CHUNK[column_type]):
       yield from pool.map(make, records.read_valid(ids[start:start + _CHUNK[column_type]]))
 

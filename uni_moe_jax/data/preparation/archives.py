@@ -6,6 +6,7 @@ bytes, in a column of that name or of a file suffix ('jpg'), or of the type {byt
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
@@ -81,7 +82,7 @@ def row_groups(address: str) -> list[int]:
       sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
   except ValueError:  # ArrowInvalid among others
     return [1]
-  return [1 + sum(sizes[:i]) for i in range(len(sizes))]
+  return list(itertools.accumulate(sizes, initial=1))[:-1]
 
 
 def read_parquet(

@@ -126,7 +126,7 @@ def _row_files(source: storage.Path) -> list[storage.Path]:
   if match := _RANGE.search(source.name):
     return _named_range(source, match)
   if remote := storage.is_remote(source):
-    paths = [source] if source.suffix in _ARCHIVES else [
+    paths = [source] if source.suffix.lower() in _ARCHIVES else [
         source / name for name in storage.files_in(source) if '/' not in name]
   elif not source.exists():
     raise MissingFileError(f'--input={source} does not exist.')
@@ -192,15 +192,15 @@ def _divide(file: storage.Path) -> Iterator[InputShard]:
     for i, row in enumerate(archives.row_groups(str(file))):
       yield shard(start=i, line=row)
   elif suffix == '.jsonl' and file.with_suffix('.npz').is_file():
-    yield shard(stop=file.stat().st_size)  # videos of an array are read in one pass
+    yield shard(stop=status.st_size)  # videos of an array are read in one pass
   else:
     with archives.open_binary(str(file)) as lines:
       first_line = 1
       if suffix in _TABLES:
-        shard = functools.partial(shard, columns=_columns(file))
-        records = ((last - first, 0) for first, last, _ in _records(lines, _TABLES[suffix]))
-        first_line += next(records, (0, 0))[0]  # the names of the columns
-        steps = records
+        records = _records(lines, _TABLES[suffix])
+        columns, first_line = _names(records)
+        shard = functools.partial(shard, columns=columns)
+        steps = ((last - first, 0) for first, last, _ in records)
       elif suffix == '.txt':
         texts = (_texts(line, i == 0) for i, line in enumerate(lines))
         steps = ((len(t), sum(not one_line(line) for line in t)) for t in texts)
@@ -262,8 +262,13 @@ def _read_jsonl(shard: InputShard, allow_outside: bool) -> Iterator[Row]:
 def _columns(file: storage.Path) -> tuple[str, ...]:
   """The names in the first line of a table."""
   with archives.open_binary(str(file)) as lines:
-    _, _, names = next(_records(lines, _TABLES[file.suffix.lower()]), (0, 0, None))
-  return tuple(one_line(name) for name in names or ())
+    return _names(_records(lines, _TABLES[file.suffix.lower()]))[0]
+
+
+def _names(records: Iterator[tuple[int, int, list[str] | None]]) -> tuple[tuple[str, ...], int]:
+  """(names in the first record of a table, number of the line after it)."""
+  _, num_lines, names = next(records, (0, 0, None))
+  return tuple(map(one_line, names or ())), 1 + num_lines
 
 
 def _records(lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, int, list[str] | None]]:

@@ -24,7 +24,7 @@ import numpy as np
 from uni_moe_jax.data.files import formats
 from uni_moe_jax.data.preparation import scan
 from uni_moe_jax.data.preparation.columns import Column, smallest_by_key
-from uni_moe_jax.data.preparation.scan import RECORD, SPLITS, WORDS, Codes, ScannedShard
+from uni_moe_jax.data.preparation.scan import RECORD, SPLITS, WORDS, ScannedShard
 from uni_moe_jax.utils.errors import UsageError
 
 _NOUNS = {'image': 'an image', 'video': 'a video'}
@@ -37,6 +37,7 @@ class Merged:
   """Decisions about all rows.
 
   Attributes:
+    rows: `RECORD` of each row.
     splits: index of the split of each row in `SPLITS`, int8; -1: it is skipped.
     bounds: index of the first row of each shard, and the number of rows.
     columns: name → 'image', 'video', 'texts', 'text' or 'class'. classes: class column → names in order.
@@ -44,8 +45,9 @@ class Merged:
     dropped: index of a signature → fields that its rows lose. signatures: of each row, an index.
     sizes, num_captions, rewritten, dropped_fields: how often each occurs in examples.
   """
+  rows: Column
   splits: Column
-  bounds: list[int]
+  bounds: np.ndarray
   signatures: Column
   names_splits: bool = False
   columns: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -67,7 +69,7 @@ class Merge:
   def __init__(self, shards: Sequence[ScannedShard], folder: pathlib.Path):
     """folder: for files with an element per row."""
     self._shards, self._folder = shards, folder
-    self._words = {name: Codes() if name == 'signature' else Codes({'': 0}) for name in WORDS}
+    self._words = scan.new_words()
     self._rows, bounds = Column(folder / 'rows', RECORD), [0]
     for shard in shards:
       records, manifest = shard.records(), shard.manifest()
@@ -77,7 +79,8 @@ class Merge:
       self._rows.append(records)
       bounds.append(self._rows.size)
     self._reasons = self._column('reasons', 'i4')  # codes of words; 0 for none
-    self._result = Merged(self._column('splits', 'i1'), bounds, self._column('signatures', 'i4'))
+    self._result = Merged(
+        self._rows, self._column('splits', 'i1'), np.array(bounds), self._column('signatures', 'i4'))
 
   def __call__(self, test_fraction: float, max_corrupt_fraction: float, source: object) -> Merged:
     """Raises UsageError: more than `max_corrupt_fraction` of the rows are skipped, or all."""
@@ -139,20 +142,21 @@ class Merge:
       verdict = codes[rows['signature']]
       self._skip(ids, reasons, np.where(verdict == 0, rows['reason'], verdict))
       self._result.signatures.write(int(ids[0]), rows['signature'])
-      if changed[rows['signature']].any():
-        for i in np.flatnonzero(changed[rows['signature']]):
-          [(header, _)] = self._contents(ids[i:i + 1])
-          texts, labels = (without(header[name], verdicts[rows['signature'][i]][1]) for name in ('texts', 'labels'))
-          if not self._media_type and not labels:
-            rows['content'][i] = 0
-          rows['identity'][i] = scan.identity(int(rows['content'][i]), texts, labels)
+      affected = np.flatnonzero(changed[rows['signature']])
+      for i, (header, _) in zip(affected, self._contents(ids[affected]), strict=True):
+        texts, labels = (without(header[name], verdicts[rows['signature'][i]][1]) for name in ('texts', 'labels'))
+        if not self._media_type and not labels:
+          rows['content'][i] = 0
+        rows['identity'][i] = scan.identity(int(rows['content'][i]), texts, labels)
+      if len(affected):
         self._rows.write(int(ids[0]), rows)
 
   def _contents(self, ids: np.ndarray) -> Iterator[tuple[dict[str, Any], bytes]]:
-    for id_ in ids.tolist():
-      i = int(np.searchsorted(self._result.bounds, id_, 'right')) - 1
-      sizes = self._rows.read(self._result.bounds[i], self._result.bounds[i + 1])['bytes']
-      yield from self._shards[i].contents(sizes, np.array([id_ - self._result.bounds[i]]))
+    """Yields what `ScannedShard.contents` does, of rows in ascending order."""
+    shards = np.searchsorted(self._result.bounds, ids, 'right') - 1
+    for i in np.unique(shards).tolist():
+      start, stop = self._result.bounds[i:i + 2]
+      yield from self._shards[i].contents(self._rows.read(start, stop)['bytes'], ids[shards == i] - start)
 
   def _skip_repeated(self) -> None:
     """Skips rows whose content is in a later split, too, and rows that repeat another one but for the file's name."""

@@ -53,6 +53,11 @@ class Codes(dict):
     return self[word]
 
 
+def new_words() -> dict[str, Codes]:
+  """Codes of `WORDS`; 0 is no reason, and no note."""
+  return {name: Codes() if name == 'signature' else Codes({'': 0}) for name in WORDS}
+
+
 @dataclasses.dataclass(frozen=True)
 class Scan:
   """The reading and checking of one shard.
@@ -78,7 +83,7 @@ class Scan:
 
 
 def _scan(rows: Iterable[Row], root: str, folder: pathlib.Path) -> int:
-  records, words = [], {name: Codes() if name == 'signature' else Codes({'': 0}) for name in WORDS}
+  records, words = [], new_words()
   values: dict[str, Codes] = collections.defaultdict(Codes)  # of fields
   codes: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)  # field → (row, code)
   skipped: dict[str, list[Any]] = {}  # reason → [count, first locations]
@@ -134,10 +139,9 @@ def _open(row: Row, arrays: NpzReader) -> media.Media:
 
 
 def digest_of(content: Any) -> int:
-  """64 bits of the sha256 of a string or bytes; of others, of their representation."""
-  if not isinstance(content, bytes):
-    content = (content if isinstance(content, str) else repr(content)).encode(errors='backslashreplace')
-  return int.from_bytes(hashlib.sha256(content).digest()[:8])
+  """64 bits of the sha256 of a string; of others, of their representation."""
+  text = content if isinstance(content, str) else repr(content)
+  return int.from_bytes(hashlib.sha256(text.encode(errors='backslashreplace')).digest()[:8])
 
 
 def _key(row: Row) -> int:

@@ -3,14 +3,13 @@
 import dataclasses
 import hashlib
 import json
-import os
-import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from uni_moe_jax.data import mirror
 from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
 from uni_moe_jax.data.pipeline.npz_records import atomic_folder
 from uni_moe_jax.data.preparation.merge import without
@@ -62,7 +61,7 @@ class Write:
         number, num_bytes = number + 1, num_bytes + len(record)
       writer.close()
       facts = {'size': number - self.start, 'bytes': num_bytes, 'fingerprint': f'{fingerprint:064x}',
-               'file': [os.path.getsize(path), _sha256(path)] if storage.is_remote(target) else None}
+               'file': mirror.size_and_digest(path) if storage.is_remote(target) else None}
       storage.move_file(path, target)
     with atomic_folder(storage.path(self.done) / self.name) as folder:
       for column, array in arrays.items():
@@ -112,8 +111,3 @@ def _example(values: Mapping[str, Any]) -> bytes:
       features[name] = tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=strings))
   return tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=features)).SerializeToString(
       deterministic=True)
-
-
-def _sha256(path: str | pathlib.Path) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
