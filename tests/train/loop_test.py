@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import processes, saved_run, tiny
-from tests.helpers.stop_request import StopAfterTwoSteps
+from tests.helpers.stop_request import StopAfterThreeSteps
 from tests.stress import injected_faults
 from uni_moe_jax.train import loop, metrics_log
 from uni_moe_jax.train import run as train_run
@@ -78,7 +78,7 @@ def restarted(tmp_path_factory):
   """Stopped after three steps, then started again."""
   workdir = tmp_path_factory.mktemp('restarted')
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, 'Stop', StopAfterTwoSteps)
+    patch.setattr(loop, 'Stop', StopAfterThreeSteps)
     assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.PREEMPTED
   assert _state(workdir)[0] == 3
   assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.FINISHED

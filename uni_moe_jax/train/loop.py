@@ -199,13 +199,11 @@ class _Trainer:
   def train(self, state: TrainState, first: int, stop: Stop, started: float) -> int | None:
     """Number of steps taken when a stop was requested or all are; None after too many that were not finite."""
     batches = Lookahead(self._mixture.iterate(first, self._config.steps), self._place)
-    with contextlib.ExitStack() as stack:
-      stack.push(functools.partial(self._close, batches))
+    try:
       return self._train(state, first, stop, started, batches)
-
-  def _close(self, batches: Lookahead, *error) -> None:
-    with self._phase(BATCH):
-      batches.__exit__(*error)
+    finally:
+      with self._phase(BATCH):  # the next batch may be in the making
+        batches.close()
 
   def _train(self, state: TrainState, first: int, stop: Stop, started: float, batches: Lookahead) -> int | None:
     stops, done = multihost.AnyProcess(self._run.mesh), first
@@ -249,7 +247,7 @@ class _Trainer:
   def _place(self, item: tuple[str | None, Batch]) -> tuple[str | None, Batch, dict[str, int]]:
     """(task, batch on the devices, its sizes in all processes); runs in another thread."""
     task, batch = item
-    return task, self._run.put_batch(batch), {k: n * jax.process_count() for k, n in batch_sizes(batch).items()}
+    return task, self._run.put_batch(batch), batch_sizes(batch, self._mixture.layout)
 
   def _take(self, step: int, task: str | None, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
     """(state, metrics with those of the hooks) after step `step + 1`; donates the buffers of the state."""
@@ -262,8 +260,8 @@ class _Trainer:
     with self._phase(START if compiles else STEP, step + 1):
       state, metrics = self._step_fns[task](state, batch, self._target_sets)
       if compiles:
-        products = self._run.step_flops(task, batch, self._target_sets) if self._peak else 0
-        self._ideal_seconds[task] = products / (self._peak or 1.0)
+        self._ideal_seconds[task] = (
+            self._run.step_flops(task, batch, self._target_sets) / self._peak if self._peak else 0.0)
         jax.block_until_ready(metrics)
     return state, {**metrics, **extra}
 

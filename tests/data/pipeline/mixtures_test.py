@@ -268,3 +268,6 @@ def test_sizes_of_a_batch_count_frames_and_tokens_that_are_no_padding():
            'images': {'pixels': np.zeros((1, 4, 1, 8, 8, 3), np.uint8), 'text_valid': valid[:, :1]},
            'texts': {'text': np.zeros((1, 2, 3), np.int32), 'text_valid': ~valid}}
   assert mixtures.batch_sizes(batch) == {'images': 2 * 5 + 4, 'tokens': 3 + 2 + 3}
+  # Two of four shards; and both of two, which another process has, too.
+  assert mixtures.batch_sizes(batch, mixtures.BatchLayout(1, 4, (2, 3))) == {'images': 28, 'tokens': 16}
+  assert mixtures.batch_sizes(batch, mixtures.BatchLayout(1, 2, (0, 1))) == {'images': 14, 'tokens': 8}

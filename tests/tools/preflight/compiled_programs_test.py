@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers import processes, tiny
 from uni_moe_jax import config
+from uni_moe_jax.model.flops import TRAIN
 from uni_moe_jax.tools.bench import flops
 from uni_moe_jax.tools.preflight import compiled_programs, findings, preflight, remedies, topology
 from uni_moe_jax.tools.preflight.compiled_programs import EVALUATION, Compiler, Program
@@ -58,7 +59,7 @@ def test_flops_are_those_of_the_formula():
   spec = compiled_programs.prepare(_config(), jax.devices()[:2]).spec.model.spec
   # A device has half of the 32 images, and two of the three names.
   images, names = flops.sequence(spec, _TOKENS, visual=True), flops.sequence(spec, 8 + 1, visual=False)
-  formula = flops.TRAIN * (16 * images + 2 * names)
+  formula = TRAIN * (16 * images + 2 * names)
   assert _step().cost.flops == pytest.approx(formula, rel=0.1)
   assert _step().cost.unknown_loops == 0
 
@@ -306,5 +307,5 @@ def test_libtpu_compiles_the_step_for_absent_devices(tmp_path):
   assert step['unknown_loops'] == 0
   # A device has two of eight images of 32 pixels, and three of ten names. Five of six layers are scanned.
   spec = compiled_programs.prepare(small_config(fields), jax.devices()[:4]).spec.model.spec
-  formula = flops.TRAIN * (2 * flops.sequence(spec, 4 + 1, visual=True) + 3 * flops.sequence(spec, 8 + 1, visual=False))
+  formula = TRAIN * (2 * flops.sequence(spec, 4 + 1, visual=True) + 3 * flops.sequence(spec, 8 + 1, visual=False))
   assert step['flops_per_device'] == pytest.approx(formula, rel=0.1)

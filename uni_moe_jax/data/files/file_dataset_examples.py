@@ -125,7 +125,7 @@ class _Batch:
         b.size, task.num_frames, task.crop, task.random_flip, b.training, b.num_views, b.num_crops, task.frame_stride)
     self._mirror_words = (
         file_dataset_features.word_mirror(task.mirrored_words) if b.training and task.mirrored_words else None)
-    self._tables = file_dataset_features.label_tables(task, records, b.keys.get(task.target_set, ()))
+    self._tables = file_dataset_features.label_tables(task, records, b.keys.get(task.target_set, ()), self.keep)
     # TensorFlow takes an image from the bytes of its record, without Python's lock.
     self._read_examples = records.read_examples if self._media_column and not self._is_video else None
     self._parse = example_parser(
@@ -169,7 +169,10 @@ class _Batch:
     return np.bool_(True)
 
   def _try(self, ids: tf.Tensor, hashes: tf.Tensor, is_new: tf.Tensor) -> tuple[Features, tf.Tensor]:
-    """(features, ok bool [n]); features of corrupt examples are zeros. is_new: bool [n], which to count."""
+    """(features, ok bool [n]); those of corrupt examples are zeros, but for `label_tables`.
+
+    is_new: bool [n], which to count.
+    """
     types = [tf.string, tf.string] + [dtype for dtype, _ in self._specs.values()]
     problems, data, *values = tf.numpy_function(self._read, [ids, hashes], types)
     features = {name: tf.ensure_shape(value, [None, *shape])
@@ -214,7 +217,7 @@ class _Batch:
     """Problems ('' for none), images (see `_example`), and the features of `_specs` in order."""
     n = len(ids)
     problems, data = np.full(n, b'', object), np.full(n, b'', object)
-    features = {name: self._tables[name][self.keep[ids]] if name in self._tables else np.zeros((n, *shape), dtype)
+    features = {name: self._tables[name][ids] if name in self._tables else np.zeros((n, *shape), dtype)
                 for name, (dtype, shape) in self._specs.items()}
     records = file_dataset_features.read_or_stop(
         self._records, self.keep[ids], self._corrupt_counter, self._read_examples)

@@ -51,17 +51,19 @@ def feature_readers(
   return readers
 
 
-def label_tables(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> dict[str, np.ndarray]:
-  """Features of all records that are known before any is read, [N, …]: `label` and `weight` of own data's classes.
+def label_tables(
+    task: TaskSpec, records: FileDataset, keys: Sequence[str], keep: np.ndarray) -> dict[str, np.ndarray]:
+  """Features of all examples that are known before any is read, [n, …]: `label` and `weight` of own data's classes.
 
-  Records without a class have no weight. Raises UsageError for a class that is not in the target set.
+  keep: ids [n] of the records that are examples, all of which have a class. Raises UsageError for a class that is not
+  in the target set.
   """
   if not task.type.has_classes or task.label_column not in records.labels:
     return {}
   index = _class_index(task, records, keys)
-  table = np.array([*map(index.get, records.classes[task.label_column]), 0], np.int32)  # the last for no class, -1
-  labels = records.labels[task.label_column][:, None]
-  return {'label': table[labels], 'weight': (labels >= 0).astype(np.float32)}
+  table = np.array([index[name] for name in records.classes[task.label_column]], np.int32)
+  labels = table[records.labels[task.label_column][keep]][:, None]
+  return {'label': labels, 'weight': np.ones(labels.shape, np.float32)}
 
 
 def _class_index(task: TaskSpec, records: FileDataset, keys: Sequence[str]) -> dict[str, int]:

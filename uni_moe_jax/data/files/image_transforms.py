@@ -3,9 +3,10 @@
 An image is uint8 [H, W, C]; images differ in size until they are cropped, so functions take one. What an image draws
 is a row of `draws`, which makes those of a whole batch, a function of the examples' hashes (`hashing.example_hash`).
 
-Two ways to resize (config.data.resize). 'pillow' is published: the image is decoded, resized as by Pillow's BICUBIC and
-cropped. 'fast' crops first, to whole pixels of the file: only that part of a JPEG is decoded, at a half, quarter or
-eighth of its size where that suffices; what is left is averaged over areas, or interpolated bilinearly if it grows.
+Two methods of resizing (config.data.resize). 'pillow' is published: the image is decoded, resized as by Pillow's
+BICUBIC and cropped. 'fast' crops first, to whole pixels of the file: only that part of a JPEG is decoded, at a half,
+quarter or eighth of its size where that suffices; what is left is averaged over areas, or interpolated bilinearly if it
+grows.
 """
 
 from collections.abc import Callable, Mapping
@@ -71,12 +72,7 @@ def part(sides: tf.Tensor, size: int, draw: Draw | None, crop: str) -> tuple[tf.
   """(corner, sides) int32 [2] of the part of an image of `sides` that becomes [size, size]; see `read`."""
   if draw is not None and crop == 'random_resized_crop':
     return _random_part(sides, draw)
-  if draw is None:
-    short_side = size if crop != 'random_resized_crop' else 256 * size // 224
-  else:
-    short_side = size if crop == 'resize_crop' else jittered_short_side(size, draw)
-  shorter = tf.reduce_min(sides)
-  side = tf.maximum(1, shorter * size // short_side)
+  side = tf.maximum(1, tf.reduce_min(sides) * size // _short_side(size, draw, crop))
   inner = tf.stack([side, side])
   return (sides - inner) // 2 if draw is None else _random_corner(sides - inner, draw), inner
 
@@ -92,13 +88,18 @@ def _fit(image: tf.Tensor, size: int) -> tf.Tensor:
 
 def resize_and_crop(image: tf.Tensor, size: int, draw: Draw | None, crop: str) -> tf.Tensor:
   """`read` of a decoded image with 'pillow'."""
-  if draw is None:
-    return center_crop(resize_short_side(image, 256 * size // 224 if crop == 'random_resized_crop' else size), size)
-  if crop == 'random_resized_crop':
+  if draw is not None and crop == 'random_resized_crop':
     area = _slice(image, *_random_part(tf.shape(image)[:2], draw))
     return tf.ensure_shape(_resize(area, tf.constant([size, size])), [size, size, image.shape[-1]])
-  short_side = size if crop == 'resize_crop' else jittered_short_side(size, draw)
-  return random_crop(resize_short_side(image, short_side), size, draw)
+  resized = resize_short_side(image, _short_side(size, draw, crop))
+  return center_crop(resized, size) if draw is None else random_crop(resized, size, draw)
+
+
+def _short_side(size: int, draw: Draw | None, crop: str) -> int | tf.Tensor:
+  """Of a resized image from which a square of `size` is taken; see `read`."""
+  if draw is None:
+    return 256 * size // 224 if crop == 'random_resized_crop' else size
+  return size if crop == 'resize_crop' else jittered_short_side(size, draw)
 
 
 def jittered_short_side(size: int, draw: Draw) -> tf.Tensor:

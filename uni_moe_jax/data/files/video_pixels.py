@@ -28,7 +28,7 @@ class VideoReader:
   def __init__(
       self, size: int, num_frames: int, crop: str, flip: bool, training: bool, num_views: int = 1, num_crops: int = 1,
       frame_stride: float = 0.0):
-    """size: S. num_frames: T. crop: see `image_transforms.transform`. num_views, num_crops: in evaluation.
+    """size: S. num_frames: T. crop: see `image_transforms.read`. num_views, num_crops: in evaluation.
 
     frame_stride: in frames at 30 per second; 0: frames of segments.
     """

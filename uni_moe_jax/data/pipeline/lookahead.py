@@ -8,7 +8,7 @@ T, U = TypeVar('T'), TypeVar('U')
 
 
 class Lookahead(Generic[T, U]):
-  """Applies a function to items of an iterator, one ahead, in a thread; a context manager, which ends the thread."""
+  """Applies a function to items of an iterator, one ahead, in a thread, which `close` ends."""
 
   def __init__(self, items: Iterator[T], function: Callable[[T], U]):
     """Starts with the first item at once."""
@@ -16,10 +16,8 @@ class Lookahead(Generic[T, U]):
     self._pool = concurrent.futures.ThreadPoolExecutor(1, 'lookahead')
     self._next = self._pool.submit(self._make)
 
-  def __enter__(self) -> 'Lookahead[T, U]':
-    return self
-
-  def __exit__(self, *_) -> None:
+  def close(self) -> None:
+    """Waits for what is being made."""
     self._pool.shutdown()
 
   @property

@@ -140,11 +140,15 @@ class Mixture:
     return mixup.apply(features, mixup_lambda, cutmix_lambda, box_center, h)
 
 
-def batch_sizes(batch: Batch) -> dict[str, int]:
-  """{'images': of a host batch, frames of videos one by one; 'tokens': of its texts, without padding}."""
+def batch_sizes(batch: Batch, layout: BatchLayout = BatchLayout()) -> dict[str, int]:
+  """{'images': of a global batch, frames of videos one by one; 'tokens': of its texts, without padding}.
+
+  batch: this process's part; the others' are taken to have as many per shard. Several may have the same shard.
+  """
   images = sum(math.prod(fields['pixels'].shape[:-3]) for fields in batch.values() if 'pixels' in fields)
   valid = [fields[k] for fields in batch.values() for k in ('text_valid', 'target_valid') if k in fields]
-  return {'images': images, 'tokens': sum(int(np.sum(mask)) for mask in valid)}
+  sizes = {'images': images, 'tokens': sum(int(np.sum(mask)) for mask in valid)}
+  return {name: n * layout.num_shards // len(layout.local_shards) for name, n in sizes.items()}
 
 
 def draw_tasks(plan: Plan, seed: int, steps: int) -> np.ndarray:

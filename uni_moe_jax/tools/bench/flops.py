@@ -1,13 +1,11 @@
 """FLOPs of the model's matrix products, by formula (XLA's own count takes the body of a scan once).
 
 Multiply and add count as two. Elementwise work, normalization and rematerialized products are left out, so a share of
-the peak is one of useful products. A training step is three forward passes.
+the peak is one of useful products. A training step is `model.flops.TRAIN` forward passes.
 """
 
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import routers
-
-TRAIN = 3  # forward passes per training step: the backward pass has two products per product
 
 
 def layer(spec: ModelSpec, tokens: int, read: int | None = None, experts: tuple[str, ...] = ()) -> int:

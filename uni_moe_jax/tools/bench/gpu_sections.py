@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uni_moe_jax.model import attention_kernels
+from uni_moe_jax.model.flops import TRAIN
 from uni_moe_jax.moe import gmm, gmm_triton
 from uni_moe_jax.parallel import peaks
 from uni_moe_jax.tasks.router_names import DENSE, ROUTERS
@@ -67,7 +68,7 @@ def _model(context: Context, router: str, dense: Callable[[], RepeatedStep]) -> 
   rate = peaks.of_kind(device)
   note += f'peak of {device}: {rate / 1e12:.0f} TFLOP/s' if rate else f'the peak of {device!r} is unknown'
   rows = []
-  for mode, passes, calls in (('train', flops.TRAIN, steps), ('inference', 1, {r: x.infer for r, x in steps.items()})):
+  for mode, passes, calls in (('train', TRAIN, steps), ('inference', 1, {r: x.infer for r, x in steps.items()})):
     rounds = _seconds(s, calls)
     seconds, judged = rounds[router], 'H100' in device
     rows.append(row(f'{router}, {mode}', rounds.figure(s.batch_size / seconds), 'examples/s', note=note))
