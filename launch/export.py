@@ -39,11 +39,11 @@ def main() -> int:
   from uni_moe_jax.train import checkpoint, loop
   from uni_moe_jax.train import run as train_run
   with checkpoint.Checkpoints(workdir, max_to_keep=None) as checkpoints:
-    if (has_tasks := bool(make_plan(config).tasks)) and checkpoints.latest() is None:
+    if make_plan(config).tasks and checkpoints.latest() is None:
       raise UsageError(f'workdir {workdir} has no checkpoint yet; train it first.')
     run = train_run.build(config)
     _, params = train_run.predictor(run, checkpoints)
-    step = checkpoints.latest() if has_tasks else 0
+    step = checkpoints.latest() if run.plan.tasks else 0
   exported = contents.make_contents(
       run.spec.model.spec, params, run.plan, run.data, tasks=_TASKS.value, bake_targets=_BAKE_TARGETS.value,
       dtype=_DTYPE.value, num_examples=_NUM_EXAMPLES.value)

@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from tests.helpers import saved_run, tiny
 from tests.helpers.small_model import jit
+from tests.helpers.stop_request import StopAfterThreeSteps
 from uni_moe_jax.analysis import interference, param_subsets, run_interference
 from uni_moe_jax.analysis.interference_hook import interference_hook
 from uni_moe_jax.analysis.task_gradients import TaskGradients, half_gradient, quiet_spec, task_gradient
@@ -169,21 +170,10 @@ def runs(tmp_path_factory):
     c = _config(interference_every=every, steps=5)
     if name == 'stopped':
       with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, 'Stop', _StopAfterThree)
+        patch.setattr(loop, 'Stop', StopAfterThreeSteps)
         assert loop.train(c, out[name], _one_device(), hooks=(interference_hook,)) == loop.PREEMPTED
     assert loop.train(c, out[name], _one_device(), hooks=(interference_hook,)) == loop.FINISHED
   return out
-
-
-class _StopAfterThree(loop.Stop):
-
-  def __init__(self):
-    self.steps = 0
-
-  @property
-  def requested(self):
-    self.steps += 1
-    return self.steps > 3
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
 from uni_moe_jax.train import loop
 
 
-class StopAfterTwoSteps(loop.Stop):
-  """Requests to stop before step 3, as a signal during the step before it would."""
+class StopAfterThreeSteps(loop.Stop):
+  """Requests to stop after three steps, as a signal during the third one would."""
 
   def __init__(self):
     self.reads = 0

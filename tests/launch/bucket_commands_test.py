@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from tests.helpers import in_process, processes, saved_run
-from tests.helpers.stop_request import StopAfterTwoSteps
+from tests.helpers.stop_request import StopAfterThreeSteps
 from uni_moe_jax.train import loop, manifest
 from uni_moe_jax.train.checkpoint import Checkpoints
-from uni_moe_jax.train.metrics_log import TIMINGS
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED
 
@@ -42,7 +41,7 @@ def _commands(config: pathlib.Path, root: str, stop: bool) -> None:
   workdir, train = f'--workdir={root}/run', (f'--config={config}', f'--workdir={root}/run')
   if stop:
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(loop, 'Stop', StopAfterTwoSteps)
+      patch.setattr(loop, 'Stop', StopAfterThreeSteps)
       assert _run('train', *train) == PREEMPTED
   assert _run('train', *train) == FINISHED
   assert _run('evaluate', workdir) == FINISHED
@@ -71,10 +70,8 @@ def test_a_run_in_a_bucket_that_is_stopped_and_continued_is_the_one_on_a_disk(di
   with Checkpoints(local, None) as ones, Checkpoints(remote, None) as others:
     assert ones.steps() == [4, 6] and others.steps() == [4, 6]
     jax.tree.map(np.testing.assert_array_equal, ones.restore_host(), others.restore_host())
-  lines = [[json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-           for folder in (local, remote)]
-  without_speed = [[{k: v for k, v in line.items() if k not in TIMINGS} for line in run] for run in lines]
-  assert without_speed[0] == without_speed[1] and len(lines[0]) == 6
+  lines = saved_run.lines(local)
+  assert lines == saved_run.lines(remote) and len(lines) == 6
   for file in ('evaluation.json', 'samples.json', 'interference.json', 'experts.json'):
     assert _json(local / file) == _json(remote / file), file
   made = {name.split('/')[0] for name in storage.files_in(remote)}

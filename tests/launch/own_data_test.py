@@ -13,7 +13,6 @@ from tests.helpers import in_process, saved_run
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.eval import headline, suite
 from uni_moe_jax.train import loop
-from uni_moe_jax.train.metrics_log import TIMINGS
 from uni_moe_jax.utils import cli, storage
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -63,9 +62,7 @@ def test_data_in_a_bucket_gives_the_log_and_the_scores_of_data_in_a_folder(schem
       _, script, *arguments = shlex.split(line)
       small = [f'--config.{field}' for field in _SMALL] if any(a.startswith('--config=') for a in arguments) else []
       assert in_process.run(_ROOT / script, *arguments, *small) == 0, (line, request)
-    log = [json.loads(line) for line in pathlib.Path('runs/pets/metrics.jsonl').read_text().splitlines()]
-    results.append(([{k: v for k, v in line.items() if k not in TIMINGS} for line in log],
-                    json.loads(pathlib.Path('runs/pets/evaluation.json').read_text())))
+    results.append((saved_run.lines('runs/pets'), json.loads(pathlib.Path('runs/pets/evaluation.json').read_text())))
   assert results[0] == results[1]
   assert len(results[0][0]) == 2 and not list((tmp_path / 'folder').rglob('buckets'))
 

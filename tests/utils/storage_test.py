@@ -2,10 +2,7 @@
 
 import concurrent.futures
 import hashlib
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -157,13 +154,12 @@ def test_other_errors_stay_what_they_are(error):
   assert storage.explain(error, 'gs://bucket/run') is None
 
 
-def test_no_second_service_is_queried_about_buckets():
+def test_no_second_service_is_queried_about_buckets(monkeypatch):
   # gcsfs decides when it is imported, in whatever test comes first.
   code = 'from uni_moe_jax.utils import storage; print(type(storage.filesystem("gs://bucket")).__module__)'
-  environment = {k: v for k, v in os.environ.items() if k != 'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'}
-  environment |= {'FSSPEC_GS_TOKEN': 'anon', 'PYTHONPATH': str(processes.ROOT)}
-  module = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
-  assert module.stdout.strip() == 'gcsfs.core'
+  monkeypatch.delenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', raising=False)
+  done = processes.python('-c', code, FSSPEC_GS_TOKEN='anon')
+  assert done.returncode == 0 and done.stdout.strip() == 'gcsfs.core', done.stderr
 
 
 def test_what_was_opened_before_keeps_no_listings_either(gcs):
@@ -181,7 +177,5 @@ print(*(len(x) for x in (list(folder.iterdir()), fsspec.filesystem('gs').ls(fold
   (storage.path(gcs.address) / 'opened-before/0').write_text('')
   lines = {'': '1 1', 'from uni_moe_jax.utils import storage; storage.path(folder)': '3 3'}
   for line, num_listed in lines.items():
-    ran = subprocess.run(
-        [sys.executable, '-c', code.replace('{storage}', line), f'written after {line}'], check=True,
-        capture_output=True, text=True, env={**os.environ, 'EPATH_USE_TF': 'false', 'PYTHONPATH': str(processes.ROOT)})
-    assert ran.stdout.strip() == num_listed
+    done = processes.python('-c', code.replace('{storage}', line), f'written after {line}', EPATH_USE_TF='false')
+    assert done.returncode == 0 and done.stdout.strip() == num_listed, done.stderr

@@ -94,6 +94,7 @@ class Checkpoints:
     if step in self.steps():
       return
     self._own.add(step)
+    self._damaged.pop(step, None)  # of the one that was set aside
     self._metrics[step] = {k: v for k, v in (metrics or {}).items() if math.isfinite(v)}
     self._pending = step
     if self._is_remote:  # objects are not read back to learn whether they arrived as they were sent
@@ -238,7 +239,7 @@ class Checkpoints:
     self.finish()
     step = self.latest() if step is None else step
     if step != self._opened and step not in self._own and (damage := self._damage(step)):
-      raise RunError(f'the checkpoint of step {step} in {self._workdir} is damaged: {damage}; choose another step.')
+      raise _DamagedError(step, self._workdir, damage)
     return step
 
   def _of_intact(self, step: int | None, read: Callable[[int], Any]) -> Any:
@@ -247,7 +248,7 @@ class Checkpoints:
       chosen = self._verified(step)
       try:
         return read(chosen)
-      except _AlteredError as e:
+      except _DamagedError as e:
         if step is not None:
           raise
         self._damaged[chosen] = e.damage
@@ -270,7 +271,7 @@ class Checkpoints:
     All processes read again if one must; `read` must not wait for another one.
 
     Raises:
-      _AlteredError: they are not the second time, either.
+      _DamagedError: they are not the second time, either.
     """
     folder = self._folder / str(step)
     for _ in range(_READS):
@@ -290,7 +291,7 @@ class Checkpoints:
       names = errors.first_few(wrong or ['in another process, see its output'])
       print(f'warning: arrays of the checkpoint of step {step} in {self._workdir} were not read as they were saved '
             f'({names}).', file=sys.stderr, flush=True)
-    raise _AlteredError(step, self._workdir, f'it was read {_READS} times, and not as it was saved ({names})')
+    raise _DamagedError(step, self._workdir, f'it was read {_READS} times, and not as it was saved ({names})')
 
   def _saved_params(self, step: int) -> tuple[str, Any]:
     """(field of the state, shapes) of the parameters to use of a step."""
@@ -349,8 +350,8 @@ class Checkpoints:
           f'{fix}, then the same command continues.') from e
 
 
-class _AlteredError(RunError):
-  """Arrays of a step in a bucket are not those that were saved: bits changed on the way there or back."""
+class _DamagedError(RunError):
+  """The files of a step, or its arrays in a bucket, are not those that were saved."""
 
   def __init__(self, step: int, workdir: str | os.PathLike[str], damage: str):
     super().__init__(f'the checkpoint of step {step} in {workdir} is damaged: {damage}; choose another step.')

@@ -188,7 +188,7 @@ def write_bytes(target: Path, content: bytes) -> None:
 
 
 def read_object(target: Path) -> bytes:
-  """Read an object of a bucket by one request. Other ways of reading fail while another process rewrites it."""
+  """Read an object of a bucket by one request. A file object needs two, and fails if it is rewritten between."""
   return filesystem(target).cat_file(str(target))
 
 
