@@ -21,7 +21,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents, loader, programs, torch_file, torch_layout
-from uni_moe_jax.model import decoding
+from uni_moe_jax.model import decoding, merging
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
 from uni_moe_jax.train import checkpoint, loop
@@ -243,8 +243,8 @@ def test_a_folder_that_lacks_a_file_is_refused(exported):
 
 def test_another_format_is_refused(exported, tmp_path):
   manifest = (exported[0] / 'manifest.json').read_text()
-  (tmp_path / 'manifest.json').write_text(manifest.replace('"format": 2', '"format": 3'))
-  with pytest.raises(ValueError, match=r'has format 3, and this loader reads format 2: use the load\.py of that'):
+  (tmp_path / 'manifest.json').write_text(manifest.replace('"format": 3', '"format": 4'))
+  with pytest.raises(ValueError, match=r'has format 4, and this loader reads format 3: use the load\.py of that'):
     shipped.module(exported[0]).Model(tmp_path)
 
 
@@ -271,6 +271,21 @@ def test_no_file_names_folders_of_the_exporting_machine(trained, exported):
   folders = [str(p).encode() for p in (pathlib.Path(artifact.__file__).parents[2], trained[0], tiny.data_dir())]
   for path in [p for p in sorted(exported[0].rglob('*')) if p.is_file() and '__pycache__' not in p.parts]:
     assert not [p for p in folders if p in path.read_bytes()], path
+
+
+def test_the_manifest_has_the_weights_of_the_experts_in_every_merged_kernel(trained, exported):
+  manifest, (_, _, params) = json.loads((exported[0] / 'manifest.json').read_text()), trained
+  with_experts, merged = (merging.layer_params(spec, values, 1, ('ffn_in',))['ffn_in']['kernel'] for spec, values in (
+      (_with_experts(trained), params), (exported[1].spec, exported[1].params)))
+  conditions = {c: kernel for task in manifest['tasks'].values() for c, kernel in task['conditions'].items()}
+  assert len(set(conditions.values())) == 4
+  for condition, kernel in conditions.items():
+    weights = manifest['mixtures'][condition]['1']['mlp']
+    assert sum(weight > 0 for weight in weights) == 2 and sum(weights) == pytest.approx(1, abs=1e-3)
+    np.testing.assert_allclose(np.tensordot(weights, with_experts, 1), merged[kernel], atol=2e-4)
+  assert {s['condition'] for s in manifest['target_sets'].values()} <= set(manifest['mixtures'])
+  pair = manifest['tasks']['pair']
+  assert [*pair['input_conditions'], pair['text_condition']] == list(pair['conditions'])
 
 
 def test_equal_programs_are_one_file(exported):

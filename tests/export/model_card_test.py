@@ -27,7 +27,7 @@ def _manifest(trained: ModelSpec, *names: str, exported: ModelSpec | None = None
     exported, _ = merge.merged(trained, small_model.params(trained), tuple(c for t in tasks for c in t.conditions))
   contents = Contents(
       exported, {'x': np.zeros(7)}, tasks, {}, {}, types.SimpleNamespace(), {}, {}, trained=trained,
-      evaluators=tuple(evaluators))
+      evaluators=tuple(evaluators), mixtures={})
   manifest = description.manifest(contents, {t.task.name: {} for t in tasks}, _TOKENIZER | tokenizer, {'name': 'mine'})
   return json.loads(json.dumps(manifest))
 

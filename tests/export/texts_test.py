@@ -43,6 +43,19 @@ def test_a_template_is_filled_as_in_training(tmp_path, template, a, b):
   assert (len(row) == _LENGTH) == (a == _LONG)  # the first text gets the tokens that the last leaves
 
 
+def test_every_mask_is_one_token(tmp_path):
+  file = pathlib.Path(tiny.tokenizer_file())
+  tokenizer = SentencePieceTokenizer(file)
+  encode, spe, eot = tokenizer.encode, tokenizer.spe, tokenizer.eot
+  words = _texts(tmp_path, tokenizer, file)
+  masked = words.masked('a [mask] shape[mask]', _LENGTH)
+  row = [*encode('a'), spe, *encode('shape'), spe, eot]
+  assert masked['text'].tolist() == [row] and masked['text_valid'].tolist() == [[True] * len(row)]
+  assert masked['position'].tolist() == [[len(encode('a')), len(row) - 2]]
+  cut = words.masked(f'[mask] {_LONG} [mask]', 4)  # the last mask is beyond the length
+  assert cut['text'].tolist() == [[spe, *encode(_LONG)[:2], eot]] and cut['position'].tolist() == [[0]]
+
+
 def test_captions_in_the_clip_vocabulary_are_decoded_without_a_library(tmp_path, monkeypatch):
   file = tmp_path / 'merges.txt.gz'
   file.write_bytes(gzip.compress(b'#version: a test\nt h\nth e</w>\n'))

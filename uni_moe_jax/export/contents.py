@@ -15,13 +15,16 @@ from uni_moe_jax.data.pipeline.target_sets import TargetSet
 from uni_moe_jax.eval.predictor import INPUTS, Predictor
 from uni_moe_jax.export.merge import merged
 from uni_moe_jax.export.programs import ExportedTask
+from uni_moe_jax.model import merging
 from uni_moe_jax.model.spec import ModelSpec, router_input_name
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
+from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 Sets = dict[str, tuple[SetSpec, TargetSet]]
+Mixtures = dict[Condition, dict[int, dict[str, np.ndarray]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,9 @@ class Contents:
   answers: dict[str, list[str]]  # predictions for the examples
   trained: ModelSpec  # of the model as it was trained
   evaluators: tuple[Evaluation, ...]  # of the tasks
+  # Weights f32 [E] of the experts that make the kernel of a condition, by condition, layer and sublayer; {} for routers
+  # by token.
+  mixtures: Mixtures
 
   def summary(self) -> str:
     """One line for the terminal."""
@@ -88,14 +94,26 @@ def make_contents(
     conditions = tuple(dict.fromkeys(c for e in exported for c in e.conditions))
     exported_spec, exported_params = merged(portable_spec, params, conditions)
   evaluators = tuple(e for e in plan.evaluations if e.task in chosen)
+  conditions = (*(c for e in exported for c in e.conditions), *(s.condition for s, _ in sets.values()))
   return Contents(
       exported_spec, exported_params, exported, sets, features, data, examples, answers, trained=spec,
-      evaluators=evaluators)
+      evaluators=evaluators, mixtures=_mixtures(spec, params, tuple(dict.fromkeys(conditions))))
 
 
 def portable(spec: ModelSpec, dtype: Any) -> ModelSpec:
   """Returns the spec for inference on any platform: only `tiled` products and XLA's attention lower for all of them."""
   return dataclasses.replace(spec, dtype=jnp.dtype(dtype), remat=False, gmm='tiled', attention_impl='xla')
+
+
+def _mixtures(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> Mixtures:
+  """See `Contents.mixtures`."""
+  if spec.router == routers.DENSE or routers.routes_tokens(spec.router):
+    return {}
+  inputs = routers.distinct_inputs(spec.router, conditions)
+  index = {c: inputs.index(routers.router_input(spec.router, c)) for c in conditions}
+  coefficients = merging.coefficients(spec, params, inputs)
+  return {c: {layer: {s: coef[i] for s, coef in sublayers.items()} for layer, sublayers in coefficients.items()}
+          for c, i in index.items()}
 
 
 def _exported_task(task: TaskSpec, plan: Plan, data: Data, sets: Sets, bake_targets: bool) -> ExportedTask:

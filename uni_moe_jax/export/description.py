@@ -16,6 +16,7 @@ from uni_moe_jax.moe import routers
 _EXPERTS = ('num_experts', 'top_k', 'placement', 'sublayers')
 # Fields of experts and their routers, and of an evaluator.
 _EXPERT_FIELDS = (*_EXPERTS, 'noise_std', 'capacity_factor', 'gmm', 'router_names', 'kernels')
+_DIGITS = 4  # of the weights of experts
 _PROTOCOL = (
     'type', 'split', 'beam_size', 'length_penalty', 'constrain_to', 'max_len', 'detokenize', 'num_views', 'num_crops')
 
@@ -38,8 +39,11 @@ def manifest(
       'trained': {'dtype': np.dtype(trained.dtype).name, 'router': trained.router, 'moe_layers': moe_layers,
                   **({name: getattr(trained, name) for name in _EXPERTS} if moe_layers else {})},
       'tasks': {e.task.name: _task(e, files[e.task.name], spec) for e in contents.tasks},
-      'target_sets': {name: {'size': target.size, 'texts': list(target.names), 'condition': str(s.condition)}
+      'target_sets': {name: {'size': target.size, 'texts': list(target.names), 'condition': str(s.condition),
+                             'max_len': s.max_len}
                       for name, (s, target) in contents.target_sets.items()},
+      'mixtures': {str(c): {str(layer): {s: np.round(x, _DIGITS).astype(float).tolist() for s, x in sublayers.items()}
+                            for layer, sublayers in layers.items()} for c, layers in contents.mixtures.items()},
       'evaluators': {e.name: {'task': e.task.name, **{field: getattr(e, field) for field in _PROTOCOL}}
                      for e in contents.evaluators},
       'tokenizer': tokenizer,
@@ -52,7 +56,10 @@ def _task(exported: ExportedTask, files: dict[str, Any], spec: ModelSpec) -> dic
   task = exported.task
   kernel = lambda c: spec.kernel_of(c) if spec.kernels else 0
   return {
-      'type': task.type.name, 'target_set': task.target_set, 'max_len': task.max_len, 'template': task.template,
+      'type': task.type.name, 'readout': task.type.readout, 'target': task.type.target, 'target_set': task.target_set,
+      'num_frames': exported.num_frames, 'crop': task.crop, 'max_len': task.max_len, 'template': task.template,
       'template_parts': template_parts(task.template),
       'temperature': task.temperature, 'beam_size': exported.beam_size, 'length_penalty': exported.length_penalty,
-      'conditions': {str(c): kernel(c) for c in exported.conditions}, 'programs': files}
+      'conditions': {str(c): kernel(c) for c in exported.conditions},
+      'input_conditions': [str(c) for c in task.type.conditions],
+      'text_condition': None if exported.text_condition is None else str(exported.text_condition), 'programs': files}

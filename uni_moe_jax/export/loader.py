@@ -15,7 +15,7 @@ import jax
 import jax.export
 import numpy as np
 
-FORMAT = 2  # of the folders that this file reads
+FORMAT = 3  # of the folders that this file reads
 _TYPES = {'F32': np.float32, 'I32': np.int32, 'U8': np.uint8, 'BOOL': np.bool_}
 
 

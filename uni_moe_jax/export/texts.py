@@ -7,6 +7,7 @@ be tokenized by the caller.
   words.captions(TASK, pixels)                                  # pixels: uint8 [B, T, H, W, C]
   model.run(TASK, 'encode_text', **words.tokens(NAMES, 16))     # 16 tokens each, including the end
   model.run(TASK, 'classify', **words.fill(TASK, text=TEXT))    # a task with a template
+  model.run(TASK, 'classify', **words.masked('it [mask] .', 16))  # masked prediction
 """
 
 import functools
@@ -15,6 +16,7 @@ import re
 
 import numpy as np
 
+MASK = '[mask]'
 _FINAL_STOP = re.compile(r'(?<=[^\W_]|\s)\.\s*$')  # of a sentence; filter no_stop of a field
 
 
@@ -55,6 +57,17 @@ class Texts:
     rows = [row[:length - 1] + [self._entry['eot']] for row in self.tokenizer.encode(list(texts))]
     ids = np.array([row + [self._entry['pad']] * (length - len(row)) for row in rows], np.int32)
     return {'text': ids, 'text_valid': np.arange(length)[None] < np.array([[len(row)] for row in rows])}
+
+  def masked(self, text, length):
+    """Returns {'text', 'text_valid', 'position'} of one text; each [mask] in it is one masked token."""
+    first, *rest = map(self.tokenizer.encode, text.split(MASK))
+    row, position = list(first), []
+    for part in rest:
+      position.append(len(row))
+      row += [self._entry['spe'], *part]
+    row = row[:length - 1] + [self._entry['eot']]
+    return {'text': np.array([row], np.int32), 'text_valid': np.ones((1, len(row)), bool),
+            'position': np.array([[i for i in position if i < len(row) - 1]], np.int32)}
 
   def fill(self, task, **texts):
     """Returns {'text', 'text_valid', 'position'} of one example of a task with a template, filled with texts.
