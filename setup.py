@@ -15,6 +15,9 @@ _VERSION = re.search(
     r"^__version__ = '(.+)'$", (_HERE / 'uni_moe_jax/__init__.py').read_text(), re.MULTILINE
 ).group(1)
 
+# What an installed package has beside its modules, and where that is in the repository; see `utils.shipped`.
+_SHIPPED = {'uni_moe_jax.commands': 'launch', 'uni_moe_jax.configs': 'configs'}
+
 # TensorFlow only feeds the data here, so its CPU build is enough, also beside a GPU or TPU build of
 # JAX. That build has no wheels for Linux on arm and none for macOS; `tensorflow` has.
 _ON_LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
@@ -39,7 +42,9 @@ setuptools.setup(
     long_description=(_HERE / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
-    packages=setuptools.find_packages(include=['uni_moe_jax', 'uni_moe_jax.*']),
+    packages=[*setuptools.find_packages(include=['uni_moe_jax', 'uni_moe_jax.*']), *_SHIPPED],
+    package_dir=_SHIPPED,
+    entry_points={'console_scripts': ['uni-moe = uni_moe_jax.utils.command:main']},
     python_requires='>=3.11',
     install_requires=[
         'absl-py>=2.5,<3',

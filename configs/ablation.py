@@ -1,8 +1,8 @@
 """Router ablation: model and tasks of configs/embedded.py for a tenth of its steps.
 
-  python launch/prepare_data.py
-  python launch/sweep.py --sweep=routers --workdir=runs/routers     # all six routers; or one of them:
-  python launch/train.py --config=configs/ablation.py:router=dense --workdir=runs/dense
+  uni-moe prepare-data
+  uni-moe sweep --sweep=routers --workdir=runs/routers     # all six routers; or one of them:
+  uni-moe train --config=ablation:router=dense --workdir=runs/dense
 
 Argument: router=attribute (default), task, modality, token, context or dense. Seed and data order are the same for all.
 600 steps, a number chosen in advance for two CPU cores: a step of dense, attribute, task and modality takes about 0.8 s

@@ -1,7 +1,7 @@
 """The downstream benchmarks of the published papers.
 
-  python launch/train.py --config=configs/benchmark.py:task=coco_retrieval,run=runs/converted --workdir=runs/coco
-  python launch/evaluate.py --workdir=runs/coco
+  uni-moe train --config=benchmark:task=coco_retrieval,run=runs/converted --workdir=runs/coco
+  uni-moe evaluate --workdir=runs/coco
 
 Arguments:
   task=TASK        imagenet1k (default), kinetics400, coco_caption, coco_retrieval, flickr30k_caption,
@@ -14,7 +14,7 @@ Arguments:
   mode=finetune    every parameter of the run trains (default)
   mode=prompts     prompts, norms and a linear head of the run train, as published; GLUE and VQA, for which nothing was
                    published, as in configs/prompt_tune.py
-  mode=zero_shot   nothing trains; for launch/evaluate.py
+  mode=zero_shot   nothing trains; for uni-moe evaluate
   data=few|all     1 % of the training data (default of mode=prompts), or all of it (default otherwise)
 
 docs/guides/benchmarks.md says how to obtain each dataset, and where a recipe differs from the published one. The
@@ -34,9 +34,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   a = config.arguments(arg, __file__, dict(task='imagenet1k', run='', image_size=0, mode='finetune', data=''),
                        dict(task=benchmarks.DOWNSTREAM, mode=finetuning.MODES, data=('few', 'all')))
   if a.mode != 'finetune' and not a.run:
-    raise UsageError(f'configs/benchmark.py:{arg}: mode={a.mode} adapts a run; give run=RUN.')
+    raise UsageError(f'benchmark:{arg}: mode={a.mode} adapts a run; give run=RUN.')
   if a.run:
-    c, plan = finetuning.start_from(a.run, f'configs/benchmark.py:{arg}')
+    c, plan = finetuning.start_from(a.run, f'benchmark:{arg}')
   else:
     c = config.base()
     presets.published(c)

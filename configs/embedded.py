@@ -1,8 +1,8 @@
 """The embedded data in an hour on two CPU cores: the quickstart's tasks for seven times its steps.
 
-  python launch/prepare_data.py
-  python launch/train.py --config=configs/embedded.py --workdir=runs/embedded
-  python launch/evaluate.py --workdir=runs/embedded
+  uni-moe prepare-data
+  uni-moe train --config=embedded --workdir=runs/embedded
+  uni-moe evaluate --workdir=runs/embedded
 
 Argument: router=attribute (default), task, modality, token, context or dense. docs/results/embedded.md has the scores
 and the reasons for the choices below.

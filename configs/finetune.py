@@ -1,7 +1,7 @@
 """Fine-tune a trained run on one task: every parameter trains, lower layers more slowly.
 
-  python launch/train.py --config=configs/finetune.py:run=runs/quickstart,task=digits --workdir=runs/digits-finetuned
-  python launch/evaluate.py --workdir=runs/digits-finetuned
+  uni-moe train --config=finetune:run=runs/quickstart,task=digits --workdir=runs/digits-finetuned
+  uni-moe evaluate --workdir=runs/digits-finetuned
 
 Arguments:
   run=RUN         work directory of the run

@@ -1,8 +1,8 @@
 """Your own data: train a model from scratch, or adapt a trained run.
 
-  python launch/prepare_data.py --input=photos --name=pets
-  python launch/train.py --config=configs/own.py:sources=pets --workdir=runs/pets
-  python launch/evaluate.py --workdir=runs/pets
+  uni-moe prepare-data --input=photos --name=pets
+  uni-moe train --config=own:sources=pets --workdir=runs/pets
+  uni-moe evaluate --workdir=runs/pets
 
 Arguments:
   sources=pets+reviews     names of prepared data, joined by '+'. For data outside of the default
@@ -10,7 +10,7 @@ Arguments:
   run=RUN                  work directory of the run to adapt; without it, a small model trains from scratch
   mode=finetune            every parameter of the run trains (default)
   mode=prompts             only prompts and norms train
-  mode=zero_shot           nothing trains; for launch/evaluate.py
+  mode=zero_shot           nothing trains; for uni-moe evaluate
 
 Tasks follow from the columns of the data: captions give retrieval and captioning; classes, classification; texts,
 masked language modeling or classification. Change them by overrides such as
@@ -32,15 +32,15 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """4 layers, width 128, 8 experts, images of 64 pixels in patches of 8; or the model of the run."""
   a = config.arguments(
       arg, __file__, dict(sources='', run='', mode='finetune'), dict(mode=finetuning.MODES), required=('sources',))
-  paths = [storage.path(name, f'configs/own.py:{arg}') for name in a.sources.split('+')]
+  paths = [storage.path(name, f'own:{arg}') for name in a.sources.split('+')]
   directories = {str(p.parent.parent) if p.parent.name else config.base().data.dir for p in paths}
   if len(directories) > 1:
-    raise UsageError(f'configs/own.py:{arg}: the sources are in several data directories '
+    raise UsageError(f'own:{arg}: the sources are in several data directories '
                      f'({", ".join(sorted(directories))}); a run reads one.')
   [directory] = directories
   summaries = {p.name: file_dataset.read_summary(file_dataset.own_folder(p.name, directory)) for p in paths}
   if a.run:
-    c, plan = finetuning.start_from(a.run, f'configs/own.py:{arg}')
+    c, plan = finetuning.start_from(a.run, f'own:{arg}')
   else:
     c = config.base()
     presets.small(c)

@@ -1,9 +1,9 @@
 """The published pretraining: sixteen tasks in two stages, in four sizes, with any router.
 
-  python launch/preflight.py --config=configs/pretrain.py:size=base,router=attribute,stage=1 --topology=v5e:16x16
-  python launch/train.py --config=configs/pretrain.py:size=base,router=attribute,stage=1 --workdir=/shared/base-1 \
+  uni-moe preflight --config=pretrain:size=base,router=attribute,stage=1 --topology=v5e:16x16
+  uni-moe train --config=pretrain:size=base,router=attribute,stage=1 --workdir=/shared/base-1 \
       --distributed=auto
-  python launch/train.py --config=configs/pretrain.py:size=base,router=attribute,stage=2 --workdir=/shared/base-2 \
+  uni-moe train --config=pretrain:size=base,router=attribute,stage=2 --workdir=/shared/base-2 \
       --distributed=auto --config.train.init=/shared/base-1
 
 Arguments:

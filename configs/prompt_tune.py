@@ -1,7 +1,7 @@
 """Tune prompts, norms and a linear head of a trained run for one task.
 
-  python launch/train.py --config=configs/prompt_tune.py:run=runs/quickstart,task=digits --workdir=runs/digits-prompts
-  python launch/evaluate.py --workdir=runs/digits-prompts
+  uni-moe train --config=prompt_tune:run=runs/quickstart,task=digits --workdir=runs/digits-prompts
+  uni-moe evaluate --workdir=runs/digits-prompts
 
 Arguments:
   run=RUN         work directory of the run

@@ -1,9 +1,9 @@
 """The published choices on the embedded data: for converted checkpoints and for training them further.
 
-  python launch/convert.py --checkpoint=model.pth --config=configs/published.py:size=tiny,moe=true \
+  uni-moe convert --checkpoint=model.pth --config=published:size=tiny,moe=true \
       --workdir=runs/converted --config.tokenizer.merges_path=bpe_simple_vocab_16e6.txt.gz
-  python launch/evaluate.py --workdir=runs/converted
-  python launch/train.py --config=configs/published.py:size=tiny,moe=true --workdir=runs/converted \
+  uni-moe evaluate --workdir=runs/converted
+  uni-moe train --config=published:size=tiny,moe=true --workdir=runs/converted \
       --config.tokenizer.merges_path=bpe_simple_vocab_16e6.txt.gz
 
 Arguments:

@@ -1,8 +1,8 @@
 """Joint training of the embedded tasks with the attribute router: nine minutes on two CPU cores.
 
-  python launch/prepare_data.py
-  python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
-  python launch/evaluate.py --workdir=runs/quickstart
+  uni-moe prepare-data
+  uni-moe train --config=quickstart --workdir=runs/quickstart
+  uni-moe evaluate --workdir=runs/quickstart
 
 ./launch/quickstart.sh runs all three. README.md has the scores. Another router is one override:
 --config.moe.router=dense|modality|task|attribute|token|context.

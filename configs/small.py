@@ -1,6 +1,6 @@
 """A model whose steps take milliseconds, on handwritten digits: for fault injection and tests.
 
-  python launch/train.py --config=configs/small.py --workdir=runs/small --config.data.dir=.
+  uni-moe train --config=small --workdir=runs/small --config.data.dir=.
 
 It needs no prepared data (the digits are part of scikit-learn), only a folder for its tokenizer. It learns little; its
 scores mean nothing.

@@ -1,6 +1,6 @@
 """Evaluate a trained run on another task, beside chance and baselines. Nothing trains.
 
-  python launch/evaluate.py --config=configs/zero_shot.py:run=runs/quickstart,task=digits --workdir=runs/digits-untuned
+  uni-moe evaluate --config=zero_shot:run=runs/quickstart,task=digits --workdir=runs/digits-untuned
 
 Arguments:
   run=RUN      work directory of the run

@@ -1,8 +1,8 @@
 """Measure speed and print each figure with its budget.
 
-  python launch/benchmark.py             all suites but gpu; long
-  python launch/benchmark.py --quick     the same at reduced sizes, in minutes: does everything run?
-  python launch/benchmark.py --suites=routers,decoding --output=benchmark.json
+  uni-moe benchmark             all suites but gpu; long
+  uni-moe benchmark --quick     the same at reduced sizes, in minutes: does everything run?
+  uni-moe benchmark --suites=routers,decoding --output=benchmark.json
 
 Suites: routers, mixed, published, decoding, input, files, compile. `mixed`, `input` and `compile` take tasks and data
 from --config (default: the quickstart); the others create their own. Everything runs on the first device.
@@ -10,16 +10,13 @@ from --config (default: the quickstart); the others create their own. Everything
 exit code is 1 if a part of it failed.
 """
 
-import pathlib
-
 from absl import flags
 
 from uni_moe_jax.tools.bench import settings
 from uni_moe_jax.utils import cli, files
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
-_CONFIG = cli.define_config(default=str(_ROOT / 'configs/quickstart.py'))
+_CONFIG = cli.define_config(default='quickstart')
 _SUITES = flags.DEFINE_list('suites', [], f'Some of {", ".join(settings.SUITES)}, gpu; default: all but gpu.')
 _QUICK = flags.DEFINE_bool(
     'quick', False, 'Reduced sizes and rounds, to see whether everything runs; no budget is judged.')

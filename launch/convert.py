@@ -1,11 +1,11 @@
 """Convert the authors' PyTorch checkpoints in both directions.
 
-  python launch/convert.py --checkpoint=model.pth --config=configs/published.py --workdir=runs/converted \
+  uni-moe convert --checkpoint=model.pth --config=published --workdir=runs/converted \
       --config.tokenizer.merges_path=bpe_simple_vocab_16e6.txt.gz
-  python launch/convert.py --workdir=runs/converted --output=model.pth
+  uni-moe convert --workdir=runs/converted --output=model.pth
 
-The first command makes a work directory whose step 0 has the checkpoint's parameters; launch/train.py and
-launch/evaluate.py continue from it with the same config. The second writes the newest parameters of a work directory in
+The first command makes a work directory whose step 0 has the checkpoint's parameters; uni-moe train and
+uni-moe evaluate continue from it with the same config. The second writes the newest parameters of a work directory in
 the published layout (averaged ones if the run has them). Both print a report; the first also writes conversion.json.
 """
 

@@ -1,8 +1,8 @@
-"""Evaluate a trained work directory: python launch/evaluate.py --workdir=runs/quickstart
+"""Evaluate a trained work directory: uni-moe evaluate --workdir=runs/quickstart
 
 Or evaluate a run zero-shot on another task, in a work directory of its own:
 
-  python launch/evaluate.py --config=configs/zero_shot.py:run=runs/quickstart,task=digits --workdir=runs/digits
+  uni-moe evaluate --config=zero_shot:run=runs/quickstart,task=digits --workdir=runs/digits
 
 Runs the evaluators of the config on the newest checkpoint (averaged parameters if the run has them), prints the main
 metric of each and writes evaluation.json with all of them, samples.json and, for routers by condition, experts.json and

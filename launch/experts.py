@@ -1,10 +1,10 @@
-"""Measure the expert usage of a checkpoint: python launch/experts.py --workdir=runs/quickstart
+"""Measure the expert usage of a checkpoint: uni-moe experts --workdir=runs/quickstart
 
 Measures for every layer and router how much a condition uses each expert, the effective number of experts, and the
 overlap of two tasks (uni_moe_jax/analysis/expert_usage.py). Writes experts.json and experts.png; with --step or
 --at_init, the names of the files include the checkpoint. Before training:
 
-  python launch/experts.py --at_init --config=configs/quickstart.py --workdir=runs/quickstart
+  uni-moe experts --at_init --config=quickstart --workdir=runs/quickstart
 """
 
 from absl import flags

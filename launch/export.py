@@ -1,6 +1,6 @@
 """Export a trained work directory as a folder that runs without this package.
 
-  python launch/export.py --workdir=runs/quickstart --output=exported --num_examples=4
+  uni-moe export --workdir=runs/quickstart --output=exported --num_examples=4
   python exported/example.py
 
 Experts are merged permanently if the router allows it; --tasks and --bake_targets reduce the number of conditions and
@@ -13,7 +13,7 @@ from absl import flags
 from uni_moe_jax.utils import cli, files, storage
 from uni_moe_jax.utils.errors import UsageError
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of launch/train.py.', required=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of uni-moe train.', required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to write, which must not exist.', required=True)
 _TASKS = flags.DEFINE_list('tasks', [], 'Tasks of the run to export; all by default.')
 _BAKE_TARGETS = flags.DEFINE_bool(

@@ -1,10 +1,10 @@
-"""Measure task interference at a checkpoint: python launch/interference.py --workdir=runs/quickstart
+"""Measure task interference at a checkpoint: uni-moe interference --workdir=runs/quickstart
 
 Measures how much a step on one task changes the loss of another (uni_moe_jax/analysis/interference.py), over a set of
 parameters and for each layer and projection in it. Writes interference.json and two heat maps; with --step or
 --at_init, the names of the files include the checkpoint. Before training:
 
-  python launch/interference.py --at_init --config=configs/quickstart.py --workdir=runs/quickstart
+  uni-moe interference --at_init --config=quickstart --workdir=runs/quickstart
 """
 
 from absl import flags

@@ -1,6 +1,6 @@
 """Restart a command until it has finished:
 
-  python launch/keep_running.py -- python launch/train.py --config=configs/embedded.py --workdir=runs/embedded
+  uni-moe keep-running -- uni-moe train --config=embedded --workdir=runs/embedded
 
 After exit code 75 (saved and stopped by a signal) and after crashes it starts the command again: after --backoff
 seconds, doubled with every crash in a row. It gives up after --max_restarts starts in a row without a newer checkpoint.
@@ -24,7 +24,7 @@ _BACKOFF = flags.DEFINE_float(
 
 def main(argv: list[str]) -> int:
   if len(argv) < 2:
-    print('error: no command; write: python launch/keep_running.py [FLAGS] -- COMMAND [ARGUMENTS].', file=sys.stderr)
+    print('error: no command; write: uni-moe keep-running [FLAGS] -- COMMAND [ARGUMENTS].', file=sys.stderr)
     return restarts.USAGE
   try:
     return restarts.keep_running(argv[1:], _MAX_RESTARTS.value, _BACKOFF.value)

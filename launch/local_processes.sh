@@ -6,7 +6,7 @@ usage() {
 Usage: ./launch/local_processes.sh [--processes N] [--devices D] [--evaluate] [--port P] [--dry_run] -- ARGUMENT...
 
 Trains one run in N processes on this machine, as several hosts would. ARGUMENTs go to launch/train.py:
-  ./launch/local_processes.sh --processes 2 --devices 4 -- --config=configs/quickstart.py --workdir=runs/two
+  ./launch/local_processes.sh --processes 2 --devices 4 -- --config=quickstart --workdir=runs/two
 
   --processes N  number of processes (default 2)
   --devices D    virtual CPU devices per process; default: process i uses accelerator i, or one CPU device

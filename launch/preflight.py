@@ -1,7 +1,7 @@
 """Compile a run for absent devices: memory, FLOPs, collectives, roofline, and a change that fits.
 
-  python launch/preflight.py --config=configs/quickstart.py --topology=cpu:8
-  python launch/preflight.py --config=configs/pretrain.py:size=base --topology=v5e:16x16 --output=base.json
+  uni-moe preflight --config=quickstart --topology=cpu:8
+  uni-moe preflight --config=pretrain:size=base --topology=v5e:16x16 --output=base.json
 
 Compiles the real training step and evaluation without the devices and without the data; for TPUs up to libtpu's plan.
 TPU topologies (v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, in chips) need the extra `preflight`. config.preflight

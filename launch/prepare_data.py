@@ -1,8 +1,8 @@
 """Prepare data once.
 
-Embedded data:    python launch/prepare_data.py
-Your own data:    python launch/prepare_data.py --input=photos --name=pets
-A TFDS dataset:   python launch/prepare_data.py --tfds=coco_captions
+Embedded data:    uni-moe prepare-data
+Your own data:    uni-moe prepare-data --input=photos --name=pets
+A TFDS dataset:   uni-moe prepare-data --tfds=coco_captions
 
 Your own data is a folder [split/]class/*.jpg (or videos), or files of rows: .jsonl (with an .npz of frames beside it),
 .tar of WebDataset, .parquet, .csv, .tsv or .txt. It becomes the source 'own:pets' of configs; its folder contains

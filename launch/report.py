@@ -1,7 +1,7 @@
 """Write report.html into the work directory of a run, and print its path.
 
-  python launch/report.py --workdir=runs/quickstart
-  python launch/report.py --workdir=runs/quickstart --output=quickstart.png
+  uni-moe report --workdir=runs/quickstart
+  uni-moe report --workdir=runs/quickstart --output=quickstart.png
 """
 
 from absl import flags

@@ -1,8 +1,8 @@
 """Train and evaluate a grid of runs, and compare them.
 
-  python launch/sweep.py --sweep=routers --workdir=runs/routers                        # 2 h 20 min on two CPU cores
-  python launch/sweep.py --sweep=routers --workdir=runs/routers --routers=dense,task   # some of the routers
-  python launch/sweep.py --sweep=adaptation --run=runs/quickstart --workdir=runs/adaptation
+  uni-moe sweep --sweep=routers --workdir=runs/routers                        # 2 h 20 min on two CPU cores
+  uni-moe sweep --sweep=routers --workdir=runs/routers --routers=dense,task   # some of the routers
+  uni-moe sweep --sweep=adaptation --run=runs/quickstart --workdir=runs/adaptation
 
 `routers` trains every router on the same data in the same order and measures interference and expert usage.
 `adaptation` adapts a trained run to tasks: `prompts` and `finetune` train on ten examples of every class, or on one
@@ -30,7 +30,7 @@ _NUM_SEEDS = flags.DEFINE_integer(
 _OVERRIDE = flags.DEFINE_multi_string('override', [], 'Field of every config, such as --override=train.steps=20')
 _OWN_FLAGS = {
     'routers': (
-        flags.DEFINE_string('config', 'configs/ablation.py', 'For routers: config with an argument router=ROUTER.'),
+        flags.DEFINE_string('config', 'ablation', 'For routers: config with an argument router=ROUTER.'),
         flags.DEFINE_list('routers', 'dense,modality,task,attribute,token,context', 'For routers: which to compare.'),
         flags.DEFINE_integer('num_batches', 16, 'For routers: batches per task for interference.', lower_bound=2)),
     'adaptation': (
@@ -38,7 +38,7 @@ _OWN_FLAGS = {
         flags.DEFINE_list('tasks', 'digits,video_caption,video_name', 'For adaptation: these, or tasks of the run.'),
         flags.DEFINE_list('recipes', 'zero-shot,prompts,finetune,finetune-all', 'For adaptation: which to compare.'))}
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_FOLDER = pathlib.Path(__file__).resolve().parent  # of the other launch scripts
 
 
 def main() -> int:
@@ -49,13 +49,13 @@ def main() -> int:
       raise UsageError(f'--{wrong[0]} is a flag of --sweep={sweep}; remove it.')
   source, *names = (flag.value for flag in _OWN_FLAGS[_SWEEP.value])
   make_grid = grid.router_grid if _SWEEP.value == grid.ROUTERS else grid.adaptation_grid
-  cells, settings = make_grid(folder, source, *names, _NUM_SEEDS.value, _OVERRIDE.value, _ROOT)  # checks all configs
+  cells, settings = make_grid(folder, source, *names, _NUM_SEEDS.value, _OVERRIDE.value)  # checks all configs
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
   runner.claim(folder, settings)
-  if not runner.run_cells(cells, lambda command: runner.run_command(command, _ROOT)):
+  if not runner.run_cells(cells, lambda command: runner.run_command(command, _FOLDER)):
     return exit_codes.PREEMPTED
   from uni_moe_jax.analysis.sweep import results as results_lib
-  results = results_lib.collect(_SWEEP.value, cells, source, ' '.join(['python', *sys.argv]))
+  results = results_lib.collect(_SWEEP.value, cells, source, cli.command_line())
   print(results_lib.write(results, folder))
   for sentence in results['errors']:
     print(f'error: {sentence}', file=sys.stderr)

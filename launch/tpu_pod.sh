@@ -11,7 +11,7 @@ repository to every host, installs them, starts launch/train.py on all hosts and
 run continues without the connection; the same command shows its output again.
 ARGUMENTs go to launch/train.py:
   ./launch/tpu_pod.sh --name pod --zone us-west4-a --create v5litepod-256 --version v2-alpha-tpuv5-lite \
-      -- --config=configs/pretrain.py:size=base,router=attribute,stage=1 --workdir=gs://BUCKET/base
+      -- --config=pretrain:size=base,router=attribute,stage=1 --workdir=gs://BUCKET/base
 
   --project P        Google Cloud project (default: gcloud's)
   --create TYPE      create the slice if it does not exist; TYPE as gcloud's --accelerator-type

@@ -1,4 +1,4 @@
-"""Train a config: python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+"""Train a config: uni-moe train --config=quickstart --workdir=runs/quickstart
 
 On several hosts, start the same command once per process with --distributed=auto, as local_processes.sh, tpu_pod.sh,
 slurm.sbatch and gke.sh in this folder do.

@@ -92,7 +92,7 @@ def test_a_config_has_a_plan_and_a_model_and_no_field_that_the_base_lacks(name):
 
 @pytest.mark.parametrize('name', _NAMES)
 def test_the_docstring_has_a_command_line(name):
-  assert f'--config=configs/{name}.py' in runpy.run_path(str(_CONFIGS / f'{name}.py'))['__doc__']
+  assert f'--config={name}' in runpy.run_path(str(_CONFIGS / f'{name}.py'))['__doc__']
 
 
 # Pretraining: the table of the base model's configs, by hand.
@@ -153,7 +153,7 @@ def test_all_tasks_per_step_have_the_batches_and_weights_that_drawing_would_give
     ('benchmark', 'image_size=384px', "image_size='384px' must be an integer"),
     ('benchmark', 'task=cola,run=nowhere', "'nowhere' is no work directory of a run")])
 def test_a_wrong_argument_is_an_error_with_its_choices(name, arg, message):
-  with pytest.raises(UsageError, match=f'configs/{name}.py:{arg}: {message}'):
+  with pytest.raises(UsageError, match=f'{name}:{arg}: {message}'):
     _config(name, arg)
 
 

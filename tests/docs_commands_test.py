@@ -10,7 +10,7 @@ from absl import flags
 from tests.helpers import in_process, own_data, processes
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.train import workdir
-from uni_moe_jax.utils import cli
+from uni_moe_jax.utils import cli, shipped
 
 _ROOT = processes.ROOT
 # Programs whose arguments are not checked, and why.
@@ -19,7 +19,7 @@ _PROGRAMS = {
     **dict.fromkeys(('serve/bin/pip', '../serve/bin/python'), 'tests/launch/export_test.py runs the commands'),
     **dict.fromkeys(('./launch/quickstart.sh', './launch/test.sh'), 'without arguments, or with those of pytest')}
 # Parts of commands whose config has no plan here, and why.
-_NO_PLAN = {'=…': 'stands for the config of the reader', 'own.py:sources=gs://': 'needs the bucket', **dict.fromkeys(
+_NO_PLAN = {'own:sources=gs://': 'needs the bucket', **dict.fromkeys(
     ('runs/image_word', 'runs/stripes', 'runs/side'), 'tests/contributing_test.py runs the command with its diff')}
 
 
@@ -31,7 +31,7 @@ def _commands():
       yield from ((page.name, command) for command in line.split(' && ') if not line.startswith('#'))
   for script in sorted(path for folder in ('launch', 'configs') for path in (_ROOT / folder).glob('*.py')):
     doc = script.read_text().split('"""')[1].replace('\\\n', ' ')
-    yield from ((script.name, line) for line in re.findall(r'(?:^  |: +)(python launch/\S.*)$', doc, re.MULTILINE))
+    yield from ((script.name, line) for line in re.findall(r'(?:^  |: +)(uni-moe \S.*)$', doc, re.MULTILINE))
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -39,7 +39,7 @@ def home(tmp_path_factory):
   """A home, and the working directory, with the runs and the data that commands name."""
   folder = tmp_path_factory.mktemp('home')
   own_data.write(folder / '.cache/uni_moe_jax')  # the default data directory
-  config = cli.config_from(f'{_ROOT}/configs/quickstart.py', [])
+  config = cli.config_from('quickstart', [])
   for name in ('quickstart', 'embedded', 'converted'):
     workdir.claim_workdir(folder / 'runs' / name, config, 'fingerprint')
   for name in ('configs', 'launch', 'tests', 'setup.py'):
@@ -55,18 +55,20 @@ def _check(program: str, *arguments: str) -> None:
   own, rest = arguments[:dashes], arguments[dashes + 1:]
   if program in _PROGRAMS:
     assert script.exists() or not program.startswith('./launch')
+  elif program == 'uni-moe':
+    _check(f'launch/{shipped.scripts()[arguments[0]].name}', *arguments[1:])
   elif program in ('python', 'sbatch'):
     _check(*(arguments[1:] if arguments[0] == '-m' else arguments))
   elif program == 'pip':
     extras = re.findall(r'\w+', ''.join(re.findall(r'\[.*\]', ' '.join(arguments))))
     assert all(f"'{extra}': " in pathlib.Path('setup.py').read_text() for extra in extras), extras
   elif script.suffix == '.py' and script.parts[0] == 'launch':
-    # A config that would read a bucket when it is loaded is replaced.
-    local = [re.sub('^--config=.*://.*', '--config=configs/quickstart.py', a) for a in own]
+    # A config that would read a bucket when it is loaded, or that stands for the reader's, is replaced.
+    local = [re.sub('^--config=(.*://.*|…)', '--config=quickstart', a) for a in own]
     with in_process.loaded(script, *local):
       config = flags.FLAGS.flag_values_dict().get('config')
       if config is not None and not any(part in argument for part in _NO_PLAN for argument in arguments):
-        assert pathlib.Path(config).exists() if isinstance(config, str) else make_plan(config)
+        assert shipped.config_path(config) if isinstance(config, str) else make_plan(config)
       if rest:
         _check(*rest)
   else:
@@ -84,10 +86,10 @@ def test_a_command_names_what_exists(command):
 
 @pytest.mark.parametrize('command', [
     'programm', 'pip install .[none]', './launch/gke.sh --nme a -- --workdir=a --config=…', 'sbatch launch/none.sbatch',
-    'python tests/stress/run.py --quickly', 'python launch/keep_running.py -- python launch/none.py', *(
-        f'python launch/train.py --config=configs/{wrong}' for wrong in (
-            'small.py', 'none.py --workdir=a', 'small.py --workdir=a --x=1', 'small.py --workdir=a --config.seeds=1',
-            'small.py --workdir=a --config.model.width=3'))])
+    'python tests/stress/run.py --quickly', 'uni-moe keep-running -- uni-moe none', *(
+        f'uni-moe train --config={wrong}' for wrong in (
+            'small', 'none --workdir=a', 'small --workdir=a --x=1', 'small --workdir=a --config.seeds=1',
+            'small --workdir=a --config.model.width=3'))])
 def test_a_wrong_command_is_found(command):
-  with pytest.raises((AssertionError, AttributeError, OSError, ValueError, flags.Error)):
+  with pytest.raises((AssertionError, AttributeError, KeyError, OSError, ValueError, flags.Error)):
     _check(*command.split())

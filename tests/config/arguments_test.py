@@ -19,8 +19,8 @@ def test_values_have_the_types_of_the_defaults(arg, changes):
 
 
 @pytest.mark.parametrize('arg, message', [
-    ('tiny', r"^configs/c\.py:tiny: 'tiny' must be NAME=VALUE, with NAME one of size, stage, moe, run; for example "
-     r'configs/c\.py:size=base,stage=1,moe=true,run=RUN\.'),
+    ('tiny', r"^c:tiny: 'tiny' must be NAME=VALUE, with NAME one of size, stage, moe, run; for example "
+     r'c:size=base,stage=1,moe=true,run=RUN\.'),
     ('sise=tiny', r"argument 'sise' is unknown; did you mean 'size'\? choices: moe, run, size, stage"),
     ('size=tyny', "size='tyny' is unknown; did you mean 'tiny'"), ('stage=3', "stage='3' is unknown; choices: 1, 2"),
     ('moe=yes', "moe='yes' is unknown; choices: false, true"),

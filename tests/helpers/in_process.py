@@ -1,13 +1,16 @@
-"""Launch scripts that run in this process, because starting Python and JAX takes seconds."""
+"""Launch scripts that run in this process, because starting Python and JAX takes seconds; `uni-moe` for shells."""
 
 import contextlib
 import pathlib
 import runpy
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 from absl import flags
 
+from tests.helpers import processes
 from uni_moe_jax.utils import cli
 
 
@@ -32,3 +35,12 @@ def run(script: pathlib.Path, *arguments: str) -> int:
   """Run a script with the output of this process. Remove its flags. Return the exit code."""
   with loaded(script, *arguments) as main:
     return cli.guarded(main)
+
+
+def write_command(path: pathlib.Path, **variables: str) -> None:
+  """Write an executable `uni-moe` of this working tree, as an installation would, with these environment variables."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  settings = ''.join(f'{k}={shlex.quote(v)} ' for k, v in {'PYTHONPATH': str(processes.ROOT), **variables}.items())
+  code = 'from uni_moe_jax.utils.command import main; main()'
+  path.write_text(f'#!/bin/sh\n{settings}exec {sys.executable} -c "{code}" "$@"\n')
+  path.chmod(0o755)

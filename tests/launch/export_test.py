@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import processes, saved_run, tiny
+from tests.helpers import in_process, processes, saved_run, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.eval import suite
 from uni_moe_jax.train import loop
@@ -78,12 +78,7 @@ def test_the_guides_five_commands_print_captions_in_a_fresh_environment(root, tm
   if (why := _cannot_install(tmp_path / 'probe')) and not os.environ.get('CI'):
     pytest.skip(f'no packages can be installed: {why[-300:]}')
   _write_evaluation(root, step=2)
-  # The commands run unchanged in a folder that looks like the repository; `python` is the one with the package.
-  (root / 'launch').symlink_to(_ROOT / 'launch')
-  (root / 'bin').mkdir()
-  (root / 'bin/python').write_text(
-      f'#!/bin/sh\nPYTHONPATH={_ROOT} XLA_FLAGS=--xla_backend_optimization_level=0 exec {sys.executable} "$@"\n')
-  (root / 'bin/python').chmod(0o755)
+  in_process.write_command(root / 'bin/uni-moe', XLA_FLAGS='--xla_backend_optimization_level=0')
   env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'XLA_FLAGS')}
   env |= {'PATH': f'{root / "bin"}:{env["PATH"]}', 'PIP_CONSTRAINT': str(_ROOT / 'constraints.txt'), 'PIP_QUIET': '1'}
   run = functools.partial(subprocess.run, capture_output=True, text=True, env=env, check=False)

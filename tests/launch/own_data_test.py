@@ -13,7 +13,7 @@ from tests.helpers import in_process, saved_run
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.eval import headline, suite
 from uni_moe_jax.train import loop
-from uni_moe_jax.utils import cli, storage
+from uni_moe_jax.utils import cli, shipped, storage
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A small model and few steps; commands and all other fields are those of the guide.
@@ -25,15 +25,14 @@ _SMALL = ('model.num_layers=1', 'model.width=16', 'model.num_heads=2', 'model.ml
 def test_the_commands_of_the_guide_print_a_retrieval_result(tmp_path, monkeypatch, capfd):
   guide = (_ROOT / 'docs/guides/data.md').read_text()
   commands = [shlex.split(line)[1:] for line in guide.split('```bash\n')[1].split('```')[0].splitlines()]
-  assert [script for script, *_ in commands] == [f'launch/{name}.py' for name in ('prepare_data', 'train', 'evaluate')]
+  assert [name for name, *_ in commands] == ['prepare-data', 'train', 'evaluate']
   own_files.write_captioned_images(tmp_path / 'photos', 40)
-  (tmp_path / 'configs').symlink_to(_ROOT / 'configs')
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv('HOME', str(tmp_path))  # the default data directory is below it
   outputs = []
-  for script, *arguments in commands:
+  for name, *arguments in commands:
     small = [f'--config.{field}' for field in _SMALL] if any(a.startswith('--config=') for a in arguments) else []
-    assert in_process.run(_ROOT / script, *arguments, *small) == 0, capfd.readouterr().err
+    assert in_process.run(shipped.scripts()[name], *arguments, *small) == 0, capfd.readouterr().err
     outputs.append(capfd.readouterr().out)
   # Forty images with two captions each, every fifth in the test split.
   assert 'pets 1.0.0: train 32, test 8' in outputs[0] and 'captions (texts)' in outputs[0]
@@ -48,27 +47,26 @@ def test_data_in_a_bucket_gives_the_log_and_the_scores_of_data_in_a_folder(schem
   bucket = f'{request.getfixturevalue(scheme).address}/own'
   [guide] = re.findall(r'^## Data in a bucket\n.*?```bash\n(.*?)```', (_ROOT / 'docs/guides/data.md').read_text(),
                        re.MULTILINE | re.DOTALL)
-  guide += 'python launch/evaluate.py --workdir=runs/pets'
+  guide += 'uni-moe evaluate --workdir=runs/pets'
   photos = own_files.write_captioned_images(tmp_path / 'photos', 40)
   for path in photos.rglob('*.*'):
     storage.write_bytes(storage.path(bucket) / f'photos/{path.relative_to(photos)}', path.read_bytes())
   results = []
   for name, source, data in (('bucket', f'{bucket}/photos', f'{bucket}/data'), ('folder', photos, tmp_path / 'data')):
     (tmp_path / name).mkdir()
-    (tmp_path / name / 'configs').symlink_to(_ROOT / 'configs')
     monkeypatch.chdir(tmp_path / name)
     monkeypatch.setenv('HOME', str(tmp_path / name))  # the default cache is below it
     for line in guide.replace('gs://photos/pets', str(source)).replace('gs://lab/data', str(data)).splitlines():
-      _, script, *arguments = shlex.split(line)
+      _, command, *arguments = shlex.split(line)
       small = [f'--config.{field}' for field in _SMALL] if any(a.startswith('--config=') for a in arguments) else []
-      assert in_process.run(_ROOT / script, *arguments, *small) == 0, (line, request)
+      assert in_process.run(shipped.scripts()[command], *arguments, *small) == 0, (line, request)
     results.append((saved_run.lines('runs/pets'), json.loads(pathlib.Path('runs/pets/evaluation.json').read_text())))
   assert results[0] == results[1]
   assert len(results[0][0]) == 2 and not list((tmp_path / 'folder').rglob('buckets'))
 
 
 def _own(arg: str):
-  return cli.config_from(f'{_ROOT}/configs/own.py:{arg}', [])
+  return cli.config_from(f'own:{arg}', [])
 
 
 @pytest.fixture(scope='module')

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from tests.helpers import in_process
 from tests.stress import injected_faults
 from uni_moe_jax.data.files import file_dataset
-from uni_moe_jax.utils import exit_codes
+from uni_moe_jax.utils import exit_codes, shipped
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SIZES = {'train': 7, 'test': 3}
@@ -40,11 +40,11 @@ class TinyReviews(tfds.core.GeneratorBasedBuilder):
 def test_the_command_in_the_error_for_a_missing_source_prepares_it(tmp_path, capsys):
   with pytest.raises(FileNotFoundError) as missing:
     file_dataset.load('tfds:tiny_reviews', tmp_path, 'train')
-  _, command = str(missing.value).split('prepare it: python ')
-  script, *arguments = shlex.split(command)
-  assert (script, arguments) == ('launch/prepare_data.py', ['--tfds=tiny_reviews', f'--data_dir={tmp_path}'])
+  _, command = str(missing.value).split('prepare it: uni-moe ')
+  name, *arguments = shlex.split(command)
+  assert (name, arguments) == ('prepare-data', ['--tfds=tiny_reviews', f'--data_dir={tmp_path}'])
 
-  assert in_process.run(_ROOT / script, *arguments) == 0
+  assert in_process.run(shipped.scripts()[name], *arguments) == 0
   [output] = [line for line in capsys.readouterr().out.splitlines() if line.startswith('tiny_reviews/1.2.0: ')]
   sizes = set(output.removeprefix('tiny_reviews/1.2.0: ').split(', '))
   assert sizes == {f'{split} {size}' for split, size in _SIZES.items()}
@@ -57,7 +57,7 @@ def test_the_command_in_the_error_for_a_missing_source_prepares_it(tmp_path, cap
     assert all(r['label'] == _CLASSES[int(r['text'].split()[1]) % 2] for r in records)
     assert dataset.read(np.array([2, 0])) == [records[2], records[0]]
 
-  assert in_process.run(_ROOT / script, *arguments) == 0  # again
+  assert in_process.run(shipped.scripts()[name], *arguments) == 0  # again
 
 
 class RemoteReviews(TinyReviews):

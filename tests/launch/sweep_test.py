@@ -127,9 +127,9 @@ def test_a_failed_recipe_is_reported_and_a_rerun_repeats_no_finished_cell(root, 
   command = _adaptation(root, '--recipes=zero-shot,prompts', '--num_seeds=2')
   assert in_process.run(*command) == 1
   out = root / 'out'
-  prompt = [f'train --config=configs/prompt_tune.py:run={root}/run,task=digits,data=few --config.seed={seed} '
+  prompt = [f'train --config=prompt_tune:run={root}/run,task=digits,data=few --config.seed={seed} '
             f'--workdir={out}/digits-prompts-{seed}' for seed in (0, 1)]
-  untuned = (f'evaluate --config=configs/zero_shot.py:run={root}/run,task=digits --config.seed=0 '
+  untuned = (f'evaluate --config=zero_shot:run={root}/run,task=digits --config.seed=0 '
              f'--workdir={out}/digits-zero-shot')
   assert _log(root) == [untuned, *prompt]
   assert 'error: digits-prompts-1: train failed with exit code 3.' in capfd.readouterr().err
@@ -172,7 +172,7 @@ def test_a_signal_reaches_the_running_script_once_and_the_sweep_can_be_continued
 @pytest.mark.parametrize('command, arguments, message', [
     (_routers, ['--routers=dense,tokens'], 'error: c.py:tokens is unknown.'),
     (_routers, ['--routers='], '--routers is empty'),
-    (_routers, ['--config=configs/none.py'], '--config=configs/none.py: there is no such file'),
+    (_routers, ['--config=configs/none.py'], "config file 'configs/none.py' does not exist"),
     (_routers, ['--override=train.stps=20'],
      "error: --config.train.stps: the config has no field 'stps'. Did you mean \"steps\""),
     (_routers, ['--recipes=prompts'], '--recipes is a flag of --sweep=adaptation; remove it.'),

@@ -117,7 +117,7 @@ def test_a_wrong_argument_is_reported(run, recipe, argument, message):
 
 def test_a_config_that_trains_nothing_needs_a_run_and_an_evaluator(run):
   c = finetuning.zero_shot(f'run={run},task=digits')
-  with pytest.raises(ValueError, match='nothing to train; .*launch/evaluate.py'):
+  with pytest.raises(ValueError, match='nothing to train; .*uni-moe evaluate'):
     make_plan(c).check_trains()
   make_plan(finetuning.finetune(f'run={run},task=digits')).check_trains()
   for path, value in (('train.init', ''), ('evaluators', {})):

@@ -88,7 +88,7 @@ def test_a_check_without_data_creates_nothing(tmp_path):
 
 
 def test_a_folder_without_a_run_names_the_command(tmp_path):
-  with pytest.raises(FileNotFoundError, match='holds no run .*launch/train.py'):
+  with pytest.raises(FileNotFoundError, match='holds no run .*uni-moe train'):
     workdir.load_config(tmp_path)
 
 

@@ -47,7 +47,7 @@ def _train(tmp_path, *arguments: str, config: str = 'configs/quickstart.py') -> 
     (['--config.tasks.text.batch_size=33', '--config.train.grad_accum_steps=2'],
      'batch_size=33 must be a positive multiple of config.train.grad_accum_steps=2; try 32'),
     (['--config.model.num_heads=3'], 'config.model.width=128 must be a multiple of config.model.num_heads=3; try 126'),
-    (['--config.data.dir=/not/there'], 'Data directory /not/there does not exist. Run: python launch/prepare_data.py'),
+    (['--config.data.dir=/not/there'], 'Data directory /not/there does not exist. Run: uni-moe prepare-data'),
     (['--stpes=3'], 'stpes'),
     (['steps=3'], "unexpected argument 'steps=3'"),
 ])
@@ -88,12 +88,12 @@ def test_a_missing_config_file_is_reported_with_the_nearest_names(tmp_path, over
 
 @pytest.mark.parametrize('overrides', [(), ('--config.train.steps=3',)])
 def test_a_config_file_that_names_missing_data_reports_the_data(tmp_path, overrides):
-  message = _train(tmp_path, *overrides, config='configs/own.py:sources=pets')
+  message = _train(tmp_path, *overrides, config='own:sources=pets')
   assert message.startswith('error: source own:pets is not in ') and '--name=pets' in message
 
 
 def test_an_argument_that_a_config_refuses_is_reported_with_its_message(tmp_path):
-  assert "configs/embedded.py:router=attribut: router='attribut' is unknown; did you mean 'attribute'?" in _train(
+  assert "embedded:router=attribut: router='attribut' is unknown; did you mean 'attribute'?" in _train(
       tmp_path, config='configs/embedded.py:router=attribut')
 
 
@@ -104,7 +104,7 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
 
 def test_evaluating_a_folder_without_a_run_explains_how_to_train(tmp_path):
   message = _usage_error(_run('evaluate.py', f'--workdir={tmp_path}'))
-  assert 'holds no run' in message and 'launch/train.py' in message
+  assert 'holds no run' in message and 'uni-moe train' in message
 
 
 def _zero_shot(tmp_path, script: str, argument: str) -> str:
@@ -162,7 +162,7 @@ def test_a_batch_or_a_mesh_that_does_not_fit_the_devices_is_refused(tmp_path, ca
 
 def test_a_source_that_is_not_prepared_names_the_command(tmp_path, capsys):
   message = _refused(capsys, tiny.config('shape', data_dir=tmp_path), tmp_path / 'run', jax.devices()[:1])
-  assert f'Run: python launch/prepare_data.py --data_dir={tmp_path}' in message
+  assert f'Run: uni-moe prepare-data --data_dir={tmp_path}' in message
 
 
 @pytest.mark.parametrize('code', [0, 1, 75])

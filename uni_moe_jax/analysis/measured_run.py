@@ -1,4 +1,4 @@
-"""Flags of launch/interference.py and launch/experts.py: the run that they measure, and at which checkpoint.
+"""Flags of uni-moe interference and uni-moe experts: the run that they measure, and at which checkpoint.
 
 This module imports nothing slow, so that mistakes are reported at once.
 """

@@ -26,7 +26,7 @@ def measure_expert_usage(
     num_batches: int, seed: int, devices=None) -> list[pathlib.Path]:
   """Measures averaged parameters if the run keeps them; returns the paths of the files it wrote.
 
-  The arguments are flags of launch/experts.py; devices: all of them by default.
+  The arguments are flags of uni-moe experts; devices: all of them by default.
 
   Raises:
     UsageError: a model without experts, a step without a checkpoint, a run that trains no task.
@@ -48,7 +48,7 @@ def write_after_evaluation(run: Run, params: Any, step: int, workdir: str | os.P
   if not expert_usage.expert_layers(spec):
     return
   if routers.routes_tokens(spec.router) or jax.process_count() > 1:
-    print(f'python launch/experts.py --workdir={workdir} measures which experts tokens use.', flush=True)
+    print(f'uni-moe experts --workdir={workdir} measures which experts tokens use.', flush=True)
   else:
     content = compute_usage(run, params, f'step {step}', 0, 0)
     expert_usage_file.write(content, workdir, file_stem(expert_usage_file.FILE, '', False))

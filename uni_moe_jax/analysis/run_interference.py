@@ -23,7 +23,7 @@ def measure_interference(
     layers: list[int] | None, num_batches: int, seed: int, devices=None) -> list[pathlib.Path]:
   """Measures a run, at the parameters that training updates, not their averages; returns the paths of the files.
 
-  The arguments are flags of launch/interference.py; devices: all of them by default.
+  The arguments are flags of uni-moe interference; devices: all of them by default.
 
   Raises:
     UsageError: a step without a checkpoint, parameters that do not exist, a task whose gradient is not finite.

@@ -1,4 +1,4 @@
-"""The argument of a config file: --config=configs/pretrain.py:size=base,router=token,stage=1."""
+"""The argument of a config file: --config=pretrain:size=base,router=token,stage=1."""
 
 import pathlib
 import types
@@ -26,29 +26,29 @@ def arguments(
   Raises:
     UsageError: a name or value is unknown, given twice, or missing.
   """
-  path, given = f'configs/{pathlib.Path(file).name}', {}
+  config, given = pathlib.Path(file).stem, {}
   for part in arg.split(',') if arg else ():
     name, equals, value = part.partition('=')
     if not equals:
-      raise UsageError(f'{path}:{arg}: {part!r} must be NAME=VALUE, with NAME one of {", ".join(defaults)}; for '
-                       f'example {path}:{_example(defaults, required)}.')
+      raise UsageError(f'{config}:{arg}: {part!r} must be NAME=VALUE, with NAME one of {", ".join(defaults)}; for '
+                       f'example {config}:{_example(defaults, required)}.')
     if name not in defaults:
-      raise UsageError(f'{path}:{arg}: argument {name!r} is unknown; {nearest(name, defaults)}.')
+      raise UsageError(f'{config}:{arg}: argument {name!r} is unknown; {nearest(name, defaults)}.')
     if name in given:
-      raise UsageError(f'{path}:{arg}: argument {name!r} is given twice.')
+      raise UsageError(f'{config}:{arg}: argument {name!r} is given twice.')
     # Valid values by how they are written.
     valid = _BOOLS if isinstance(defaults[name], bool) else {str(x): x for x in (choices or {}).get(name, ())}
     written = value.lower() if valid is _BOOLS else value
     if valid and written not in valid:
-      raise UsageError(f'{path}:{arg}: {name}={value!r} is unknown; {nearest(value, valid)}.')
+      raise UsageError(f'{config}:{arg}: {name}={value!r} is unknown; {nearest(value, valid)}.')
     number = isinstance(defaults[name], int) and not valid
     if number and not value.isdecimal():
-      raise UsageError(f'{path}:{arg}: {name}={value!r} must be an integer.')
+      raise UsageError(f'{config}:{arg}: {name}={value!r} must be an integer.')
     given[name] = int(value) if number else valid.get(written, value)
   values = defaults | given
   for name in required:
     if not values[name]:
-      raise UsageError(f'{path}:{arg or ""}: argument {name!r} is missing; give {_example(defaults, required)}.')
+      raise UsageError(f'{config}:{arg or ""}: argument {name!r} is missing; give {_example(defaults, required)}.')
   return types.SimpleNamespace(**values)
 
 

@@ -107,7 +107,7 @@ class Plan:
     """Raise UsageError if the plan only evaluates."""
     fail_if(not self.tasks,
             'tasks: every task has batch_size=0, so that there is nothing to train; evaluate the run in '
-            'config.train.init: python launch/evaluate.py --config=… --workdir=….')
+            'config.train.init: uni-moe evaluate --config=… --workdir=….')
 
   def check_batches(self, shards: int, accum: int) -> None:
     """Raise UsageError if a task's micro-batch does not divide over the batch shards of the mesh."""

@@ -157,7 +157,7 @@ class TokenizerConfig:
 class DataConfig:
   """Prepared data."""
   dir: str = field('~/.cache/uni_moe_jax', 'Folder of the prepared data, also gs://… or s3://…; see '
-                   'launch/prepare_data.py.', path=True)
+                   'uni-moe prepare-data.', path=True)
   cache_dir: str = field(
       '~/.cache/uni_moe_jax/buckets', 'Folder of this host where files of a data.dir in a bucket are kept.')
   cache_gb: float = field(
@@ -172,7 +172,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreflightConfig:
-  """Facts about data that is not available; launch/preflight.py reads them, training does not."""
+  """Facts about data that is not available; uni-moe preflight reads them, training does not."""
   target_lengths: Mapping[str, tuple[tuple[int, int], ...]] = entries(
       None, '{target set: ((tokens, entries), …)}: how many entries have how many tokens, `eot` included.')
   num_frames: Mapping[str, int] = entries(

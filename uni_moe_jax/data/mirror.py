@@ -75,7 +75,7 @@ class Mirror(os.PathLike):
     matches = [n for n in names if n.rpartition('/')[2] == MANIFEST]
     if not matches:
       raise MissingFileError(
-          f'{remote} has no {MANIFEST}: nothing was prepared there. Prepare it: python launch/prepare_data.py '
+          f'{remote} has no {MANIFEST}: nothing was prepared there. Prepare it: uni-moe prepare-data '
           f'--data_dir={self.address}')
     folders = {(local / name).parent for name in matches}
     with self._locked(self.root / '.sync'):

@@ -31,7 +31,7 @@ def state(spec: ModelSpec, params: Any, tasks: Sequence[ExportedTask]) -> dict[s
       contents = f'{len(spec.kernels)} conditions ({inputs})'
     raise LayoutError(
         f'--torch: the published dense layout has one kernel per projection, and this export has {contents}; choose '
-        'tasks of one condition with --tasks and add --bake_targets. `launch/convert.py --output` writes the layout '
+        'tasks of one condition with --tasks and add --bake_targets. `uni-moe convert --output` writes the layout '
         'with experts.')
   of_videos = [e.task.name for e in tasks if e.num_frames > 1]
   if spec.frame_differences and of_videos:

@@ -111,4 +111,4 @@ def check_same_data(inputs: str) -> None:
     raise UsageError(
         f'process {", ".join(others)} of {len(digests)} reads other data than process 0, or has another tokenizer or '
         'file of class names. Give all of them the same config.data.dir, or prepare the data there again '
-        '(launch/prepare_data.py).')
+        '(uni-moe prepare-data).')

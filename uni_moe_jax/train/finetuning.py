@@ -59,12 +59,12 @@ TRANSFER: dict[str, Edit] = {'digits': digits, 'video_caption': video_caption, '
 
 def finetune(arg: str = '') -> ml_collections.ConfigDict:
   """Trains every parameter, lower layers more slowly. arg: run=RUN,task=TASK[,data=few|all] (all)."""
-  return _config_of(arg, 'configs/finetune.py', train_all, 'all')
+  return _config_of(arg, 'finetune', train_all, 'all')
 
 
 def prompt_tune(arg: str = '') -> ml_collections.ConfigDict:
   """Trains prompts, norms and a linear head. arg: run=RUN,task=TASK[,data=few|all] (few)."""
-  return _config_of(arg, 'configs/prompt_tune.py', train_prompts, 'few', linear_head=True)
+  return _config_of(arg, 'prompt_tune', train_prompts, 'few', linear_head=True)
 
 
 def zero_shot(arg: str, own: Mapping[str, Edit] | None = None) -> ml_collections.ConfigDict:
@@ -72,7 +72,7 @@ def zero_shot(arg: str, own: Mapping[str, Edit] | None = None) -> ml_collections
 
   own: more tasks by name, as in `TRANSFER`. Their types may be new to the run: a row in `config.task_types`.
   """
-  return _config_of(arg, 'configs/zero_shot.py', train_nothing, own=own)
+  return _config_of(arg, 'zero_shot', train_nothing, own=own)
 
 
 def train_all(c: ml_collections.ConfigDict) -> None:
@@ -107,10 +107,10 @@ MODES: dict[str, Edit] = {'finetune': train_all, 'prompts': train_prompts, 'zero
 
 # Configs of an adaptation study. The first three have the same few examples; the last shows the gain of all examples.
 RECIPES: dict[str, str] = {
-    'zero-shot': 'configs/zero_shot.py:run={run},task={task}',
-    'prompts': 'configs/prompt_tune.py:run={run},task={task},data=few',
-    'finetune': 'configs/finetune.py:run={run},task={task},data=few',
-    'finetune-all': 'configs/finetune.py:run={run},task={task},data=all',
+    'zero-shot': 'zero_shot:run={run},task={task}',
+    'prompts': 'prompt_tune:run={run},task={task},data=few',
+    'finetune': 'finetune:run={run},task={task},data=few',
+    'finetune-all': 'finetune:run={run},task={task},data=all',
 }
 
 

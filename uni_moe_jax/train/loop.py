@@ -28,7 +28,7 @@ from uni_moe_jax.train.run import Run, build, conditions, initial_state
 from uni_moe_jax.train.step import Step, TrainState
 from uni_moe_jax.train.validation import Validation
 from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, copy_tokenizer, saved_step
-from uni_moe_jax.utils import locks, signals, storage
+from uni_moe_jax.utils import cli, locks, signals, storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED, PREEMPTED
 from uni_moe_jax.utils.files import write_json
@@ -63,7 +63,9 @@ def _describe(run: Run) -> str:
 
 def commit() -> str:
   """Git commit of this package's working tree, or 'unknown'."""
-  command, folder = ['git', 'rev-parse', 'HEAD'], pathlib.Path(__file__).parent
+  command, folder = ['git', 'rev-parse', 'HEAD'], pathlib.Path(__file__).parents[2]
+  if not (folder / '.git').exists():  # an environment may be in a repository of its own
+    return 'unknown'
   try:
     done = subprocess.run(command, capture_output=True, text=True, timeout=5, cwd=folder)
   except (OSError, subprocess.TimeoutExpired):
@@ -75,7 +77,7 @@ def _run_facts(run: Run) -> dict[str, Any]:
   """Content of run.json, for readers of the results."""
   return {'config': json.loads(run.config.to_json_best_effort()), 'parameters': run.parameter_counts(),
           'conditions': [str(c) for c in conditions(run.plan)], 'seed': run.config.seed, 'commit': commit(),
-          'command': ' '.join(['python', *sys.argv])}
+          'command': cli.command_line()}
 
 
 # (step about to be taken, its parameters, its batch, target sets) → scalars to log with that step.
@@ -160,7 +162,7 @@ def _loop(
   if first >= last:
     print(f'{workdir} is finished: {first} of {last} steps.')
     return FINISHED
-  if saved is not None:  # may be step 0, which launch/convert.py writes
+  if saved is not None:  # may be step 0, which uni-moe convert writes
     with detector.phase(RESTORE, first):
       state = checkpoints.restore(run.abstract_state())
       first = checkpoints.latest()  # an earlier one, if the arrays of that one were altered

@@ -178,7 +178,7 @@ def check_versions(workdir: str | os.PathLike[str], allow_mismatch: bool = False
     raise UsageError(
         f'workdir {workdir} was started with other package versions ({listed}), with which its numbers and its data '
         f'order may differ. Install them (pip install {required}), start a new run from its parameters '
-        f"(config.train.init='{workdir}'), or continue anyway: launch/train.py --allow_version_mismatch.")
+        f"(config.train.init='{workdir}'), or continue anyway: uni-moe train --allow_version_mismatch.")
   print(f'note: workdir {workdir} was started with other package versions ({listed}); its numbers may differ in their '
         'last digits.', file=sys.stderr, flush=True)
 
@@ -233,7 +233,7 @@ def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
   if not path.exists():
     storage.check_access(path.parent, 'workdir')  # the bucket may be missing
     raise MissingFileError(f'workdir {workdir} holds no run ({CONFIG_FILE} is missing); train first: '
-                           f'python launch/train.py --config=configs/quickstart.py --workdir={workdir}')
+                           f'uni-moe train --config=quickstart --workdir={workdir}')
   content = _read(path)
   try:
     return ml_collections.ConfigDict(_tuples(content['config']))

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from uni_moe_jax.utils import errors, files, heap, signals, storage
+from uni_moe_jax.utils import errors, files, heap, shipped, signals, storage
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, USAGE
 from uni_moe_jax.utils.suggest import nearest
@@ -24,11 +25,27 @@ _PARSE_ERRORS = flags.Error, AttributeError, KeyError, ValueError, TypeError, OS
 flags.disclaim_key_flags()  # --help of a script lists the flags that it defines through this module
 
 
+class _ConfigParser(ConfigFileFlagParser):
+  """Parser of the value of --config, which may be the name of a config."""
+
+  def parse(self, path: str) -> ml_collections.ConfigDict:
+    return super().parse(shipped.config_path(path))
+
+
 def define_config(default: str | None = None) -> flags.FlagHolder:
-  """Define --config=FILE.py[:argument], with --config.field=value overrides."""
-  return config_flags.DEFINE_config_file('config', default, help_string=(
-      'Config file, and its arguments, if any: FILE.py or FILE.py:NAME=VALUE,NAME=VALUE; the first lines of the file '
-      'describe them. --config.FIELD=VALUE overrides a field, for example --config.train.steps=100.'))
+  """Define --config=NAME[:arguments] or FILE.py[:arguments], with --config.field=value overrides."""
+  return _define_config(flags.FLAGS, default, help_string=(
+      f'A config ({", ".join(shipped.configs())}) or FILE.py, and its arguments, if any: NAME:ARGUMENT=VALUE,…; '
+      'uni-moe help NAME describes them. --config.FIELD=VALUE overrides a field, for example '
+      '--config.train.steps=100.'))
+
+
+def _define_config(values: flags.FlagValues, default: str | None, **options) -> flags.FlagHolder:
+  holder = config_flags.DEFINE_config_file('config', flag_values=values, **options)
+  values['config'].parser = _ConfigParser('config')  # DEFINE_config_file takes no parser
+  if default is not None:
+    values.set_default('config', default)
+  return holder
 
 
 def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
@@ -47,7 +64,7 @@ def _loading_error(e: OSError) -> OSError | UsageError:
     return cause or e
   path = pathlib.Path(str(cause).split()[-1].strip("'"))
   files_near = [f.name for f in path.parent.glob('*.py')]
-  return UsageError(f"config file '{path}' does not exist; {nearest(path.name, files_near)}.")
+  return UsageError(f"config file '{path}' does not exist; {nearest(path.name, files_near or shipped.configs())}.")
 
 
 def config_from(file: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
@@ -57,7 +74,7 @@ def config_from(file: str, overrides: Sequence[str]) -> ml_collections.ConfigDic
     UsageError: the file raises an error, or an override has an unknown field or a wrong value.
   """
   argv, values = ['', f'--config={file}', *(f'--config.{o}' for o in overrides)], flags.FlagValues()
-  holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+  holder = _define_config(values, None, sys_argv=argv)
   try:
     values(argv)
     return config_of(holder)
@@ -82,6 +99,11 @@ def run(main: Callable[[], int], local: Sequence[str] = ()) -> None:
   logging.set_verbosity(logging.WARNING)  # no progress messages of libraries
   _silence_repeated_errors()
   app.run(lambda _: sys.exit(guarded(main)), flags_parser=lambda argv: _parse(argv, local))
+
+
+def command_line() -> str:
+  """Return the command of this process as a person would repeat it."""
+  return ' '.join(sys.argv if sys.argv[0].startswith('uni-moe ') else ['python', *sys.argv])
 
 
 @contextlib.contextmanager

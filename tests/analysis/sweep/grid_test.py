@@ -8,14 +8,13 @@ from tests.helpers import tiny
 from uni_moe_jax.analysis.sweep import grid
 from uni_moe_jax.train import workdir
 
-_ROOT = pathlib.Path(__file__).resolve().parents[3]
 _OUT = pathlib.Path('out')
 
 
 def _router_cells(routers, num_seeds):
-  cells, settings = grid.router_grid(_OUT, 'configs/ablation.py', routers, 8, num_seeds, ['train.steps=99'], _ROOT)
+  cells, settings = grid.router_grid(_OUT, 'ablation', routers, 8, num_seeds, ['train.steps=99'])
   assert settings == {
-      'sweep': 'routers', 'config': 'configs/ablation.py', 'num_batches': 8, 'overrides': ['train.steps=99']}
+      'sweep': 'routers', 'config': 'ablation', 'num_batches': 8, 'overrides': ['train.steps=99']}
   return cells
 
 
@@ -33,15 +32,15 @@ def _commands(cell):
 def test_a_router_cell_has_the_commands_that_a_person_would_type():
   cell = _router_cells(['token'], 2)[1]
   commands = _commands(cell)
-  config_flags = (f'--config={_ROOT}/configs/ablation.py:router=token', '--config.seed=1', '--config.train.steps=99')
+  config_flags = ('--config=ablation:router=token', '--config.seed=1', '--config.train.steps=99')
   workdir_flag = '--workdir=out/token-1'
   assert list(commands) == [
       'interference at init', 'compile', 'train', 'evaluate', 'interference', 'experts', 'report']
   assert commands['interference at init'] == (
-      'launch/interference.py', '--at_init', *config_flags, workdir_flag, '--num_batches=8')
+      'interference', '--at_init', *config_flags, workdir_flag, '--num_batches=8')
   assert commands['compile'] == (*commands['train'], '--compile_only') == (
-      'launch/train.py', *config_flags, workdir_flag, '--compile_only')
-  assert commands['interference'] == ('launch/interference.py', workdir_flag, '--num_batches=8')
+      'train', *config_flags, workdir_flag, '--compile_only')
+  assert commands['interference'] == ('interference', workdir_flag, '--num_batches=8')
   assert [s.name for s in cell.stages if s.needs] == ['evaluate', 'interference', 'experts', 'report']
 
 
@@ -56,7 +55,7 @@ def test_every_router_has_a_cell_per_seed_and_a_dense_model_no_expert_usage():
 
 def test_seeds_of_a_recipe_are_adjacent_and_zero_shot_evaluation_has_one(run):
   cells, settings = grid.adaptation_grid(
-      _OUT, str(run), ('digits', 'video_name'), ('zero-shot', 'prompts'), None, [], _ROOT)
+      _OUT, str(run), ('digits', 'video_name'), ('zero-shot', 'prompts'), None, [])
   assert [c.folder.name for c in cells] == [
       'digits-zero-shot', 'digits-prompts-0', 'digits-prompts-1', 'digits-prompts-2',
       'video_name-zero-shot', 'video_name-prompts-0', 'video_name-prompts-1', 'video_name-prompts-2']
@@ -65,15 +64,15 @@ def test_seeds_of_a_recipe_are_adjacent_and_zero_shot_evaluation_has_one(run):
 
 def test_an_adaptation_cell_has_the_commands_that_a_person_would_type(run):
   recipes = ['zero-shot', 'finetune', 'finetune-all']
-  cells, _ = grid.adaptation_grid(_OUT, str(run), ['digits'], recipes, 2, ['train.steps=99'], _ROOT)
+  cells, _ = grid.adaptation_grid(_OUT, str(run), ['digits'], recipes, 2, ['train.steps=99'])
   zero_shot, _, finetune, _, finetune_all = cells
   for cell, recipe, amount in ((finetune, 'finetune', 'few'), (finetune_all, 'finetune-all', 'all')):
     workdir_flag = f'--workdir=out/digits-{recipe}-1'
     assert _commands(cell) == {
-        'train': ('launch/train.py', f'--config=configs/finetune.py:run={run},task=digits,data={amount}',
+        'train': ('train', f'--config=finetune:run={run},task=digits,data={amount}',
                   '--config.seed=1', '--config.train.steps=99', workdir_flag),
-        'evaluate': ('launch/evaluate.py', workdir_flag)}
+        'evaluate': ('evaluate', workdir_flag)}
     assert [s.needs for s in cell.stages] == ['', 'train']
   assert _commands(zero_shot) == {'evaluate': (
-      'launch/evaluate.py', f'--config=configs/zero_shot.py:run={run},task=digits', '--config.seed=0',
+      'evaluate', f'--config=zero_shot:run={run},task=digits', '--config.seed=0',
       '--config.train.steps=99', '--workdir=out/digits-zero-shot')}

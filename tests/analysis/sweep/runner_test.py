@@ -7,7 +7,7 @@ import pytest
 from uni_moe_jax.analysis.sweep import runner
 from uni_moe_jax.analysis.sweep.grid import Cell, Stage
 
-_STAGES = (Stage('a', ('launch/a.py',)), Stage('train', ('launch/t.py', '--x')), Stage('b', ('launch/b.py',), 'train'))
+_STAGES = (Stage('a', ('a',)), Stage('train', ('t', '--x')), Stage('b', ('b',), 'train'))
 
 
 def _cell(folder, seed=0):
@@ -19,7 +19,7 @@ def _run(*cells, **codes):
   started = []
 
   def start(command):
-    started.append(command[0].removeprefix('launch/').removesuffix('.py'))
+    started.append(command[0])
     return codes.get(started[-1], 0)
 
   return runner.run_cells(cells, start), started
@@ -31,7 +31,7 @@ def test_finished_stages_are_not_repeated(tmp_path, capsys):
   assert capsys.readouterr().out == '1/1 cell-0\n1/1 cell-0: done\n'
   log = json.loads((tmp_path / 'cell-0' / runner.LOG).read_text())
   assert [(t['stage'], t['command'], t['exit_code']) for t in log] == [
-      ('a', 'python launch/a.py', 0), ('train', 'python launch/t.py --x', 0), ('b', 'python launch/b.py', 0)]
+      ('a', 'uni-moe a', 0), ('train', 'uni-moe t --x', 0), ('b', 'uni-moe b', 0)]
   assert all(t['seconds'] >= 0 for t in log) and runner.read_log(tmp_path / 'cell-0') == log
 
 

@@ -155,5 +155,5 @@ def test_a_failed_build_leaves_nothing_to_read(tmp_path, build, monkeypatch):
   monkeypatch.setattr(docstring_texts, 'make_pairs', mock.Mock(side_effect=KeyboardInterrupt))
   with pytest.raises(KeyboardInterrupt):
     build(tmp_path)
-  with pytest.raises(FileNotFoundError, match=re.escape(f'python launch/prepare_data.py --data_dir={tmp_path}')):
+  with pytest.raises(FileNotFoundError, match=re.escape(f'uni-moe prepare-data --data_dir={tmp_path}')):
     docstring_texts.load_paragraphs(tmp_path, 'train')

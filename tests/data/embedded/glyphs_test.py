@@ -204,6 +204,6 @@ class TestBuild:
 
   @pytest.mark.parametrize('load', [glyphs.load, glyph_videos.load])
   def test_missing_data_names_the_directory_and_the_command(self, tmp_path, load):
-    command = f'python launch/prepare_data.py --data_dir={tmp_path}'
+    command = f'uni-moe prepare-data --data_dir={tmp_path}'
     with pytest.raises(FileNotFoundError, match=f'{tmp_path}. Run: {command}'):
       load(tmp_path, 'train')

@@ -260,7 +260,7 @@ def test_the_error_for_damaged_prepared_data_gives_the_command(tmp_path, name, d
   prepare.prepare(tmp_path / 'one.txt', tmp_path, 'one')
   path = tmp_path / 'own/one/1.0.0' / name
   path.write_bytes(damage(path.read_bytes()))
-  with pytest.raises(ValueError, match=f'{message}.*prepare the data again: python launch/prepare_data.py'):
+  with pytest.raises(ValueError, match=f'{message}.*prepare the data again: uni-moe prepare-data'):
     file_dataset.load('own:one', tmp_path, 'train')
 
 

@@ -76,6 +76,6 @@ class TestFiles:
   def test_an_unreadable_file_is_named_with_the_fix(self, tmp_path, damage):
     npz_records.save(tmp_path, 'train', _COLUMNS, _CLASSES)
     damage(tmp_path / 'train.npz')
-    message = r'train\.npz cannot be read \(.*damaged: delete .* and run: python launch/prepare_data'
+    message = r'train\.npz cannot be read \(.*damaged: delete .* and run: uni-moe prepare-data'
     with pytest.raises(ValueError, match=message):
       npz_records.load(tmp_path, '.', 'train')

@@ -5,7 +5,6 @@ anything runs.
 """
 
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,46 +39,43 @@ Grid = tuple[list[Cell], dict[str, Any]]  # cells, and the settings that all cel
 
 def router_grid(
     folder: storage.Path, config: str, routers: Sequence[str], num_batches: int, num_seeds: int | None,
-    overrides: Sequence[str], root: pathlib.Path) -> Grid:
+    overrides: Sequence[str]) -> Grid:
   """Trains, evaluates and measures every router with every seed, one by default.
 
-  The arguments are flags of launch/sweep.py, and the root of the repository, to which `config` is relative.
+  The arguments are flags of uni-moe sweep.
 
   Raises:
-    UsageError: no router, no such file, or a config that is not valid.
+    UsageError: no router, no such config, or one that is not valid.
   """
-  file = (root / os.path.expanduser(config)).resolve()
   if not routers:
     raise UsageError('--routers is empty: name at least one.')
-  if not file.is_file():
-    raise UsageError(f'--config={config}: there is no such file.')
   cells, batches = [], f'--num_batches={num_batches}'
   for router in dict.fromkeys(routers):
-    with_router = f'{file}:router={router}'
+    with_router = f'{config}:router={router}'
     is_dense = _check(with_router, overrides).moe.router == 'dense'
     for seed in range(num_seeds or 1):
       path = folder / f'{router}-{seed}'
       workdir_flag, config_flags = f'--workdir={path}', _config_flags(with_router, seed, overrides)
       cells.append(Cell(path, router, '', seed, (
-          Stage('interference at init', ('launch/interference.py', '--at_init', *config_flags, workdir_flag, batches)),
+          Stage('interference at init', ('interference', '--at_init', *config_flags, workdir_flag, batches)),
           # A process that has compiled trains more slowly, see `train.loop.compile_steps`.
-          Stage('compile', ('launch/train.py', *config_flags, workdir_flag, '--compile_only')),
-          Stage(TRAIN, ('launch/train.py', *config_flags, workdir_flag)),
-          Stage(EVALUATE, ('launch/evaluate.py', workdir_flag), TRAIN),
-          Stage('interference', ('launch/interference.py', workdir_flag, batches), TRAIN),
-          *([] if is_dense else [Stage('experts', ('launch/experts.py', workdir_flag), TRAIN)]),
-          Stage('report', ('launch/report.py', workdir_flag), TRAIN))))
+          Stage('compile', (TRAIN, *config_flags, workdir_flag, '--compile_only')),
+          Stage(TRAIN, (TRAIN, *config_flags, workdir_flag)),
+          Stage(EVALUATE, (EVALUATE, workdir_flag), TRAIN),
+          Stage('interference', ('interference', workdir_flag, batches), TRAIN),
+          *([] if is_dense else [Stage('experts', ('experts', workdir_flag), TRAIN)]),
+          Stage('report', ('report', workdir_flag), TRAIN))))
   return cells, {'sweep': ROUTERS, 'config': config, 'num_batches': num_batches, 'overrides': overrides}
 
 
 def adaptation_grid(
     folder: storage.Path, run: str | None, tasks: Sequence[str], recipes: Sequence[str], num_seeds: int | None,
-    overrides: Sequence[str], root: pathlib.Path) -> Grid:
+    overrides: Sequence[str]) -> Grid:
   """Adapts a trained run to every task with every recipe and seed.
 
   Seeds, three by default, vary fastest, because cells of one task and recipe share a compiled step; a seed draws the
   examples, their order and fresh parameters. Zero-shot evaluation has one seed. The arguments are flags of
-  launch/sweep.py, and the root of the repository.
+  uni-moe sweep.
 
   Raises:
     UsageError: no run, an unknown recipe or task, or a config that is not valid.
@@ -92,13 +88,13 @@ def adaptation_grid(
   for task in dict.fromkeys(tasks):
     for name in dict.fromkeys(recipes):
       config = finetuning.RECIPES[name].format(run=run, task=task)
-      _check(f'{root}/{config}', overrides)
+      _check(config, overrides)
       for seed in range(1 if name == ZERO_SHOT else num_seeds or 3):
         path = folder / (f'{task}-{name}' + ('' if name == ZERO_SHOT else f'-{seed}'))
         workdir_flag, config_flags = f'--workdir={path}', _config_flags(config, seed, overrides)
-        stages = (Stage(EVALUATE, ('launch/evaluate.py', *config_flags, workdir_flag)),) if name == ZERO_SHOT else (
-            Stage(TRAIN, ('launch/train.py', *config_flags, workdir_flag)),
-            Stage(EVALUATE, ('launch/evaluate.py', workdir_flag), TRAIN))
+        stages = (Stage(EVALUATE, (EVALUATE, *config_flags, workdir_flag)),) if name == ZERO_SHOT else (
+            Stage(TRAIN, (TRAIN, *config_flags, workdir_flag)),
+            Stage(EVALUATE, (EVALUATE, workdir_flag), TRAIN))
         cells.append(Cell(path, name, task, seed, stages))
   return cells, {'sweep': ADAPTATION, 'run': run, 'step': workdir.saved_step(run), 'overrides': overrides}
 

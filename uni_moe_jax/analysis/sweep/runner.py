@@ -56,7 +56,7 @@ def run_cells(cells: Sequence[Cell], start: Callable[[Sequence[str]], int]) -> b
         continue
       began = time.perf_counter()
       code = start(stage.command)
-      log.append({'stage': stage.name, 'command': ' '.join(('python', *stage.command)), 'exit_code': code,
+      log.append({'stage': stage.name, 'command': ' '.join(('uni-moe', *stage.command)), 'exit_code': code,
                   'seconds': round(time.perf_counter() - began, 1)})
       storage.make_folder(cell.folder)
       write_json(cell.folder / LOG, log)
@@ -65,15 +65,16 @@ def run_cells(cells: Sequence[Cell], start: Callable[[Sequence[str]], int]) -> b
   return True
 
 
-def run_command(command: Sequence[str], root: pathlib.Path) -> int:
-  """Runs a launch script, such as ('launch/train.py', '--workdir=…'), from the root of the repository.
+def run_command(command: Sequence[str], folder: pathlib.Path) -> int:
+  """Runs a launch script of `folder`, such as ('train', '--workdir=…').
 
   The process gets a session of its own, so that it receives a signal only once, from this process. Returns its exit
   code; 75 if a signal ended it.
   """
-  print('$ python', *command, flush=True)
+  print('$ uni-moe', *command, flush=True)
   received = []
-  child = subprocess.Popen([sys.executable, *command], cwd=root, start_new_session=True)
+  script = folder / f'{command[0]}.py'
+  child = subprocess.Popen([sys.executable, script, *command[1:]], start_new_session=True)
   pass_on = lambda number, _: (received.append(number), child.send_signal(number))
   with signals.handled(pass_on, signal.SIGINT, signal.SIGTERM):
     code = child.wait()

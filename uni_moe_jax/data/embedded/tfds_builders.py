@@ -7,7 +7,7 @@
     builder.download_and_prepare(download_dir=DATA_DIR)
     source = builder.as_data_source('train')  # example i is record i of glyphs.load(DATA_DIR, 'train')
 
-Nothing is downloaded: `download_dir` is the data directory of `launch/prepare_data.py`; records that do not exist there
+Nothing is downloaded: `download_dir` is the data directory of `uni-moe prepare-data`; records that do not exist there
 are made first. A data source returns a video as a list of its frames.
 """
 

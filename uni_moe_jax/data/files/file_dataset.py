@@ -1,7 +1,7 @@
 """Datasets in files, read record by record: a user's own prepared data, and TFDS datasets.
 
-A source is named 'own:NAME' (`launch/prepare_data.py --name=NAME`; the newest version, or 'own:NAME/1.0.0') or
-'tfds:NAME[/CONFIG][:VERSION]' (`launch/prepare_data.py --tfds=…`). The columns of a TFDS dataset are its features:
+A source is named 'own:NAME' (`uni-moe prepare-data --name=NAME`; the newest version, or 'own:NAME/1.0.0') or
+'tfds:NAME[/CONFIG][:VERSION]' (`uni-moe prepare-data --tfds=…`). The columns of a TFDS dataset are its features:
 images, strings, lists of strings and class labels, nested names joined by '/'. A split is any that TFDS can read by
 index, such as 'train+restval'.
 """
@@ -27,7 +27,7 @@ from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 OWN, TFDS = 'own:', 'tfds:'
-_PREPARE_AGAIN = 'prepare the data again: python launch/prepare_data.py --input=… --name=… --version=…'
+_PREPARE_AGAIN = 'prepare the data again: uni-moe prepare-data --input=… --name=… --version=…'
 _NUM_PROBES = 8  # records that are tried before a source counts as unreachable
 _CHUNK = 256  # records in memory at once while the texts of a whole split are read
 
@@ -141,7 +141,7 @@ def own_folder(name: str, directory: str | os.PathLike[str]) -> storage.Path:
     choices = [f'{base}/{p.name}' for p in folders] or [p.name for p in root.glob('*')]
     raise MissingFileError(
         f'source {OWN}{name} is not in {root}; {nearest(name, choices)}. '
-        f'Prepare it: python launch/prepare_data.py --input=FOLDER --name={base} --data_dir={directory}')
+        f'Prepare it: uni-moe prepare-data --input=FOLDER --name={base} --data_dir={directory}')
   return matches[-1]
 
 
@@ -212,7 +212,7 @@ def _load_tfds(source: str, directory: str | os.PathLike[str], split: str) -> Fi
 
 def _check_prepared(builder, source: str, directory: str | os.PathLike[str], split: str) -> None:
   if not builder.info.splits:
-    raise MissingFileError(f'source {source!r} is not in {builder.data_dir}; prepare it: python launch/prepare_data.py '
+    raise MissingFileError(f'source {source!r} is not in {builder.data_dir}; prepare it: uni-moe prepare-data '
                            f'--tfds={source.removeprefix(TFDS)} --data_dir={directory}')
   if missing := [part for part in split.split('+') if part.partition('[')[0] not in builder.info.splits]:
     raise UsageError(f'split {split!r} of source {source!r}: {nearest(missing[0], builder.info.splits)}.')

@@ -18,7 +18,7 @@ from uni_moe_jax.utils.errors import MissingFileError, UsageError
 from uni_moe_jax.utils.files import check_renames_folders
 
 _CLASSES = 'classes of '  # prefix of the arrays that hold class names
-_COMMAND = 'python launch/prepare_data.py --data_dir='
+_COMMAND = 'uni-moe prepare-data --data_dir='
 Split = tuple[str, Mapping[str, np.ndarray], Mapping[str, tuple[str, ...]]]  # its name, columns and classes
 
 

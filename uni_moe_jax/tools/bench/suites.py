@@ -18,7 +18,7 @@ from uni_moe_jax.tools.bench.results_table import Row
 from uni_moe_jax.tools.bench.settings import Sizes
 from uni_moe_jax.tools.bench.timing import interleaved
 from uni_moe_jax.train.loop import commit
-from uni_moe_jax.utils import cores
+from uni_moe_jax.utils import cli, cores
 from uni_moe_jax.utils.errors import UsageError
 
 SUITE_FUNCTIONS = {
@@ -64,7 +64,7 @@ def _header(devices: Sequence[jax.Device], dtype: str) -> dict[str, str]:
       versions.append(f'{name} {importlib.metadata.version(name)}')
   cache = 'off: compiling makes later steps of a CPU process slower; set JAX_COMPILATION_CACHE_DIR and run twice'
   return {
-      'command': ' '.join(['python', *sys.argv]),
+      'command': cli.command_line(),
       'commit': commit(),
       'device': f'{devices[0].device_kind} ({devices[0].platform}), {len(devices)} of {jax.device_count()} used',
       'cores': f'{cores.available()} usable',
