@@ -141,7 +141,7 @@ def test_all_tasks_per_step_have_the_batches_and_weights_that_drawing_would_give
 
 
 @pytest.mark.parametrize('name, arg, message', [
-    ('pretrain', 'base', "'base' must be NAME=VALUE, .*; for example configs/pretrain.py:size=base,router=attribute"),
+    ('pretrain', 'base', "'base' must be NAME=VALUE, .*; for example pretrain:size=base,router=attribute"),
     ('pretrain', 'router=attribut', "router='attribut' is unknown; did you mean 'attribute'.* choices: "),
     ('pretrain', 'size=huge', "size='huge' is unknown; choices: base, large, small, tiny"),
     ('pretrain', 'stage=3', "stage='3' is unknown; choices: 1, 2"),

@@ -98,7 +98,7 @@ def test_prompt_tuning_freezes_and_has_a_head_for_classes_and_fine_tuning_does_n
 
 @pytest.mark.parametrize('recipe, argument, message', [
     *((finetuning.finetune, *case) for case in (
-        ('', r"configs/finetune.py:: argument 'run' is missing; give run=RUN,task=TASK"),
+        ('', r"finetune:: argument 'run' is missing; give run=RUN,task=TASK"),
         ('run={run}', "argument 'task' is missing"),
         ('run={run},task=', "argument 'task' is missing"),
         ('{run},digits',
@@ -109,7 +109,7 @@ def test_prompt_tuning_freezes_and_has_a_head_for_classes_and_fine_tuning_does_n
         ('run={run},task=digit', "task 'digit' is unknown; did you mean 'digits'"),
         ('run={run},task=shapes', "task 'shapes' is unknown; did you mean 'shape'"))),
     (finetuning.zero_shot, 'run={run},task=digits,data=few',
-     r"configs/zero_shot.py:.*argument 'data' is unknown; .*choices: run, task")])
+     r"zero_shot:.*argument 'data' is unknown; .*choices: run, task")])
 def test_a_wrong_argument_is_reported(run, recipe, argument, message):
   with pytest.raises(UsageError, match=message):
     recipe(argument.format(run=run))
