@@ -1,6 +1,7 @@
 """Programs of every readout, and of models with routers by token, equal the model at any batch size."""
 
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from uni_moe_jax.export.programs import ExportedTask
 from uni_moe_jax.model import decoding, heads
 from uni_moe_jax.model.sequences import Sequence
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
+from uni_moe_jax.moe import gmm
 from uni_moe_jax.utils.tree_paths import by_path
 
 _RNG = np.random.default_rng(0)
@@ -78,16 +80,40 @@ def test_float32_products_are_full_on_every_platform(dtype, name, products):
       (re.search(r'tensor<[?\dx]*(\w+)>', line)[1], 'precision = [HIGHEST, HIGHEST]' in line) for line in lines}
 
 
+def _step(router, **changes):
+  spec, task = small_model.spec(router, gmm=gmm.PORTABLE, **changes), ExportedTask(_task('image_caption'), 1, 23)
+  return spec, programs.programs(UniPerceiver(spec), task, small_model.SPE, small_model.EOT)['step']
+
+
 @pytest.mark.parametrize('router', ['token', 'context'])
 def test_decoding_of_routers_by_token_lowers_for_every_platform(router):
-  spec, task = small_model.spec(router, gmm='tiled'), ExportedTask(_task('image_caption'), 1, 23)
-  step = programs.programs(UniPerceiver(spec), task, small_model.SPE, small_model.EOT)['step']
+  spec, step = _step(router)
   assert step.lowered(by_path(small_model.params(spec))).platforms == programs.PLATFORMS
+
+
+@pytest.mark.parametrize('platform, batched', [('cpu', False), ('cuda', True)])
+def test_products_of_routers_by_token_are_batched_over_experts_but_on_cpu(platform, batched):
+  spec, step = _step('token', num_layers=1)
+  with mock.patch.object(programs, 'PLATFORMS', (platform,)):
+    text = step.lowered(by_path(small_model.params(spec))).mlir_module()
+  over_experts = re.findall(r'batching_dims = \[0\] x \[0\].*: \(tensor<4x\?x\d+xf32>, tensor<4x\d+x\d+xf32>\)', text)
+  assert bool(over_experts) == batched
+
+
+@pytest.mark.parametrize('router', ['token', 'context'])
+def test_products_for_gpu_and_tpu_equal_those_for_cpu(router):
+  spec, task = small_model.spec(router, gmm=gmm.PORTABLE, num_layers=1), _task('image_classification')
+  run = programs.programs(UniPerceiver(spec), ExportedTask(task, 1, 23), 0, 1)['encode'].run
+  inputs = by_path(small_model.params(spec)), {'pixels': _pixels(3)}
+  on_cpu = small_model.jit(run)(*inputs)['features']
+  with mock.patch.object(jax.lax, 'platform_dependent', lambda *x, cpu, default: default(*x)):
+    elsewhere = small_model.jit(lambda *x: run(*x))(*inputs)['features']
+  np.testing.assert_allclose(elsewhere, on_cpu, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_captions_of_a_context_model_equal_the_model_at_any_batch_size():
-  spec, task = small_model.spec('context', gmm='tiled'), _task('image_caption')
+  spec, task = small_model.spec('context', gmm=gmm.PORTABLE), _task('image_caption')
   words = heads.normalize(_RNG.normal(size=(small_model.VOCABULARY, 16)).astype(np.float32))
   call = _program(spec, ExportedTask(task, 1, small_model.VOCABULARY, beam_size=2), 'caption')
   run = small_model.jit(lambda values, pixels: decoding.beam_search(

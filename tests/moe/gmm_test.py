@@ -123,6 +123,16 @@ def test_items_cover_every_row_of_every_group_once(sizes):
   np.testing.assert_array_equal(first % 64, 0)
 
 
+@pytest.mark.parametrize('sizes', _SIZES.values(), ids=_SIZES)
+def test_rounds_compute_every_row_of_every_group(sizes):
+  # A round has 2 · 16 / 4 = 8 rows per group: 'uneven', 'last_only' and 'first_only' need two.
+  x, kernel, end = _normal(0, _G, _D), _normal(1, _E, _D, _F), np.cumsum(sizes)
+  member = np.arange(_G) < end[:, None]
+  member[1:] &= np.arange(_G) >= end[:-1, None]
+  y = small_model.jit(gmm.in_rounds)(x, kernel, jnp.array(sizes))
+  np.testing.assert_allclose(np.where(member.any(0)[:, None], y, 0), _plain(x, kernel, member), atol=1e-5)
+
+
 @pytest.mark.parametrize('device, capacity, auto, xla', [
     ('cpu', False, 'tiled', 'tiled'), ('cpu', True, 'batched', 'batched'), ('tpu', False, 'megablox', 'ragged'),
     ('tpu', True, 'megablox', 'batched'), ('gpu', True, 'batched', 'batched'), ('gpu', False, 'triton', 'ragged')])
@@ -135,7 +145,8 @@ def test_auto_follows_the_device_and_xla_is_auto_without_the_kernels(device, cap
 
 
 @pytest.mark.parametrize('backend, most, rows', [
-    ('tiled', 200, 455), ('megablox', 200, 256), ('megablox', 256, 256), ('triton', 200, 200), ('ragged', 200, 200)])
+    ('portable', 200, 455), ('tiled', 200, 455),
+    ('megablox', 200, 256), ('megablox', 256, 256), ('triton', 200, 200), ('ragged', 200, 200)])
 def test_rows_that_a_backend_needs(backend, most, rows):
   # A tile has at most 256 rows, and at least one of its group.
   assert gmm.num_rows(backend, most) == rows

@@ -18,7 +18,7 @@ from uni_moe_jax.export.programs import ExportedTask
 from uni_moe_jax.model import merging
 from uni_moe_jax.model.spec import ModelSpec, router_input_name
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.moe import routers
+from uni_moe_jax.moe import gmm, routers
 from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
@@ -101,8 +101,8 @@ def make_contents(
 
 
 def portable(spec: ModelSpec, dtype: Any) -> ModelSpec:
-  """Returns the spec for inference on any platform: only `tiled` products and XLA's attention lower for all of them."""
-  return dataclasses.replace(spec, dtype=jnp.dtype(dtype), remat=False, gmm='tiled', attention_impl='xla')
+  """Returns the spec for inference on any platform, without kernels that are written for one of them."""
+  return dataclasses.replace(spec, dtype=jnp.dtype(dtype), remat=False, gmm=gmm.PORTABLE, attention_impl='xla')
 
 
 def _mixtures(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...]) -> Mixtures:

@@ -66,7 +66,7 @@ def make_plan(
     groups: into how many equal runs of positions S is split, each with its own capacity (2 for [words | queries]).
     capacity_factor: f, or 0 for exact routing. Slots are given position by position over the batch, so that a later
       position never takes a slot from an earlier one of any example; at one position first choices come first.
-    backend: one of `gmm.BACKENDS`, 'auto' or 'xla'.
+    backend: one of `gmm.BACKENDS`, 'auto', 'xla' or `gmm.PORTABLE`.
   """
   B, S, K = output.expert.shape
   E = output.logits.shape[-1]
@@ -109,11 +109,18 @@ def project(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: DispatchPlan
   E, width = kernel.shape[0], math.prod(out)
   x, kernel = x.reshape(B * S, -1), kernel.reshape(E, -1, width)
   bias = jnp.matmul(plan.coef, bias.reshape(E, width), precision=EXACT)
-  if plan.backend == 'tiled':
+
+  def tiled(x, kernel, bias, plan):
     gates, tokens = _gates_of_slots(plan.gates, plan.source)[:, 0], _token_numbers(plan.source, plan.slot)
-    y = gmm_tiled.routed_matmul(x, kernel, gates, bias, tokens, plan.sizes)
+    return gmm_tiled.routed_matmul(x, kernel, gates, bias, tokens, plan.sizes)
+
+  def through_experts(x, kernel, bias, plan):
+    return add_bias(_through_experts(plan.backend, x, kernel, plan.gates, plan.slots, plan.sizes), bias)
+
+  if plan.backend == gmm.PORTABLE:
+    y = jax.lax.platform_dependent(x, kernel, bias, plan, cpu=tiled, default=through_experts)
   else:
-    y = add_bias(_through_experts(plan.backend, x, kernel, plan.gates, plan.slots, plan.sizes), bias)
+    y = (tiled if plan.backend == 'tiled' else through_experts)(x, kernel, bias, plan)
   return y.reshape(B, S, *out)
 
 

@@ -3,6 +3,7 @@
 With a capacity, groups are equal and one batched product is fastest. Without one, it is a kernel of our own on GPU
 (`gmm_triton.py`: XLA's `ragged_dot` is a dense product there, E times as much work). On TPU the megablox kernel of JAX
 serves both. On CPU a loop over tiles gathers and sums tokens itself, see `gmm_tiled.py`. All backends compute the same.
+A program that is exported for several platforms has one product for CPUs and one for the others, see `PORTABLE`.
 """
 
 import chex
@@ -15,6 +16,9 @@ from uni_moe_jax.utils.errors import UsageError
 
 BACKENDS = ('tiled', 'batched', 'ragged', 'megablox', 'triton')
 AUTO, XLA = 'auto', 'xla'
+# Of exported programs: 'tiled' on CPU, `in_rounds` elsewhere. No kernel is part of it: those of Triton and megablox are
+# not stable in a serialized program, and `ragged_dot` has no symbolic number of rows.
+PORTABLE = 'portable'
 _MEGABLOX_ROWS = 128
 
 
@@ -40,7 +44,7 @@ def num_rows(backend: str, most: int) -> int:
 
   The last tile of 'tiled' reaches beyond its group, and megablox takes whole tiles.
   """
-  if backend == 'tiled':
+  if backend in ('tiled', PORTABLE):
     return most + gmm_tiled.BEHIND
   return most + -most % _MEGABLOX_ROWS if backend == 'megablox' else most
 
@@ -70,4 +74,28 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
     return pallas_kernels.compiled_on(('tpu',), run, x, kernel, sizes)
   if backend == 'triton':
     return gmm_triton.grouped_matmul(x, kernel, sizes)
+  if backend == PORTABLE:
+    return in_rounds(x, kernel, sizes)
   raise UsageError(f'backend {backend!r} is not one of {", ".join(BACKENDS[1:])}.')
+
+
+def in_rounds(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
+  """`grouped_matmul` by batched products, each of the next 2 ⌈G / E⌉ rows of every group; G may be symbolic.
+
+  So one round is enough where no group has more than twice the mean, and no row is ever dropped. It has no gradient.
+  """
+  E, D, F = kernel.shape
+  rows = 2 * -(-x.shape[0] // E)
+  end = jnp.cumsum(sizes)
+  start = end - sizes
+
+  def step(state):
+    number, y = state
+    row = (start + number * rows)[:, None] + jnp.arange(rows)[None]
+    own = row < end[:, None]
+    products = jnp.einsum('ecd,edf->ecf', x.at[row].get(mode='clip'), kernel)
+    target = jnp.where(own, row, x.shape[0]).reshape(-1)
+    return number + 1, y.at[target].set(products.reshape(-1, F), mode='drop')
+
+  more = lambda state: (state[0] * rows < sizes).any()
+  return jax.lax.while_loop(more, step, (jnp.int32(0), jnp.zeros((x.shape[0], F), x.dtype)))[1]
