@@ -77,7 +77,8 @@ def decode_json(line: bytes, encoding: str = 'utf-8') -> Any:
   """A JSON value. Raises Skip."""
   try:
     value = json.loads(line.decode(encoding))
-    json.dumps(value, ensure_ascii=False).encode()  # fails for an unpaired surrogate
+    if b'\\u' in line:
+      json.dumps(value, ensure_ascii=False).encode()  # fails for an unpaired surrogate
     return value
   except UnicodeError:
     raise Skip(_NOT_UTF8) from None
@@ -135,19 +136,22 @@ def parse(value: Any, location: str, folder: pathlib.Path, split: str, allow_out
   texts, labels = _texts_and_labels(value)
   if not media_type and not texts:
     raise Skip(NO_CONTENT)
-  if path and array_index is None and not allow_outside and _is_outside(path, _real_path(folder)):
+  if path and array_index is None and not allow_outside and _is_outside(path, folder):
     raise Skip('a file outside of the input folder (--allow_outside packs it)')
   return Row(location, SPLIT_NAMES.get(split.lower(), ''), media_type, path, array_index, content, texts, labels, key,
              group, tuple(map(shorten, dropped)))
 
 
-_real_path = functools.lru_cache(os.path.realpath)
+_real_path = functools.lru_cache(2**14)(os.path.realpath)
 
 
-def _is_outside(path: pathlib.Path, root: str) -> bool:
-  """Whether a path leaves a folder without links, by its name or by a link: a line could pack any file of the user."""
+def _is_outside(path: pathlib.Path, folder: pathlib.Path) -> bool:
+  """Whether a path leaves a folder, by its name or by a link: a line could pack any file of the user."""
   try:
-    return not f'{os.path.realpath(path)}/'.startswith(f'{root.rstrip("/")}/')
+    parent, name = os.path.split(path)
+    is_link = name == '..' or os.path.islink(path)
+    real = os.path.realpath(path) if is_link else f'{_real_path(parent)}/{name}'  # many files have one folder
+    return not f'{real}/'.startswith(f'{_real_path(folder).rstrip("/")}/')
   except ValueError:  # a null character: no such file
     return False
 

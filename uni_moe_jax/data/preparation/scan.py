@@ -168,8 +168,13 @@ def identity(content: int, texts: Mapping[str, Any], labels: Mapping[str, str]) 
 def group_of(row: Row, root: str) -> str:
   """Name of what must stay in one split: the row's group, else its file, which rows may share, else the row."""
   # The whole path below the input: many folders may contain an 'image.png'.
-  file = row.path and f'{os.path.relpath(row.path, root)}#{row.array_index}'
+  file = row.path and f'{_relative(str(row.path), root)}#{row.array_index}'
   return row.group or file or row.key or row.location
+
+
+def _relative(path: str, root: str) -> str:
+  is_plain = path.startswith(f'{root}/') and '..' not in path
+  return path[len(root) + 1:] if is_plain else os.path.relpath(path, root)
 
 
 def signature(row: Row) -> str:
