@@ -16,15 +16,16 @@ from uni_moe_jax.data.files.video_pixels import AREA_RANGE, ASPECT_RANGE, JITTER
 from uni_moe_jax.utils import cores
 
 
-def jpegs(paths: Sequence[pathlib.Path], labels: Sequence[int], size: int, batch_size: int) -> Iterator[Any]:
-  """Batches of a random area of each image, mirrored or not, with its label."""
+def jpegs(
+    paths: Sequence[pathlib.Path], labels: Sequence[int], size: int, batch_size: int, resize: str) -> Iterator[Any]:
+  """Batches of a random area of each image, mirrored or not, with its label; resize: 'area' or 'bicubic'."""
   def decode(path, label):
     encoded = tf.io.read_file(path)
     corner, sides, _ = tf.image.sample_distorted_bounding_box(
         tf.io.extract_jpeg_shape(encoded), tf.zeros([1, 0, 4]), aspect_ratio_range=ASPECT_RANGE,
         area_range=AREA_RANGE, use_image_if_no_bounding_boxes=True, min_object_covered=0.0)
     image = tf.io.decode_and_crop_jpeg(encoded, tf.concat([corner[:2], sides[:2]], 0), 3)
-    image = tf.cast(tf.image.resize(image, [size, size], tf.image.ResizeMethod.AREA) + 0.5, tf.uint8)
+    image = tf.saturate_cast(tf.image.resize(image, [size, size], resize, antialias=True) + 0.5, tf.uint8)
     return tf.image.random_flip_left_right(image), label
   return _batches(decode, (list(map(str, paths)), labels), batch_size)
 
