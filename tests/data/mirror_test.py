@@ -91,7 +91,7 @@ def _records(source: str, directory) -> dict:
     return {'part': part.read(np.arange(part.size)), 'fingerprint': dataset.fingerprint,
             'records': dataset.read(np.arange(dataset.size)),
             'labels': {c: x.tolist() for c, x in dataset.labels.items()}, 'classes': dataset.classes,
-            'present': {c: x.tolist() for c, x in dataset.present.items()}}
+            'num_texts': {c: x.tolist() for c, x in dataset.num_texts.items()}}
   return {'columns': {c: x.tolist() for c, x in dataset.columns.items()}, 'classes': dataset.classes}
 
 

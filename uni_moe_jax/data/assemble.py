@@ -55,11 +55,10 @@ class Data:
     self._check_answers()
     fingerprints = [*sorted({r.fingerprint for r in records}), tokenizer_fingerprint]
     self.fingerprint = hashlib.sha256('\n'.join(fingerprints).encode()).hexdigest()
-    is_clip = config.tokenizer.type == 'clip'
-    model = tokenizer_fingerprint if is_clip else hashlib.sha256(self.tokenizer_file.read_bytes()).hexdigest()
     from_files = [(s.name, entries[s.name]) for s in plan.sets
                   if isinstance(s.entries, str) and s.entries.startswith(class_names.FILE_PREFIX)]
-    self.inputs_fingerprint = hashlib.sha256(repr((self.fingerprint, model, from_files)).encode()).hexdigest()
+    inputs = self.fingerprint, self.tokenizer.fingerprint, from_files
+    self.inputs_fingerprint = hashlib.sha256(repr(inputs).encode()).hexdigest()
     common = self.tokenizer, self.entry_keys, self._model.channels
     special, seed = config.data.random_special_tokens, config.seed
     self._builders = {training: Builder(*common, training, special, seed) for training in (True, False)}
@@ -135,7 +134,7 @@ class Data:
       path = expand(file)
       if not path.is_file():
         raise MissingFileError(f'config.tokenizer.path={file!r} does not exist; give the tokenizer.model of a run.')
-      return SentencePieceTokenizer(path), path, hashlib.sha256(path.read_bytes()).hexdigest()
+      return (tokenizer := SentencePieceTokenizer(path)), path, tokenizer.fingerprint
     texts = np.unique([text for r in records for text in _texts(r)]).tolist()
     size = f'{c.vocab_size} or fewer' if c.allow_smaller_vocab else str(c.vocab_size)
     digest = hashlib.sha256('\0'.join([size, *texts]).encode()).hexdigest()[:24]

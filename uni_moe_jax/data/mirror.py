@@ -31,7 +31,7 @@ from uni_moe_jax.utils.files import check_local, write_json
 
 MANIFEST = 'files.json'
 # In names of files that are fetched one by one; others come with their manifest.
-_LAZY = ('.array_record', '.npz', '.npy')
+_LAZY = ('.array_record', '.npz', '.npy', '.texts')
 _NUM_FETCHES = 8  # at once, and again as many in the background
 _NUM_INPUT_FETCHES = 32
 _ATTEMPTS, _PAUSE = 4, 1.0  # of a request beyond those of the library, and seconds before the second one

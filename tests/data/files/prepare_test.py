@@ -117,10 +117,12 @@ def test_a_field_with_repeated_values_is_a_class_and_may_be_missing(images):
   assert images[2]['classes']['color']['counts']['test'] == [2, 2, 2]
 
 
-def test_the_presence_of_texts_is_known_without_reading(images):
+def test_texts_are_known_without_reading(images):
   dataset, records = _read_all(images[0])
-  assert dataset.present['captions'].tolist() == [bool(r['captions']) for r in records]
-  assert dataset.present['captions'].sum() == dataset.size - 1
+  assert dataset.num_texts['captions'].tolist() == [len(r['captions']) for r in records]
+  assert sorted(set(dataset.num_texts['captions'].tolist())) == [0, 1, 2]
+  expected = [text for r in records for text in r['captions']]
+  assert dataset.text_file('captions').read_text().split('\n') == [*expected, '']
 
 
 def test_the_most_frequent_media_type_and_text_fields_are_kept(tmp_path):
@@ -132,7 +134,7 @@ def test_the_most_frequent_media_type_and_text_fields_are_kept(tmp_path):
   summary = prepare.prepare(tmp_path / 'texts.jsonl', tmp_path, 'texts', **arguments)
   assert summary['skipped'] == {"no 'text_b'": {'count': 1, 'first': ['texts.jsonl:6']}}
   assert summary['splits'] == {'train': 6}
-  assert _read_all(tmp_path, source='own:texts')[0].present['text_c'].tolist() == [False] * 5 + [True]
+  assert _read_all(tmp_path, source='own:texts')[0].num_texts['text_c'].tolist() == [0] * 5 + [1]
   for i in range(3):
     own_files.write_image(tmp_path / f'in/moves/{i}.png', 'red', i)
   summary = prepare.prepare(tmp_path / 'in', tmp_path, 'mixed', **arguments)
@@ -252,7 +254,7 @@ def test_a_damaged_array_costs_its_own_rows_only(tmp_path, damage):
 
 @pytest.mark.parametrize('name, damage, message', [
     ('prepared.json', lambda data: data[:100], 'prepared.json is damaged'),
-    ('prepared.json', lambda data: data.replace(b'"format": 3', b'"format": 2'), 'prepared.json has format 2, not 3'),
+    ('prepared.json', lambda data: data.replace(b'"format": 4', b'"format": 3'), 'prepared.json has format 3, not 4'),
     ('train-text.npy', lambda data: data[:-1], 'train-text.npy cannot be read'),
     ('train-text.npy', lambda data: b'', 'train-text.npy cannot be read')])
 def test_the_error_for_damaged_prepared_data_gives_the_command(tmp_path, name, damage, message):

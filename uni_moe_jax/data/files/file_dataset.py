@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -43,7 +44,7 @@ class FileDataset:
   """Records of one split, read by index.
 
   The value of a column is the bytes of an image or video, a string, a tuple of strings, or the name of a class, '' for
-  none. Labels and the presence of texts are known before a record is read for own data only.
+  none. Labels and the number of texts are known before a record is read for own data only.
   """
   name: str  # of the source
   size: int  # N
@@ -52,9 +53,11 @@ class FileDataset:
   classes: dict[str, tuple[str, ...]]  # class column → names in order
   labels: dict[str, np.ndarray]  # class column → int32 [N], -1 for none
   fingerprint: str  # hex sha256 of the content
-  present: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # column of texts → bool [N]
+  num_texts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # column of texts → int32 [N]
   prefetch: Callable[[np.ndarray], None] | None = None  # ids in the order in which they will be read
   read_examples: Callable[[np.ndarray], list[bytes]] | None = None  # as `read`: serialized tf.train.Examples
+  text_file: Callable[[str], pathlib.Path] | None = None  # column → file with the texts of all records, a line each
+  cache: pathlib.Path | None = None  # folder for what is made of the data
 
   def media_column(self) -> str | None:
     """The column of images or videos."""
@@ -166,11 +169,13 @@ def _load_own(source: str, directory: str | os.PathLike[str], split: str) -> Fil
   classes = {column: tuple(c['names']) for column, c in summary['classes'].items()}
   arrays = {c: _load_array(mirror.local(directory, folder / f'{split}-{c}.npy'))
             for c, t in summary['columns'].items() if t not in MEDIA_TYPES}
-  labels, present = ({c: a for c, a in arrays.items() if (c in classes) == is_class} for is_class in (True, False))
+  labels, num_texts = ({c: a for c, a in arrays.items() if (c in classes) == is_class} for is_class in (True, False))
+  text_file = lambda column: mirror.local(directory, folder / f'{split}-{column}{prepare.TEXTS}')
   columns = {**summary['columns'], LOCATION: 'text'}
   _, read, prefetch = _open(_builder(str(folder)), directory, split)
   return FileDataset(source, summary['splits'][split], _record_reader(read, columns, classes), columns, classes,
-                     labels, summary['fingerprints'][split], present, prefetch, read)
+                     labels, summary['fingerprints'][split], num_texts, prefetch, read, text_file,
+                     pathlib.Path(os.path.expanduser(directory)))
 
 
 def _load_array(path: storage.Path) -> np.ndarray:

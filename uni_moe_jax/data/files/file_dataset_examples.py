@@ -14,7 +14,14 @@ import numpy as np
 import tensorflow as tf
 
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.data.files import augmentations, file_dataset_features, image_transforms, video, video_pixels
+from uni_moe_jax.data.files import (
+    augmentations,
+    file_dataset_features,
+    image_transforms,
+    phrases,
+    video,
+    video_pixels,
+)
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record, example_parser
 from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
 from uni_moe_jax.data.files.video import CorruptVideo
@@ -81,7 +88,7 @@ def example_ids(records: FileDataset, task: TaskSpec, seed: int | None = None) -
     UsageError: there are none, or `shots` is set and labels are not known before records are read.
   """
   columns = {task.label_column}.union(*map(templates.columns, (*task.caption_templates, task.template)))
-  present = {**{c: labels >= 0 for c, labels in records.labels.items()}, **records.present}
+  present = {c: labels >= 0 for c, labels in records.labels.items()} | {c: n > 0 for c, n in records.num_texts.items()}
   required = sorted(columns & present.keys())
   keep = np.flatnonzero(np.all([np.ones(records.size, bool), *(present[column] for column in required)], axis=0))
   labels = None
@@ -105,8 +112,11 @@ class _Batch:
       self, builder: FileExampleBuilder, task: TaskSpec, records: FileDataset, corrupt_counter: CorruptExampleCounter):
     b = self._builder = builder
     self._task, self._records, self._corrupt_counter = task, records, corrupt_counter
+    self._phrases = None
+    if file_dataset_features.has_phrase(task) and phrases.can_be_tokenized(task, records, b.training):
+      self._phrases = phrases.Phrases(task, records, b.tokenizer, b.training)
     self._readers = file_dataset_features.feature_readers(
-        task, records, b.tokenizer, b.keys.get(task.target_set, ()), b.training)
+        task, records, b.tokenizer, b.keys.get(task.target_set, ()), b.training, self._phrases is not None)
     self.keep = example_ids(records, task, b.seed if b.training else None)
     self._media_column = records.media_column() if task.type.visual else None
     if task.type.visual and self._media_column is None:
@@ -134,6 +144,8 @@ class _Batch:
     self._specs = {name: (table.dtype, table.shape[1:]) for name, table in self._tables.items()}
     for reader in self._readers:
       self._specs |= reader.specs
+    if self._phrases:
+      self._specs |= file_dataset_features.phrase_specs(task)
     if self._is_video:
       self._specs['pixels'] = np.uint8, self._video_reader.shape
     # Traced once: an evaluation calls it eagerly, a training pipeline inlines it.
@@ -222,6 +234,11 @@ class _Batch:
     records = file_dataset_features.read_or_stop(
         self._records, self.keep[ids], self._corrupt_counter, self._read_examples)
     # Videos in parallel: decoders and Pillow release Python's lock.
+    if self._phrases:
+      made = file_dataset_features.phrase_features(
+          self._task, self._builder.tokenizer, *self._phrases(self.keep[ids], hashes))
+      for name, value in made.items():
+        features[name][:] = value
     examples = list((self._pool.map if self._is_video else map)(self._example, records, hashes.tolist()))
     usable = [i for i, example in enumerate(examples) if not isinstance(example, Exception)]
     for i in set(range(n)).difference(usable):

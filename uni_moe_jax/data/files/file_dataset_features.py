@@ -2,7 +2,6 @@
 
 import collections
 import re
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,9 +9,10 @@ import numpy as np
 
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record
+from uni_moe_jax.data.files.phrases import text_id
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
-from uni_moe_jax.data.pipeline.examples import pad_tokens
+from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
 from uni_moe_jax.data.pipeline.templates import fill_template
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.data.pipeline.vqa_answers import normalize_answer, soft_score
@@ -24,17 +24,20 @@ _MAX_READS_PER_TOKEN = 2  # of a row of running text; some records cannot be rea
 _WINDOW_CHARS_PER_TOKEN = 12  # more than S tokens of any language
 
 
+Specs = dict[str, tuple[type, tuple[int, ...]]]  # feature → dtype, shape without the batch axis
+
+
 class FeatureReader(NamedTuple):
   """Reads features of records."""
-  specs: dict[str, tuple[type, tuple[int, ...]]]  # feature → dtype, shape without the batch axis
+  specs: Specs
   read: Callable[[Record, int], Any]  # (record, the example's hash) → its content; raises CorruptExample
   collate: Callable[[list[Any]], dict[str, Any]]  # contents of n examples → features [n, …]
 
 
 def feature_readers(
     task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, keys: Sequence[str], training: bool,
-) -> list[FeatureReader]:
-  """Readers of all features of a task but its pixels and those of `label_tables`.
+    phrases_are_known: bool) -> list[FeatureReader]:
+  """Readers of all features of a task but its pixels and what is known before a record is read.
 
   keys: what records call the classes of the task's target set, in order.
 
@@ -44,7 +47,7 @@ def feature_readers(
   readers = []
   if task.type.has_classes and task.label_column not in records.labels:
     readers.append(_label_reader(task, records, keys, training))
-  if task.type.target == 'pair' or task.type.readout == 'queries':
+  if has_phrase(task) and not phrases_are_known:
     readers.append(_phrase_reader(task, records, tokenizer, training))
   if task.type.readout == 'slot':
     readers.append(_template_reader(task, records, tokenizer))
@@ -108,28 +111,37 @@ def _label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str], tra
                        lambda rows: dict(zip(('label', 'weight'), zip(*rows))))
 
 
-def _phrase_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
-  """Reader of a paired text, whose `text_id` is equal for equal texts, or of a caption: `text` [words | queries]."""
-  choose, S = _phrase_chooser(task, records, training), task.max_len
+def has_phrase(task: TaskSpec) -> bool:
+  """Whether a task's examples have a paired text or a caption to generate."""
+  return task.type.target == 'pair' or task.type.readout == 'queries'
 
-  def tokenize(texts):
-    return pad_tokens([tokenizer.encode(text)[:S - 1] + [tokenizer.eot] for text in texts], S, tokenizer.pad)
 
-  def collate_pairs(texts):
-    ids, valid = tokenize(texts)
-    return {'target': ids, 'target_valid': valid, 'weight': 1.0,
-            'text_id': [zlib.crc32(text.encode()) & 0x7FFFFFFF for text in texts]}
-
-  def collate_captions(texts):
-    words, valid = tokenize(texts)
-    return {'text': np.concatenate([words, np.full_like(words, tokenizer.spe)], 1),
-            'text_valid': np.concatenate([valid, valid], 1), 'label': words, 'weight': valid}
-
+def phrase_specs(task: TaskSpec) -> Specs:
+  """Of a paired text, whose `text_id` is equal for equal texts, or of a caption: `text` [words | queries]."""
+  S = task.max_len
   if task.type.target == 'pair':
-    return FeatureReader({'target': (np.int32, (S,)), 'target_valid': (np.bool_, (S,)), 'text_id': (np.int32, ()),
-                          'weight': (np.float32, (1,))}, choose, collate_pairs)
-  return FeatureReader({'text': (np.int32, (2 * S,)), 'text_valid': (np.bool_, (2 * S,)), 'label': (np.int32, (S,)),
-                        'weight': (np.float32, (S,))}, choose, collate_captions)
+    return {'target': (np.int32, (S,)), 'target_valid': (np.bool_, (S,)), 'text_id': (np.int32, ()),
+            'weight': (np.float32, (1,))}
+  return {'text': (np.int32, (2 * S,)), 'text_valid': (np.bool_, (2 * S,)), 'label': (np.int32, (S,)),
+          'weight': (np.float32, (S,))}
+
+
+def phrase_features(
+    task: TaskSpec, tokenizer: Tokenizer, tokens: np.ndarray, valid: np.ndarray, text_ids: Any) -> dict[str, Any]:
+  """Features of `phrase_specs` from phrases: int32 [n, S], bool [n, S], int [n]."""
+  if task.type.target == 'pair':
+    return {'target': tokens, 'target_valid': valid, 'weight': 1.0, 'text_id': text_ids}
+  return {'text': np.concatenate([tokens, np.full_like(tokens, tokenizer.spe)], 1),
+          'text_valid': np.concatenate([valid, valid], 1), 'label': tokens, 'weight': valid}
+
+
+def _phrase_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
+  S = task.max_len
+
+  def collate(texts):
+    tokens, valid = pad_tokens(encode_texts(texts, tokenizer, S), S, tokenizer.pad)
+    return phrase_features(task, tokenizer, tokens, valid, list(map(text_id, texts)))
+  return FeatureReader(phrase_specs(task), _phrase_chooser(task, records, training), collate)
 
 
 def _template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer) -> FeatureReader:

@@ -2,7 +2,8 @@
 
   data_dir/own/NAME/VERSION/      features and shards as TFDS lays them out; tfds.builder_from_directory(…) reads them
                     prepared.json splits, columns, classes, statistics, skipped rows (first locations), fingerprints
-                    {split}-{column}.npy: class indices int32 [N], -1 for none; of texts bool [N], whether present
+                    {split}-{column}.npy: class indices int32 [N], -1 for none; of texts their numbers int32 [N]
+                    {split}-{column}.texts: a line each
            own/NAME/.VERSION.unfinished/  what is done of it; the same command continues
 
 Images and videos keep the bytes of their files, except the few that `media.py` must rewrite.
@@ -32,13 +33,13 @@ from uni_moe_jax.data.preparation import input_shards, workers
 from uni_moe_jax.data.preparation.merge import Merge, Merged
 from uni_moe_jax.data.preparation.scan import MANIFEST, SPLITS, Scan, ScannedShard
 from uni_moe_jax.data.preparation.summary import summarize
-from uni_moe_jax.data.preparation.write import MODULUS, Write
+from uni_moe_jax.data.preparation.write import MODULUS, TEXT_TYPES, TEXTS, Write
 from uni_moe_jax.utils import locks, storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.files import check_renames_folders
 
 FOLDER, SUMMARY = 'own', 'prepared.json'
-FORMAT = 3  # of prepared data; data of another format must be prepared again
+FORMAT = 4  # of prepared data; data of another format must be prepared again
 VERSION = '1.0.0'  # of a dataset, by default
 _FILE_BYTES, _FILE_ROWS = 2**28, 2**20  # after which another file of records begins
 
@@ -202,8 +203,7 @@ def _describe(merged: Merged, files: Sequence[_File], folder: pathlib.Path, name
     members = [f for f in files if f.split == split]
     for column, column_type in merged.columns.items():
       if column_type not in MEDIA_TYPES:
-        array = np.lib.format.open_memmap(
-            folder / f'{split}-{column}.npy', 'w+', np.int32 if column_type == 'class' else np.bool_, (size,))
+        array = np.lib.format.open_memmap(folder / f'{split}-{column}.npy', 'w+', np.int32, (size,))
         start = 0
         for f in members:
           with (f.folder / f'{column}.npy').open('rb') as file:
@@ -211,6 +211,11 @@ def _describe(merged: Merged, files: Sequence[_File], folder: pathlib.Path, name
           array[start:start + len(part)] = part
           start += len(part)
         array.flush()
+      if column_type in TEXT_TYPES:
+        with (folder / f'{split}-{column}{TEXTS}').open('wb') as file:
+          for f in members:
+            with (f.folder / f'{column}{TEXTS}').open('rb') as part:
+              shutil.copyfileobj(part, file)
   _write_metadata(merged, files, folder, name, version)
   fingerprints = {split: f'{sum(int(f.facts["fingerprint"], 16) for f in files if f.split == split) % MODULUS:064x}'
                   for split in merged.split_sizes}

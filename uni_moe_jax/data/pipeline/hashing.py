@@ -15,14 +15,15 @@ _MASK = (1 << 64) - 1
 _MANTISSA = 24  # bits of a float32 in [0, 1)
 
 
-def mix(*values: int | str) -> int:
-  """Returns a 64-bit hash of integers and strings; their order matters."""
+def mix(*values: int | str | np.ndarray) -> int | np.ndarray:
+  """Returns a 64-bit hash of integers and strings, or of arrays uint64 element by element; their order matters."""
   return functools.reduce(fold, values, 0)
 
 
-def fold(h: int, value: int | str) -> int:
-  """Returns `mix` of the values of a hash and one more: what `mix_tensor` returns, as a number."""
-  value = zlib.crc32(value.encode()) if isinstance(value, str) else int(value)
+def fold(h: int | np.ndarray, value: int | str | np.ndarray) -> int | np.ndarray:
+  """Returns `mix` of the values of a hash and one more: what `mix_tensor` returns, as a number or an array."""
+  if not isinstance(value, np.ndarray):
+    value = zlib.crc32(value.encode()) if isinstance(value, str) else int(value)
   h = (h ^ value) + _GAMMA & _MASK
   for shift, factor in _STEPS:
     h = (h ^ h >> shift) * factor & _MASK

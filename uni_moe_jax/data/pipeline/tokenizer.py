@@ -1,5 +1,6 @@
 """Tokenizers: the interface, and a SentencePiece tokenizer whose special tokens no text can spell."""
 
+import hashlib
 import io
 import itertools
 import os
@@ -35,7 +36,10 @@ class Tokenizer(Protocol):
   Whether texts can spell special tokens depends on the tokenizer: with `SentencePieceTokenizer` they cannot, with
   `ClipTokenizer` they can, as published.
 
+  It can be pickled: a process reads its file again.
+
   Attributes:
+    fingerprint: Hex sha256 of the vocabulary.
     size: V, the number of ids.
     pad: Pads rows; 0. It may also be the id of a word: only a mask distinguishes padding from text.
     spe: Prefix, mask, caption query and answer slot.
@@ -46,6 +50,7 @@ class Tokenizer(Protocol):
     word_end: bool [V], whether a piece ends a unit. A piece starts a unit if it is a start or follows an end:
       vocabularies mark one or the other.
   """
+  fingerprint: str
   size: int
   pad: int
   spe: int
@@ -75,7 +80,9 @@ class SentencePieceTokenizer(Tokenizer):
     """Reads a model that `train` wrote. Raises MissingFileError; UsageError if it lacks one of the special tokens."""
     if not storage.path(model_file).is_file():
       raise MissingFileError(f'No tokenizer {model_file}. SentencePieceTokenizer.train makes one from texts.')
-    self._model = sentencepiece.SentencePieceProcessor(model_proto=storage.path(model_file).read_bytes())
+    model = storage.path(model_file).read_bytes()
+    self._file, self.fingerprint = model_file, hashlib.sha256(model).hexdigest()
+    self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
     self.size = self._model.get_piece_size()
     pieces = [self._model.id_to_piece(i) for i in range(self.size)]
     special = ('<pad>', '<unk>', '<spe>', '<eot>')
@@ -87,6 +94,9 @@ class SentencePieceTokenizer(Tokenizer):
         i in self.special_ids or piece.startswith('▁') or not any(map(str.isalnum, piece))
         for i, piece in enumerate(pieces)])
     self.word_end = np.zeros(self.size, bool)  # pieces do not mark the ends of words
+
+  def __reduce__(self):
+    return type(self), (self._file,)
 
   @staticmethod
   def train(

@@ -1,11 +1,12 @@
 """The second half of preparation: one pure function per file of array records, of rows that `merge` has selected."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from uni_moe_jax.data.preparation.scan import MANIFEST, ScannedShard
 from uni_moe_jax.utils import storage
 
 MODULUS = 2**256  # of fingerprints, which are sums over examples, so that files are hashed independently
+TEXT_TYPES, TEXTS = ('text', 'texts'), '.texts'  # of columns, and the suffix of files with their texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +51,18 @@ class Write:
     indices = {column: {name: i for i, name in enumerate(names)} for column, names in self.classes.items()}
     arrays = {column: [] for column, column_type in self.columns.items() if column_type not in MEDIA_TYPES}
     number, num_bytes, fingerprint = self.start, 0, 0
-    with tempfile.TemporaryDirectory(prefix='.', dir=None if storage.is_remote(target) else self.done) as temporary:
+    with contextlib.ExitStack() as stack:
+      temporary = stack.enter_context(
+          tempfile.TemporaryDirectory(prefix='.', dir=None if storage.is_remote(target) else self.done))
+      folder = stack.enter_context(atomic_folder(storage.path(self.done) / self.name))
+      texts = {column: stack.enter_context((folder / f'{column}{TEXTS}').open('w', encoding='utf-8', newline='\n'))
+               for column, column_type in self.columns.items() if column_type in TEXT_TYPES}
       writer = ArrayRecordWriter(path := f'{temporary}/records', 'group_size:1')
       for header, data in self._examples():
         values = {column: data if column_type in MEDIA_TYPES else _value(header, column, column_type, indices)
                   for column, column_type in self.columns.items()}
         for column, array in arrays.items():
-          array.append(values[column] if column in indices else bool(values[column]))
+          array.append(_write_lines(texts[column], values[column]) if column in texts else values[column])
         fingerprint = (fingerprint + _digest(number, values.values())) % MODULUS
         writer.write(record := _example({**values, LOCATION: header['location']}))
         number, num_bytes = number + 1, num_bytes + len(record)
@@ -63,9 +70,8 @@ class Write:
       facts = {'size': number - self.start, 'bytes': num_bytes, 'fingerprint': f'{fingerprint:064x}',
                'file': mirror.size_and_digest(path) if storage.is_remote(target) else None}
       storage.move_file(path, target)
-    with atomic_folder(storage.path(self.done) / self.name) as folder:
       for column, array in arrays.items():
-        np.save(folder / f'{column}.npy', np.array(array, np.int32 if column in indices else np.bool_))
+        np.save(folder / f'{column}.npy', np.array(array, np.int32))
       (folder / MANIFEST).write_text(json.dumps(facts))
     return number - self.start
 
@@ -90,6 +96,13 @@ def _value(header: Mapping[str, Any], column: str, column_type: str, indices: Ma
     return indices[column].get(header['labels'].get(column), -1)
   text = header['texts'].get(column) or header['labels'].get(column)
   return list(text or ()) if column_type == 'texts' else text or ''
+
+
+def _write_lines(file: TextIO, texts: str | list[str]) -> int:
+  """Writes texts, none of which has a line break; returns their number."""
+  lines = texts if isinstance(texts, list) else [texts] if texts else []
+  file.writelines(f'{line}\n' for line in lines)
+  return len(lines)
 
 
 def _digest(number: int, values) -> int:

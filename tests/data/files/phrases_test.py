@@ -1,0 +1,115 @@
+"""Phrases are tokenized once per (data, tokenizer, templates), and examples are those of records that are parsed."""
+
+import concurrent.futures
+import dataclasses
+import pathlib
+import pickle
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.data import own_files
+from tests.helpers import tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.config.plan import make_plan
+from uni_moe_jax.data.files import file_dataset, phrases, prepare
+from uni_moe_jax.data.files.file_dataset_examples import FileExampleBuilder
+from uni_moe_jax.data.pipeline import hashing
+from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
+from uni_moe_jax.utils import locks
+
+TEMPLATES = ('{captions}', '{color} {captions} of {tags}', 'it is {note|no_stop}', 'an image')
+NUM_ROWS = 24
+
+
+@pytest.fixture
+def records(tmp_path):
+  """Images with one to three captions, one or two tags, and a note; one has long captions."""
+  rows = []
+  for i in range(NUM_ROWS):
+    own_files.write_image(tmp_path / f'in/{i}.png', 'red', i)
+    captions = [f'a square {i} number {k} ' * (10 if i == 3 else 1) for k in range(1 + i % 3)]
+    rows.append({'image': f'{i}.png', 'captions': captions, 'tags': [f'tag {k}' for k in range(1 + i % 2)],
+                 'color': ('red', 'blue')[i % 2], 'note': f'note {i}.'})
+  own_files.write_jsonl(tmp_path / 'in/rows.jsonl', rows)
+  prepare.prepare(tmp_path / 'in', tmp_path, 'rows', test_fraction=0.0)
+  return file_dataset.load('own:rows', tmp_path, 'train')
+
+
+def _build(records, task_type='image_retrieval', training=True, templates=TEMPLATES, tokenizer=None, **fields):
+  c = tiny.config(data_dir='')
+  c.target_sets.words = config_lib.target_set('vocabulary', family='words')
+  if task_type == 'image_caption':
+    fields['target_set'] = 'words'
+  c.tasks.x = config_lib.task(task_type, 'own:rows', batch_size=4, caption_templates=templates, max_len=12, **fields)
+  builder = FileExampleBuilder(
+      tokenizer or SentencePieceTokenizer(tiny.tokenizer_file()), {}, channels=3, size=16, training=training,
+      random_special_tokens=False, seed=0, max_corrupt_fraction=0.5, resize='fast')
+  return builder.build(make_plan(c).tasks[0], records)
+
+
+def _make(examples, epochs=8):
+  ids = tf.range(NUM_ROWS, dtype=tf.int64)
+  made = [examples.make(ids, hashing.example_hash(0, 'x', tf.constant(e, tf.int64), ids)) for e in range(epochs)]
+  return {k: np.concatenate([m[k] for m in made]) for k in made[0]}
+
+
+def _num_tokenized(records) -> int:
+  return len([p for p in (records.cache / phrases.FOLDER).glob('*') if p.name != locks.FILE])
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('task_type', ['image_retrieval', 'image_caption'])
+def test_examples_are_those_of_parsed_records(records, task_type, training, monkeypatch):
+  monkeypatch.setattr(phrases, '_CHUNK', 7)  # in many parts
+  expected = _make(_build(dataclasses.replace(records, text_file=None), task_type, training))
+  assert _num_tokenized(records) == 0
+  made = _make(_build(records, task_type, training))
+  assert _num_tokenized(records) == 1
+  assert expected.keys() == made.keys()
+  for name, value in expected.items():
+    np.testing.assert_array_equal(made[name], value, name)
+    assert made[name].dtype == value.dtype
+
+
+def test_the_number_of_phrases_is_that_of_templates_and_entries(records):
+  _build(records)
+  [path] = (records.cache / phrases.FOLDER).rglob('offsets')
+  offsets = np.fromfile(path, np.int64)
+  number = sum((1 + i % 3) + (1 + i % 3) * (1 + i % 2) + 2 for i in range(NUM_ROWS))
+  assert len(offsets) == number + 1
+
+
+def test_phrases_are_tokenized_once_by_the_first_of_several(records, monkeypatch):
+  calls, tokenize = [], phrases._tokenize
+  monkeypatch.setattr(phrases, '_tokenize', lambda *args: [calls.append(1), tokenize(*args)])
+  monkeypatch.setattr(phrases, '_PERIOD', 0.01)
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda _: _build(records), range(4)))
+  _build(records, training=False)
+  assert len(calls) == 1
+  _build(records, templates=TEMPLATES[:1])
+  assert len(calls) == 2 and _num_tokenized(records) == 2
+
+
+def test_other_texts_or_another_tokenizer_are_tokenized_again(records, tmp_path):
+  _build(records)
+  _build(dataclasses.replace(records, fingerprint='other'))
+  assert _num_tokenized(records) == 2
+  _build(records, tokenizer=SentencePieceTokenizer.train(
+      pathlib.Path(records.text_file('captions')).read_text().split('\n'), tmp_path / 'own.model', 60, True))
+  assert _num_tokenized(records) == 3
+
+
+def test_mirrored_words_and_too_many_phrases_are_tokenized_with_their_record(records, monkeypatch):
+  _build(records, random_flip=True, mirrored_words=(('left', 'right'),))
+  monkeypatch.setattr(phrases, '_MAX_PHRASES', 10)
+  _build(records)
+  assert _num_tokenized(records) == 0
+
+
+def test_a_tokenizer_can_be_sent_to_another_process():
+  tokenizer = SentencePieceTokenizer(tiny.tokenizer_file())
+  copy = pickle.loads(pickle.dumps(tokenizer))
+  assert copy.encode('a red square') == tokenizer.encode('a red square') and copy.fingerprint == tokenizer.fingerprint
