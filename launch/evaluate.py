@@ -1,8 +1,9 @@
-"""Evaluate a trained work directory: uni-moe evaluate --workdir=runs/quickstart
+"""Evaluate a trained work directory.
 
-Or evaluate a run zero-shot on another task, in a work directory of its own:
-
+  uni-moe evaluate --workdir=runs/quickstart
   uni-moe evaluate --config=zero_shot:run=runs/quickstart,task=digits --workdir=runs/digits
+
+The second command evaluates a run zero-shot on another task, in a work directory of its own.
 
 Runs the evaluators of the config on the newest checkpoint (averaged parameters if the run has them), prints the main
 metric of each and writes evaluation.json with all of them, samples.json and, for routers by condition, experts.json and

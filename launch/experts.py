@@ -1,4 +1,6 @@
-"""Measure the expert usage of a checkpoint: uni-moe experts --workdir=runs/quickstart
+"""Measure the expert usage of a checkpoint.
+
+  uni-moe experts --workdir=runs/quickstart
 
 Measures for every layer and router how much a condition uses each expert, the effective number of experts, and the
 overlap of two tasks (uni_moe_jax/analysis/expert_usage.py). Writes experts.json and experts.png; with --step or

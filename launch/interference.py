@@ -1,4 +1,6 @@
-"""Measure task interference at a checkpoint: uni-moe interference --workdir=runs/quickstart
+"""Measure task interference at a checkpoint.
+
+  uni-moe interference --workdir=runs/quickstart
 
 Measures how much a step on one task changes the loss of another (uni_moe_jax/analysis/interference.py), over a set of
 parameters and for each layer and projection in it. Writes interference.json and two heat maps; with --step or

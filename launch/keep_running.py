@@ -1,4 +1,4 @@
-"""Restart a command until it has finished:
+"""Restart a command until it has finished.
 
   uni-moe keep-running -- uni-moe train --config=embedded --workdir=runs/embedded
 

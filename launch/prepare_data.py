@@ -1,4 +1,4 @@
-"""Prepare data once.
+"""Prepare data once: the embedded data, your own files, or a TFDS dataset.
 
 Embedded data:    uni-moe prepare-data
 Your own data:    uni-moe prepare-data --input=photos --name=pets

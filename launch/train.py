@@ -1,7 +1,9 @@
-"""Train a config: uni-moe train --config=quickstart --workdir=runs/quickstart
+"""Train a config, or continue a run.
+
+  uni-moe train --config=quickstart --workdir=runs/quickstart
 
 On several hosts, start the same command once per process with --distributed=auto, as local_processes.sh, tpu_pod.sh,
-slurm.sbatch and gke.sh in this folder do.
+slurm.sbatch and gke.sh in the folder launch of the repository do.
 
 Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 error, 2 wrong usage.
 """

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
@@ -28,7 +29,7 @@ flags.disclaim_key_flags()  # --help of a script lists the flags that it defines
 class _ConfigParser(ConfigFileFlagParser):
   """Parser of the value of --config, which may be the name of a config."""
 
-  def parse(self, path: str) -> ml_collections.ConfigDict:
+  def parse(self, path: str) -> Any:
     return super().parse(shipped.config_path(path))
 
 
@@ -57,7 +58,7 @@ def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
     raise _loading_error(e) from None
 
 
-def _loading_error(e: OSError) -> OSError | UsageError:
+def _loading_error(e: OSError) -> BaseException:
   """Return the error of a config file that does not exist or that raised an OSError."""
   cause = e.__cause__
   if not str(cause).startswith('Failed loading config file'):
@@ -172,6 +173,8 @@ def _parse(argv: Sequence[str], local: Sequence[str] = ()) -> list[str]:
     rest = flags.FLAGS(argv)
   except UsageError as e:
     sys.exit(_report(str(e), USAGE))
+  except BrokenPipeError:  # --help | head
+    os._exit(ERROR)
   except _PARSE_ERRORS as e:
     sys.exit(_report(_flag_error(e, argv), USAGE))
   if len(rest) > 1:
@@ -185,7 +188,7 @@ def _flag_error(e: BaseException, argv: Sequence[str]) -> str:
     return str(_loading_error(e))
   message = ' '.join(str(e.args[0] if e.args else e).split())
   if isinstance(e, (KeyError, AttributeError)):  # ml_collections: 'widht' Did you mean "width" instead of "widht"?
-    field, hint = re.search(r"\w+", message).group(), re.search(r'Did you mean [^?]*\?|$', message).group()
+    [field, *_], hint = re.findall(r'\w+', message), ''.join(re.findall(r'Did you mean [^?]*\?', message)[:1])
     arguments = [a for a in argv[1:] if field in a.lstrip('-').partition('=')[0].split('.')]
     flag = arguments[0].partition('=')[0] if arguments else field
     return f'{flag}: the config has no field {field!r}. {hint}'.strip()

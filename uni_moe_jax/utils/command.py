@@ -55,19 +55,18 @@ def run(name: str, arguments: list[str], module: str = '__main__') -> None:
 
 def _help(arguments: list[str]) -> None:
   """Print help of `uni-moe help [NAME]`, --help or --version."""
-  names, configs = arguments[1:], shipped.configs()
+  name, configs, scripts = ''.join(arguments[1:2]), shipped.configs(), shipped.scripts()
   if arguments[0] == '--version':
     print(f'uni-moe {uni_moe_jax.__version__}')
-  elif not names:
+  elif not name:
     print(_overview())
-  elif names[0] in configs:
-    print(shipped.docstring(configs[names[0]]))
-  elif names[0] in shipped.scripts():
-    run(names[0], ['--help'])
-  else:
-    print(f'error: uni-moe help: {names[0]!r} is unknown; {nearest(names[0], [*shipped.scripts(), *configs])}.',
-          file=sys.stderr)
+  elif name not in configs and name not in scripts:
+    print(f'error: uni-moe help: {name!r} is unknown; {nearest(name, {**scripts, **configs})}.', file=sys.stderr)
     sys.exit(exit_codes.USAGE)
+  if name in configs:  # a command may have the same name
+    print(shipped.docstring(configs[name]), end='\n\n')
+  if name in scripts:
+    run(name, ['--help'])
 
 
 def _overview() -> str:
