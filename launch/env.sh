@@ -22,6 +22,9 @@ processor=$({ grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null || true;
 : "${JAX_COMPILATION_CACHE_DIR:=$HOME/.cache/uni_moe_jax/jax/${processor%% *}}"
 export JAX_COMPILATION_CACHE_DIR
 
+# Names of interpreters, the preferred one first.
+pythons=(python3.11 python3.12 python3.13 python3 python)
+
 # is_usable PYTHON MODULE...: whether the interpreter starts, has a version for which all dependencies
 # have wheels (TensorFlow 2.21: 3.13 at most), and has the modules.
 is_usable() {
@@ -36,7 +39,7 @@ PY
 # a version that is not installed, and Debian's python3 lacks ensurepip without python3-venv.
 find_python() {
   local name seen=''
-  for name in python3.11 python3.12 python3.13 python3 python; do
+  for name in "${pythons[@]}"; do
     command -v "$name" >/dev/null || continue
     if is_usable "$name" venv ensurepip; then
       command -v "$name"
@@ -83,8 +86,13 @@ make_venv() {
   "$base" -m venv "$venv" && echo made >"$venv/launch"
 }
 
-# install_environment [test]: installs the package for $python, once per content of setup.py and
-# constraints.txt. The stamp is written last, so that an interrupted install is repeated. An install
+# Prints the file with the exact versions for $python.
+constraints() {
+  "$python" -c 'import sys; print("constraints%s.txt" % ("-py313" if sys.version_info[:2] == (3, 13) else ""))'
+}
+
+# install_environment [test]: installs the package for $python, once per content of setup.py and of
+# the constraints. The stamp is written last, so that an interrupted install is repeated. An install
 # with `test` also serves without.
 install_environment() {
   local extra="${1:-}" want stamp name
@@ -101,7 +109,7 @@ install_environment() {
   want=$("$python" - "$PWD" <<'PY'
 import hashlib, pathlib, sys
 digest = hashlib.sha256(sys.argv[1].encode())
-for name in ('setup.py', 'constraints.txt'):
+for name in ('setup.py', *sorted(pathlib.Path().glob('constraints*.txt'))):
   digest.update(pathlib.Path(name).read_bytes())
 print(digest.hexdigest())
 PY
@@ -112,14 +120,14 @@ PY
   done
   echo 'Installing the dependencies into .venv (about 1 minute and 2.6 GB)'
   rm -f "$venv"/installed-*
-  pip_install -c constraints.txt -e ".${extra:+[$extra]}" || return 1
+  pip_install -c "$(constraints)" -e ".${extra:+[$extra]}" || return 1
   echo "$want" >"$stamp"
 }
 
-# pip_install -c FILE WHAT...: on other versions than Python 3.11, falls back to inexact versions.
+# pip_install -c FILE WHAT...: on Python 3.12, for which nothing is pinned, falls back to inexact versions.
 pip_install() {
   "$python" -m pip install --quiet --disable-pip-version-check "$@" && return
-  "$python" -c 'import sys; sys.exit(sys.version_info[:2] == (3, 11))' || return 1
+  "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || return 1
   echo "The exact versions of $2 do not install on $("$python" --version): continuing without them."
   "$python" -m pip install --quiet --disable-pip-version-check "${@:3}"
 }
@@ -128,5 +136,5 @@ pip_install() {
 # default: wherever JAX finds libtpu, it looks for a TPU first.
 libtpu="$PWD/.pytest_cache/libtpu"
 install_libtpu() {
-  "$python" -m pip install -q --upgrade --no-deps -c constraints.txt --target "$libtpu" libtpu
+  "$python" -m pip install -q --upgrade --no-deps -c "$(constraints)" --target "$libtpu" libtpu
 }

@@ -1,6 +1,8 @@
 """XLA options for tests, which compile far more than they compute: a program is ready in a fifth of the time."""
 
-OPTIONS = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
+from uni_moe_jax.tools.bench import settings
+
+OPTIONS = settings.quick_xla_options()
 FLAGS = tuple(f'--{name}={str(value).lower()}' for name, value in OPTIONS.items())
 
 

@@ -259,7 +259,7 @@ def test_accumulated_gradients_are_those_of_one_big_batch():
   differences = {path: np.linalg.norm(twos[path] - g) for path, g in ones.items()}
   assert np.sqrt(sum(d**2 for d in differences.values())) <= 1e-5 * norm
   for path, g in ones.items():  # a leaf whose gradient is next to nothing is compared with the whole gradient
-    assert differences[path] <= 2e-5 * max(np.linalg.norm(g), 1e-2 * norm), path
+    assert differences[path] <= 3e-5 * max(np.linalg.norm(g), 1e-2 * norm), path
   assert norm > .1
 
 
