@@ -6,16 +6,22 @@ of AdamW (Liu et al., Muon is Scalable for LLM Training, 2025, equation 4), whic
 both share a learning rate and weight decays.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from uni_moe_jax.moe import precision
+
 MOMENTUM = 0.95
-_ITERATIONS = 5  # of Newton and Schulz
+_COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of Newton and Schulz (Jordan et al.)
+_ITERATIONS = 5
 _RMS = 0.2  # root mean square of an update of AdamW
 _STACKED = ('layers', 'experts', 'qkv')  # a layer, an expert, and each of queries, keys and values has its own matrix
 _HIDDEN = ('heads', 'mlp')
@@ -32,12 +38,49 @@ def matrix_axes(names: Sequence[str]) -> MuonDimensionNumbers | None:
   return MuonDimensionNumbers((names.index('embed'),), rest)
 
 
-def scale_by_muon(axes: Any) -> optax.GradientTransformation:
-  """The direction of Muon. axes: tree of `matrix_axes`, with `optax.MaskedNode` for parameters that it leaves out."""
-  def scale(update: jax.Array, numbers: MuonDimensionNumbers) -> jax.Array:
-    rows, columns = (math.prod(update.shape[i] for i in side) for side in numbers)
-    return update * (_RMS * math.sqrt(max(rows, columns)))
+def scale_by_muon(axes: Any, on_one_cpu: bool) -> optax.GradientTransformation:
+  """The direction of Muon.
 
-  scaled = optax.stateless(lambda updates, _: jax.tree.map(scale, updates, axes))
-  return optax.chain(
-      optax.contrib.scale_by_muon(beta=MOMENTUM, ns_steps=_ITERATIONS, weight_dimension_numbers=lambda _: axes), scaled)
+  Args:
+    axes: tree of `matrix_axes`, with `optax.MaskedNode` for parameters that it leaves out.
+    on_one_cpu: see `sharding.on_one_cpu`.
+  """
+  # Optax only divides a matrix by its norm.
+  momentum = optax.contrib.scale_by_muon(beta=MOMENTUM, ns_steps=0, weight_dimension_numbers=lambda _: axes)
+  return optax.chain(momentum, optax.stateless(
+      lambda updates, _: jax.tree.map(functools.partial(_direction, on_one_cpu=on_one_cpu), updates, axes)))
+
+
+def _direction(x: jax.Array, axes: MuonDimensionNumbers, on_one_cpu: bool) -> jax.Array:
+  """Matrices of norm 1 → with singular values of about the scale of an update."""
+  rest = [i for i in range(x.ndim) if i not in (*axes.reduction_axis, *axes.output_axis)]
+  order = (*rest, *axes.reduction_axis, *axes.output_axis)
+  rows, columns = (math.prod(x.shape[i] for i in side) for side in axes)
+  ordered = x.transpose(order)
+  matrices = ordered.reshape(*(x.shape[i] for i in rest), rows, columns)
+  if on_one_cpu:  # one matrix after the other, which stays in the processor's cache
+    result = jax.lax.map(_orthogonalized, matrices.reshape(-1, rows, columns))
+  else:
+    result = jnp.vectorize(_orthogonalized, signature='(m,n)->(m,n)')(matrices)
+  scaled = result.reshape(ordered.shape) * (_RMS * math.sqrt(max(rows, columns)))
+  return scaled.transpose(np.argsort(order))
+
+
+def _orthogonalized(x: jax.Array) -> jax.Array:
+  """Iterations of Newton and Schulz, [m, n] of norm 1.
+
+  An iteration multiplies X by the polynomial P = a + b G + c G² of G = X Xᵀ. All of them commute, so that iterations
+  need only G, of the shorter side, and their product; X is multiplied once, at the end. A tall matrix is transposed.
+  """
+  if x.shape[0] > x.shape[1]:
+    return _orthogonalized(x.T).T
+  dot = functools.partial(jnp.matmul, precision=precision.EXACT)  # errors of G grow twelvefold in an iteration
+  a, b, c = _COEFFICIENTS
+  polynomial = lambda gram: a * jnp.eye(len(x), dtype=x.dtype) + b * gram + c * dot(gram, gram)
+  gram = dot(x, x.T)
+  product = p = polynomial(gram)
+  for _ in range(_ITERATIONS - 1):
+    gram = dot(p, dot(gram, p))
+    p = polynomial(gram)
+    product = dot(p, product)
+  return dot(product, x)

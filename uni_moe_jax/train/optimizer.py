@@ -172,7 +172,7 @@ def _decay(weight_decays) -> optax.GradientTransformation:
 
 def make_optimizer(
     c, params: Any, units: Callable[[str], int] = lambda path: 0, depth: Callable[[str], Any] | None = None,
-    axis_names: Mapping[str, Sequence[str]] | None = None) -> Optimizer:
+    axis_names: Mapping[str, Sequence[str]] | None = None, on_one_cpu: bool = False) -> Optimizer:
   """The optimizer of a config.
 
   Frozen parameters have no moments. With clipping, the update takes `grad_norm`, the norm of all other gradients.
@@ -184,6 +184,7 @@ def make_optimizer(
       conventions of `optim.unused_params`, whose update takes `used`.
     depth: path → `layers_above`, for `optim.layerwise_lr_decay`.
     axis_names: path → logical names of the axes of a parameter, for `optim.name='muon'`.
+    on_one_cpu: see `sharding.on_one_cpu`.
   """
   optim = c.optim
   groups = match_param_groups(params, optim.param_groups, optim.router_lr_multiplier)
@@ -203,7 +204,7 @@ def make_optimizer(
       return adamw
     axes = unless_frozen(lambda path, *_: muon.matrix_axes(axis_names[path]) or optax.MaskedNode())
     of_muon = unless_frozen(lambda path, *_: muon.matrix_axes(axis_names[path]) is not None)
-    return optax.chain(optax.masked(muon.scale_by_muon(axes), of_muon),
+    return optax.chain(optax.masked(muon.scale_by_muon(axes, on_one_cpu), of_muon),
                        optax.masked(adamw, jax.tree.map(operator.not_, of_muon)))
 
   def build(numbers: Numbers) -> optax.GradientTransformation:

@@ -233,7 +233,7 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
                 jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)}
   made = optimizer.make_optimizer(
       config, params, functools.partial(unit_axes, model.spec),
-      functools.partial(optimizer.layers_above, model.spec.stack), axis_names)
+      functools.partial(optimizer.layers_above, model.spec.stack), axis_names, sharding.on_one_cpu(mesh))
   weights = {name: config.moe[f'{name}_loss_weight'] for name in ('balance', 'importance', 'z')}
   spec = StepSpec(
       model=model, plan=plan, optimizer=made, grad_accum_steps=config.train.grad_accum_steps,
