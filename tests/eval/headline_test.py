@@ -47,6 +47,13 @@ def test_more_than_twelve_evaluators_are_counted():
   assert headline.table(rows[:12]).splitlines()[14].startswith('Of 12 metrics')
 
 
+def test_of_many_splits_of_a_task_the_later_ones_are_left_out():
+  names = ['a, x', 'a, y', 'b', *(f'c, {i}' for i in range(10)), 'd']
+  shown = [line.split('  ')[0] for line in headline.table(_rows(**{name: (CHANCE,) for name in names})).splitlines()]
+  assert shown[2:14] == ['a, x', 'a, y', 'b', *(f'c, {i}' for i in range(8)), 'd']
+  assert shown[14] == '… and 2 more in evaluation.json'
+
+
 def test_nothing_to_compare_has_no_sentence():
   assert headline.table([]) == 'no evaluation rows'
   assert headline.table(_rows(texts=(ALONE,))).splitlines()[-1].startswith('texts')

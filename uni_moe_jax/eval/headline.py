@@ -64,15 +64,21 @@ def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """The headline as aligned plain text: at most `MAX_ROWS` lines, then the sentence."""
-  shown = lines(rows)
-  if not shown:
+  """The headline as aligned plain text: at most `MAX_ROWS` lines, then the sentence.
+
+  Of evaluators with one name before a comma, such as the splits of a task, the later ones are left out first.
+  """
+  evaluated = lines(rows)
+  if not evaluated:
     return 'no evaluation rows'
-  cells = [_COLUMNS, *(line.cells for line in shown[:MAX_ROWS])]
+  names = [line.row['evaluator'].partition(',')[0] for line in evaluated]
+  by_rank = sorted(range(len(names)), key=lambda i: names[:i].count(names[i]))
+  shown = sorted(by_rank[:MAX_ROWS])
+  cells = [_COLUMNS, *(evaluated[i].cells for i in shown)]
   widths = [max(map(len, column)) for column in zip(*cells)]
   text = ['  '.join(f'{cell:{side}{width}}' for cell, side, width in zip(row, '<<><<', widths)).rstrip()
           for row in cells]
   text.insert(1, '  '.join('-' * width for width in widths))
-  hidden = len(shown) - MAX_ROWS
+  hidden = len(evaluated) - len(shown)
   more = [f'… and {hidden} more in evaluation.json'] if hidden > 0 else []
   return '\n'.join([*text, *more, sentence(rows)]).rstrip()
