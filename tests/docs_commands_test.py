@@ -1,5 +1,6 @@
 """Command lines of pages and docstrings: scripts, flags and extras exist, and configs have a plan. Nothing runs."""
 
+import itertools
 import pathlib
 import re
 import shlex
@@ -17,7 +18,8 @@ _ROOT = processes.ROOT
 _PROGRAMS = {
     **dict.fromkeys(('mkdir', 'awk', 'cd', '.', 'ruff', 'basedpyright', 'pre-commit', 'mkdocs', 'venv', 'gcloud'),
                     'not of this repository'),
-    **dict.fromkeys(('serve/bin/pip', '../serve/bin/python'), 'tests/launch/export_test.py runs the commands'),
+    **dict.fromkeys(('serve/bin/pip', '../serve/bin/python', 'exported/example.py'),
+                    'tests/launch/export_test.py runs the commands'),
     **dict.fromkeys(('./launch/quickstart.sh', './launch/test.sh'), 'without arguments, or with those of pytest')}
 # Parts of commands whose config has no plan here, and why.
 _NO_PLAN = {'own:sources=gs://': 'needs the bucket', **dict.fromkeys(
@@ -58,8 +60,10 @@ def _check(program: str, *arguments: str) -> None:
     assert script.exists() or not program.startswith('./launch')
   elif program == 'uni-moe':
     _check(f'launch/{shipped.scripts()[arguments[0]].name}', *arguments[1:])
-  elif program in ('python', 'sbatch'):
+  elif program == 'python':
     _check(*(arguments[1:] if arguments[0] == '-m' else arguments))
+  elif program == 'sbatch':
+    _check(*itertools.dropwhile(lambda argument: argument.startswith('-'), arguments))  # its own options
   elif program == 'pip':
     extras = re.findall(r'\w+', ''.join(re.findall(r'\[.*\]', ' '.join(arguments))))
     assert all(f"'{extra}': " in pathlib.Path('setup.py').read_text() for extra in extras), extras
@@ -73,11 +77,13 @@ def _check(program: str, *arguments: str) -> None:
       if rest:
         _check(*rest)
   else:
-    assert script.suffix in ('.sh', '.sbatch', '.py'), f'{program} is no script of this repository, nor in _PROGRAMS'
+    assert script.suffix in ('.sh', '.sbatch', '.py') and script.exists(), (
+        f'{program} is no script of this repository, nor in _PROGRAMS')
     options = [argument.lstrip('-') for argument in own if argument.startswith('--') and '=' not in argument]
     assert all(re.search(rf"(--{option}\)|'{option}')", script.read_text()) for option in options), options
-    if script.suffix != '.py':
-      _check('launch/train.py', *(rest or own))
+    of_training = rest or [argument for argument in own if '=' in argument]
+    if script.suffix != '.py' and of_training:
+      _check('launch/train.py', *of_training)
 
 
 @pytest.mark.parametrize('command', [pytest.param(command, id=f'{file}: {command}') for file, command in _commands()])
