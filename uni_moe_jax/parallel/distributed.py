@@ -48,7 +48,8 @@ def parse(mode: str, address: str | None, num_processes: int | None, process_id:
     return Cluster() if mode == AUTO else None
   if mode == AUTO:
     raise UsageError(f"--distributed={AUTO} detects the other processes; leave out --{', --'.join(given)}.")
-  if missing := [name for name in values if name not in given]:
+  if address is None or num_processes is None or process_id is None:
+    missing = [name for name in values if name not in given]
     raise UsageError(f"--{', --'.join(given)} also {'needs' if len(given) == 1 else 'need'} --{', --'.join(missing)}.")
   if not _ADDRESS.fullmatch(address):
     raise UsageError(f'--coordinator_address={address!r} must be HOST:PORT, for example 127.0.0.1:7733.')

@@ -12,16 +12,16 @@ import dataclasses
 
 NUM_ATTRIBUTES = 8
 
-Bits = tuple[int, int, int, int, int, int, int, int]
+Bits = tuple[int, ...]  # eight
 
 
-def bits(task_bits: tuple[int, int, int, int], *, modality: str, side: str, causal: bool) -> Bits:
+def bits(task_bits: tuple[int, ...], *, modality: str, side: str, causal: bool) -> Bits:
   """Attribute bits of a segment's tokens: of their task, then their own. side: 'input' or 'target'."""
   visual = int(modality == 'visual')
   return (*task_bits, visual, 1 - visual, int(side == 'target'), int(causal))
 
 
-def task_bits(inputs: tuple[str, ...], targets: tuple[str, ...]) -> tuple[int, int, int, int]:
+def task_bits(inputs: tuple[str, ...], targets: tuple[str, ...]) -> tuple[int, ...]:
   """Bits 0-3 of a task: the modalities of its input and its target, in any order."""
   return tuple(int(m in side) for side in (inputs, targets) for m in ('visual', 'text'))
 

@@ -38,7 +38,7 @@ class TaskType:
   router_task: str  # name that the task router embeds
 
   @property
-  def task_bits(self) -> tuple[int, int, int, int]:
+  def task_bits(self) -> tuple[int, ...]:
     return attributes.task_bits(tuple(s.modality for s in self.inputs), ('text',))
 
   @property
@@ -104,7 +104,7 @@ def families() -> dict[str, Condition]:
   return {name: family_condition(name, task_bits) for name, task_bits in bits.items()}
 
 
-def family_condition(name: str, task_bits: tuple[int, int, int, int]) -> Condition:
+def family_condition(name: str, task_bits: tuple[int, ...]) -> Condition:
   """Condition of a set of texts that serve as targets."""
   return Condition(attributes.bits(task_bits, modality='text', side='target', causal=False), name, 'text')
 

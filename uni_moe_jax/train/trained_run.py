@@ -12,6 +12,7 @@ from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.data.pipeline.target_sets import build_target_set
 from uni_moe_jax.data.pipeline.templates import fill_template
+from uni_moe_jax.eval.batches import Fields
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.train import run as run_lib
@@ -42,7 +43,7 @@ class TrainedRun:
       MissingFileError: nothing was trained there. UsageError: it has no such checkpoint.
     """
     config = workdir_lib.load_config(workdir)
-    config.mesh.update(dict(replica=1, data=-1, expert=1, model=1, fsdp=False))
+    config.update(mesh=dict(replica=1, data=-1, expert=1, model=1, fsdp=False))
     run = run_lib.build(config, jax.devices()[:1])
     with Checkpoints(workdir, max_to_keep=None) as checkpoints:
       steps = checkpoints.steps()
@@ -90,7 +91,7 @@ class TrainedRun:
     spec = self._task(task, visual=True)
     if spec.type.readout != 'queries':
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}, which has no captions.')
-    return self._predictor.captions(spec, _fields(images)['pixels'], beam_size)
+    return self._predictor.captions(spec, np.asarray(_fields(images)['pixels']), beam_size)
 
   def embed(self, task: str, images: np.ndarray) -> np.ndarray:
     """Normalized features f32 [B, D] of images or videos."""
@@ -107,7 +108,7 @@ class TrainedRun:
     fields = {'id': np.arange(len(texts), dtype=np.uint32), 'target': tokens, 'target_valid': valid}
     return np.asarray(normalize(self._predictor.pairs(spec.type, fields)))
 
-  def _slot(self, spec: TaskSpec, columns: Mapping[str, str], batch: int) -> dict[str, np.ndarray]:
+  def _slot(self, spec: TaskSpec, columns: Mapping[str, str], batch: int) -> Fields:
     """The batch fields of a template's text, the same for all examples; none for a task type without a slot."""
     if spec.type.readout != 'slot':
       return {}
@@ -126,7 +127,7 @@ class TrainedRun:
     return self._tasks[name]
 
 
-def _fields(images: np.ndarray) -> dict[str, np.ndarray]:
+def _fields(images: np.ndarray) -> Fields:
   """The batch fields of images [B, H, W, C] or videos [B, T, H, W, C]."""
   if images.ndim not in (4, 5) or images.dtype != np.uint8:
     raise UsageError(f'images are {images.dtype} {list(images.shape)}; images must be uint8 [B, H, W, C], videos uint8 '

@@ -110,13 +110,14 @@ def _wrong(address: str, name: str, what: str) -> UsageError:
 def _configure(scheme: str) -> None:
   """Set what all users of the libraries in this process share, Orbax and TensorFlow Datasets among them."""
   import aiohttp  # pylint: disable=g-import-not-at-top
-  import fsspec  # pylint: disable=g-import-not-at-top
+  import fsspec.config  # pylint: disable=g-import-not-at-top
+  from etils.epath import backend, gpath  # pylint: disable=g-import-not-at-top
   for name in ('gcsfs', 'fsspec'):  # they log the traceback of what they raise
     logging.getLogger(name).setLevel(logging.CRITICAL)
   # Zonal buckets: gcsfs would query another service about every bucket, over gRPC, and wait where it is not reachable.
   os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
   os.environ['EPATH_USE_TF'] = 'false'  # TensorFlow's own reader of buckets is not in its packages
-  epath.gpath._is_tf_installed.cache_clear()  # TFDS may have read local paths before
+  gpath._is_tf_installed.cache_clear()  # TFDS may have read local paths before
   timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=_READ_TIMEOUT)
   # Listings are not kept: other processes write, too.
   fsspec.config.conf.setdefault('gs', {}).update(use_listings_cache=False, requests_timeout=timeout)
@@ -125,7 +126,7 @@ def _configure(scheme: str) -> None:
       retries=dict(mode='standard', max_attempts=_ATTEMPTS)))
   # What was opened before, by TensorFlow Datasets for example, was opened without these settings.
   fsspec.get_filesystem_class(scheme).clear_instance_cache()
-  epath.backend._FileSystemSpecBackend._get_filesystem.cache_clear()
+  backend._FileSystemSpecBackend._get_filesystem.cache_clear()
   if scheme == 's3':  # answers without a body have a status that botocore does not repeat by itself
     from s3fs import core  # pylint: disable=g-import-not-at-top
     core.set_custom_error_handler(lambda e: re.search(r'\((429|5\d\d)\) when calling', str(e)) is not None)
@@ -252,7 +253,7 @@ def files_in(folder: Path) -> dict[str, tuple[int, str | None]]:
   The MD5, in hexadecimal, is that of the content as the store has it; nothing is read. A disk knows none.
   """
   if not is_remote(folder):
-    return {str(p.relative_to(folder)): (p.stat().st_size, None) for p in sorted(folder.rglob('*')) if p.is_file()}
+    return {str(p.relative_to(folder)): (os.path.getsize(p), None) for p in sorted(folder.rglob('*')) if p.is_file()}
   prefix = '/'.join(filter(None, split(folder))) + '/'  # a whole bucket has no name in it
   entries = filesystem(folder).find(str(folder), detail=True)
   return {name.removeprefix(prefix): (entry['size'], _md5(entry)) for name, entry in sorted(entries.items())
