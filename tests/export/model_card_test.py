@@ -5,6 +5,7 @@ import types
 
 import numpy as np
 import pytest
+import yaml
 
 from tests.helpers import small_model
 from uni_moe_jax.config.plan import Evaluation
@@ -118,3 +119,19 @@ def test_differences_from_the_evaluators_protocol_are_reported():
   fast = small_model.spec('dense', dtype=np.dtype('bfloat16'))
   assert 'with products in bfloat16 (here float32, so answers may differ)' in _card(
       fast, 'image_caption', exported=trained, rows=[_row('named')], evaluators=[_evaluation('named')])
+
+
+def test_the_card_begins_with_the_metadata_of_the_hub():
+  text = _card(_DENSE, 'image_classification', 'image_caption')
+  _, front, rest = text.split('---\n', 2)
+  metadata = yaml.safe_load(front)
+  assert metadata['library_name'] == 'uni_moe_jax' and metadata['pipeline_tag'] == 'image-to-text'
+  assert {'jax', 'mixture-of-experts', 'image-classification', 'image-to-text'} <= set(metadata['tags'])
+  assert rest.startswith('\n# mine\n')
+
+
+def test_weights_are_listed_by_part_the_heaviest_first():
+  sizes = {'programs/a': 2_000_000, 'programs/b': 1_500_000, 'params.safetensors': 6_000_000, 'load.py': 9_000,
+           'texts.py': 11_000}
+  weights = model_card.weights({name: ('', size) for name, size in sizes.items()})
+  assert weights == 'params.safetensors 6.00 MB, programs 3.50 MB, others 0.02 MB, together 9.52 MB'

@@ -212,7 +212,8 @@ class OptimConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
   """Training loop."""
-  init: str = field('', "Work directory of a run whose newest parameters this run starts from; '' = fresh.", path=True)
+  init: str = field('', "Work directory of a run whose newest parameters this run starts from, or an export with its "
+                    "checkpoint, also hf:OWNER/NAME@REVISION; '' = fresh.", path=True)
   steps: int = field(1000, 'Training steps.', at_least=1)
   mixture: str = field('all_tasks', 'all_tasks: every task in every step; one_task: one task per step, drawn by its '
                        'sampling_weight.', choices=('all_tasks', 'one_task'), published='one_task')

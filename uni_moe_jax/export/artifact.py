@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -33,28 +35,31 @@ _CARD, _PIECES = 'README.md', 'tokenizer_pieces.json'
 
 def write(
     folder: str | os.PathLike[str], contents: Contents, provenance: dict[str, Any], evaluation: list[dict[str, Any]],
-    torch: bool = False) -> None:
-  """Writes the folder atomically.
+    formats: Collection[str] = (), start: pathlib.Path | None = None) -> str:
+  """Writes the folder atomically; returns what its parts weigh, as one line.
 
   Args:
     folder: must not exist.
     contents: what is exported.
     provenance: origin of the parameters as JSON: config, data, versions, step, seed, commits.
     evaluation: rows of evaluation.json for the model card; [] if the step was not evaluated.
-    torch: also write model.pth in the layout of the published dense model.
+    formats: also written: 'torch', model.pth in the layout of the published dense model.
+    start: a work directory to include, from which a run can start.
 
   Raises:
-    UsageError: the folder exists, or the published layout cannot represent the model.
+    UsageError: the folder exists, or a format cannot represent the model.
   """
   folder = storage.path(folder)
   if folder.exists():
     raise UsageError(f'--output={folder} exists; choose another folder or remove it.')
-  state = torch_dense.state(contents.spec, contents.params, contents.tasks) if torch else None
+  state = torch_dense.state(contents.spec, contents.params, contents.tasks) if 'torch' in formats else None
   with npz_records.atomic_folder(folder) as staging:
     files = _write_programs(staging, contents)
     save(staging / 'params.safetensors', {path: np.asarray(x) for path, x in by_path(contents.params).items()})
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save((staging / 'orbax').absolute(), contents.params)
+    if start is not None:
+      shutil.copytree(start, staging, dirs_exist_ok=True)
     if state is not None:
       torch_file.write(staging / 'model.pth', state)
     save(staging / 'target_sets.safetensors', contents.features)
@@ -69,6 +74,7 @@ def write(
     (staging / _CARD).write_text(model_card.card(manifest, evaluation, _checksums(staging)))
     sums = ''.join(f'{digest}  {name}\n' for name, (digest, _) in _checksums(staging).items())
     (staging / 'SHA256SUMS').write_text(sums)
+    return model_card.weights(_checksums(staging))
 
 
 def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, file: pathlib.Path) -> dict[str, Any]:

@@ -1,11 +1,18 @@
-"""The model card of an exported model: architecture, tasks, metrics, provenance and files."""
+"""The model card of an exported model: metadata for the Hub, architecture, tasks, metrics, provenance and files."""
 
+import collections
 from typing import Any
 
 from uni_moe_jax.eval.metrics import evaluation_table
 from uni_moe_jax.moe import routers
 
 _MOST_SHOWN = 8  # entries of a set
+# Task types that the Hub has pages for, by its names, the most telling first.
+_PIPELINES = {
+    'image_caption': 'image-to-text', 'vqa': 'visual-question-answering',
+    'image_retrieval': 'zero-shot-image-classification', 'video_classification': 'video-classification',
+    'image_classification': 'image-classification',
+    'text_classification': 'text-classification', 'text_mlm': 'fill-mask'}
 
 _EXPERTS = {
     'never': 'A dense model: it never had experts.',
@@ -17,6 +24,10 @@ _EXPERTS = {
               'these programs**, and a token costs as much as in training.',
 }
 
+# What a file that is not always there is for.
+_ADDED = {
+    'config.json': ' `config.json`, the tokenizer and `checkpoints/` (parameters with all experts) are a run from '
+                   "which another one starts: `config.train.init` is this folder's address."}
 _CLIP = (' `texts.py` decodes captions and does not tokenize: tokenize your texts with the merges of `{file}` and end '
          'each with id {eot}.')
 _PRODUCTS = {
@@ -31,6 +42,7 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
   """Returns README.md of the folder. evaluation: rows of evaluation.json. sums: {other file: (sha256, bytes)}."""
   model, origin, tokenizer = manifest['model'], manifest['provenance'], manifest['tokenizer']
   return '\n'.join([
+      *_metadata(manifest),
       f'# {origin["name"]}',
       '',
       'A generalist model (Uni-Perceiver-MoE: arXiv 2206.04674), exported by uni_moe_jax. It runs without that '
@@ -75,12 +87,41 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
       '## Files',
       '',
       '`params.safetensors` (for the programs) and `orbax/` (for JAX code) contain the same parameters, '
-      '`target_sets.safetensors` the normalized features of the target sets.',
+      '`target_sets.safetensors` the normalized features of the target sets.'
+      + ''.join(text for file, text in _ADDED.items() if file in sums),
+      '',
+      f'Weights: {weights(sums)}.',
       '',
       '| file | bytes | sha256 |',
       '| --- | --- | --- |',
       *[f'| {name} | {size} | {digest} |' for name, (digest, size) in sums.items()],
       ''])
+
+
+def weights(sums: dict[str, tuple[str, int]]) -> str:
+  """'params.safetensors 4.1 MB, programs 0.6 MB, …': files at the top and folders, the heaviest first.
+
+  Those with less than 1 % of all bytes are 'others'.
+
+  sums: {file: (sha256, bytes)}.
+  """
+  parts = collections.Counter()
+  for name, (_, size) in sums.items():
+    parts[name.partition('/')[0]] += size
+  total = parts.total()
+  large = {name: size for name, size in parts.most_common() if 100 * size >= total}
+  rows = {**large, 'others': total - sum(large.values()), 'together': total}
+  return ', '.join(f'{name} {size / 1e6:.2f} MB' for name, size in rows.items() if size)
+
+
+def _metadata(manifest: dict[str, Any]) -> list[str]:
+  """YAML between lines of dashes, which the Hugging Face Hub reads."""
+  types = {task['type'] for task in manifest['tasks'].values()}
+  pipeline = next((name for task_type, name in _PIPELINES.items() if task_type in types), None)
+  tags = ['jax', 'stablehlo', 'mixture-of-experts', 'uni-perceiver-moe', 'arxiv:2206.04674',
+          *sorted({_PIPELINES[t] for t in types if t in _PIPELINES})]
+  return ['---', 'library_name: uni_moe_jax', *([f'pipeline_tag: {pipeline}'] if pipeline else []), 'tags:',
+          *[f'- {tag}' for tag in tags], '---', '']
 
 
 def _architecture(model: dict[str, Any], trained: dict[str, Any]) -> str:

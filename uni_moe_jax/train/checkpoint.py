@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from uni_moe_jax.config.metric_names import lower_is_better
 from uni_moe_jax.parallel import array_sums, distributed, multihost
 from uni_moe_jax.train import manifest
-from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_step, saved_steps, unfinished_folders
+from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_step, saved_steps, unfinished_folders, write_config
 from uni_moe_jax.utils import errors, files, heap, orbax_s3, storage
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.tree_paths import by_path
@@ -348,6 +348,13 @@ class Checkpoints:
       raise RunError(
           f'the checkpoint of step {step} could not be written: {"the disk is full" if is_full else e}{space}; {safe}. '
           f'{fix}, then the same command continues.') from e
+
+
+def write_start(workdir: storage.Path, params: Any, step: int, provenance: Mapping[str, Any]) -> None:
+  """Writes what another run needs to start from parameters: a config, from `workdir.provenance`, and a checkpoint."""
+  write_config(workdir, provenance)
+  with Checkpoints(workdir, max_to_keep=1) as checkpoints:
+    checkpoints.save(step, {'params': params})
 
 
 class _DamagedError(RunError):

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -17,7 +18,7 @@ from uni_moe_jax import __version__
 from uni_moe_jax.config.schema import PATHS, apply_choices
 from uni_moe_jax.data.pipeline import class_names
 from uni_moe_jax.train import manifest
-from uni_moe_jax.utils import storage
+from uni_moe_jax.utils import hub, storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError, first_few
 from uni_moe_jax.utils.files import read_json, write_json
 
@@ -203,13 +204,14 @@ def copy_tokenizer(workdir: str | os.PathLike[str], file: storage.Path, writes: 
 
 
 def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
-  """Origin of a run's parameters, as JSON for an export. Files and folders appear only by name."""
+  """Origin of a run's parameters, as JSON for an export. Files and folders of this machine appear only by name."""
   stored, trained, converted = (
       read_json(storage.path(workdir) / name, {}) for name in (CONFIG_FILE, RUN_FILE, CONVERSION_FILE))
   config = stored['config']
   for section, field in PATHS:
     if field in config.get(section, {}):
-      config[section][field] = pathlib.Path(config[section][field]).name
+      address = config[section][field]
+      config[section][field] = address if address.startswith(hub.SCHEME) else pathlib.Path(address).name
   prefix = class_names.FILE_PREFIX
   for target_set in config['target_sets'].values():
     entries = target_set['entries']
@@ -225,6 +227,13 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
   return {'name': storage.path(workdir).resolve().name, **origin, 'step': step, 'seed': config['seed'],
           'trained by commit': trained.get('commit', 'unknown'), 'data (fingerprint)': stored['data'],
           'versions in training': stored['versions'], 'config': config}
+
+
+def write_config(workdir: storage.Path, origin: Mapping[str, Any]) -> None:
+  """Writes the config of a run into another folder; origin: its `provenance`."""
+  write_json(workdir / CONFIG_FILE, {
+      _PACKAGE: __version__, 'config': origin['config'], 'data': origin['data (fingerprint)'],
+      'versions': origin['versions in training']})
 
 
 def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:

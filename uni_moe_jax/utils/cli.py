@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from uni_moe_jax.utils import errors, files, heap, shipped, signals, storage
+from uni_moe_jax.utils import errors, files, heap, hub, shipped, signals, storage
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, USAGE
 from uni_moe_jax.utils.suggest import nearest
@@ -50,12 +50,18 @@ def _define_config(values: flags.FlagValues, default: str | None, **options) -> 
 
 
 def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
-  """Return the config of a flag. Raise UsageError if the file does not exist, OSError if the file raised it."""
+  """Return the config of a flag; in `train.init`, a revision of the Hub is replaced by its commit.
+
+  Raise UsageError if the file does not exist, OSError if the file raised it.
+  """
   try:
     holder.value.keys()
-    return holder.value
   except OSError as e:  # ml_collections keeps an OSError until the first access to the config
     raise _loading_error(e) from None
+  config = holder.value
+  if isinstance(init := config.get('train', {}).get('init'), str):
+    config.train.init = hub.pinned(init, 'config.train.init')
+  return config
 
 
 def _loading_error(e: OSError) -> BaseException:

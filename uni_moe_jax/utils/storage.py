@@ -1,4 +1,4 @@
-"""Paths that may be addresses: a local path, gs://BUCKET/NAME or s3://BUCKET/NAME.
+"""Paths that may be addresses: a local path, gs://BUCKET/NAME, s3://BUCKET/NAME or hf:OWNER/NAME@REVISION (see `hub`).
 
 A bucket has no folders that are created or renamed: a folder exists while an object has its name as a prefix. One
 object is written at once or not at all. gcsfs and s3fs repeat requests that fail for a moment (429, 5xx, resets, time
@@ -22,6 +22,7 @@ from typing import Any
 
 from etils import epath
 
+from uni_moe_jax.utils import hub
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
@@ -58,10 +59,11 @@ def is_remote(address: str | os.PathLike[str]) -> bool:
 
 
 def path(address: str | os.PathLike[str], name: str = 'path') -> Path:
-  """Return the path of an address: a `pathlib.Path`, or an `epath.Path` in a bucket. Nothing is read.
+  """Return the path of an address: a `pathlib.Path`, or an `epath.Path` in a bucket, from which nothing is read.
 
   Args:
-    address: a local path, gs://BUCKET/NAME or s3://BUCKET/NAME; a slash at its end is ignored.
+    address: a local path, gs://BUCKET/NAME or s3://BUCKET/NAME; a slash at its end is ignored. hf:OWNER/NAME@REVISION
+      is downloaded, and the path is that of the copy.
     name: of the flag or field, for errors.
 
   Raises:
@@ -70,6 +72,8 @@ def path(address: str | os.PathLike[str], name: str = 'path') -> Path:
   text = str(address)
   if isinstance(address, pathlib.PurePath) and not re.match('(gs|s3):/', text):
     return pathlib.Path(address)
+  if text.startswith(hub.SCHEME):
+    return hub.folder(text, name)
   wrong = functools.partial(_wrong, text, name)
   if typo := re.match(r'(?!(?:gs|s3)://)\s*(gs|s3)(?::|//)', text):
     raise wrong(f'is no address of a bucket; write {typo[1]}://BUCKET/NAME')

@@ -1,0 +1,144 @@
+"""A model goes to a stand-in of the Hub and comes back bit for bit; each thing that can be wrong is one sentence."""
+
+import hashlib
+import re
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.helpers import hub_server
+from uni_moe_jax.utils import hub, storage
+from uni_moe_jax.utils.errors import RunError, UsageError
+
+pytest.importorskip('huggingface_hub')
+_PARAMS = {'a/kernel': np.random.default_rng(0).normal(size=(40, 30)).astype(np.float32)}
+
+
+@pytest.fixture(name='server')
+def _server(monkeypatch, tmp_path):
+  hub._snapshot.cache_clear()
+  with hub_server.running(monkeypatch, tmp_path) as server:
+    yield server
+
+
+@pytest.fixture(name='exported')
+def _exported(tmp_path):
+  """A folder with what an exported one has for the Hub: a small file, a large one, one in a folder, and the digests."""
+  folder = tmp_path / 'exported'
+  (folder / 'programs').mkdir(parents=True)
+  save_file(_PARAMS, folder / 'params.safetensors')
+  (folder / 'README.md').write_text('---\ntags: [jax]\n---\n# Model\n')
+  (folder / 'programs/step.stablehlo').write_bytes(bytes(range(256)) * 9)
+  names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file())
+  (folder / 'SHA256SUMS').write_text(''.join(
+      f'{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n' for name in names))
+  return folder
+
+
+def _pushed(server, exported, monkeypatch) -> str:
+  monkeypatch.setenv('HF_TOKEN', hub_server.TOKEN)
+  return hub.push(exported, 'me/model')
+
+
+def test_parameters_come_back_bit_for_bit_from_a_private_repository(server, exported, monkeypatch):
+  address = _pushed(server, exported, monkeypatch)
+  assert server.repositories['me/model'].private
+  assert address == f'hf:me/model@{server.repositories["me/model"].branches["main"]}'
+  folder = storage.path('hf:me/model')
+  assert folder == storage.path(address) and folder.name == address.partition('@')[2]
+  back = load_file(folder / 'params.safetensors')
+  assert {name: x.tobytes() for name, x in back.items()} == {name: x.tobytes() for name, x in _PARAMS.items()}
+  assert storage.path(f'{address}/programs/step.stablehlo').read_bytes() == bytes(range(256)) * 9
+
+
+def test_a_revision_is_pinned_to_the_commit_that_it_names_now(server, exported, monkeypatch):
+  first = _pushed(server, exported, monkeypatch)
+  assert hub.pinned('hf:me/model', 'init') == hub.pinned('hf:me/model@main', 'init') == first
+  server.repositories['me/model'].commit({'more.txt': b'a newer commit'})
+  assert hub.pinned(first, 'init') == first and not (storage.path(first) / 'more.txt').exists()
+  hub._snapshot.cache_clear()  # as in the next process
+  assert hub.pinned('hf:me/model', 'init') != first
+  assert hub.pinned('runs/quickstart', 'init') == 'runs/quickstart'
+
+
+def test_a_pinned_model_is_used_from_its_copy_without_network(server, exported, monkeypatch):
+  address = _pushed(server, exported, monkeypatch)
+  folder = storage.path(address)
+  hub._snapshot.cache_clear()
+  server.status = 503
+  assert storage.path(address) == folder
+
+
+@pytest.mark.parametrize('where', ['on the Hub', 'in the copy'])
+def test_a_changed_file_is_refused(server, exported, monkeypatch, where):
+  address = _pushed(server, exported, monkeypatch)
+  changed = (exported / 'params.safetensors').read_bytes()
+  changed = changed[:-1] + bytes([changed[-1] ^ 1])
+  if where == 'on the Hub':
+    server.repositories['me/model'].commit({'params.safetensors': changed})
+    address = 'hf:me/model'
+  else:
+    (storage.path(address) / 'params.safetensors').resolve().write_bytes(changed)
+  hub._snapshot.cache_clear()
+  with pytest.raises(RunError, match=r'params\.safetensors of me/model differs from SHA256SUMS of commit \w+: it was '):
+    storage.path(address, '--model')
+
+
+def test_a_file_that_is_missing_is_refused(server, exported, monkeypatch):
+  _pushed(server, exported, monkeypatch)
+  repository = server.repositories['me/model']
+  del repository.commits[repository.branches['main']]['README.md']
+  with pytest.raises(RunError, match='README.md of me/model differs'):
+    storage.path('hf:me/model')
+
+
+def test_a_repository_without_digests_is_no_exported_model(server, exported, monkeypatch):
+  _pushed(server, exported, monkeypatch)
+  repository = server.repositories['me/model']
+  del repository.commits[repository.branches['main']]['SHA256SUMS']
+  with pytest.raises(UsageError, match='--model: me/model has no SHA256SUMS, so it is no exported model'):
+    storage.path('hf:me/model', '--model')
+
+
+@pytest.mark.parametrize('address, message', [
+    ('hf:me/other', r'--model: me/other does not exist, or it is private and .*; check the name, or set HF_TOKEN'),
+    ('hf:me/model@v9', r"--model: me/model has no revision 'v9'; give a branch"),
+    ('hf:model', r"--model='hf:model' is no address of the Hub; write hf:OWNER/NAME or hf:OWNER/NAME@REVISION"),
+    ('hf:me/model/../x', 'is no address of the Hub'), ('hf:me/model@', 'is no address of the Hub')])
+def test_wrong_addresses_are_one_sentence(server, exported, monkeypatch, address, message):
+  _pushed(server, exported, monkeypatch)
+  with pytest.raises(UsageError, match=message) as e:
+    storage.path(address, '--model')
+  assert '\n' not in str(e.value)
+
+
+def test_reading_a_private_repository_and_writing_need_a_token(server, exported, monkeypatch):
+  _pushed(server, exported, monkeypatch)
+  monkeypatch.delenv('HF_TOKEN')
+  with pytest.raises(UsageError, match='does not exist, or it is private and the token may not read it'):
+    storage.path('hf:me/model')
+  with pytest.raises(UsageError, match='me/model: the token is missing, has expired or lacks the right; set HF_TOKEN'):
+    hub.push(exported, 'me/model')
+
+
+def test_a_hub_that_does_not_answer_is_one_sentence(server, exported, monkeypatch):
+  server.status = 500
+  message = rf'train\.init: me/model: {re.escape(server.endpoint)} does not answer, or only with errors, and there'
+  with pytest.raises(RunError, match=message):
+    storage.path('hf:me/model', 'config.train.init')
+  server.status = 0
+  monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+  with pytest.raises(RunError, match=message):
+    storage.path('hf:me/model', 'config.train.init')
+
+
+@pytest.mark.parametrize('name', ['model', 'me/', 'https://hub/me/model', 'hf:me/model', 'me/model/x'])
+def test_a_wrong_repository_is_reported_before_anything_is_written(exported, name):
+  with pytest.raises(UsageError, match=r'is no repository of the Hub; write OWNER/NAME\.'):
+    hub.push(exported, name)
+
+
+def test_a_folder_in_a_bucket_is_not_uploaded():
+  with pytest.raises(UsageError, match=r"uploads from a disk, and --output='gs://b/x' is in a bucket; give a local"):
+    hub.check_push('me/model', 'gs://b/x')
