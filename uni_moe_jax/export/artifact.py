@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
-from uni_moe_jax.export import description, model_card, torch_dense, torch_file
+from uni_moe_jax.export import description, model_card, saved_model, torch_dense, torch_file
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import programs
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
@@ -43,7 +43,8 @@ def write(
     contents: what is exported.
     provenance: origin of the parameters as JSON: config, data, versions, step, seed, commits.
     evaluation: rows of evaluation.json for the model card; [] if the step was not evaluated.
-    formats: also written: 'torch', model.pth in the layout of the published dense model.
+    formats: also written: 'torch', model.pth in the layout of the published dense model; 'saved_model', a folder for
+      TensorFlow.
     start: a work directory to include, from which a run can start.
 
   Raises:
@@ -69,6 +70,8 @@ def write(
     for source, name in _SHIPPED.items():
       (staging / name).write_bytes(pathlib.Path(__file__).with_name(source).read_bytes())
     manifest = description.manifest(contents, files, tokenizer, provenance)
+    if 'saved_model' in formats:
+      saved_model.write(staging, manifest['tasks'], staging / 'saved_model')
     manifest['files'] = sorted([_CARD, *_checksums(staging)])
     (staging / 'manifest.json').write_text(json.dumps(manifest, indent=1))
     (staging / _CARD).write_text(model_card.card(manifest, evaluation, _checksums(staging)))

@@ -198,6 +198,14 @@ class _Programs:
             'step': (step, {'cache': tuple(leaves), **token, **words})}
 
 
+def flat(tree: Arrays) -> Arrays:
+  """Inputs or outputs of a program without tuples, in the order of `jax.tree.leaves`: a cache is cache_0, cache_1, …"""
+  named = {}
+  for name, x in sorted(tree.items()):
+    named |= {f'{name}_{i}': leaf for i, leaf in enumerate(x)} if isinstance(x, (tuple, list)) else {name: x}
+  return named
+
+
 def _tree(params: Arrays) -> dict[str, Any]:
   """Parameters by path → tree of parameters."""
   return traverse_util.unflatten_dict(params, sep='/')
