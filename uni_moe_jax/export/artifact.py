@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
-from uni_moe_jax.export import description, model_card, saved_model, torch_dense, torch_file
+from uni_moe_jax.export import description, model_card, onnx_programs, saved_model, torch_dense, torch_file
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import programs
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
@@ -30,6 +30,7 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path
 
 _SHIPPED = {'loader.py': 'load.py', 'texts.py': 'texts.py', 'example.py': 'example.py'}
+_WITH_ONNX = {'onnx_model.py': 'onnx_model.py'}
 _CARD, _PIECES = 'README.md', 'tokenizer_pieces.json'
 
 
@@ -44,7 +45,7 @@ def write(
     provenance: origin of the parameters as JSON: config, data, versions, step, seed, commits.
     evaluation: rows of evaluation.json for the model card; [] if the step was not evaluated.
     formats: also written: 'torch', model.pth in the layout of the published dense model; 'saved_model', a folder for
-      TensorFlow.
+      TensorFlow; 'onnx', a model for each program that can be converted.
     start: a work directory to include, from which a run can start.
 
   Raises:
@@ -54,6 +55,8 @@ def write(
   if folder.exists():
     raise UsageError(f'--output={folder} exists; choose another folder or remove it.')
   state = torch_dense.state(contents.spec, contents.params, contents.tasks) if 'torch' in formats else None
+  if 'onnx' in formats:
+    onnx_programs.check_dtype(contents.spec.dtype)
   with npz_records.atomic_folder(folder) as staging:
     files = _write_programs(staging, contents)
     save(staging / 'params.safetensors', {path: np.asarray(x) for path, x in by_path(contents.params).items()})
@@ -67,8 +70,10 @@ def write(
     save(staging / 'examples.safetensors', {
         f'{task}/{name}': x for task, fields in contents.examples.items() for name, x in fields.items()})
     tokenizer = write_tokenizer(staging, contents.data.tokenizer, contents.data.tokenizer_file)
-    for source, name in _SHIPPED.items():
+    for source, name in (_SHIPPED | (_WITH_ONNX if 'onnx' in formats else {})).items():
       (staging / name).write_bytes(pathlib.Path(__file__).with_name(source).read_bytes())
+    if 'onnx' in formats:
+      _write_onnx(staging, contents, files)
     manifest = description.manifest(contents, files, tokenizer, provenance)
     if 'saved_model' in formats:
       saved_model.write(staging, manifest['tasks'], staging / 'saved_model')
@@ -112,6 +117,17 @@ def _write_programs(folder: pathlib.Path, contents: Contents) -> dict[str, dict[
       (folder / file).write_bytes(data)
       entries[name] = {'file': file, 'inputs': {k: _type_of(k, x) for k, x in program.inputs.items()}}
   return result
+
+
+def _write_onnx(folder: pathlib.Path, contents: Contents, files: dict[str, dict[str, dict[str, Any]]]) -> None:
+  """Writes ONNX models, and adds the entry of each to that of its program."""
+  tokenizer, by_program = contents.data.tokenizer, {
+      task: {name: entry['file'] for name, entry in entries.items()} for task, entries in files.items()}
+  written = onnx_programs.write(
+      folder, contents.spec, contents.tasks, by_program, tokenizer.spe, tokenizer.eot)
+  for task, entries in written.items():
+    for name, entry in entries.items():
+      files[task][name]['onnx'] = entry
 
 
 def _type_of(name: str, x: Any) -> str:

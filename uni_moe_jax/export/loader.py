@@ -6,13 +6,12 @@
 texts.py tokenizes and detokenizes.
 """
 
+import functools
 import hashlib
 import json
 import pathlib
 import re
 
-import jax
-import jax.export
 import numpy as np
 
 FORMAT = 3  # of the folders that this file reads
@@ -65,9 +64,17 @@ class Model:
       raise ValueError(f'{self.folder} has format {int(match[1])}, and this loader reads format {FORMAT}: use the '
                        'load.py of that folder, or export the model again.')
     self.manifest = verify(self.folder)
-    self.params = jax.device_put(tensors(self.folder / 'params.safetensors'))
-    self.target_sets = jax.device_put(tensors(self.folder / 'target_sets.safetensors'))
     self._programs = {}
+
+  @functools.cached_property
+  def params(self):
+    import jax
+    return jax.device_put(tensors(self.folder / 'params.safetensors'))
+
+  @functools.cached_property
+  def target_sets(self):
+    import jax
+    return jax.device_put(tensors(self.folder / 'target_sets.safetensors'))
 
   def run(self, task, program, **inputs):
     """Returns the outputs of a program by name. `targets` defaults to the entries of the task's target set."""
@@ -77,6 +84,10 @@ class Model:
     if wrong := set(entry['inputs']) ^ set(inputs):
       raise ValueError(f'{task}, {program}: missing or unknown inputs {", ".join(sorted(wrong))}; expected '
                        f'{", ".join(entry["inputs"])}.')
+    return self._call(entry, inputs)
+
+  def _call(self, entry, inputs):
+    import jax.export
     if entry['file'] not in self._programs:
       exported = jax.export.deserialize(bytearray((self.folder / entry['file']).read_bytes()))
       self._programs[entry['file']] = jax.jit(exported.call)

@@ -138,7 +138,7 @@ class Embed(nn.Module):
     else:
       x = self._project(patchify(pixels, s.patch_size), self.patch) + self.patch_bias[None, None]
     if s.frame_differences and T > 1:
-      change = jnp.pad(pixels[:, 1:] - pixels[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))
+      change = pixels - jnp.concatenate([pixels[:, :1], pixels[:, :-1]], axis=1)  # 0 in the first frame
       x = x + self._project(patchify(change, s.patch_size), self.difference)
     frames = jax.lax.dynamic_slice_in_dim(self.temporal, temporal_offset, T)
     position = (frames[:, None] + self.spatial[None]).reshape(1, T * s.patches, s.width)

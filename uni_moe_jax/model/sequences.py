@@ -175,7 +175,8 @@ class Sequence:
       words = self.text if self.text_valid is None else jnp.where(self.text_valid, self.text, NO_WORD)
       full = self.layout.masks[self.layout.modalities.index('text')] == 'full'
       words = words if full else words[:, :words.shape[1] // 2]
-      padded = jnp.pad(words, ((0, 0), (n, n)), constant_values=NO_WORD)
+      ends = jnp.full((words.shape[0], n), NO_WORD, words.dtype)
+      padded = jnp.concatenate([ends, words, ends], axis=1)
       at = lambda offset: jax.lax.slice_in_dim(padded, n + offset, n + offset + words.shape[1], axis=1)
       before = jnp.stack([at(-k) for k in range(1, n + 1)], axis=-1)
       if full:

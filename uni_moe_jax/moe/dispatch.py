@@ -66,7 +66,7 @@ def make_plan(
     groups: into how many equal runs of positions S is split, each with its own capacity (2 for [words | queries]).
     capacity_factor: f, or 0 for exact routing. Slots are given position by position over the batch, so that a later
       position never takes a slot from an earlier one of any example; at one position first choices come first.
-    backend: one of `gmm.BACKENDS`, 'auto', 'xla' or `gmm.PORTABLE`.
+    backend: one of `gmm.BACKENDS`, 'auto', 'xla', `gmm.PORTABLE` or `gmm.EVERY_EXPERT`.
   """
   B, S, K = output.expert.shape
   E = output.logits.shape[-1]
@@ -117,7 +117,9 @@ def project(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: DispatchPlan
   def through_experts(x, kernel, bias, plan):
     return add_bias(_through_experts(plan.backend, x, kernel, plan.gates, plan.slots, plan.sizes), bias)
 
-  if plan.backend == gmm.PORTABLE:
+  if plan.backend == gmm.EVERY_EXPERT:
+    y = add_bias(jnp.einsum('te,etf->tf', plan.coef, jnp.einsum('td,edf->etf', x, kernel)).astype(x.dtype), bias)
+  elif plan.backend == gmm.PORTABLE:
     y = jax.lax.platform_dependent(x, kernel, bias, plan, cpu=tiled, default=through_experts)
   else:
     y = (tiled if plan.backend == 'tiled' else through_experts)(x, kernel, bias, plan)

@@ -19,6 +19,8 @@ AUTO, XLA = 'auto', 'xla'
 # Of exported programs: 'tiled' on CPU, `in_rounds` elsewhere. No kernel is part of it: those of Triton and megablox are
 # not stable in a serialized program, and `ragged_dot` has no symbolic number of rows.
 PORTABLE = 'portable'
+# Of programs for ONNX: each expert's product for every token, which is E / K times as much work in plain operations.
+EVERY_EXPERT = 'every_expert'
 _MEGABLOX_ROWS = 128
 
 

@@ -6,30 +6,24 @@ as a program, it is the pipeline.
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
 import importlib.util
-import os
-import pathlib
 import pickle
-import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from uni_moe_jax.data.preparation.archives import open_binary
 from uni_moe_jax.data.preparation.workers import Task
-from uni_moe_jax.utils import locks, storage
+from uni_moe_jax.utils import environments, storage
 from uni_moe_jax.utils.errors import RunError
 
 _BEAM = 'apache-beam[gcp]==2.77.0'
 _SAME_VERSIONS = ('absl-py', 'array_record', 'av', 'etils', 'gcsfs', 'importlib_resources', 'ml_collections', 'numpy',
                   's3fs', 'tensorflow-datasets')  # as in this environment, if they are there
 _BESIDE_BEAM = ('pillow',)  # as in this environment, although Beam excludes it: it rewrites images
-_ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 def run(tasks: Iterable[Task], num_tasks: int, what: str, folder: storage.Path, options: Sequence[str]) -> None:
@@ -54,12 +48,9 @@ def run(tasks: Iterable[Task], num_tasks: int, what: str, folder: storage.Path, 
         offsets.append(file.tell())
     storage.move_file(path, folder / f'{what}.pickle')
   storage.write_bytes(folder / f'{what}.offsets', np.array(offsets, np.int64).tobytes())
-  done = subprocess.run(
-      [_python(), '-m', __spec__.name, str(folder / what), str(num_tasks), *options], check=False,
-      env={**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, (str(_ROOT), os.environ.get('PYTHONPATH'))))})
-  if done.returncode:
-    raise RunError(f'the pipeline of Apache Beam ended with code {done.returncode}, see above; what is done is kept, '
-                   'the same command continues.')
+  if code := environments.run(_python(), __spec__.name, str(folder / what), str(num_tasks), *options):
+    raise RunError(f'the pipeline of Apache Beam ended with code {code}, see above; what is done is kept, the same '
+                   'command continues.')
 
 
 def _python() -> str:
@@ -70,24 +61,8 @@ def _python() -> str:
   for name in (*_SAME_VERSIONS, *_BESIDE_BEAM):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       pins[name] = f'{name}=={importlib.metadata.version(name)}'
-  digest = hashlib.sha256(repr((_BEAM, pins, sys.version)).encode()).hexdigest()[:12]
-  folder = pathlib.Path(os.path.expanduser('~/.cache/uni_moe_jax/beam')) / digest
-  folder.mkdir(parents=True, exist_ok=True)
-  python, complete = folder / 'bin/python', folder / 'complete'
-  with contextlib.ExitStack() as stack:
-    if owner := locks.lock(folder, stack):
-      raise RunError(f'{folder} is being made by {owner}; start the command again when it is complete.')
-    if not complete.exists():
-      print(f'making an environment for Apache Beam in {folder} (about 1 GB)', flush=True)
-      venv.create(folder, with_pip=True)
-      beside = [pins.pop(name) for name in _BESIDE_BEAM if name in pins]
-      for packages in ([_BEAM, *pins.values()], ['--no-deps', *beside]):
-        command = [python, '-m', 'pip', 'install', '-q', '--disable-pip-version-check', *packages]
-        if subprocess.run(command, check=False).returncode:
-          raise RunError(f'the environment for Apache Beam could not be made in {folder}, see above; make one with '
-                         f'{_BEAM}, and run this command with it.')
-      complete.touch()
-  return str(python)
+  beside = [pins.pop(name) for name in _BESIDE_BEAM if name in pins]
+  return environments.python('beam', 'Apache Beam', '1 GB', [_BEAM, *pins.values()], ['--no-deps', *beside])
 
 
 def _numbers(count: int) -> list[int]:

@@ -1,0 +1,40 @@
+"""An environment is made once per list of packages; a package that cannot be installed is one sentence."""
+
+import pathlib
+import subprocess
+import types
+import venv
+
+import pytest
+
+from uni_moe_jax.utils import environments
+from uni_moe_jax.utils.errors import RunError
+
+
+@pytest.fixture(name='commands')
+def _commands(tmp_path, monkeypatch):
+  """Commands that were run, in place of running them; one that contains 'broken' fails."""
+  run = []
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.setattr(venv, 'create', lambda folder, with_pip: run.append(['venv', folder]))
+  monkeypatch.setattr(subprocess, 'run', lambda command, **_: run.append(command) or types.SimpleNamespace(
+      returncode=int('broken' in command)))
+  return run
+
+
+def test_an_environment_is_made_once(commands, tmp_path, capsys):
+  interpreter = environments.python('tool', 'Tool', '1 GB', ['a==1', 'b'], ['--no-deps', 'c'])
+  folder = pathlib.Path(interpreter).parents[1]
+  assert folder.parent == tmp_path / '.cache/uni_moe_jax/tool'
+  assert commands[0] == ['venv', folder] and [c[-2:] for c in commands[1:]] == [['a==1', 'b'], ['--no-deps', 'c']]
+  assert capsys.readouterr().out == f'making an environment for Tool in {folder} (about 1 GB)\n'
+  assert environments.python('tool', 'Tool', '1 GB', ['a==1', 'b'], ['--no-deps', 'c']) == interpreter
+  assert len(commands) == 3
+  assert environments.python('tool', 'Tool', '1 GB', ['a==2']) != interpreter  # other packages
+
+
+def test_a_package_that_cannot_be_installed_is_one_sentence_and_the_next_attempt_starts_anew(commands):
+  for _ in range(2):
+    with pytest.raises(RunError, match=r'for Tool could not be made in .*, see above; check that pip can'):
+      environments.python('tool', 'Tool', '1 GB', ['broken'])
+  assert len(commands) == 4
