@@ -54,7 +54,7 @@ def test_a_file_system_without_locks_is_noted_and_used(tmp_path, monkeypatch, ca
 
   monkeypatch.setattr(locks.fcntl, 'flock', no_locks)
   assert _owner_of(tmp_path) is None
-  note = 'cannot be locked (No locks available); make sure that no other process trains there'
+  note = 'cannot be locked (No locks available); make sure that no other process writes there'
   assert note in capsys.readouterr().err
 
 

@@ -50,7 +50,7 @@ def _lock_file(path: os.PathLike[str], stack: contextlib.ExitStack) -> str | Non
   except BlockingIOError:
     return 'another process'
   except OSError as e:
-    print(f'note: {os.path.dirname(path)} cannot be locked ({e.strerror}); make sure that no other process trains '
+    print(f'note: {os.path.dirname(path)} cannot be locked ({e.strerror}); make sure that no other process writes '
           'there.', file=sys.stderr, flush=True)
   return None
 

@@ -18,6 +18,7 @@ from uni_moe_jax.data.files.file_dataset_examples import FileExampleBuilder
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
 from uni_moe_jax.utils import locks
+from uni_moe_jax.utils.errors import UsageError
 
 TEMPLATES = ('{captions}', '{color} {captions} of {tags}', 'it is {note|no_stop}', 'an image')
 NUM_ROWS = 24
@@ -95,7 +96,7 @@ def test_phrases_are_tokenized_once_by_the_first_of_several(records, monkeypatch
 
 def test_other_texts_or_another_tokenizer_are_tokenized_again(records, tmp_path):
   _build(records)
-  _build(dataclasses.replace(records, fingerprint='other'))
+  _build(dataclasses.replace(records, fingerprint='other'))  # tests/data/files/prepare_test.py: of other names, too
   assert _num_tokenized(records) == 2
   _build(records, tokenizer=SentencePieceTokenizer.train(
       pathlib.Path(records.text_file('captions')).read_text().split('\n'), tmp_path / 'own.model', 60, True))
@@ -107,6 +108,33 @@ def test_mirrored_words_and_too_many_phrases_are_tokenized_with_their_record(rec
   monkeypatch.setattr(phrases, '_MAX_PHRASES', 10)
   _build(records)
   assert _num_tokenized(records) == 0
+
+
+def test_where_nothing_can_be_written_captions_are_tokenized_with_their_record(records, tmp_path, capsys):
+  expected = _make(_build(records))
+  (tmp_path / 'file').write_text('')
+  made = _make(_build(dataclasses.replace(records, cache=tmp_path / 'file')))
+  for name, value in expected.items():
+    np.testing.assert_array_equal(made[name], value, name)
+  assert f'note: {tmp_path}/file/tokens cannot be written (Not a directory)' in capsys.readouterr().err
+
+
+def test_a_text_without_a_field_and_a_split_without_captions(records):
+  made = _make(_build(records, templates=('an image',)))
+  assert len({row.tobytes() for row in made['target']}) == 1 and _num_tokenized(records) == 0
+  none = dataclasses.replace(records, num_texts={**records.num_texts, 'captions': np.zeros(NUM_ROWS, np.int32)})
+  with pytest.raises(UsageError, match="no record of source 'own:rows', split 'train', has 'captions'"):
+    _build(none, templates=TEMPLATES[:1])
+
+
+def test_what_a_killed_process_left_is_removed_later(records, monkeypatch):
+  left = records.cache / phrases.FOLDER / '.0123.abcd'
+  left.mkdir(parents=True)
+  _build(records)
+  assert left.exists()  # another process may write it
+  monkeypatch.setattr(phrases, '_OLD', -1)
+  _build(records, templates=TEMPLATES[:1])
+  assert not left.exists() and _num_tokenized(records) == 2
 
 
 def test_a_tokenizer_can_be_sent_to_another_process():

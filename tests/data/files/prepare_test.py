@@ -154,6 +154,14 @@ def test_a_version_is_written_once_and_the_newest_is_read(images, tmp_path):
   assert file_dataset.load('own:colors/1.0.0', tmp_path, 'train').size == 46
 
 
+def test_other_names_of_classes_or_columns_are_other_data(tmp_path):
+  # The records are the same: examples have indices of classes.
+  rows = lambda first, text: [{text: f'a text {i}', 'animal': (first, 'x')[i % 2]} for i in range(4)]
+  prints = [_prepare(tmp_path / str(i), rows(*names), 'names')['fingerprints']['train']
+            for i, names in enumerate([('ct', 'text'), ('cat', 'text'), ('ct', 'text_a'), ('ct', 'text')])]
+  assert prints[0] == prints[3] and len(set(prints)) == 3
+
+
 def test_too_many_skipped_rows_are_an_error_that_names_the_first(tmp_path):
   with pytest.raises(ValueError, match=r"2 of 2 rows .* most often: 'missing file' \(2, first train.jsonl:1\)"):
     _prepare(tmp_path, [{'image': f'{x}.jpg', 'captions': [x]} for x in 'ab'], 'none')

@@ -112,12 +112,12 @@ class _Batch:
       self, builder: FileExampleBuilder, task: TaskSpec, records: FileDataset, corrupt_counter: CorruptExampleCounter):
     b = self._builder = builder
     self._task, self._records, self._corrupt_counter = task, records, corrupt_counter
+    self.keep = example_ids(records, task, b.seed if b.training else None)
     self._phrases = None
-    if file_dataset_features.has_phrase(task) and phrases.can_be_tokenized(task, records, b.training):
-      self._phrases = phrases.Phrases(task, records, b.tokenizer, b.training)
+    if file_dataset_features.has_phrase(task):
+      self._phrases = phrases.open_phrases(task, records, b.tokenizer, b.training)
     self._readers = file_dataset_features.feature_readers(
         task, records, b.tokenizer, b.keys.get(task.target_set, ()), b.training, self._phrases is not None)
-    self.keep = example_ids(records, task, b.seed if b.training else None)
     self._media_column = records.media_column() if task.type.visual else None
     if task.type.visual and self._media_column is None:
       raise UsageError(f'config.tasks.{task.name}: source {task.source!r} has neither images nor videos; task type '
@@ -181,7 +181,8 @@ class _Batch:
     return np.bool_(True)
 
   def _try(self, ids: tf.Tensor, hashes: tf.Tensor, is_new: tf.Tensor) -> tuple[Features, tf.Tensor]:
-    """(features, ok bool [n]); those of corrupt examples are zeros, but for `label_tables`.
+    """(features, ok bool [n]); those of corrupt examples are zeros, but for
+    `label_tables` and phrases.
 
     is_new: bool [n], which to count.
     """
@@ -233,12 +234,12 @@ class _Batch:
                 for name, (dtype, shape) in self._specs.items()}
     records = file_dataset_features.read_or_stop(
         self._records, self.keep[ids], self._corrupt_counter, self._read_examples)
-    # Videos in parallel: decoders and Pillow release Python's lock.
     if self._phrases:
       made = file_dataset_features.phrase_features(
           self._task, self._builder.tokenizer, *self._phrases(self.keep[ids], hashes))
       for name, value in made.items():
         features[name][:] = value
+    # Videos in parallel: decoders and Pillow release Python's lock.
     examples = list((self._pool.map if self._is_video else map)(self._example, records, hashes.tolist()))
     usable = [i for i, example in enumerate(examples) if not isinstance(example, Exception)]
     for i in set(range(n)).difference(usable):

@@ -12,6 +12,8 @@ import hashlib
 import itertools
 import math
 import pathlib
+import shutil
+import sys
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,13 +27,14 @@ from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.npz_records import atomic_folder
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.data.preparation import workers
-from uni_moe_jax.utils import cores, locks, templates
+from uni_moe_jax.utils import cores, errors, locks, templates
 
 FOLDER = 'tokens'
 _MAX_PHRASES = 2**29  # of a task: 80 templates of millions of records are filled when they are needed
 _CHUNK = 2**16  # phrases that are tokenized at once
 _CHUNKS_PER_WORKER = 8  # at least; a process takes seconds to start
 _PERIOD = 0.5  # seconds between looks at what another process makes
+_OLD = 3600  # seconds without a change after which unfinished files are those of a killed process
 
 
 class Phrases:
@@ -65,11 +68,24 @@ class Phrases:
     return tokens, column <= number, self._text_ids[chosen]
 
 
-def can_be_tokenized(task: TaskSpec, records: FileDataset, training: bool) -> bool:
-  """Whether phrases are known before records are read, and are not too many."""
+def open_phrases(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> Phrases | None:
+  """Phrases of a task; None if they are not known before records are read, too many, or cannot be kept."""
+  if not _can_be_tokenized(task, records, training):
+    return None
+  try:
+    return Phrases(task, records, tokenizer, training)
+  except OSError as e:
+    if errors.disk_is_full(e):
+      raise
+    print(f'note: {records.cache / FOLDER} cannot be written ({e.strerror}), so that captions are tokenized for every '
+          'batch.', file=sys.stderr, flush=True)
+    return None
+
+
+def _can_be_tokenized(task: TaskSpec, records: FileDataset, training: bool) -> bool:
   columns = set().union(*map(templates.columns, task.caption_templates))
   return (records.text_file is not None and not (training and task.mirrored_words)
-          and columns <= {*records.labels, *records.num_texts}
+          and bool(columns) and columns <= {*records.labels, *records.num_texts}
           and int(_Templates(task.caption_templates, records).num_phrases().sum()) <= _MAX_PHRASES)
 
 
@@ -126,9 +142,17 @@ def _tokenized(filler: _Templates, first: np.ndarray, records: FileDataset, toke
       if locks.lock(folder.parent, stack):
         time.sleep(_PERIOD)
       elif not folder.is_dir():
+        _remove_old(folder.parent)
         with atomic_folder(folder) as temporary:
           _tokenize(filler, first, records, tokenizer, temporary)
   return folder
+
+
+def _remove_old(folder: pathlib.Path) -> None:
+  """Removes what killed processes have left."""
+  for path in folder.glob('.*.*'):
+    if time.time() - path.stat().st_mtime > _OLD:
+      shutil.rmtree(path, ignore_errors=True)
 
 
 def _tokenize(

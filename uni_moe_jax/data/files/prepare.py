@@ -217,8 +217,11 @@ def _describe(merged: Merged, files: Sequence[_File], folder: pathlib.Path, name
             with (f.folder / f'{column}{TEXTS}').open('rb') as part:
               shutil.copyfileobj(part, file)
   _write_metadata(merged, files, folder, name, version)
-  fingerprints = {split: f'{sum(int(f.facts["fingerprint"], 16) for f in files if f.split == split) % MODULUS:064x}'
-                  for split in merged.split_sizes}
+  # Of examples, which have indices of classes, and of what columns and classes are called.
+  names_of = repr((sorted(merged.columns.items()), sorted(merged.classes.items())))
+  sums = {split: sum(int(f.facts['fingerprint'], 16) for f in files if f.split == split) % MODULUS
+          for split in merged.split_sizes}
+  fingerprints = {split: hashlib.sha256(f'{x:064x}{names_of}'.encode()).hexdigest() for split, x in sums.items()}
   summary = {'format': FORMAT, 'name': name, 'version': version, 'fingerprints': fingerprints,
              **summarize(merged, test_fraction)}
   (folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False))

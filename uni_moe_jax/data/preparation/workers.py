@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -43,7 +44,9 @@ def run(tasks: Iterable[Task], num_tasks: int, what: str, num_workers: int) -> N
 
 
 def _end_with_parent() -> None:
-  """Ends this process with the one that started it, also if that is killed."""
+  """Ends this process with the one that started it, also if that is killed; Ctrl-C is for that one to handle."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
   def wait() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
