@@ -16,6 +16,7 @@ ARGUMENTs go to launch/train.py:
   --project P        Google Cloud project (default: gcloud's)
   --create TYPE      create the slice if it does not exist; TYPE as gcloud's --accelerator-type
   --version V        software of the slice, as gcloud's --version (with --create)
+  --service_account A  service account of the slice (with --create; default: the project's)
   --before COMMAND   run this on every host before training, in the repository: prepare data, for example
   --skip_install     copy and install nothing, because an earlier command did
   --evaluate         ARGUMENTs go to launch/evaluate.py
@@ -30,7 +31,7 @@ gcloud compute tpus tpu-vm delete NAME.
 HELP
 }
 
-name='' zone='' project='' create='' version='' before='' install=yes script=train.py stop='' dry_run=''
+name='' zone='' project='' create='' version='' account='' before='' install=yes script=train.py stop='' dry_run=''
 while (($#)); do
   case "$1" in
     --name) name="$2"; shift 2 ;;
@@ -38,6 +39,7 @@ while (($#)); do
     --project) project="$2"; shift 2 ;;
     --create) create="$2"; shift 2 ;;
     --version) version="$2"; shift 2 ;;
+    --service_account) account="$2"; shift 2 ;;
     --before) before="$2"; shift 2 ;;
     --skip_install) install=''; shift ;;
     --evaluate) script=evaluate.py; shift ;;
@@ -75,7 +77,8 @@ if [[ -n "$stop" ]]; then
 fi
 if [[ -n "$create" ]]; then
   if [[ -n "$dry_run" ]] || ! gcloud compute tpus tpu-vm describe "$name" "${where[@]}" >/dev/null 2>&1; then
-    run gcloud compute tpus tpu-vm create "$name" "${where[@]}" --accelerator-type "$create" --version "$version"
+    run gcloud compute tpus tpu-vm create "$name" "${where[@]}" --accelerator-type "$create" --version "$version" \
+      ${account:+--service-account "$account"}
   fi
 fi
 if [[ -n "$install" ]]; then
@@ -84,7 +87,7 @@ if [[ -n "$install" ]]; then
   run gcloud compute tpus tpu-vm scp "$archive" "$name:$archive" "${where[@]}" --worker=all
   on_all "mkdir -p ~/uni_moe_jax && tar -xzf $archive -C ~/uni_moe_jax && cd ~/uni_moe_jax && \
 python3 -m venv ~/uv && ~/uv/bin/pip install -q uv && ~/uv/bin/uv venv -q --allow-existing --python 3.11 .venv && \
-~/uv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs]'"
+~/uv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip]'"
 fi
 if [[ -n "$before" ]]; then on_all "cd ~/uni_moe_jax && $before"; fi
 printf -v arguments '%q ' "$@"

@@ -7,7 +7,7 @@ from uni_moe_jax.utils.errors import UsageError
 
 
 def _parse(arg, required=()):
-  return vars(config.arguments(arg, '/repository/configs/c.py', dict(size='base', stage=1, moe=True, run=''),
+  return vars(config.arguments(arg, 'work/c.py', dict(size='base', stage=1, moe=True, run=''),
                                dict(size=('base', 'tiny'), stage=(1, 2)), required))
 
 
@@ -19,8 +19,8 @@ def test_values_have_the_types_of_the_defaults(arg, changes):
 
 
 @pytest.mark.parametrize('arg, message', [
-    ('tiny', r"^c:tiny: 'tiny' must be NAME=VALUE, with NAME one of size, stage, moe, run; for example "
-     r'c:size=base,stage=1,moe=true,run=RUN\.'),
+    ('tiny', r"^work/c.py:tiny: 'tiny' must be NAME=VALUE, with NAME one of size, stage, moe, run; for example "
+     r'work/c.py:size=base,stage=1,moe=true,run=RUN\.'),
     ('sise=tiny', r"argument 'sise' is unknown; did you mean 'size'\? choices: moe, run, size, stage"),
     ('size=tyny', "size='tyny' is unknown; did you mean 'tiny'"), ('stage=3', "stage='3' is unknown; choices: 1, 2"),
     ('moe=yes', "moe='yes' is unknown; choices: false, true"),

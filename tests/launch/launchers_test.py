@@ -88,14 +88,15 @@ def test_each_local_process_has_an_accelerator_of_its_own():
 def test_a_pod_is_created_installed_and_started_on_all_hosts():
   create, archive, copy, install, before, train = _dry(
       'tpu_pod.sh', '--name', 'pod', '--zone', 'zone', '--project', 'mine', '--create', 'v5litepod-256',
-      '--version', 'v2', '--before', 'mount it', '--dry_run', '--', *_TRAIN)
+      '--version', 'v2', '--service_account', 'trainer', '--before', 'mount it', '--dry_run', '--', *_TRAIN)
   tpu_vm, location = ['gcloud', 'compute', 'tpus', 'tpu-vm'], ['--zone', 'zone', '--project', 'mine']
-  assert create == [*tpu_vm, 'create', 'pod', *location, '--accelerator-type', 'v5litepod-256', '--version', 'v2']
+  assert create == [*tpu_vm, 'create', 'pod', *location, '--accelerator-type', 'v5litepod-256', '--version', 'v2',
+                    '--service-account', 'trainer']
   assert archive[:2] == ['git', 'archive'] and archive[-1] == 'HEAD'
   assert copy == [*tpu_vm, 'scp', '/tmp/uni_moe_jax.tar.gz', 'pod:/tmp/uni_moe_jax.tar.gz', *location, '--worker=all']
   for line in (install, before, train):
     assert line[:-1] == [*tpu_vm, 'ssh', 'pod', *location, '--worker=all', '--command']
-  assert "uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs]'" in install[-1]
+  assert "uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip]'" in install[-1]
   assert '--python 3.11' in install[-1] and 'launch/train.py' in train[-1]
   assert before[-1] == 'cd ~/uni_moe_jax && mount it'
 

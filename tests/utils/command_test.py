@@ -73,7 +73,7 @@ def test_help_of_a_config_is_its_docstring_and_the_version_is_printed(capsys, mo
 @pytest.mark.parametrize('arguments, code, not_even', [
     (['--help'], 0, {'absl', 'ml_collections', 'numpy', 'etils'}),
     (['trian'], 2, {'absl', 'ml_collections', 'numpy', 'etils'}),
-    (['help', 'train'], 1, set()),  # 1: absl's exit code of --help
+    (['help', 'train'], 0, set()),
     (['train', '--config=quickstart', '--workdir=w', '--stpes=3'], 2, set()),
     (['train', '--config=quikstart', '--workdir=w'], 2, set()),
     (['train', '--config=quickstart', '--workdir=w', '--config.moe.router=atribute'], 2, set()),
@@ -109,12 +109,12 @@ if __name__ == '__main__':
     print(sys.argv, pool.map(double, [1, 2]))
 ''')
   monkeypatch.setattr(shipped, 'scripts', lambda: {'pool': script})
-  monkeypatch.setattr('sys.argv', ['uni-moe', 'pool', '--x=1'])
+  monkeypatch.setattr('sys.argv', ['uni-moe', 'pool', '--x=(a|b) $'])
   monkeypatch.setitem(sys.modules, '__main__', sys.modules['__main__'])
   command.main()
   assert multiprocessing.active_children() == []
-  assert capfd.readouterr().out == "['uni-moe pool', '--x=1'] [2, 4]\n"
-  assert cli.command_line() == 'uni-moe pool --x=1'
+  assert capfd.readouterr().out == "['uni-moe pool', '--x=(a|b) $'] [2, 4]\n"
+  assert cli.command_line() == "uni-moe pool '--x=(a|b) $'"
 
 
 @pytest.mark.parametrize('arguments', ['', ':size=large,stage=2'])
@@ -146,13 +146,14 @@ def test_words_are_completed(words, expected):
     ('uni-moe train --comp', ['--compile_only']),
     ('uni-moe train --config=qu', ['quickstart']),  # bash replaces what follows the =
     ('uni-moe export --workdir=r --dtype=', ['float32', 'bfloat16']),
-    ('uni-moe preflight --to', ['--topology='])])
+    ('uni-moe preflight --to', ['--topology=']),
+    ('uni-moe train --workdir=ru', [])])  # then bash completes files
 def test_bash_completes(tmp_path, line, expected):
   in_process.write_command(tmp_path / 'uni-moe')
   script = f'''PATH={tmp_path}:$PATH; eval "$(uni-moe completion bash)"; compopt() {{ :; }}
-COMP_LINE='{line}' COMP_POINT={len(line)}; _uni_moe; printf '%s\\n' "${{COMPREPLY[@]}}"'''
+COMP_LINE='{line}' COMP_POINT={len(line)}; _uni_moe; echo "${{#COMPREPLY[@]}}" "${{COMPREPLY[@]}}"'''
   done = subprocess.run(['bash', '-c', script], capture_output=True, text=True, check=True)
-  assert done.stdout.split() == expected, done.stderr
+  assert done.stdout.split() == [str(len(expected)), *expected], done.stderr
 
 
 def test_scripts_and_configs_of_an_installed_package_are_inside_it(tmp_path, monkeypatch):

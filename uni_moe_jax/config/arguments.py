@@ -5,6 +5,7 @@ import types
 from collections.abc import Collection
 from typing import Any
 
+from uni_moe_jax.utils import shipped
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
@@ -26,7 +27,8 @@ def arguments(
   Raises:
     UsageError: a name or value is unknown, given twice, or missing.
   """
-  config, given = pathlib.Path(file).stem, {}
+  path, given = pathlib.Path(file), {}
+  config = path.stem if shipped.configs().get(path.stem) == path.resolve() else file
   for part in arg.split(',') if arg else ():
     name, equals, value = part.partition('=')
     if not equals:

@@ -52,7 +52,7 @@ def scale_by_muon(axes: Any, on_one_cpu: bool) -> optax.GradientTransformation:
 
 
 def _direction(x: jax.Array, axes: MuonDimensionNumbers, on_one_cpu: bool) -> jax.Array:
-  """Matrices of norm 1 → with singular values of about the scale of an update."""
+  """The update of a parameter, whose matrices have norm 1: their singular values all become about as large."""
   rest = [i for i in range(x.ndim) if i not in (*axes.reduction_axis, *axes.output_axis)]
   order = (*rest, *axes.reduction_axis, *axes.output_axis)
   rows, columns = (math.prod(x.shape[i] for i in side) for side in axes)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from uni_moe_jax.utils import errors, files, heap, hub, shipped, signals, storage
 from uni_moe_jax.utils.errors import RunError, UsageError
-from uni_moe_jax.utils.exit_codes import ERROR, USAGE
+from uni_moe_jax.utils.exit_codes import ERROR, FINISHED, USAGE
 from uni_moe_jax.utils.suggest import nearest
 
 _MAX_PATH = 200  # characters of a path in a message
@@ -110,7 +111,8 @@ def run(main: Callable[[], int], local: Sequence[str] = ()) -> None:
 
 def command_line() -> str:
   """Return the command of this process as a person would repeat it."""
-  return ' '.join(sys.argv if sys.argv[0].startswith('uni-moe ') else ['python', *sys.argv])
+  program = sys.argv[0] if sys.argv[0].startswith('uni-moe ') else shlex.join(['python', sys.argv[0]])
+  return ' '.join([program, *map(shlex.quote, sys.argv[1:])])
 
 
 @contextlib.contextmanager
@@ -177,6 +179,8 @@ def _parse(argv: Sequence[str], local: Sequence[str] = ()) -> list[str]:
       elif name.startswith('-'):
         storage.check_access(storage.path(path, name), name)
     rest = flags.FLAGS(argv)
+  except SystemExit:  # --help, for which absl exits with 1
+    sys.exit(FINISHED)
   except UsageError as e:
     sys.exit(_report(str(e), USAGE))
   except BrokenPipeError:  # --help | head

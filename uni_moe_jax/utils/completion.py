@@ -42,7 +42,7 @@ complete -c uni-moe -a '(__uni_moe)' '''}
 def main(arguments: list[str]) -> int:
   """Print the script of a shell, or after '--' the candidates for the last word. Return the exit code."""
   if arguments[:1] == ['--']:
-    print(*candidates(arguments[1:]), sep='\n')
+    print(''.join(f'{choice}\n' for choice in candidates(arguments[1:])), end='')
   elif arguments and arguments[0] in _SHELLS:
     print(_SHELLS[arguments[0]].strip())
   else:

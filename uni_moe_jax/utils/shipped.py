@@ -1,6 +1,7 @@
 """Launch scripts and configs by name: in the repository, or in the installed package, where setup.py puts them."""
 
 import ast
+import os
 import pathlib
 
 from uni_moe_jax.utils.errors import UsageError
@@ -28,7 +29,7 @@ def config_path(config: str) -> str:
   """Return the path of NAME[:ARGUMENTS] or FILE.py[:ARGUMENTS], with its arguments. Raise UsageError."""
   name, colon, arguments = config.partition(':')
   if '/' in name or name.endswith('.py'):
-    return config
+    return os.path.expanduser(config)
   if name not in configs():
     raise UsageError(f'config {name!r} is unknown; {nearest(name, configs())}. For a file of your own, write FILE.py.')
   return f'{configs()[name]}{colon}{arguments}'
