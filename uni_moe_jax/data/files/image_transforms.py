@@ -79,11 +79,15 @@ def part(sides: tf.Tensor, size: int, draw: Draw | None, crop: str) -> tuple[tf.
 
 def _fit(image: tf.Tensor, size: int) -> tf.Tensor:
   """uint8 [H, W, C] to [size, size, C]: means of areas, or interpolated bilinearly if a side grows."""
-  is_larger, sides = tf.reduce_all(tf.shape(image)[:2] >= size), [size, size]
-  resized = tf.cond(
-      is_larger, lambda: tf.raw_ops.ResizeArea(images=image[None], size=sides),
-      lambda: tf.raw_ops.ResizeBilinear(images=image[None], size=sides, half_pixel_centers=True))
-  return tf.ensure_shape(tf.cast(resized[0] + 0.5, tf.uint8), [*sides, image.shape[-1]])
+  sides, target = tf.shape(image)[:2], [size, size]
+
+  def resize():
+    resized = tf.cond(
+        tf.reduce_all(sides >= size), lambda: tf.raw_ops.ResizeArea(images=image[None], size=target),
+        lambda: tf.raw_ops.ResizeBilinear(images=image[None], size=target, half_pixel_centers=True))
+    return tf.cast(resized[0] + 0.5, tf.uint8)
+
+  return tf.ensure_shape(tf.cond(tf.reduce_all(sides == size), lambda: image, resize), [*target, image.shape[-1]])
 
 
 def resize_and_crop(image: tf.Tensor, size: int, draw: Draw | None, crop: str) -> tf.Tensor:
