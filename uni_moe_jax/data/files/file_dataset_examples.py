@@ -32,6 +32,7 @@ from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.utils import cores, templates
 from uni_moe_jax.utils.errors import UsageError
 
+_MAX_PARTS = 8  # of a batch of images that are decoded at once; several batches are
 _MAX_ATTEMPTS = 8  # to replace a corrupt example; if one in ten is corrupt, all fail with a probability of 1e-8
 
 
@@ -203,7 +204,8 @@ class _Batch:
     b, t, n = self._builder, self._task, tf.shape(data)[0]
     shape = [1, b.size, b.size, b.channels]  # a video of one frame
 
-    def decode(i, encoded, h, draw=None):
+    def decode(i, h, draw=None):
+      encoded = tf.gather(data, i)  # slices of strings would be copies
       if self._read_examples:
         media = {self._media_column: tf.io.FixedLenFeature([], tf.string)}
         encoded = tf.io.parse_single_example(encoded, media)[self._media_column]
@@ -215,11 +217,19 @@ class _Batch:
       return i, tf.ensure_shape(image[None], shape)
 
     draws = [image_transforms.draws(hashes, t.crop)] if b.training else []
-    images = tf.data.Dataset.from_tensor_slices((tf.range(n), data, hashes, *draws)).map(
-        decode, num_parallel_calls=cores.available(), deterministic=True)
-    # Only a dataset can drop an element that fails. Images are numbered, which shows the missing ones.
+    num_parts = min(cores.available(), _MAX_PARTS)
+    size = tf.cast(n + num_parts - 1, tf.int64) // num_parts
+
+    def decode_part(start):
+      # Only a dataset can drop an element that fails. Images are numbered, which shows the missing ones.
+      part = tf.nest.map_structure(lambda x: x[start:start + size], (tf.range(n), hashes, *draws))
+      return tf.data.Dataset.from_tensor_slices(part).map(decode).ignore_errors()
+
+    # Handing over each image to another thread would take as long as decoding a small one.
+    images = tf.data.Dataset.range(0, tf.cast(n, tf.int64), size).interleave(
+        decode_part, num_parts, size, num_parallel_calls=num_parts, deterministic=True)
     sentinel = tf.data.Dataset.from_tensors((n, tf.zeros(shape, tf.uint8)))
-    batch = images.ignore_errors().concatenate(sentinel).batch(tf.cast(n, tf.int64) + 1)
+    batch = images.concatenate(sentinel).batch(tf.cast(n, tf.int64) + 1)
     index, pixels = batch.get_single_element()
     pixels = tf.cond(
         tf.size(index) > n, lambda: pixels, lambda: tf.scatter_nd(index[:, None], pixels, [n + 1, *shape]))[:n]
