@@ -30,8 +30,8 @@ def write(folder: pathlib.Path, tasks: dict[str, dict[str, Any]], target: pathli
     target: folder to write.
   """
   import tensorflow as tf
-  module = tf.Module()
-  variables = lambda name: {path: tf.Variable(x, trainable=False, name=path)
+  module: Any = tf.Module()
+  variables = lambda name: {path: tf.Variable(tf.constant(x), trainable=False, name=path)
                             for path, x in loader.tensors(folder / name).items()}
   module.params, module.features = variables('params.safetensors'), variables('target_sets.safetensors')
   programs, signatures = {}, {}
@@ -63,7 +63,7 @@ def _function(file: pathlib.Path, params: Tensors) -> tuple[Any, Tensors]:
   @tf.function(autograph=False)
   def call(**tensors):
     leaves = [tf.convert_to_tensor(x) for _, x in sorted(params.items())] + [tensors[name] for name in flat(inputs)]
-    results = xla.call_module(
+    results: Any = xla.call_module(
         tuple(leaves[i] for i in exported.module_kept_var_idx), version=exported.calling_convention_version,
         module=module, Tout=[x.dtype for x in exported.out_avals], Sout=[sizes(x) for x in exported.out_avals],
         platforms=[name.upper() for name in exported.platforms])

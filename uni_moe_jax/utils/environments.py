@@ -47,5 +47,6 @@ def python(name: str, title: str, size: str, *installs: Sequence[str]) -> str:
 def run(interpreter: str, module: str, *arguments: str) -> int:
   """Run a module of this package as a program of an environment; return its exit code."""
   path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get('PYTHONPATH'))))
-  done = subprocess.run([interpreter, '-m', module, *arguments], check=False, env={**os.environ, 'PYTHONPATH': path})
+  command = [interpreter, '-P', '-m', module, *arguments]  # -P: not from the current folder, which may be a clone
+  done = subprocess.run(command, check=False, env={**os.environ, 'PYTHONPATH': path})
   return done.returncode

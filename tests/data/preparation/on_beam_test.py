@@ -26,7 +26,7 @@ def test_the_pipeline_finds_each_task(tmp_path, monkeypatch):
       returncode=len(commands) - 1))
   tasks = [functools.partial(operator.mul, 7, i) for i in range(3)]
   on_beam.run(iter(tasks), 3, 'read', tmp_path / 'tasks', ['--runner=X', '--y'])
-  assert commands == [['python', '-m', 'uni_moe_jax.data.preparation.on_beam', f'{tmp_path}/tasks/read', '3',
+  assert commands == [['python', '-P', '-m', 'uni_moe_jax.data.preparation.on_beam', f'{tmp_path}/tasks/read', '3',
                        '--runner=X', '--y']]
   assert [on_beam._run_task(i, f'{tmp_path}/tasks/read') for i in range(3)] == [0, 7, 14]
   on_beam.run(iter(()), 0, 'written', tmp_path / 'tasks', [])

@@ -1,0 +1,48 @@
+"""The search of captions on the host, by hand. tests/export/onnx_programs_test.py compares it with the program."""
+
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+
+# Words 1 and 2; 0 ends. Probabilities of the next word by the words so far; the second image swaps the words.
+_NEXT = {(): (.1, .5, .4), (1,): (.1, .5, .4), (2,): (.9, .05, .05), (1, 1): (.2, .4, .4), (2, 0): (.05, .9, .05)}
+_SWAP = (0, 2, 1)
+
+
+@pytest.fixture(name='model')
+def _model(monkeypatch):
+  """A model whose cache is the image and the words so far, along the second axis of its only array."""
+  monkeypatch.setitem(sys.modules, 'load', types.SimpleNamespace(Model=object))
+  monkeypatch.setitem(sys.modules, 'onnxruntime', types.SimpleNamespace())
+  monkeypatch.delitem(sys.modules, 'uni_moe_jax.export.onnx_model', raising=False)
+  from uni_moe_jax.export import onnx_model
+
+  class Model(onnx_model.Model):
+    def run(self, task, program, **x):
+      if program == 'prefill':
+        return {'cache': [np.stack([x['pixels'], *np.zeros((3, len(x['pixels'])))])]}
+      state, rows = x['cache'][0].copy(), []
+      if x['t'] > 0:
+        state[x['t']] = x['word']
+      for image, *words in state[:x['t'] + 1].T.astype(int).tolist():
+        p = _NEXT.get(tuple(_SWAP[w] if image else w for w in words), (1 / 3,) * 3)
+        rows.append([p[_SWAP[w]] if image else p[w] for w in range(3)])
+      return {'log_p': np.log(np.array(rows, np.float32)), 'cache': [state]}
+
+  return Model()
+
+
+# Two hypotheses: 1 (.5) and 2 (.4); then 2, which ends (.36), comes before 1 1 (.25). Then 1 1 1 and 1 1 2 have .1: the
+# lower word counts. The hypothesis that ended stays at no cost. Scores are divided by (words + 1)^penalty.
+@pytest.mark.parametrize('penalty, tokens, score', [
+    (0, [[2, 0, 0], [1, 0, 0]], math.log(.36)), (2, [[1, 1, 1], [2, 2, 1]], math.log(.1) / 4**2)])
+def test_two_hypotheses_by_hand(model, penalty, tokens, score):
+  entry = {'beam_size': 2, 'length_penalty': penalty, 'max_len': 3,
+           'programs': {'step': {'onnx': {'cache_axes': [1]}}}}
+  model.manifest = {'tokenizer': {'eot': 0}, 'tasks': {'caption': entry}}
+  captions = model._search('caption', np.array([0, 1]))
+  assert captions['tokens'].tolist() == tokens and captions['tokens'].dtype == np.int32
+  np.testing.assert_allclose(captions['score'], score, rtol=1e-6)
