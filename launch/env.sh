@@ -120,7 +120,7 @@ PY
   done
   echo 'Installing the dependencies into .venv (about 1 minute and 2.6 GB)'
   rm -f "$venv"/installed-*
-  pip_install -c "$(constraints)" -e ".${extra:+[$extra]}" || return 1
+  pip_install -c "$(constraints)" -e ".[${extra:-serve}]" || return 1  # `test` has what `serve` has
   echo "$want" >"$stamp"
 }
 

@@ -6,7 +6,7 @@ usage() {
 Usage: ./launch/quickstart.sh [ARGUMENT...]
 
 Trains and evaluates a generalist model on a machine with only Python 3.11: creates the environment,
-prepares the embedded data, trains on all its tasks, evaluates and writes a report. Finished phases are
+prepares the embedded data, trains on all its tasks, evaluates, writes a report and exports. Finished phases are
 skipped. After Ctrl-C (exit code 75) the same command continues.
 
 ARGUMENTs go to launch/train.py. Use another WORKDIR for another model:
@@ -85,4 +85,8 @@ phase '3 compile' "${train[@]}" --compile_only
 phase '4 train' "${train[@]}"
 phase '5 evaluate' "$python" launch/evaluate.py --workdir="$workdir"
 phase '6 report' "$python" launch/report.py --workdir="$workdir"
-printf '\nDone in %d s. Report: %s\n' "$SECONDS" "$workdir/report.html"
+if [[ "$workdir" != *://* ]]; then  # the page reads a model from a disk
+  phase '7 export' "$python" launch/serve.py --workdir="$workdir" --export_only
+fi
+printf '\nDone in %d s. Report: %s\nDraw, and the model answers: %s launch/serve.py --workdir=%s\n' \
+  "$SECONDS" "$workdir/report.html" "${python#"$PWD/"}" "$workdir"

@@ -16,8 +16,8 @@ from uni_moe_jax.utils import cli, shipped
 _ROOT = processes.ROOT
 # Programs whose arguments are not checked, and why.
 _PROGRAMS = {
-    **dict.fromkeys(('mkdir', 'awk', 'cd', '.', 'ruff', 'basedpyright', 'pre-commit', 'mkdocs', 'venv', 'gcloud'),
-                    'not of this repository'),
+    **dict.fromkeys(('mkdir', 'awk', 'cd', '.', 'ruff', 'basedpyright', 'pre-commit', 'mkdocs', 'venv', 'gcloud',
+                     'docker'), 'not of this repository'),
     **dict.fromkeys(('serve/bin/pip', '../serve/bin/python', 'exported/example.py'),
                     'tests/launch/export_test.py runs the commands'),
     **dict.fromkeys(('./launch/quickstart.sh', './launch/test.sh'), 'without arguments, or with those of pytest')}

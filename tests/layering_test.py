@@ -32,6 +32,7 @@ _RULES = {
               'preflight and benchmarks run the real step and decoder'),
     'reporting': ('utils tasks config data eval analysis',
                   'it draws what the commands wrote into the work directory and needs no model'),
+    'serve': ('utils data export', 'it answers by an exported folder, and needs no code that trained it'),
 }
 _NOT_IMPORTED = {
     'launch': 'the commands are the root: what two of them share belongs to the package',

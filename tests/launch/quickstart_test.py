@@ -28,7 +28,7 @@ def _root(tmp_path):
   (tmp_path / 'launch').mkdir()
   for name in ('quickstart.sh', 'env.sh'):
     shutil.copy(_ROOT / 'launch' / name, tmp_path / 'launch')
-  for name in ('prepare_data', 'train', 'evaluate', 'report'):
+  for name in ('prepare_data', 'train', 'evaluate', 'report', 'serve'):
     (tmp_path / 'launch' / f'{name}.py').write_text(_STAND_IN)
   return tmp_path
 
@@ -63,18 +63,22 @@ def test_runs_every_phase_in_order_and_names_the_report(root):
   assert (code, errors) == (0, '')
   assert (root / 'log').read_text().splitlines() == [
       f'prepare_data --data_dir={root}/.cache/uni_moe_jax', f'compile {train} --compile_only', f'train {train}',
-      'evaluate --workdir=runs/quickstart', 'report --workdir=runs/quickstart']
+      'evaluate --workdir=runs/quickstart', 'report --workdir=runs/quickstart',
+      'serve --workdir=runs/quickstart --export_only']
   durations = [line for line in output.splitlines() if line.endswith(' s')]
   assert [line.split(':')[0] for line in durations] == [
-      '== 1 environment', '== 2 data', '== 3 compile', '== 4 train', '== 5 evaluate', '== 6 report']
-  assert output.splitlines()[-1].endswith('Report: runs/quickstart/report.html')
+      '== 1 environment', '== 2 data', '== 3 compile', '== 4 train', '== 5 evaluate', '== 6 report',
+      '== 7 export']
+  *_, report, page = output.splitlines()
+  assert report.endswith('Report: runs/quickstart/report.html')
+  assert page == f'Draw, and the model answers: {sys.executable} launch/serve.py --workdir=runs/quickstart'
 
 
 def test_folders_come_from_the_environment(root):
   _run(root, UNI_MOE_DATA='/some where', WORKDIR='my run')
   log = (root / 'log').read_text()
   parts = ('data_dir=/some where\n', 'data.dir=/some where', '--workdir=my run')
-  assert [log.count(part) for part in parts] == [1, 2, 4]
+  assert [log.count(part) for part in parts] == [1, 2, 5]
 
 
 @pytest.mark.parametrize('name, code, phase', [

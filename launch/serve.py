@@ -1,0 +1,77 @@
+"""Serve an exported model: a page in the browser and a JSON API.
+
+  uni-moe serve --model=exported
+  uni-moe serve --workdir=runs/quickstart                # exports first; opens http://127.0.0.1:8000
+  uni-moe serve --model=exported --gallery=photos --port=9000
+
+GET /docs describes the API, docs/guides/serve.md the service. It answers this machine alone unless --host is given, and
+reads no path or address from a request. Ctrl-C or SIGTERM ends it after the requests that run, with exit code 0.
+"""
+
+import asyncio
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+from absl import flags
+
+from uni_moe_jax.serve.limits import Limits
+from uni_moe_jax.utils import cli, exit_codes
+from uni_moe_jax.utils.errors import UsageError
+
+_MODEL = flags.DEFINE_string('model', None, 'Folder of uni-moe export.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory to export first, once per step.')
+_EXPORT_ONLY = flags.DEFINE_bool('export_only', False, 'With --workdir: end after the export, so that a start is fast.')
+_GALLERY = flags.DEFINE_string('gallery', None, 'Folder of images and videos to search; default: the examples.')
+_HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen at; 0.0.0.0 is every one of this machine.')
+_PORT = flags.DEFINE_integer('port', 8000, 'Port; 0: a free one.', lower_bound=0, upper_bound=65535)
+_TOKEN_FILE = flags.DEFINE_string(
+    'token_file', None, 'File with the bearer token that requests must send; or set UNI_MOE_TOKEN.')
+_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
+_LIMITS = {f.name: _DEFINE[f.type](f.name, f.default, f.metadata['help'], lower_bound=f.metadata['at_least'])
+           for f in dataclasses.fields(Limits)}
+_NUM_EXAMPLES = 12  # per task
+
+
+def main() -> int:
+  if (_MODEL.value is None) == (_WORKDIR.value is None):
+    raise UsageError('give either --model=FOLDER of uni-moe export or --workdir=RUN of uni-moe train.')
+  limits = Limits(**{name: flag.value for name, flag in _LIMITS.items()})
+  if limits.max_batch & (limits.max_batch - 1):
+    raise UsageError(f'--max_batch={limits.max_batch} is no power of two; give 1, 2, 4, 8, 16, 32 or 64.')
+  token = os.environ.get('UNI_MOE_TOKEN', '')
+  if _TOKEN_FILE.value is not None and not (token := pathlib.Path(_TOKEN_FILE.value).read_text().strip()):
+    raise UsageError(f'--token_file={_TOKEN_FILE.value} is empty; write the token into it.')
+  try:
+    from uni_moe_jax.serve import gallery, server
+  except ModuleNotFoundError as e:
+    raise UsageError(f"the service needs {e.name}; run: pip install 'uni-moe-jax[serve]'") from None
+  bound = None if _EXPORT_ONLY.value else server.bind(_HOST.value, _PORT.value)
+  gallery_files = [] if _GALLERY.value is None else gallery.files_of(_GALLERY.value)
+  folder = pathlib.Path(_MODEL.value) if _MODEL.value is not None else _exported(pathlib.Path(_WORKDIR.value))
+  if not (folder / 'SHA256SUMS').is_file():
+    raise UsageError(f'{folder} is no folder of uni-moe export, or it is incomplete; export the model again.')
+  if _EXPORT_ONLY.value:
+    return exit_codes.FINISHED
+  asyncio.run(server.serve(folder, limits, bound, _HOST.value, token, gallery_files))
+  return exit_codes.FINISHED
+
+
+def _exported(workdir: pathlib.Path) -> pathlib.Path:
+  """The export of a run's last checkpoint beside it; makes it, in a process of its own, unless it exists."""
+  steps = [int(p.name) for p in workdir.glob('checkpoints/*') if p.name.isdecimal()]
+  folder = workdir / 'served' / str(max(steps, default=0))
+  if not folder.exists():
+    print(f'Exporting {workdir} to {folder}', flush=True)
+    command = [sys.executable, str(pathlib.Path(__file__).with_name('export.py')), f'--workdir={workdir}',
+               f'--output={folder}', f'--num_examples={_NUM_EXAMPLES}']
+    with cli.exit_on_signals(exit_codes.PREEMPTED):
+      if code := subprocess.run(command, check=False).returncode:
+        sys.exit(code)
+  return folder
+
+
+if __name__ == '__main__':
+  cli.run(main, local=('model', 'workdir', 'gallery', 'token_file'))

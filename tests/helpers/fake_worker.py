@@ -1,0 +1,27 @@
+"""A worker without a model: answers with the text of each item, and sleeps or dies on command."""
+
+import os
+import time
+from multiprocessing.connection import Connection
+
+from uni_moe_jax.serve.limits import Limits
+from uni_moe_jax.serve.worker import Facts
+
+
+def main(connection: Connection, folder: str, limits: Limits, cache: str) -> None:
+  """Serves jobs as `worker.main` does. folder: 'broken' cannot be loaded, 'dead' ends at once."""
+  if folder == 'broken':
+    return connection.send(('failed', 'the folder is broken'))
+  if folder == 'dead':
+    os._exit(3)
+  connection.send(('ready', Facts({}, [], {}, {})))
+  connection.send(('warm', 'task', 'encode', 4))
+  while True:
+    job, _, _, items = connection.recv()
+    for item in items:
+      if item.text == 'sleep':
+        time.sleep(100)
+      if item.text == 'crash':
+        os._exit(3)
+    connection.send(('part', job, [f'{item.text}…' for item in items]))
+    connection.send(('done', job, [item.text for item in items]))

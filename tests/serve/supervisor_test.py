@@ -1,0 +1,79 @@
+"""The worker is replaced when it dies or takes too long, and the requests in it are refused in one sentence."""
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from tests.helpers import fake_worker
+from uni_moe_jax.serve import supervisor
+from uni_moe_jax.serve.limits import Limits, Refused
+from uni_moe_jax.serve.worker import Item
+from uni_moe_jax.utils.errors import RunError
+
+
+@pytest.fixture(autouse=True)
+def _fake(monkeypatch):
+  monkeypatch.setattr(supervisor.worker_lib, 'main', fake_worker.main)
+
+
+def _run(check, folder: str = '', timeout: float = 30) -> None:
+  async def main():
+    started = supervisor.Supervisor(folder, Limits(timeout=timeout), '')
+    try:
+      await asyncio.wait_for(check(started), 60)
+    finally:
+      await started.close()
+      assert not started.ready
+  asyncio.run(main())
+
+
+async def _send(started, *texts, **options):
+  return await started.run('task', 'encode', [Item(text=text) for text in texts], **options)
+
+
+def test_a_worker_answers_with_parts_and_reports_its_batch_sizes():
+  async def check(started):
+    parts = []
+    await started.start()
+    assert await _send(started, 'a', 'b', on_part=parts.extend) == ['a', 'b'] and parts == ['a…', 'b…']
+    assert started.ready and started.sizes == {('task', 'encode'): 4} and not started.restarts
+  _run(check)
+
+
+@pytest.mark.parametrize('text, message', [('sleep', 'took longer than 2 s'), ('crash', 'stopped while it computed')])
+def test_a_worker_that_hangs_or_dies_is_replaced(capfd, text, message):
+  async def check(started):
+    await started.start()
+    first = started.pid
+    with pytest.raises(Refused, match=message) as refused:
+      await _send(started, text)
+    assert refused.value.status == 503
+    assert await _send(started, 'next') == ['next']
+    assert started.pid != first and started.restarts == 1
+    with pytest.raises(ProcessLookupError):
+      os.kill(first, 0)
+  _run(check, timeout=2)
+  assert 'The worker stopped; starting another.' in capfd.readouterr().err
+
+
+def test_an_idle_worker_that_dies_is_replaced():
+  async def check(started):
+    await started.start()
+    os.kill(started.pid, signal.SIGKILL)
+    while not started.restarts:
+      await asyncio.sleep(0.01)
+    assert not started.ready and await _send(started, 'a') == ['a'] and started.ready
+  _run(check)
+
+
+@pytest.mark.parametrize('folder, message', [('broken', 'the folder is broken'), ('dead', 'ended with exit code 3')])
+def test_a_worker_that_cannot_start_ends_the_service(capfd, folder, message):
+  async def check(started):
+    with pytest.raises(RunError, match=message):
+      await started.start()
+    await asyncio.sleep(0.05)
+    assert not started.restarts
+  _run(check, folder)
+  assert not capfd.readouterr().err

@@ -1,0 +1,143 @@
+"""The gallery: images and videos that texts search, encoded when the service starts."""
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from uni_moe_jax.serve.batching import Batcher
+from uni_moe_jax.serve.limits import Limits, Refused
+from uni_moe_jax.serve.worker import Facts, Item
+from uni_moe_jax.utils.errors import UsageError
+
+_IMAGES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
+_VIDEOS = ('.mp4', '.webm', '.gif', '.mov', '.mkv')
+_MAX_FILES = 5000
+
+
+@dataclasses.dataclass
+class GalleryItem:
+  """An image or video. text: what its file name, or the model at export, calls it; features: by task."""
+  index: int
+  name: str
+  text: str
+  png: bytes = b''
+  features: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def files_of(folder: str) -> list[pathlib.Path]:
+  """Images and videos in a folder, sorted. Raises UsageError: there are none, or too many."""
+  suffixes = _IMAGES + _VIDEOS
+  files = sorted(p for p in pathlib.Path(folder).rglob('*') if p.suffix.lower() in suffixes and p.is_file())
+  if not files:
+    raise UsageError(f'--gallery={folder} has no file that ends in one of {", ".join(suffixes)}; give a folder '
+                     'of images and videos.')
+  if len(files) > _MAX_FILES:
+    raise UsageError(f'--gallery={folder} has {len(files):,} images and videos, and at most {_MAX_FILES:,} are '
+                     'searched; give a smaller folder.')
+  return files
+
+
+class Gallery:
+  """Encoded images and videos.
+
+  Args:
+    sources: files; none: the model's examples.
+    cache: .npz file of features and thumbnails by content, rewritten at the end.
+  """
+
+  def __init__(self, facts: Facts, sources: Sequence[pathlib.Path], cache: pathlib.Path):
+    self._facts, self._tasks, self._cache = facts, facts.manifest['tasks'], cache
+    self._sources = list(sources) or [
+        Item(example=i, thumbnail=True) for i in range(len(facts.examples))]
+    self._slots: list[GalleryItem | None] = [None] * len(self._sources)
+    self._stored: dict[str, np.ndarray] = {}
+    self._used: set[str] = set()  # keys of `_stored`
+
+  @property
+  def items(self) -> list[GalleryItem]:
+    """Those encoded so far."""
+    return [item for item in self._slots if item]
+
+  @property
+  def size(self) -> int:
+    """Files or examples, whether encoded or not."""
+    return len(self._slots)
+
+  def item(self, index: int) -> GalleryItem | None:
+    """An item by its index; None: there is none, or it is not encoded yet."""
+    return self._slots[index] if 0 <= index < len(self._slots) else None
+
+  def searchers(self) -> list[str]:
+    """Tasks that search: those of retrieval, or others where there is none for images, or for videos."""
+    names = [name for name, entry in self._tasks.items() if is_searcher(entry)]
+    pairs = {self._tasks[name]['num_frames'] for name in names if self._tasks[name]['target'] == 'pair'}
+    return [name for name in names
+            if self._tasks[name]['target'] == 'pair' or self._tasks[name]['num_frames'] not in pairs]
+
+  async def encode(self, batcher: Batcher, limits: Limits, note: Callable[[str], None]) -> None:
+    """Encodes everything. note: called with one sentence about each file that is not accepted."""
+    await asyncio.to_thread(self._load)
+    waiting = asyncio.Semaphore(2 * limits.max_batch)
+
+    async def add(index: int) -> None:
+      async with waiting:
+        while True:
+          try:
+            self._slots[index] = await self._encoded(index, batcher)
+          except Refused as e:
+            if e.status == 503:  # the worker is busy, or starts again
+              await asyncio.sleep(1)
+              continue
+            note(f'{self._sources[index]}: {e}')
+          except OSError as e:
+            note(str(e))
+          return
+
+    await asyncio.gather(*map(add, range(len(self._sources))))
+    await asyncio.to_thread(self._save)
+
+  async def _encoded(self, index: int, batcher: Batcher) -> GalleryItem:
+    source = self._sources[index]
+    if isinstance(source, Item):
+      example = self._facts.examples[source.example]
+      item, is_video = source, example['num_frames'] > 1
+      made, digest = GalleryItem(index, f'example {source.example}', example['answer']), f'example {source.example}'
+    else:
+      data, is_video = await asyncio.to_thread(source.read_bytes), source.suffix.lower() in _VIDEOS
+      item = Item(thumbnail=True, **{'video' if is_video else 'image': data})
+      made, digest = GalleryItem(index, source.name, source.stem.replace('_', ' ')), hashlib.sha256(data).hexdigest()
+    for task in self.searchers():
+      frames = self._tasks[task]['num_frames']
+      if (frames > 1) != is_video or item.example >= 0 and frames != example['num_frames']:
+        continue
+      key, png = f'{task} {digest}', f'png {frames} {digest}'
+      if key not in self._stored or png not in self._stored:
+        output = await batcher.submit(task, 'encode', item)
+        self._stored |= {key: output['features'], png: np.frombuffer(output['png'], np.uint8)}
+      self._used |= {key, png}
+      made.features[task], made.png = self._stored[key], self._stored[png].tobytes()
+    return made
+
+  def _load(self) -> None:
+    with contextlib.suppress(Exception):  # it is missing or damaged, and will be written again
+      with np.load(self._cache, allow_pickle=False) as stored:
+        self._stored = dict(stored)
+
+  def _save(self) -> None:
+    with contextlib.suppress(OSError):  # the next start encodes again
+      self._cache.parent.mkdir(parents=True, exist_ok=True)
+      temporary = self._cache.with_suffix('.tmp.npz')
+      np.savez(temporary, **{key: self._stored[key] for key in self._used})
+      temporary.replace(self._cache)
+
+
+def is_searcher(entry: dict[str, Any]) -> bool:
+  """Whether a task encodes images or videos alone, and texts."""
+  programs = entry['programs']
+  return {'encode', 'encode_text'} <= set(programs) and set(programs['encode']['inputs']) == {'pixels'}

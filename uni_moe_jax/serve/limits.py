@@ -1,0 +1,55 @@
+"""Bounds of requests, and the refusal of one that exceeds them."""
+
+import dataclasses
+
+
+class Refused(Exception):
+  """A request that gets no answer: HTTP status, and one sentence that names value, bound and fix."""
+
+  def __init__(self, status: int, message: str):
+    super().__init__(message)
+    self.status, self.message = status, message
+
+  def __reduce__(self):  # crosses the pipe of the worker
+    return Refused, (self.status, self.message)
+
+
+def _bound(default: int | float, help_string: str, at_least: int = 1) -> int | float:
+  return dataclasses.field(default=default, metadata={'help': help_string, 'at_least': at_least})
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What the service accepts. Every field is a flag of uni-moe serve."""
+  max_body_bytes: int = _bound(8 * 2**20, 'Bytes of a request; more are answered with 413.')
+  max_pixels: int = _bound(2**24, 'Pixels of an image or of a frame, by its header, before it is decoded.')
+  max_frames: int = _bound(1000, 'Frames of a video.')
+  max_seconds: float = _bound(60, 'Seconds of a video.')
+  max_names: int = _bound(1000, 'Names or texts of a request.')
+  max_characters: int = _bound(2000, 'Characters of a name or text.')
+  max_queue: int = _bound(256, 'Requests that wait or run; more are answered with 429.')
+  max_batch: int = _bound(32, 'Requests that one program call answers; a power of two.')
+  batch_wait_ms: float = _bound(3, 'Milliseconds that a request waits for others of its kind.', at_least=0)
+  timeout: float = _bound(10, 'Seconds until a request is answered with 503, and a busy worker is replaced.')
+
+  def check_text(self, text: str, field: str) -> str:
+    """Returns the text. Raises Refused: it is empty, too long or not valid Unicode."""
+    if not text.strip():
+      raise Refused(422, f'{field} is empty; give a text.')
+    if len(text) > self.max_characters:
+      raise Refused(422, f'{field} has {len(text):,} characters, and at most {self.max_characters:,} are accepted; '
+                         'shorten it.')
+    try:
+      text.encode()
+    except UnicodeEncodeError:
+      raise Refused(422, f'{field} has half of a surrogate pair, which is no character; remove it.') from None
+    return text
+
+  def check_texts(self, texts: list[str], field: str) -> list[str]:
+    """Returns the texts. Raises Refused: there are none or too many, or one is wrong."""
+    if not texts:
+      raise Refused(422, f'{field} has no entry; give at least one.')
+    if len(texts) > self.max_names:
+      raise Refused(422, f'{field} has {len(texts):,} entries, and at most {self.max_names:,} are accepted; give '
+                         'fewer.')
+    return [self.check_text(text, f'{field}[{i}]') for i, text in enumerate(texts)]

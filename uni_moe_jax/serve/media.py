@@ -1,0 +1,116 @@
+"""Pixels from the bytes of an image or video, bounded before anything is decoded."""
+
+import io
+import re
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from uni_moe_jax.data.files import video
+from uni_moe_jax.serve.limits import Limits, Refused
+from uni_moe_jax.utils.errors import UsageError
+
+_FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP')
+# Beginnings of videos. FFmpeg reads more, such as playlists, which name other files and addresses.
+_VIDEOS = re.compile(rb'.{4}ftyp|\x1aE\xdf\xa3|GIF8|RIFF.{4}AVI ', re.DOTALL)
+_NO_VIDEO = 'The video is not a readable file; send mp4, mov, webm, mkv, avi or gif.'
+_THUMBNAIL = 96  # pixels of the longer side, at least
+_FRAME_MS = 150
+
+
+def read_image(data: bytes, limits: Limits) -> Image.Image:
+  """Decodes an image as displayed, RGB: upright, transparent pixels on white. Raises Refused."""
+  try:
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+  except Exception:  # Pillow documents no closed set of errors for damaged files
+    raise Refused(422, f'The image is not a readable file; send one of {", ".join(_FORMATS)}.') from None
+  _check_pixels('The image', image.width, image.height, limits)
+  try:
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+      image = image.convert('RGBA')
+      image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')
+  except Exception:
+    raise Refused(422, 'The image is damaged: its header is right and its content is not; send it again.') from None
+
+
+def image_pixels(data: bytes, size: int, channels: int, crop: str, limits: Limits) -> np.ndarray:
+  """uint8 [1, S, S, C] of an image, resized and cropped as in evaluation. Raises Refused."""
+  image = read_image(data, limits)
+  # The crop of evaluation: the center of 256/224 of the size for tasks that train on random parts.
+  short = 256 * size // 224 if crop == 'random_resized_crop' else size
+  if min(image.size) != short:
+    scale = short / min(image.size)
+    if max(image.size) * scale * short > limits.max_pixels:
+      raise Refused(422, f'The image is {image.width} × {image.height} pixels, too long for its width; crop it.')
+    image = image.resize([max(short, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+  left, top = ((side - size) // 2 for side in image.size)
+  return _channels(np.asarray(image.crop((left, top, left + size, top + size)))[None], channels)
+
+
+def video_pixels(data: bytes, num_frames: int, size: int, channels: int, limits: Limits) -> np.ndarray:
+  """uint8 [T, S, S, C] of a video: the middle frames of T segments, center crop, as in evaluation. Raises Refused."""
+  if not _VIDEOS.match(data):
+    raise Refused(422, _NO_VIDEO)
+
+  def choose(count: int, fps: float) -> np.ndarray:
+    if count > limits.max_frames:
+      raise Refused(422, f'The video has {count:,} frames, and at most {limits.max_frames:,} are accepted; shorten it.')
+    if count / fps > limits.max_seconds:
+      raise Refused(422, f'The video is {count / fps:.0f} s long, and at most {limits.max_seconds:g} s are accepted; '
+                         'shorten it.')
+    return video.segment_frames(count, video.view_offsets(1, num_frames)[0])
+
+  try:
+    _check_pixels('The video', *_frame_size(data), limits)
+    frames = video.sample_frames(data, choose)
+  except UsageError as e:  # no PyAV
+    raise Refused(422, f'This service reads no videos: {e}') from None
+  except (video.CorruptVideo, OSError) as e:
+    if isinstance(e.__cause__, Refused):
+      raise e.__cause__ from None
+    raise Refused(422, _NO_VIDEO) from None
+  H, W = frames.shape[1:3]
+  side = min(H, W)
+  box = ((W - side) / 2, (H - side) / 2, (W + side) / 2, (H + side) / 2)
+  resized = [np.asarray(Image.fromarray(f).resize((size, size), Image.Resampling.BILINEAR, box=box)) for f in frames]
+  return _channels(np.stack(resized), channels)
+
+
+def thumbnail(pixels: np.ndarray) -> bytes:
+  """PNG of uint8 [T, S, S, C], enlarged to whole multiples; a video is an animation."""
+  frames = [Image.fromarray(f[..., 0] if f.shape[-1] == 1 else f) for f in pixels]
+  scale = max(1, -(-_THUMBNAIL // frames[0].width))
+  frames = [f.resize((f.width * scale, f.height * scale), Image.Resampling.NEAREST) for f in frames]
+  options = dict(save_all=True, append_images=frames[1:], duration=_FRAME_MS, loop=0) if len(frames) > 1 else {}
+  frames[0].save(out := io.BytesIO(), 'PNG', **options)
+  return out.getvalue()
+
+
+def _frame_size(data: bytes) -> tuple[int, int]:
+  """(width, height) of a video by its header."""
+  try:
+    import av
+  except ModuleNotFoundError:
+    return 0, 0  # `video` says how to install it
+  try:
+    with av.open(io.BytesIO(data)) as container:
+      stream = container.streams.video[0]
+      return stream.width, stream.height
+  except Exception as e:
+    raise video.CorruptVideo(str(e)) from e
+
+
+def _check_pixels(what: str, width: int, height: int, limits: Limits) -> None:
+  if width * height > limits.max_pixels:
+    raise Refused(422, f'{what} is {width:,} × {height:,} pixels, and at most {limits.max_pixels:,} pixels are '
+                       'accepted; make it smaller.')
+
+
+def _channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+  """RGB [T, S, S, 3] as C channels; gray is Pillow's luma."""
+  if channels == 3:
+    return pixels
+  return np.stack([np.asarray(Image.fromarray(f).convert('L')) for f in pixels])[..., None]

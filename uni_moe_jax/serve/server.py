@@ -1,0 +1,143 @@
+"""Starts the service: worker, gallery, HTTP; ends it after the requests that run."""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import pathlib
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from uni_moe_jax.serve import app as app_lib
+from uni_moe_jax.serve.batching import Batcher
+from uni_moe_jax.serve.gallery import Gallery
+from uni_moe_jax.serve.guard import Guard, Metrics
+from uni_moe_jax.serve.limits import Limits
+from uni_moe_jax.serve.service import Service
+from uni_moe_jax.serve.supervisor import Supervisor
+from uni_moe_jax.utils.errors import UsageError
+
+_LOOPBACK = ('127.0.0.1', 'localhost', '::1')
+
+
+class _Server(uvicorn.Server):
+  """A server whose signals are handled by `serve`."""
+
+  @contextlib.contextmanager
+  def capture_signals(self):
+    yield
+
+
+def protocol(timeout: float) -> type[H11Protocol]:
+  """HTTP connections that close when the head of a request does not arrive within `timeout` seconds.
+
+  uvicorn would wait forever for a client that sends a byte now and then.
+  """
+  class Protocol(H11Protocol):
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+      super().connection_made(transport)
+      self._watch()
+
+    def data_received(self, data: bytes) -> None:
+      super().data_received(data)
+      self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+      super().connection_lost(exc)
+      if self._deadline:
+        self._deadline.cancel()
+
+    def _watch(self) -> None:
+      if self.cycle is not None and not self.cycle.response_complete:
+        if self._deadline:
+          self._deadline.cancel()
+        self._deadline = None
+      elif self._deadline is None and not self.transport.is_closing():
+        self._deadline = self.loop.call_later(timeout, self.transport.close)
+
+  return Protocol
+
+
+def cache_folder() -> pathlib.Path:
+  """Of compiled programs and encoded galleries. XLA's programs are valid only for the processor that compiled them."""
+  with contextlib.suppress(OSError):
+    lines = [line for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+             if line.startswith(('flags', 'Features'))]
+    return _caches() / hashlib.sha256(''.join(lines[:1]).encode()).hexdigest()[:12]
+  return _caches() / 'any'
+
+
+def _caches() -> pathlib.Path:
+  return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'uni_moe_jax/serve'
+
+
+def bind(host: str, port: int) -> socket.socket:
+  """Returns a socket of an address. Raises UsageError: it cannot be used."""
+  try:
+    family, socket_type, proto, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    bound = socket.socket(family, socket_type, proto)  # without `proto` asyncio leaves a delay of 40 ms
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(address)
+    return bound
+  except OSError as e:
+    raise UsageError(f'--host={host} --port={port} cannot be used: {e.strerror}; give another one.') from None
+
+
+async def serve(
+    folder: pathlib.Path, limits: Limits, bound: socket.socket, host: str, token: str,
+    gallery_files: Sequence[pathlib.Path]) -> None:
+  """Serves an exported folder until SIGINT or SIGTERM. bound: see `bind`. Raises RunError: it cannot be loaded."""
+  stop, loop = asyncio.Event(), asyncio.get_running_loop()
+  for number in (signal.SIGINT, signal.SIGTERM):
+    loop.add_signal_handler(number, stop.set)
+  cache = cache_folder()
+  supervisor = Supervisor(str(folder), limits, os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(cache / 'jax'))
+  async with contextlib.AsyncExitStack() as stack:
+    stack.callback(bound.close)
+    stack.push_async_callback(supervisor.close)
+    stopping, starting = loop.create_task(stop.wait()), loop.create_task(supervisor.start())
+    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+      starting.cancel()
+      return
+    await starting
+    metrics = Metrics()
+    batcher = Batcher(supervisor, limits, lambda program, size: metrics.batch.labels(program).observe(size))
+    stack.push_async_callback(batcher.close)
+    digest = hashlib.sha256((folder / 'SHA256SUMS').read_bytes()).hexdigest()[:16]
+    gallery = Gallery(supervisor.facts, gallery_files, cache / f'gallery-{digest}.npz')
+    service = Service(supervisor, batcher, gallery, limits)
+    app = app_lib.create(supervisor, service, gallery, limits, metrics)
+    guard = Guard(app, limits, metrics, token, any_host=host not in _LOOPBACK)
+    metrics.active.set_function(lambda: guard.active)
+    metrics.waiting.set_function(lambda: batcher.waiting)
+    encoding = loop.create_task(gallery.encode(batcher, limits, lambda text: print(f'note: {text}', file=sys.stderr)))
+    stack.callback(encoding.cancel)
+    server = _Server(uvicorn.Config(
+        guard, loop='asyncio', http=protocol(limits.timeout), ws='none', lifespan='off', log_level='error',
+        access_log=False, server_header=False, limit_concurrency=4 * limits.max_queue, timeout_keep_alive=5,
+        timeout_graceful_shutdown=int(limits.timeout) + 1))
+    serving = loop.create_task(server.serve([bound]))
+    while not server.started:
+      await asyncio.sleep(0.01)
+    print(f'Open http://{f"[{host}]" if ":" in host else host}:{bound.getsockname()[1]} (Ctrl-C ends the service)',
+          flush=True)
+    if host not in _LOOPBACK and not token:
+      print('note: everyone who reaches this port can use the model; --token_file requires a token.',
+            file=sys.stderr, flush=True)
+    await stop.wait()
+    guard.draining = True
+    for _ in range(int(10 * limits.timeout)):
+      if not guard.active:
+        break
+      await asyncio.sleep(0.1)
+    server.should_exit = True
+    await serving

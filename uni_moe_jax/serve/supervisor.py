@@ -1,0 +1,162 @@
+"""The front's side of the worker: starts it, sends it batches, replaces it when it dies or takes too long."""
+
+import asyncio
+import contextlib
+import multiprocessing
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from uni_moe_jax.serve import worker as worker_lib
+from uni_moe_jax.serve.limits import Limits, Refused
+from uni_moe_jax.serve.worker import Facts, Item
+from uni_moe_jax.utils.errors import RunError
+
+_MAX_BACKOFF = 30.0  # seconds between two starts
+
+
+class Supervisor:
+  """One worker process at a time.
+
+  Attributes:
+    facts: of the model, after `start`.
+    sizes: (task, program) → the largest batch size that is compiled.
+    restarts: of the worker.
+  """
+
+  def __init__(self, folder: str, limits: Limits, cache: str):
+    self._folder, self._limits, self._cache = folder, limits, cache
+    self._context = multiprocessing.get_context('spawn')  # a fork would inherit the front's threads and sockets
+    self._sender = ThreadPoolExecutor(1, 'sender')  # a pipe may block
+    self._process = self._connection = self._receiver = self._restarting = None
+    self._jobs: dict[int, tuple[asyncio.Future, Callable | None]] = {}
+    self._next, self._idle, self._closing, self._backoff = 0, asyncio.Event(), False, 1.0
+    self.facts: Facts | None = None
+    self.sizes: dict[tuple[str, str], int] = {}
+    self.restarts = 0
+
+  @property
+  def ready(self) -> bool:
+    """Whether a warm worker is alive."""
+    return self._idle.is_set() or bool(self._jobs)
+
+  @property
+  def pid(self) -> int | None:
+    """Of the worker."""
+    return self._process and self._process.pid
+
+  async def start(self) -> None:
+    """Starts the worker and waits until it is ready. Raises RunError: it cannot load the model."""
+    loop, ready = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+    self._connection, theirs = self._context.Pipe()
+    self.sizes = {}
+    self._process = self._context.Process(
+        target=worker_lib.main, args=(theirs, self._folder, self._limits, self._cache), daemon=True)
+    await loop.run_in_executor(None, self._process.start)
+    theirs.close()
+    self._receiver = threading.Thread(
+        target=self._receive, args=(loop, self._process, self._connection, ready), daemon=True)
+    self._receiver.start()
+    self.facts = await ready
+    self._idle.set()
+
+  async def run(
+      self, task: str, program: str, items: list[Item],
+      on_part: Callable[[list[str]], None] | None = None) -> list[Any]:
+    """Returns the output of every item, or the reason why it is refused; one call at a time.
+
+    Raises:
+      Refused: the worker died, or took too long and was killed.
+    """
+    await self._idle.wait()
+    self._idle.clear()
+    job, future = self._next, asyncio.get_running_loop().create_future()
+    self._next += 1
+    self._jobs[job] = future, on_part
+    connection = self._connection
+    try:
+      async with asyncio.timeout(self._limits.timeout):
+        with contextlib.suppress(OSError):  # then it has died, which `_receive` reports
+          await asyncio.get_running_loop().run_in_executor(self._sender, connection.send, (job, task, program, items))
+        return await future
+    except TimeoutError:
+      self._process.kill()
+      raise Refused(503, f'The model took longer than {self._limits.timeout:g} s for this input and was stopped; send '
+                         'a smaller one, or raise --timeout.') from None
+    finally:
+      self._jobs.pop(job, None)
+
+  async def close(self) -> None:
+    """Ends the worker."""
+    self._closing = True
+    if self._restarting:
+      self._restarting.cancel()
+    self._idle.clear()
+    if self._receiver:
+      self._process.kill()
+      await asyncio.get_running_loop().run_in_executor(None, self._receiver.join)
+      self._connection.close()
+    self._sender.shutdown(wait=False)
+
+  def _receive(
+      self, loop: asyncio.AbstractEventLoop, process: Any, connection: Any, ready: asyncio.Future) -> None:
+    """Passes messages of one worker to the event loop, in a thread."""
+    with contextlib.suppress(RuntimeError):  # the loop has ended
+      try:
+        while True:
+          loop.call_soon_threadsafe(self._handle, connection.recv(), ready)
+      except (EOFError, OSError):
+        process.join()
+        loop.call_soon_threadsafe(self._handle_end, ready)
+
+  def _handle(self, message: tuple, ready: asyncio.Future) -> None:
+    what, *rest = message
+    if what in ('ready', 'failed'):
+      if what == 'failed':
+        ready.set_exception(RunError(rest[0]))
+      elif not ready.done():  # else the service ends
+        self._backoff = 1.0
+        ready.set_result(rest[0])
+    elif what == 'warm':
+      task, program, size = rest
+      self.sizes[task, program] = size
+    elif rest[0] in self._jobs:
+      future, on_part = self._jobs[rest[0]]
+      if what == 'part':
+        if on_part:
+          on_part(rest[1])
+      else:
+        self._idle.set()
+        if not future.done():
+          future.set_result(rest[1])
+    else:
+      self._idle.set()
+
+  def _handle_end(self, ready: asyncio.Future) -> None:
+    """The worker has died: fails its jobs and starts another."""
+    self._idle.clear()
+    for future, _ in self._jobs.values():
+      if not future.done():
+        future.set_exception(Refused(503, 'The worker stopped while it computed this answer; send the request again.'))
+    if not ready.done():
+      ready.set_exception(RunError(f'the worker ended with exit code {self._process.exitcode} before it was ready.'))
+    elif ready.cancelled() or ready.exception() or self._closing:
+      return
+    elif self._restarting is None or self._restarting.done():
+      self._restarting = asyncio.get_running_loop().create_task(self._restart())
+
+  async def _restart(self) -> None:
+    while not self._closing:
+      self.restarts += 1
+      print('The worker stopped; starting another.', file=sys.stderr, flush=True)
+      with contextlib.suppress(OSError):
+        self._connection.close()
+      self._process.kill()
+      try:
+        return await self.start()
+      except RunError as e:
+        print(f'error: {e}', file=sys.stderr, flush=True)
+        await asyncio.sleep(self._backoff)
+        self._backoff = min(2 * self._backoff, _MAX_BACKOFF)
