@@ -5,7 +5,7 @@
 
 Experts are merged permanently if the router allows it; --tasks and --bake_targets reduce the number of conditions and
 so of kernels. --torch adds the published PyTorch layout of a model with one kernel per projection. README.md in the
-folder is the model card. docs/guides/export_formats.md describes --saved_model, --onnx, and how another
+folder is the model card. docs/guides/export_formats.md describes --saved_model, --onnx and --browser, and how another
 run starts from the folder (--checkpoint), also from the Hugging Face Hub (--push_to_hub=OWNER/NAME).
 """
 
@@ -31,6 +31,8 @@ _TORCH = flags.DEFINE_bool(
     'torch', False, 'Add model.pth in the layout of the published dense model (one condition only).')
 _SAVED_MODEL = flags.DEFINE_bool('saved_model', False, 'Add the folder saved_model, for TensorFlow and its Serving.')
 _ONNX = flags.DEFINE_bool('onnx', False, 'Add ONNX models of the programs, converted in an environment of its own.')
+_BROWSER = flags.DEFINE_bool(
+    'browser', False, 'Add the ONNX models and index.html, a page that runs them; needs npm once.')
 _CHECKPOINT = flags.DEFINE_bool(
     'checkpoint', False, 'Add the parameters with all experts as a checkpoint, from which a run starts (train.init).')
 _PUSH_TO_HUB = flags.DEFINE_string(
@@ -61,7 +63,7 @@ def main() -> int:
       dtype=_DTYPE.value, num_examples=_NUM_EXAMPLES.value)
   rows = files.read_json(workdir / suite.EVALUATION_FILE) if step == suite.evaluated_step(workdir) else []
   provenance = workdir_lib.provenance(workdir, step) | {'exported by commit': loop.commit()}
-  formats = [flag.name for flag in (_TORCH, _SAVED_MODEL, _ONNX) if flag.value]
+  formats = [flag.name for flag in (_TORCH, _SAVED_MODEL, _ONNX, _BROWSER) if flag.value]
   with tempfile.TemporaryDirectory() as name:
     start = pathlib.Path(name) if _CHECKPOINT.value else None
     if start:

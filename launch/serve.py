@@ -18,10 +18,10 @@ import sys
 from absl import flags
 
 from uni_moe_jax.serve.limits import Limits
-from uni_moe_jax.utils import cli, exit_codes
+from uni_moe_jax.utils import cli, exit_codes, storage
 from uni_moe_jax.utils.errors import UsageError
 
-_MODEL = flags.DEFINE_string('model', None, 'Folder of uni-moe export.')
+_MODEL = flags.DEFINE_string('model', None, 'Folder of uni-moe export, or hf:OWNER/NAME@REVISION.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory to export first, once per step.')
 _EXPORT_ONLY = flags.DEFINE_bool('export_only', False, 'With --workdir: end after the export, so that a start is fast.')
 _GALLERY = flags.DEFINE_string('gallery', None, 'Folder of images and videos to search; default: the examples.')
@@ -50,7 +50,8 @@ def main() -> int:
     raise UsageError(f"the service needs {e.name}; run: pip install 'uni-moe-jax[serve]'") from None
   bound = None if _EXPORT_ONLY.value else server.bind(_HOST.value, _PORT.value)
   gallery_files = [] if _GALLERY.value is None else gallery.files_of(_GALLERY.value)
-  folder = pathlib.Path(_MODEL.value) if _MODEL.value is not None else _exported(pathlib.Path(_WORKDIR.value))
+  model, workdir = _MODEL.value, _WORKDIR.value
+  folder = _exported(pathlib.Path(workdir)) if model is None else storage.path(model, '--model')
   if not (folder / 'SHA256SUMS').is_file():
     raise UsageError(f'{folder} is no folder of uni-moe export, or it is incomplete; export the model again.')
   if _EXPORT_ONLY.value:

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
-from uni_moe_jax.export import description, model_card, onnx_programs, saved_model, torch_dense, torch_file
+from uni_moe_jax.export import browser, description, model_card, onnx_programs, saved_model, torch_dense, torch_file
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import programs
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
@@ -45,7 +45,7 @@ def write(
     provenance: origin of the parameters as JSON: config, data, versions, step, seed, commits.
     evaluation: rows of evaluation.json for the model card; [] if the step was not evaluated.
     formats: also written: 'torch', model.pth in the layout of the published dense model; 'saved_model', a folder for
-      TensorFlow; 'onnx', a model for each program that can be converted.
+      TensorFlow; 'onnx', a model for each program that can be converted; 'browser', a page that runs these.
     start: a work directory to include, from which a run can start.
 
   Raises:
@@ -54,8 +54,9 @@ def write(
   folder = storage.path(folder)
   if folder.exists():
     raise UsageError(f'--output={folder} exists; choose another folder or remove it.')
+  onnx = {'onnx', 'browser'} & {*formats}
   state = torch_dense.state(contents.spec, contents.params, contents.tasks) if 'torch' in formats else None
-  if 'onnx' in formats:
+  if onnx:
     onnx_programs.check_dtype(contents.spec.dtype)
   with npz_records.atomic_folder(folder) as staging:
     files = _write_programs(staging, contents)
@@ -70,11 +71,13 @@ def write(
     save(staging / 'examples.safetensors', {
         f'{task}/{name}': x for task, fields in contents.examples.items() for name, x in fields.items()})
     tokenizer = write_tokenizer(staging, contents.data.tokenizer, contents.data.tokenizer_file)
-    for source, name in (_SHIPPED | (_WITH_ONNX if 'onnx' in formats else {})).items():
+    for source, name in (_SHIPPED | (_WITH_ONNX if onnx else {})).items():
       (staging / name).write_bytes(pathlib.Path(__file__).with_name(source).read_bytes())
-    if 'onnx' in formats:
+    if onnx:
       _write_onnx(staging, contents, files)
     manifest = description.manifest(contents, files, tokenizer, provenance)
+    if 'browser' in formats:
+      browser.write(staging)
     if 'saved_model' in formats:
       saved_model.write(staging, manifest['tasks'], staging / 'saved_model')
     manifest['files'] = sorted([_CARD, *_checksums(staging)])

@@ -29,7 +29,8 @@ _ADDED = {
     'config.json': ' `config.json`, the tokenizer and `checkpoints/` (parameters with all experts) are a run from '
                    "which another one starts: `config.train.init` is this folder's address.",
     'saved_model/saved_model.pb': ' `saved_model/` is for TensorFlow and its Serving: signatures TASK.PROGRAM.',
-    'onnx_model.py': ' `onnx_model.py` runs the ONNX models, which read `params.safetensors` beside them.'}
+    'onnx_model.py': ' `onnx_model.py` runs the ONNX models, which read `params.safetensors` beside them.',
+    'index.html': ' `index.html` runs them in a browser; any static web server can serve this folder.'}
 _CLIP = (' `texts.py` decodes captions and does not tokenize: tokenize your texts with the merges of `{file}` and end '
          'each with id {eot}.')
 _PRODUCTS = {

@@ -1,0 +1,182 @@
+"""The page without a service: its tokenizer equals SentencePiece, and Chromium gets the answers of the programs."""
+
+import base64
+import functools
+import hashlib
+import http.server
+import json
+import pathlib
+import random
+import shutil
+import subprocess
+import threading
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import shipped, tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
+from uni_moe_jax.export import artifact, browser, contents, texts
+from uni_moe_jax.train import run as train_run
+from uni_moe_jax.utils.errors import RunError, UsageError
+
+_SCRIPT = pathlib.Path(browser.__file__).with_name('browser.js')
+_TOKENIZE = '''
+const fs = require('fs');
+globalThis.fetch = async name => ({ok: true, arrayBuffer: async () => Uint8Array.from(fs.readFileSync(name)).buffer});
+require(process.argv[1]);
+(async () => {
+  const ids = [];
+  for (const text of JSON.parse(fs.readFileSync('texts.json'))) ids.push(await backend.tokenize(text));
+  console.log(JSON.stringify(ids));
+})();
+'''
+_CHROMIUM = shutil.which('chromium')
+_FLAGS = ('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+          '--disable-background-networking', '--disable-component-update', '--disable-sync')
+
+
+@pytest.mark.skipif(shutil.which('node') is None, reason='node is not installed')
+def test_the_tokenizer_of_the_page_equals_sentencepiece(tmp_path):
+  tokenizer, rng = SentencePieceTokenizer(tiny.tokenizer_file()), random.Random(0)
+  odd = 'abc XYZ  \t\n.,!?éÉßſİıǅﬁ①½Ａｂ　️e\u0301한글ㄱㅏ漢字😀👩‍👩‍👧Ωώ\u200b\u00a0\u00ad\ufeffﷺ▁\0\u2028<spe><eot>'
+  words = pathlib.Path(texts.__file__).read_text().split()
+  given = [' '.join(rng.choices(words, k=rng.randrange(12))) for _ in range(1000)]
+  given += [''.join(rng.choices(odd, k=rng.randrange(25))) for _ in range(1000)]
+  given += [''.join(chr(rng.choice([rng.randrange(32, 0xd7ff), rng.randrange(0xe000, 0x10ffff)])) for _ in range(8))
+            for _ in range(500)]
+  (tmp_path / 'texts.json').write_text(json.dumps(given))
+  shutil.copyfile(tiny.tokenizer_file(), tmp_path / 'tokenizer.model')
+  entry = {'type': 'sentencepiece', 'file': 'tokenizer.model'}
+  (tmp_path / 'manifest.json').write_text(json.dumps({'tokenizer': entry}))
+  done = subprocess.run(['node', '-e', _TOKENIZE, _SCRIPT], cwd=tmp_path, capture_output=True, text=True, check=True)
+  for text, ids in zip(given, json.loads(done.stdout), strict=True):
+    assert ids == tokenizer.encode(text), text
+
+
+def _npm(folder: pathlib.Path, content: bytes, monkeypatch, code: int = 0) -> None:
+  """A stand-in of npm, which fetches `content`."""
+  def pack(_, cwd, **__):
+    (pathlib.Path(cwd) / 'x.tgz').write_bytes(content)
+    return types.SimpleNamespace(returncode=code, stderr='E404')
+  monkeypatch.setenv('HOME', str(folder))
+  monkeypatch.setattr(shutil, 'which', lambda _: '/usr/bin/npm')
+  monkeypatch.setattr(subprocess, 'run', pack)
+
+
+def test_the_runtime_is_fetched_once_and_has_the_digest_of_its_version(tmp_path, monkeypatch):
+  digest = base64.b64encode(hashlib.sha512(b'package').digest()).decode()
+  monkeypatch.setattr(browser, '_INTEGRITY', f'sha512-{digest}')
+  _npm(tmp_path, b'package', monkeypatch)
+  archive = browser._archive()
+  assert archive.read_bytes() == b'package' and tmp_path in archive.parents
+  _npm(tmp_path, b'', monkeypatch, code=1)
+  assert browser._archive() == archive
+  archive.write_bytes(b'changed')
+  with pytest.raises(RunError, match='is not onnxruntime-web@.* as it was published: its digest is sha512-'):
+    browser._archive()
+
+
+def test_an_npm_that_is_missing_or_fails_is_one_sentence(tmp_path, monkeypatch):
+  _npm(tmp_path, b'another package', monkeypatch)
+  with pytest.raises(RunError, match='is not onnxruntime-web@'):
+    browser._archive()
+  _npm(tmp_path, b'', monkeypatch, code=1)
+  with pytest.raises(RunError, match='npm cannot fetch onnxruntime-web@.*: E404; check the network'):
+    browser._archive()
+  monkeypatch.setattr(shutil, 'which', lambda _: None)
+  with pytest.raises(UsageError, match='--browser needs npm .*; install Node.js'):
+    browser._archive()
+
+
+@pytest.fixture(name='folder', scope='module')
+def _folder(tmp_path_factory):
+  """An exported folder of a model with random parameters."""
+  if _CHROMIUM is None:
+    pytest.skip('Chromium is not installed')
+  pytest.importorskip('playwright')
+  c = tiny.config('shape', 'caption', 'package', data_dir=tiny.data_dir())
+  c.evaluators.captions = config_lib.evaluator('caption', 'caption', split='train', beam_size=2, length_penalty=1.0)
+  run = train_run.build(c, jax.devices()[:1])
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: np.asarray(0.3 * rng.normal(size=x.shape), np.float32), run.shapes.params)
+  exported = contents.make_contents(
+      run.spec.model.spec, params, run.plan, run.data, dtype='float32', num_examples=6)
+  folder = tmp_path_factory.mktemp('browser') / 'model'
+  try:
+    artifact.write(folder, exported, {'name': 'mine'}, [], formats=['browser'])
+  except RunError as e:
+    pytest.skip(str(e))
+  return folder
+
+
+@pytest.fixture(name='page')
+def _page(folder):
+  """The page in Chromium; fails on a request to another host and on an error in the console."""
+  from playwright.sync_api import sync_playwright
+  handler_class = type('Quiet', (http.server.SimpleHTTPRequestHandler,), {'log_message': lambda *_: None})
+  handler = functools.partial(handler_class, directory=str(folder))
+  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+  threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+  address, wrong = f'http://127.0.0.1:{server.server_address[1]}/', []
+  try:
+    with sync_playwright() as p, p.chromium.launch(executable_path=_CHROMIUM, args=_FLAGS) as chromium:
+      page = chromium.new_page()
+      page.on('console', lambda m: wrong.append(m.text)
+              if m.type == 'error' and 'favicon' not in m.location['url'] else None)
+      page.on('pageerror', lambda e: wrong.append(str(e)))
+      page.on('request', lambda r: None if r.url.startswith((address, 'blob:', 'data:')) else wrong.append(r.url))
+      page.goto(f'{address}index.html')
+      yield page
+      assert not wrong
+  finally:
+    server.shutdown()
+    server.server_close()
+
+
+_CAPTION = '''async index => {
+  let last;
+  for await (const [event, content] of backend.caption({task: 'caption', example: index})) last = content;
+  return last;
+}'''
+
+
+@pytest.mark.nightly
+def test_chromium_gives_the_classes_and_captions_of_the_programs(folder, page):
+  model = shipped.module(folder).Model(folder)
+  words, stored = texts.Texts(model), shipped.module(folder).tensors(folder / 'examples.safetensors')
+  examples = page.evaluate('async () => (await backend.model()).examples')
+  names = model.manifest['target_sets']['shapes']['texts']
+  pixels = list({x.tobytes(): x for task in model.manifest['examples'] if f'{task}/pixels' in stored
+                 for x in stored[f'{task}/pixels']}.values())  # distinct ones
+  images = [e['index'] for e in examples if e['num_frames'] == 1]
+  assert len(images) == len(pixels) >= 3
+  for index, x in zip(images, pixels):
+    want = model.run('caption', 'caption', pixels=x[None])['tokens'][0].tolist()
+    got = page.evaluate(_CAPTION, index)
+    assert got['text'] == words.text(want) and got['tokens'] == want[:len(got['tokens'])]
+    log_p = np.asarray(model.run('shape', 'classify', pixels=x[None])['log_p'])[0]
+    got = page.evaluate("i => backend.classify({task: 'shape', example: i})", index)['answers']
+    order = np.argsort(-log_p)
+    assert [a['text'] for a in got] == [names[k] for k in order]
+    np.testing.assert_allclose([a['probability'] for a in got], np.exp(log_p[order]), rtol=1e-4)
+  # Names that the reader types.
+  given = page.evaluate("i => backend.classify({task: 'shape', example: i, names: ['a red star', 'disc']})", images[0])
+  image = np.asarray(model.run('shape', 'encode', pixels=pixels[0][None])['features'])[0]
+  text = np.asarray(model.run('shape', 'encode_text', **words.tokens(['a red star', 'disc'], 16))['features'])
+  scale = min(float(np.exp(model.params[f'log_scale_{model.manifest["tasks"]["shape"]["temperature"]}'])), 100)
+  p = np.exp(scale * text @ image)
+  answers = {a['text']: a['probability'] for a in given['answers']}
+  np.testing.assert_allclose([answers['a red star'], answers['disc']], p / p.sum(), rtol=1e-3)
+
+
+@pytest.mark.nightly
+def test_a_reader_chooses_an_example_and_reads_its_classes(page):
+  page.get_by_role('button', name='Examples').click()
+  page.locator('.examples button').first.click()
+  page.locator('#live .bars li').first.wait_for(timeout=60_000)
+  assert page.locator('#live .bars li').count() == 3
+  assert 'service' not in page.locator('footer').inner_text()

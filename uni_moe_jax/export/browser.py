@@ -1,0 +1,66 @@
+"""A page in an exported folder that runs its ONNX models by onnxruntime-web: a static folder, and no service.
+
+The page is that of the service, with `browser.js` in its place. onnxruntime-web comes from the registry of npm once, by
+version and digest, and goes into exported folders alone.
+"""
+
+import base64
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import tarfile
+import tempfile
+
+from uni_moe_jax.utils.errors import RunError, UsageError
+
+_PAGE = pathlib.Path(__file__).parents[1] / 'serve/page.html'
+_RUNTIME = 'onnxruntime-web@1.30.0'
+_INTEGRITY = 'sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=='
+_FILES = ('dist/ort.wasm.min.js', 'dist/ort-wasm-simd-threaded.mjs', 'dist/ort-wasm-simd-threaded.wasm', 'package.json')
+_SCRIPTS = '<script src="onnxruntime/ort.wasm.min.js"></script>\n<script src="browser.js"></script>\n<script>'
+_FOOTER = '<a href="docs" id="docs">API</a> <span id="where">Everything stays between this page and the service.</span>'
+
+
+def write(folder: pathlib.Path) -> None:
+  """Writes index.html, browser.js and the folder onnxruntime beside ONNX models.
+
+  Raises:
+    UsageError: npm is not installed. RunError: it cannot fetch onnxruntime-web, or its digest is wrong.
+  """
+  runtime = folder / 'onnxruntime'
+  runtime.mkdir()
+  with tarfile.open(_archive()) as archive, tempfile.TemporaryDirectory() as temporary:
+    for name in _FILES:
+      archive.extract(f'package/{name}', temporary, filter='data')
+      shutil.copy(pathlib.Path(temporary, 'package', name), runtime)
+  page = _PAGE.read_text().replace('<script>', _SCRIPTS, 1)
+  (folder / 'index.html').write_text(page.replace(_FOOTER, 'Everything stays in this page.'))
+  shutil.copyfile(pathlib.Path(__file__).with_name('browser.js'), folder / 'browser.js')
+
+
+def _archive() -> pathlib.Path:
+  """The package of onnxruntime-web, from the cache or from npm."""
+  cached = pathlib.Path(os.path.expanduser('~/.cache/uni_moe_jax')) / f'{_RUNTIME}.tgz'
+  if not cached.exists():
+    if shutil.which('npm') is None:
+      raise UsageError('--browser needs npm to fetch onnxruntime-web, and npm is not installed; install Node.js.')
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cached.parent) as temporary:
+      done = subprocess.run(['npm', 'pack', '--silent', _RUNTIME], cwd=temporary, capture_output=True, text=True)
+      if done.returncode:
+        raise RunError(f'npm cannot fetch {_RUNTIME}: {done.stderr.strip()[-200:]}; check the network and the registry '
+                       'of npm, and start the command again.')
+      [fetched] = pathlib.Path(temporary).glob('*.tgz')
+      _check(fetched)
+      fetched.replace(cached)
+  _check(cached)
+  return cached
+
+
+def _check(archive: pathlib.Path) -> None:
+  digest = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
+  if f'sha512-{digest}' != _INTEGRITY:
+    raise RunError(f'{archive} is not {_RUNTIME} as it was published: its digest is sha512-{digest}; delete it, check '
+                   'the registry of npm, and start the command again.')
