@@ -73,7 +73,8 @@ def test_a_worker_that_cannot_start_ends_the_service(capfd, folder, message):
   async def check(started):
     with pytest.raises(RunError, match=message):
       await started.start()
-    await asyncio.sleep(0.05)
+    await asyncio.to_thread(started._receiver.join)  # it has reported the end
+    await asyncio.sleep(0.01)
     assert not started.restarts
   _run(check, folder)
   assert not capfd.readouterr().err
