@@ -20,7 +20,8 @@ def windows(x: jax.Array) -> jax.Array:
 
   def with_previous(x, axis):  # pairs of neighbors along `axis` + 1; before each, the second of the pair before it
     last = jax.lax.slice_in_dim(x, 1, 2, axis=axis + 1)
-    before = jax.lax.pad(last, jnp.zeros((), x.dtype), [(int(i == axis), -int(i == axis), 0) for i in range(x.ndim)])
+    first, others = (jax.lax.slice_in_dim(last, *ends, axis=axis) for ends in ((0, 1), (0, last.shape[axis] - 1)))
+    before = jnp.concatenate([jnp.zeros_like(first), others], axis=axis)
     return jnp.concatenate([before, x], axis=axis + 1)
 
   x = with_previous(with_previous(x.reshape(B, H // 2, 2, W // 2, 2, C), 1), 3)
