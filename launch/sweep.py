@@ -15,6 +15,7 @@ Exit codes: 0 finished, 75 stopped by a signal (rerun to continue), 1 a run or a
 """
 
 import os
+import pathlib
 import sys
 
 from absl import flags
@@ -37,6 +38,8 @@ _OWN_FLAGS = {
         flags.DEFINE_list('tasks', 'digits,video_caption,video_name', 'For adaptation: these, or tasks of the run.'),
         flags.DEFINE_list('recipes', 'zero-shot,prompts,finetune,finetune-all', 'For adaptation: which to compare.'))}
 
+_FOLDER = pathlib.Path(__file__).resolve().parent  # of the other launch scripts
+
 
 def main() -> int:
   from uni_moe_jax.analysis.sweep import grid, runner
@@ -49,7 +52,7 @@ def main() -> int:
   cells, settings = make_grid(folder, source, *names, _NUM_SEEDS.value, _OVERRIDE.value)  # checks all configs
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
   runner.claim(folder, settings)
-  if not runner.run_cells(cells, runner.run_command):
+  if not runner.run_cells(cells, lambda command: runner.run_command(command, _FOLDER)):
     return exit_codes.PREEMPTED
   from uni_moe_jax.analysis.sweep import results as results_lib
   results = results_lib.collect(_SWEEP.value, cells, source, cli.command_line())

@@ -24,10 +24,6 @@ from PIL import Image
 from tests.helpers import served
 from uni_moe_jax.utils import cli
 
-_MODEL = flags.DEFINE_string('model', None, 'Exported folder.')
-_NUM_REQUESTS = flags.DEFINE_integer('num_requests', 5000, 'Requests.', lower_bound=1)
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the requests.')
-
 _TIMEOUT = 60.0  # seconds until a request counts as one that hangs
 _REFUSED = {200, 400, 404, 405, 408, 413, 415, 421, 422, 429}  # 503: the worker ended
 _MAX_GROWTH = 2**25  # bytes of a process
@@ -179,15 +175,15 @@ def check(service: served.Running, num_requests: int, seed: int = 0) -> collecti
   return counts
 
 
-def main() -> int:
+def main(model_folder: str | None, num_requests: int, seed: int) -> int:
   folder = pathlib.Path(tempfile.mkdtemp(prefix='audit_'))
-  model = pathlib.Path(_MODEL.value).absolute() if _MODEL.value is not None else served.folder()
+  model = pathlib.Path(model_folder).absolute() if model_folder is not None else served.folder()
   with served.running(model=model, **audit(folder)) as service:
     service.wait_idle()
-    check(service, _NUM_REQUESTS.value // 10, seed=_SEED.value + 1)  # memory of first times
+    check(service, num_requests // 10, seed=seed + 1)  # memory of first times
     before = service.memory()
     arm(folder)
-    counts = check(service, _NUM_REQUESTS.value, _SEED.value)
+    counts = check(service, num_requests, seed)
     after = service.memory()
     restarts, output = service.metric('unimoe_worker_restarts'), ''.join(service.output)
   outside = opened(folder, (str(model), '/cache', os.environ.get('JAX_COMPILATION_CACHE_DIR', '/cache')))
@@ -197,5 +193,8 @@ def main() -> int:
   return int(bool(restarts or outside or 'Traceback' in output or growth > _MAX_GROWTH))
 
 
-if __name__ == '__main__':
-  cli.run(main)
+if __name__ == '__main__':  # a test that imports this module has flags of its own
+  model_flag = flags.DEFINE_string('model', None, 'Exported folder.')
+  number_flag = flags.DEFINE_integer('num_requests', 5000, 'Requests.', lower_bound=1)
+  seed_flag = flags.DEFINE_integer('seed', 0, 'Of the requests.')
+  cli.run(lambda: main(model_flag.value, number_flag.value, seed_flag.value))

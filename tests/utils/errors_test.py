@@ -10,7 +10,7 @@ from uni_moe_jax.utils.errors import MissingFileError, UsageError, first_few
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _EXEMPT = {
     # Copied into exports, where the package is not installed.
-    'export/loader.py', 'export/texts.py', 'export/example.py',
+    'export/loader.py', 'export/texts.py', 'export/example.py', 'export/onnx_model.py',
     'train/manifest.py',  # it catches its errors itself
     'tools/preflight/hlo.py'}  # a text of XLA that it cannot parse is a defect
 

@@ -3,6 +3,7 @@
 A finished stage is never repeated. A failed or interrupted one is tried again by the next call.
 """
 
+import pathlib
 import signal
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from uni_moe_jax.utils.files import read_json, write_json
 
 SETTINGS = 'settings.json'  # in the work directory of the sweep
 LOG = 'stages.json'  # in the work directory of a cell
-_UNI_MOE = 'from uni_moe_jax.utils.command import main; main()'  # a command that need not be installed
 
 
 def claim(folder: storage.Path, settings: dict[str, Any]) -> None:
@@ -65,15 +65,16 @@ def run_cells(cells: Sequence[Cell], start: Callable[[Sequence[str]], int]) -> b
   return True
 
 
-def run_command(command: Sequence[str]) -> int:
-  """Runs uni-moe with arguments such as ('train', '--workdir=…').
+def run_command(command: Sequence[str], folder: pathlib.Path) -> int:
+  """Runs a launch script of `folder`, such as ('train', '--workdir=…').
 
   The process gets a session of its own, so that it receives a signal only once, from this process. Returns its exit
   code; 75 if a signal ended it.
   """
   print('$ uni-moe', *command, flush=True)
   received = []
-  child = subprocess.Popen([sys.executable, '-c', _UNI_MOE, *command], start_new_session=True)
+  script = folder / f'{command[0]}.py'
+  child = subprocess.Popen([sys.executable, script, *command[1:]], start_new_session=True)
   pass_on = lambda number, _: (received.append(number), child.send_signal(number))
   with signals.handled(pass_on, signal.SIGINT, signal.SIGTERM):
     code = child.wait()
