@@ -53,6 +53,7 @@ def test_a_notebook_has_small_outputs_of_this_version(path):
 @pytest.mark.parametrize('path', _NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
   monkeypatch.setenv('NOTEBOOK_STEPS', '4')
+  monkeypatch.setenv('XLA_FLAGS', '')  # one device
   monkeypatch.setenv('HOME', str(tmp_path))  # of data and tokenizers
   in_process.write_command(tmp_path / 'bin/uni-moe')
   path_of_python = os.path.dirname(sys.executable)
