@@ -1,5 +1,6 @@
 """What the wheel and the sdist contain, and the two stacks of exact versions."""
 
+import importlib.metadata
 import pathlib
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import zipfile
 
 import pytest
 import yaml
-from packaging import metadata, utils
+from packaging import metadata, specifiers, utils
 
 from uni_moe_jax.train import workdir
 from uni_moe_jax.utils import cli
@@ -104,6 +105,19 @@ def test_the_exact_versions_of_a_stack_are_in_the_declared_ranges(archives, pyth
       assert required.specifier.contains(pins[utils.canonicalize_name(required.name)]), required
       checked += 1
   assert checked > 30
+
+
+def test_the_exact_versions_install_on_the_first_release_of_their_python():
+  # Debian 12 has Python 3.11.2; what needs 3.11.5 cannot be installed there.
+  python = '{}.{}'.format(*sys.version_info)
+  if python not in _STACKS:
+    pytest.skip(f'nothing is pinned for Python {python}')
+  installed = {utils.canonicalize_name(d.name): d for d in importlib.metadata.distributions()}
+  pinned = [installed[name] for name, version in _pins(python).items()
+            if name in installed and installed[name].version == version]
+  too_new = [d.name for d in pinned
+             if not specifiers.SpecifierSet(d.metadata.get('Requires-Python', '')).contains(f'{python}.0')]
+  assert not too_new and len(pinned) > 30
 
 
 def test_the_stacks_are_two_and_a_run_of_one_is_refused_by_the_other(tmp_path, monkeypatch):
