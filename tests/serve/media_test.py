@@ -113,3 +113,8 @@ def test_a_thumbnail_shows_all_frames():
   image = Image.open(io.BytesIO(media.thumbnail(_noise(1, 16, 16, 1))))
   assert image.size == (96, 96) and getattr(image, 'n_frames', 1) == 1
   assert Image.open(io.BytesIO(media.thumbnail(_noise(3, 32, 32, 3)))).n_frames == 3
+
+
+def test_of_16_bits_a_channel_the_upper_8_are_read_as_in_training():
+  image = Image.fromarray(np.array([[0x0012, 0x8034], [0xff56, 0x4078]], np.uint16))
+  np.testing.assert_array_equal(np.asarray(media.read_image(_file(image), _LIMITS))[..., 0], [[0, 128], [255, 64]])

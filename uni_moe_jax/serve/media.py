@@ -6,7 +6,7 @@ import re
 import numpy as np
 from PIL import Image, ImageOps
 
-from uni_moe_jax.data.files import video
+from uni_moe_jax.data.files import media, video
 from uni_moe_jax.serve.limits import Limits, Refused
 from uni_moe_jax.utils.errors import UsageError
 
@@ -27,11 +27,8 @@ def read_image(data: bytes, limits: Limits) -> Image.Image:
   _check_pixels('The image', image.width, image.height, limits)
   try:
     image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-      image = image.convert('RGBA')
-      image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image.convert('RGB')
+    image = media.eight_bits(ImageOps.exif_transpose(image))
+    return (media.on_white(image) if image.has_transparency_data else image).convert('RGB')
   except Exception:
     raise Refused(422, 'The image is damaged: its header is right and its content is not; send it again.') from None
 

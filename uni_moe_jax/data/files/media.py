@@ -11,6 +11,7 @@ import os
 import pathlib
 import stat
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from uni_moe_jax.utils.errors import UsageError
@@ -84,8 +85,7 @@ def _as_displayed(data: bytes) -> Media:
     raise CorruptFile(f'smaller than {MIN_SIDE} pixels')
   if image.has_transparency_data:
     notes.append('transparent: on white')
-    image = image.convert('RGBA')
-    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    image = on_white(image)
   elif image.mode not in _PLAIN_MODES and not (file_format == 'PNG' and image.mode.startswith('I')):
     notes.append(f'color mode {image.mode}')  # TensorFlow reads a PNG of 16 bits itself, and drops the lower 8
   if not notes and file_format not in _PLAIN_FORMATS:
@@ -94,6 +94,17 @@ def _as_displayed(data: bytes) -> Media:
     image.convert('RGB').save(out := io.BytesIO(), 'PNG')
     data = out.getvalue()
   return Media(data, image.size, '; '.join(notes), digest)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+  """A transparent image as people see it."""
+  image = image.convert('RGBA')
+  return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+  """An image of 16 bits by its upper 8, as training reads it; others as they are."""
+  return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith('I') else image
 
 
 def check_video(data: bytes) -> Media:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageOps
 
-from uni_moe_jax.data.files import video
+from uni_moe_jax.data.files import media, video
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record
 from uni_moe_jax.utils import cores
 from uni_moe_jax.utils.errors import UsageError
@@ -42,9 +42,7 @@ def read(records: FileDataset, ids: np.ndarray, num_frames: int) -> Iterator[tup
 def _image(data: bytes) -> np.ndarray:
   image = Image.open(io.BytesIO(data))
   image.draft('RGB', (2 * SIDE, 2 * SIDE))  # JPEG is decoded at a fraction of its size
-  if image.mode.startswith('I'):  # 16 bits, of which training reads the upper 8
-    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-  return _fit(image)[None]
+  return _fit(media.eight_bits(image))[None]
 
 
 def _frames(data: bytes, num_frames: int) -> np.ndarray:
