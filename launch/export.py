@@ -9,8 +9,7 @@ folder is the model card. docs/guides/export_formats.md describes --saved_model,
 run starts from the folder (--checkpoint), also from the Hugging Face Hub (--push_to_hub=OWNER/NAME).
 """
 
-import pathlib
-import tempfile
+import functools
 
 from absl import flags
 
@@ -64,11 +63,9 @@ def main() -> int:
   rows = files.read_json(workdir / suite.EVALUATION_FILE) if step == suite.evaluated_step(workdir) else []
   provenance = workdir_lib.provenance(workdir, step) | {'exported by commit': loop.commit()}
   formats = [flag.name for flag in (_TORCH, _SAVED_MODEL, _ONNX, _BROWSER) if flag.value]
-  with tempfile.TemporaryDirectory() as name:
-    start = pathlib.Path(name) if _CHECKPOINT.value else None
-    if start:
-      checkpoint.write_start(start, params, step, provenance)
-    weights = artifact.write(_OUTPUT.value, exported, provenance, rows, formats, start)
+  write_start = functools.partial(checkpoint.write_start, params=params, step=step, provenance=provenance)
+  weights = artifact.write(
+      _OUTPUT.value, exported, provenance, rows, formats, write_start if _CHECKPOINT.value else None)
   print(f'{_OUTPUT.value}: step {step}, {exported.summary()}\n{weights}')
   if _PUSH_TO_HUB.value:
     print(f'pushed as {hub.push(storage.path(_OUTPUT.value), _PUSH_TO_HUB.value)}')

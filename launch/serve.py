@@ -62,8 +62,8 @@ def main() -> int:
 
 def _exported(workdir: pathlib.Path) -> pathlib.Path:
   """The export of a run's last checkpoint beside it; makes it, in a process of its own, unless it exists."""
-  steps = [int(p.name) for p in workdir.glob('checkpoints/*') if p.name.isdecimal()]
-  folder = workdir / 'served' / str(max(steps, default=0))
+  from uni_moe_jax.train.workdir import saved_step
+  folder = workdir / 'served' / str(saved_step(workdir) or 0)
   if not folder.exists():
     print(f'Exporting {workdir} to {folder}', flush=True)
     command = [sys.executable, str(pathlib.Path(__file__).with_name('export.py')), f'--workdir={workdir}',

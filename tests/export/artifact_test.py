@@ -369,7 +369,8 @@ def test_a_run_starts_from_the_hub_with_the_parameters_of_the_run_bit_for_bit(tr
   origin = workdir_lib.provenance(workdir, 2)
   (tmp_path / 'start').mkdir()
   checkpoint.write_start(tmp_path / 'start', params, 2, origin)
-  artifact.write(tmp_path / 'model', dense, origin, [], start=tmp_path / 'start')
+  artifact.write(tmp_path / 'model', dense, origin, [],
+                 write_start=lambda folder: checkpoint.write_start(folder, params, 2, origin))
   assert f'{tmp_path}'.encode() not in (tmp_path / 'model/config.json').read_bytes()
   with hub_server.running(monkeypatch, tmp_path):
     monkeypatch.setenv('HF_TOKEN', hub_server.TOKEN)

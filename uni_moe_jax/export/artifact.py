@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
 from safetensors.numpy import save_file
 
+from uni_moe_jax.data import mirror
 from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ _CARD, _PIECES = 'README.md', 'tokenizer_pieces.json'
 
 def write(
     folder: str | os.PathLike[str], contents: Contents, provenance: dict[str, Any], evaluation: list[dict[str, Any]],
-    formats: Collection[str] = (), start: pathlib.Path | None = None) -> str:
+    formats: Collection[str] = (), write_start: Callable[[pathlib.Path], None] | None = None) -> str:
   """Writes the folder atomically; returns what its parts weigh, as one line.
 
   Args:
@@ -46,7 +46,7 @@ def write(
     evaluation: rows of evaluation.json for the model card; [] if the step was not evaluated.
     formats: also written: 'torch', model.pth in the layout of the published dense model; 'saved_model', a folder for
       TensorFlow; 'onnx', a model for each program that can be converted; 'browser', a page that runs these.
-    start: a work directory to include, from which a run can start.
+    write_start: adds to a folder what a run needs to start from it.
 
   Raises:
     UsageError: the folder exists, or a format cannot represent the model.
@@ -63,8 +63,8 @@ def write(
     save(staging / 'params.safetensors', {path: np.asarray(x) for path, x in by_path(contents.params).items()})
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save((staging / 'orbax').absolute(), contents.params)
-    if start is not None:
-      shutil.copytree(start, staging, dirs_exist_ok=True)
+    if write_start is not None:
+      write_start(staging)
     if state is not None:
       torch_file.write(staging / 'model.pth', state)
     save(staging / 'target_sets.safetensors', contents.features)
@@ -80,12 +80,17 @@ def write(
       browser.write(staging)
     if 'saved_model' in formats:
       saved_model.write(staging, manifest['tasks'], staging / 'saved_model')
-    manifest['files'] = sorted([_CARD, *_checksums(staging)])
-    (staging / 'manifest.json').write_text(json.dumps(manifest, indent=1))
-    (staging / _CARD).write_text(model_card.card(manifest, evaluation, _checksums(staging)))
-    sums = ''.join(f'{digest}  {name}\n' for name, (digest, _) in _checksums(staging).items())
-    (staging / 'SHA256SUMS').write_text(sums)
-    return model_card.weights(_checksums(staging))
+    sums = {p.relative_to(staging).as_posix(): _checksum(p) for p in sorted(staging.rglob('*')) if p.is_file()}
+
+    def write_last(name: str, text: str) -> None:
+      (staging / name).write_text(text)
+      sums[name] = _checksum(staging / name)
+
+    manifest['files'] = sorted([_CARD, *sums])
+    write_last('manifest.json', json.dumps(manifest, indent=1))
+    write_last(_CARD, model_card.card(manifest, evaluation, dict(sorted(sums.items()))))
+    write_last('SHA256SUMS', ''.join(f'{digest}  {name}\n' for name, (digest, _) in sorted(sums.items())))
+    return model_card.weights(sums)
 
 
 def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, file: pathlib.Path) -> dict[str, Any]:
@@ -140,8 +145,7 @@ def _type_of(name: str, x: Any) -> str:
   return f'{np.dtype(x.dtype).name}[{", ".join(map(str, x.shape))}]'
 
 
-def _checksums(folder: pathlib.Path) -> dict[str, tuple[str, int]]:
-  """{file: (sha256, bytes)} of every file in a folder, sorted."""
-  paths = sorted(p for p in folder.rglob('*') if p.is_file())
-  return {p.relative_to(folder).as_posix(): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_size)
-          for p in paths}
+def _checksum(path: pathlib.Path) -> tuple[str, int]:
+  """(sha256, bytes) of a file."""
+  size, digest = mirror.size_and_digest(path)
+  return digest, size

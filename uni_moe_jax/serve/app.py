@@ -90,8 +90,7 @@ def create(supervisor: Supervisor, service: Service, gallery: Gallery, limits: L
 
   @app.exception_handler(Refused)
   async def refused(_, error: Refused) -> Response:
-    retry = {'Retry-After': '1'} if error.status in (429, 503) else {}
-    return JSONResponse({'error': error.message}, error.status, retry)
+    return JSONResponse({'error': error.message}, error.status, error.retry)
 
   @app.exception_handler(RequestValidationError)
   async def invalid(_, error: RequestValidationError) -> Response:

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from uni_moe_jax.data.files.formats import MEDIA_SUFFIXES, media_type_of
 from uni_moe_jax.serve.batching import Batcher
 from uni_moe_jax.serve.limits import Limits, Refused
 from uni_moe_jax.serve.worker import Facts, Item
 from uni_moe_jax.utils.errors import UsageError
 
-_IMAGES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
-_VIDEOS = ('.mp4', '.webm', '.gif', '.mov', '.mkv')
 _MAX_FILES = 5000
 
 
@@ -32,10 +31,9 @@ class GalleryItem:
 
 def files_of(folder: str) -> list[pathlib.Path]:
   """Images and videos in a folder, sorted. Raises UsageError: there are none, or too many."""
-  suffixes = _IMAGES + _VIDEOS
-  files = sorted(p for p in pathlib.Path(folder).rglob('*') if p.suffix.lower() in suffixes and p.is_file())
+  files = sorted(p for p in pathlib.Path(folder).rglob('*') if p.suffix.lower() in MEDIA_SUFFIXES and p.is_file())
   if not files:
-    raise UsageError(f'--gallery={folder} has no file that ends in one of {", ".join(suffixes)}; give a folder '
+    raise UsageError(f'--gallery={folder} has no file that ends in one of {", ".join(MEDIA_SUFFIXES)}; give a folder '
                      'of images and videos.')
   if len(files) > _MAX_FILES:
     raise UsageError(f'--gallery={folder} has {len(files):,} images and videos, and at most {_MAX_FILES:,} are '
@@ -109,7 +107,8 @@ class Gallery:
       item, is_video = source, example['num_frames'] > 1
       made, digest = GalleryItem(index, f'example {source.example}', example['answer']), f'example {source.example}'
     else:
-      data, is_video = await asyncio.to_thread(source.read_bytes), source.suffix.lower() in _VIDEOS
+      data, suffix = await asyncio.to_thread(source.read_bytes), source.suffix.lower()
+      is_video = suffix == '.gif' or media_type_of(suffix) == 'video'
       item = Item(thumbnail=True, **{'video' if is_video else 'image': data})
       made, digest = GalleryItem(index, source.name, source.stem.replace('_', ' ')), hashlib.sha256(data).hexdigest()
     for task in self.searchers():

@@ -154,7 +154,7 @@ async def refuse(error: Refused, send: Any, close: bool = False) -> None:
   """Sends a refusal as JSON."""
   body = json.dumps({'error': error.message}).encode()
   headers = [(b'content-type', _JSON), (b'content-length', str(len(body)).encode())]
-  headers += [(b'retry-after', b'1')] if error.status in (429, 503) else []
+  headers += [(name.lower().encode(), value.encode()) for name, value in error.retry.items()]
   headers += [(b'www-authenticate', b'Bearer')] if error.status == 401 else []
   headers += [(b'connection', b'close')] if close else []  # the rest of the body would follow
   await send({'type': 'http.response.start', 'status': error.status, 'headers': headers})

@@ -10,6 +10,11 @@ class Refused(Exception):
     super().__init__(message)
     self.status, self.message = status, message
 
+  @property
+  def retry(self) -> dict[str, str]:
+    """The header of a refusal that may be none a second later."""
+    return {'Retry-After': '1'} if self.status in (429, 503) else {}
+
   def __reduce__(self):  # crosses the pipe of the worker
     return Refused, (self.status, self.message)
 

@@ -182,8 +182,7 @@ class _Batch:
     return np.bool_(True)
 
   def _try(self, ids: tf.Tensor, hashes: tf.Tensor, is_new: tf.Tensor) -> tuple[Features, tf.Tensor]:
-    """(features, ok bool [n]); those of corrupt examples are zeros, but for
-    `label_tables` and phrases.
+    """(features, ok bool [n]); those of corrupt examples are zeros, but for `label_tables` and phrases.
 
     is_new: bool [n], which to count.
     """

@@ -13,7 +13,7 @@ from typing import Any
 
 _SUFFIXES = {'image': ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp'),
              'video': ('.mp4', '.webm', '.mkv', '.avi', '.mov', '.gif')}
-MEDIA_SUFFIXES = {suffix for suffixes in _SUFFIXES.values() for suffix in suffixes}
+MEDIA_SUFFIXES = tuple(dict.fromkeys(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes))
 MEDIA_TYPES = tuple(_SUFFIXES)
 # Names of folders and files that stand for a split.
 SPLIT_NAMES = {'train': 'train', 'training': 'train', 'val': 'validation', 'valid': 'validation',
