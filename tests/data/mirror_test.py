@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from tests.data import own_files
@@ -269,6 +270,20 @@ def test_threads_that_need_more_than_the_bound_read_what_they_need_within_it(buc
     for ids, read in zip(orders, pool.map(shards.__getitems__, orders), strict=True):
       assert read == [records[i] for i in ids]
   assert max(peaks) <= 1.5 * size
+
+
+def test_a_file_that_is_removed_while_it_is_opened_is_read(bucket, tmp_path, monkeypatch):
+  records = _upload_shards(bucket, tmp_path / 'sender', 1)
+  data = Mirror(bucket, tmp_path / 'receiver')
+  shards, reader = _shards(data, 1), array_record_module.ArrayRecordReader
+
+  def removed_before(*args, **kwargs):
+    (data.root / _name(0)).unlink()
+    return reader(*args, **kwargs)
+
+  monkeypatch.setattr(array_record_module, 'ArrayRecordReader', removed_before)
+  assert shards.__getitems__(range(5)) == records
+  assert data.num_fetched == 1
 
 
 def test_files_are_fetched_in_the_order_in_which_they_are_needed(bucket, tmp_path, monkeypatch, capsys):

@@ -273,13 +273,14 @@ class Shards:
     from array_record.python.array_record_module import ArrayRecordReader
     while True:
       path = self._mirror.fetch(self._names[shard])
-      with self._lock, contextlib.suppress(FileNotFoundError):
-        inode = os.stat(path).st_ino  # raises if another process has removed it since
+      # Opened once: whoever removes the file from here on, its bytes stay readable through the descriptor.
+      with self._lock, contextlib.suppress(FileNotFoundError), open(path, 'rb') as file:
+        inode = os.fstat(file.fileno()).st_ino
         if self._readers.get(shard, (None,))[0] != inode:
           # An open file keeps its place on the disk after it was removed.
           self._readers = {i: r for i, r in self._readers.items() if (self._mirror.root / self._names[i]).exists()}
           self._readers[shard] = inode, ArrayRecordReader(
-              str(path), options='readahead_buffer_size:0', file_reader_buffer_size=2**15)
+              f'/dev/fd/{file.fileno()}', options='readahead_buffer_size:0', file_reader_buffer_size=2**15)
         return self._readers[shard][1]
 
 
