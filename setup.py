@@ -26,6 +26,9 @@ _ELSEWHERE = "sys_platform != 'linux' or platform_machine != 'x86_64'"
 # regex is numbered by the date of a release, so there is no next one that may break an interface.
 _CLIP = ['ftfy>=6.3.1,<7', 'regex>=2026.11.19', 'tokenizers>=0.23.3,<0.24']
 
+# Grouped products on TPU and GPU: moe.gmm='tokamax'.
+_TOKAMAX = ['tokamax>=0.0.12,<0.1']
+
 _TORCH = ['torch>=2.13,<3']
 
 _HUB = ['huggingface_hub>=2.4,<3']
@@ -100,6 +103,7 @@ setuptools.setup(
         'hub': _HUB,  # reads hf:OWNER/NAME, and uni-moe export --push_to_hub
         'serve': _SERVE,  # the page and the JSON service of uni-moe serve
         'docs': _DOCS,  # the site
+        'tokamax': _TOKAMAX,
         'torch': _TORCH,  # reads the authors' checkpoints; nothing else needs it
         'video': _VIDEO,  # decodes mp4, webm and gif
     },

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import hlo, small_model
+from tests.helpers import gmm_backends, hlo, small_model
 from uni_moe_jax.config import schema
 from uni_moe_jax.moe import dispatch, gmm, gmm_tiled, layers, routers
 from uni_moe_jax.tasks import router_names
@@ -92,7 +92,7 @@ def test_earlier_positions_come_first_then_first_choices_in_each_group(expert, g
   assert _kept(plan, *np.shape(kept)) == kept
 
 
-@pytest.mark.parametrize('backend', gmm.BACKENDS)
+@pytest.mark.parametrize('backend', gmm_backends.ALL)
 def test_tokens_are_conserved(backend):
   # Every kept choice has one slot, the source of that slot is the choice, and all other slots are empty.
   expert = np.random.default_rng(0).permuted(np.tile(np.arange(3), (4, 6, 1)), axis=-1)[..., :2]
@@ -168,7 +168,7 @@ def _compare(actual, expected):
     np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize('backend', gmm.BACKENDS)
+@pytest.mark.parametrize('backend', gmm_backends.ALL)
 def test_exact_dispatch_equals_the_loop_in_values_and_gradients_and_so_does_enough_capacity(backend):
   _compare(_value_and_gradients(functools.partial(_dispatched, backend=backend)), _expected())
   assert all(np.abs(b).max() > .1 for b in _expected())
@@ -177,7 +177,7 @@ def test_exact_dispatch_equals_the_loop_in_values_and_gradients_and_so_does_enou
   np.testing.assert_allclose(run(*_inputs()), _expected()[0], atol=2e-5)
 
 
-@pytest.mark.parametrize('backend', gmm.BACKENDS)
+@pytest.mark.parametrize('backend', gmm_backends.ALL)
 def test_dispatch_with_capacity_equals_the_loop_over_kept_choices(backend):
   logits = _inputs()[-1]
   output = routers.RouterOutput(logits, *routers.keep_top_k(logits, _K))

@@ -1,5 +1,6 @@
 """Every backend of the grouped product computes the plain loop over experts, in values and gradients."""
 
+import contextlib
 import functools
 import types
 from unittest import mock
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import abstract_gpu, small_model
+from tests.helpers import abstract_devices, gmm_backends, small_model
 from tests.helpers.jaxprs import equations
 from uni_moe_jax.moe import gmm, gmm_triton
+from uni_moe_jax.utils.errors import UsageError
 
 _E, _D, _F, _G = 4, 6, 5, 16
 # Of an odd width and depth the last ones are cut off. Every kernel has its own.
@@ -69,7 +71,8 @@ def _compare(backend, sizes, starts, rows):
       np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize('backend', ['ragged', 'megablox', 'triton'])
+@pytest.mark.parametrize('backend', [
+    'ragged', 'megablox', 'triton', pytest.param('tokamax', marks=gmm_backends.TOKAMAX)])
 @pytest.mark.parametrize('sizes', _SIZES.values(), ids=_SIZES.keys())
 def test_every_backend_equals_the_plain_loop(backend, sizes):
   _compare(backend, sizes, np.cumsum(sizes) - sizes, _G)
@@ -106,10 +109,61 @@ def test_a_gpus_program_has_three_kernels_of_whole_tiles(dtype, platform):
   def loss(x, kernel, sizes):
     return gmm.grouped_matmul(x, kernel, sizes, 'triton').astype(jnp.float32).sum()
   sizes = jax.ShapeDtypeStruct((_E,), jnp.int32)
-  with abstract_gpu.tracing_for(platform):
+  with abstract_devices.tracing_for(platform):
     traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(x, kernel, sizes)
     kernels = lambda platform: traced.lower(lowering_platforms=(platform,)).as_text().count('__gpu$xla.gpu.triton')
     assert (kernels(platform), kernels('cpu')) == (3, 0)
+
+
+@contextlib.contextmanager
+def _tokamax_for(platform: str, interpret: bool = False):
+  """tokamax takes its kernel for 'tpu' or 'cuda', as it does where it finds such a device."""
+  from tokamax._src.ops.ragged_dot import api, pallas_mosaic_tpu
+  kernels = {'tpu': pallas_mosaic_tpu.PallasMosaicTpuRaggedDot(interpret=interpret),
+             'cuda': api.IMPLEMENTATIONS.get('triton')}
+  if kernels[platform] is None:
+    pytest.skip('this tokamax has no Triton kernel without jax-triton')
+  with (mock.patch.object(type(kernels[platform]), 'supported_on', lambda *_: True),
+        mock.patch('tokamax.ragged_dot', functools.partial(api.ragged_dot, implementation=(kernels[platform],))),
+        abstract_devices.tracing_for(platform)):
+    yield
+
+
+@gmm_backends.TOKAMAX
+@pytest.mark.parametrize('platform, ours, mark', [
+    ('tpu', 'megablox', 'tpu_custom_call'), ('cuda', 'triton', '__gpu$xla.gpu.triton')])
+def test_tokamax_has_a_kernel_for_each_of_our_kernels(platform, ours, mark):
+  x, kernel, sizes = jnp.ones((256, 128)), jnp.ones((_E, 128, 256)), jnp.array([9, 0, 90, 1])
+  counts = []
+  for backend in ('tokamax', ours):
+    loss = lambda x, kernel: gmm.grouped_matmul(x, kernel, sizes, backend).astype(jnp.float32).sum()
+    with _tokamax_for(platform):
+      traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(x, kernel)
+      counts.append(traced.lower(lowering_platforms=(platform,)).as_text().count(mark))
+  assert counts == [3, 3]  # the product, and both of its gradients
+
+
+@gmm_backends.TOKAMAX
+def test_tokamaxs_kernel_for_tpus_equals_ours():
+  sizes = jnp.array([3, 0, 120, 65])
+  x, kernel, weight = _normal(0, 256, 128), _normal(1, _E, 128, 128), _normal(2, 256, 128)
+  results = []
+  for backend in ('tokamax', 'megablox'):
+    def loss(x, kernel):
+      y = jnp.where(jnp.arange(256)[:, None] < 188, gmm.grouped_matmul(x, kernel, sizes, backend), 0)
+      return (y * weight).sum(), y
+    with _tokamax_for('tpu', interpret=True):
+      compiled = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)).lower(x, kernel).compile()
+    (_, y), (dx, dkernel) = compiled(x, kernel)
+    results.append((y, dx[:188], dkernel))
+  for name, a, b in zip(('y', 'dx', 'dkernel'), *results):
+    np.testing.assert_allclose(a, b, atol=1e-3, err_msg=name)
+
+
+def test_without_tokamax_the_error_names_the_extra():
+  with mock.patch.dict('sys.modules', tokamax=None), pytest.raises(UsageError, match=(
+      r"moe.gmm='tokamax' needs tokamax; run: pip install 'uni-moe-jax\[tokamax\]', or set moe.gmm='auto'.")):
+    gmm.grouped_matmul(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.array([2]), 'tokamax')
 
 
 @pytest.mark.parametrize('sizes', [
@@ -147,12 +201,12 @@ def test_auto_follows_the_device_and_xla_is_auto_without_the_kernels(device, cap
 
 @pytest.mark.parametrize('backend, most, rows', [
     ('portable', 200, 455), ('tiled', 200, 455),
-    ('megablox', 200, 256), ('megablox', 256, 256), ('triton', 200, 200), ('ragged', 200, 200)])
+    ('megablox', 200, 256), ('megablox', 256, 256), ('tokamax', 200, 256), ('triton', 200, 200), ('ragged', 200, 200)])
 def test_rows_that_a_backend_needs(backend, most, rows):
   # A tile has at most 256 rows, and at least one of its group.
   assert gmm.num_rows(backend, most) == rows
 
 
 def test_an_unknown_backend_names_the_known_ones():
-  with pytest.raises(ValueError, match="backend 'loops' is not one of batched, ragged, megablox, triton"):
+  with pytest.raises(ValueError, match="backend 'loops' is not one of batched, ragged, megablox, triton, tokamax"):
     gmm.grouped_matmul(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.array([2]), 'loops')

@@ -14,14 +14,14 @@ from jax.experimental.pallas.ops.tpu.megablox import gmm
 from uni_moe_jax.moe import gmm_tiled, gmm_triton, pallas_kernels
 from uni_moe_jax.utils.errors import UsageError
 
-BACKENDS = ('tiled', 'batched', 'ragged', 'megablox', 'triton')
+BACKENDS = ('tiled', 'batched', 'ragged', 'megablox', 'triton', 'tokamax')
 AUTO, XLA = 'auto', 'xla'
 # Of exported programs: 'tiled' on CPU, `in_rounds` elsewhere. No kernel is part of it: those of Triton and megablox are
 # not stable in a serialized program, and `ragged_dot` has no symbolic number of rows.
 PORTABLE = 'portable'
 # Of programs for ONNX: each expert's product for every token, which is E / K times as much work in plain operations.
 EVERY_EXPERT = 'every_expert'
-_MEGABLOX_ROWS = 128
+_TPU_ROWS = 128  # of a tile
 
 
 def choose_backend(backend: str, capacity: bool, platform: str | None = None) -> str:
@@ -44,11 +44,11 @@ def choose_backend(backend: str, capacity: bool, platform: str | None = None) ->
 def num_rows(backend: str, most: int) -> int:
   """Number of rows that a backend other than 'batched' needs, for at most `most` rows in groups.
 
-  The last tile of 'tiled' reaches beyond its group, and megablox takes whole tiles.
+  The last tile of 'tiled' reaches beyond its group, and kernels for TPUs take whole tiles.
   """
   if backend in ('tiled', PORTABLE):
     return most + gmm_tiled.BEHIND
-  return most + -most % _MEGABLOX_ROWS if backend == 'megablox' else most
+  return most + -most % _TPU_ROWS if backend in ('megablox', 'tokamax') else most
 
 
 def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: str) -> jax.Array:
@@ -71,14 +71,26 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
   if backend == 'ragged':
     return jax.lax.ragged_dot(x, kernel, sizes)
   if backend == 'megablox':
-    tiling = (_MEGABLOX_ROWS, 128, 128)
+    tiling = (_TPU_ROWS, 128, 128)
     run = lambda *operands, interpret: gmm(*operands, x.dtype, tiling, None, None, False, interpret)
     return pallas_kernels.compiled_on(('tpu',), run, x, kernel, sizes)
   if backend == 'triton':
     return gmm_triton.grouped_matmul(x, kernel, sizes)
+  if backend == 'tokamax':
+    return _tokamax(x, kernel, sizes)
   if backend == PORTABLE:
     return in_rounds(x, kernel, sizes)
   raise UsageError(f'backend {backend!r} is not one of {", ".join(BACKENDS[1:])}.')
+
+
+def _tokamax(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
+  """`grouped_matmul` by the kernel that the package tokamax has for the default device; without one, by XLA."""
+  try:
+    import tokamax  # of an extra, and it takes seconds
+  except ModuleNotFoundError as e:
+    raise UsageError(f"moe.gmm='tokamax' needs {e.name}; run: pip install 'uni-moe-jax[tokamax]', or set moe.gmm="
+                     "'auto'.") from e
+  return tokamax.ragged_dot(x, kernel, sizes, preferred_element_type=x.dtype)
 
 
 def in_rounds(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from tests.helpers import abstract_gpu
+from tests.helpers import abstract_devices
 from uni_moe_jax.model import attention_kernels
 from uni_moe_jax.tools.bench import gpu_sections, settings
 from uni_moe_jax.tools.bench.cases import Context
@@ -41,7 +41,7 @@ def _lowered(measure: gpu_sections.Measure) -> tuple[str, list]:
   on_h100 = lambda *args: choose(*args[:-1], types.SimpleNamespace(devices=np.array([_H100])))
   with mock.patch.object(jax, 'default_backend', lambda: 'gpu'), mock.patch.object(
       attention_kernels, 'choose', on_h100), mock.patch.object(
-          fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000), abstract_gpu.tracing_for('cuda'):
+          fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000), abstract_devices.tracing_for('cuda'):
     return jax.jit(program).trace().lower(lowering_platforms=('cuda',)).as_text(), rows
 
 

@@ -157,6 +157,7 @@ def test_mixed_images_have_two_classes_and_videos_the_frames_of_their_task():
 
 @pytest.mark.parametrize('router, capacity_factor, gmm, expected', [
     ('token', 1.25, 'auto', 'xla'), ('context', 0.0, 'megablox', 'xla'), ('token', 1.25, 'tiled', 'tiled'),
+    ('token', 0.0, 'tokamax', 'xla'),
     ('attribute', 0.0, 'auto', 'auto')])
 def test_xlas_products_replace_the_tpu_kernel(router, capacity_factor, gmm, expected):
   """With a capacity or without one: training and evaluation differ in that."""
