@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,8 +114,15 @@ def running(*flags: str, model: pathlib.Path | None = None, **variables: str) ->
   env = {**os.environ, 'PYTHONPATH': str(processes.ROOT), 'JAX_PLATFORMS': 'cpu', 'PYTHONUNBUFFERED': '1',
          'XLA_FLAGS': fast_compile.environment_flags(), 'XDG_CACHE_HOME': f'{_folder().name}/cache', **variables}
   command = [sys.executable, 'launch/serve.py', f'--model={model or folder()}', '--port=0', *flags]
+  with started(command, processes.ROOT, env) as service:
+    yield service
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], cwd: pathlib.Path, env: Mapping[str, str]) -> Iterator[Running]:
+  """Start a command that serves, and wait until it is ready. Kill it at the end if it still runs."""
   process = subprocess.Popen(
-      command, cwd=processes.ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+      command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
   lines, output = queue.Queue(), []
 
   def read() -> None:
