@@ -44,7 +44,7 @@ def _expected(router: str):
 @pytest.mark.parametrize('router, option', [
     ('attribute', dict(all_rows=True)), pytest.param('token', dict(all_rows=True), marks=pytest.mark.nightly),
     pytest.param('context', dict(all_rows=True), marks=pytest.mark.slow), ('attribute', dict(keys=True)),
-    ('token', dict(keys=True)), pytest.param('context', dict(keys=True), marks=pytest.mark.slow),
+    *(pytest.param(router, dict(keys=True), marks=pytest.mark.slow) for router in ('token', 'context')),
     ('attribute', dict(shards=2))])
 def test_options_of_the_encoder_change_no_result(router, option):
   _assert_close(_features(small_model.spec(router), _mix(), **option), _expected(router))

@@ -41,7 +41,7 @@ def test_padding_has_no_valid_token_and_even_batches_and_images_stay_unchanged()
 def test_padding_changes_no_feature_gradient_or_count(router, valid):
   # Training, with noise and dropped paths, which are drawn by ids; capacity follows shapes, so it is left out.
   routes_tokens = router in ('token', 'context')
-  spec = small_model.spec(router, drop_path=0.3, noise_std=0.1)
+  spec = small_model.spec(router, num_layers=1, drop_path=0.3, noise_std=0.1)
   texts = _texts(valid)
   weights = jnp.asarray(np.random.default_rng(0).normal(size=(_N, 1, spec.width)), jnp.float32)
 

@@ -57,7 +57,8 @@ def test_prompts_change_no_shape():
 
 
 def test_prompts_of_inputs_alone_leave_targets_as_they_are():
-  spec, plain = small_model.spec(num_deep_prompts=_P, prompt_sharing='inputs'), small_model.spec()
+  plain = small_model.spec(num_layers=1)
+  spec = dataclasses.replace(plain, num_deep_prompts=_P, prompt_sharing='inputs')
   with_, without = _features(spec), _features(plain)
   np.testing.assert_array_equal(with_[3], without[3])
   for i in range(len(_TASK_TYPES)):
@@ -84,7 +85,7 @@ def test_every_sequence_attends_to_every_row_of_every_layer(index):
 
 
 def test_separate_prompts_serve_one_side_each():
-  spec = _spec(prompt_sharing='separate')
+  spec = _spec(prompt_sharing='separate', num_layers=1)
   for index, own, other in ((0, 'input', 'target'), (3, 'target', 'input')):
     gradient = _gradient(spec, index)
     for path, g in gradient.items():
@@ -106,7 +107,7 @@ def test_the_condition_of_prompts_is_that_of_the_first_segment():
 @functools.cache
 def _embedded(prefix: int, sides: str = 'separate'):
   """Embedded sequences, of `_sequences` and of a question about an image."""
-  spec = small_model.spec(num_prefix_prompts=prefix, prompt_sharing=sides)
+  spec = small_model.spec(num_layers=1, num_prefix_prompts=prefix, prompt_sharing=sides)
   _, collected = small_model.run(spec, (*_sequences(), small_model.sequence('vqa')), taps=True)
   return jax.device_get(collected['sequences']), small_model.params(spec)
 
@@ -161,7 +162,7 @@ def test_the_rows_that_are_read_are_the_same_when_all_are_computed():
 
 @pytest.mark.parametrize('index', range(len(_TASK_TYPES) + 1))
 def test_every_prefix_prompt_moves_every_readout(index):
-  rows = _gradient(small_model.spec(num_prefix_prompts=3), index)['embed/prompts/input']
+  rows = _gradient(small_model.spec(num_layers=1, num_prefix_prompts=3), index)['embed/prompts/input']
   assert np.abs(rows).max(-1).min() > 1e-6
 
 
@@ -170,7 +171,7 @@ _ENTRIES, _ORDER = 5, np.array([3, 0, 4, 1, 2], np.int32)
 
 
 def _label_spec(entries: int = _ENTRIES):
-  return small_model.spec(label_prompts=(('names', entries), ('others', 2)), num_prefix_prompts=1)
+  return small_model.spec(num_layers=1, label_prompts=(('names', entries), ('others', 2)), num_prefix_prompts=1)
 
 
 def _buckets(seed: int = 0, lengths=((2, 3), (3, 4))):

@@ -151,7 +151,7 @@ def test_sequences_with_different_readout_segments_stay_separate():
 
 @pytest.mark.parametrize('router', ['attribute', 'context'])
 def test_entries_in_buckets_have_the_features_and_gradients_of_entries_padded_to_the_longest(router, monkeypatch):
-  spec, lengths = small_model.spec(router), [4, 2, 3, 4, 2, 2]
+  spec, lengths = small_model.spec(router, num_layers=1), [4, 2, 3, 4, 2, 2]
   rng, condition = np.random.default_rng(0), task_types.families()['names']
   entries = [[rng.integers(2, small_model.VOCABULARY, n).tolist()] for n in lengths]
   direction = rng.normal(size=(len(entries), spec.width)).astype(np.float32)

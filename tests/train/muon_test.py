@@ -38,8 +38,14 @@ def _updates(gradients, state=None, on_one_cpu=True, **changes):
   return by_path(updates), state
 
 
-def _gradients(seed=0):
-  rng = np.random.default_rng(seed)
+@functools.cache
+def _first_update(name):
+  """({path: update}, state) of one gradient by an optimizer."""
+  return _updates(_gradients(), name=name)
+
+
+def _gradients():
+  rng = np.random.default_rng(0)
   return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), small_model.params(SPEC))
 
 
@@ -68,8 +74,8 @@ def test_only_kernels_of_blocks_are_matrices():
 # Five iterations take every singular value to .68 … 1.27; 0.2 √(larger side) is the scale.
 @pytest.mark.parametrize('name, side', [(QKV, 16), (OUT, 16), (MLP, 24)])
 def test_all_singular_values_of_an_update_are_about_equal(name, side):
-  singular = {optim: np.linalg.svd(_matrices(-np.asarray(_updates(_gradients(), name=optim)[0][name]), name),
-                                   compute_uv=False) for optim in ('muon', 'adamw')}
+  singular = {optim: np.linalg.svd(_matrices(-np.asarray(_first_update(optim)[0][name]), name), compute_uv=False)
+              for optim in ('muon', 'adamw')}
   size = singular['muon'] / (0.2 * np.sqrt(side))
   assert .6 < size.min() and size.max() < 1.3
   assert singular['adamw'].min() < singular['adamw'].max() / 5
@@ -110,10 +116,10 @@ def test_updates_have_the_directions_of_the_gradient():
 
 
 def test_every_expert_and_each_of_queries_keys_and_values_is_updated_on_its_own():
-  one, two = _gradients(), _gradients()
+  two = _gradients()
   kernel = two['encoder']['tail']['block0']['qkv']['kernel']  # of queries of expert 1 alone
   two['encoder']['tail']['block0']['qkv']['kernel'] = kernel.at[1, :, 0].multiply(jnp.linspace(1, 9, 16)[:, None, None])
-  differs = np.array(_updates(one, name='muon')[0][QKV] - _updates(two, name='muon')[0][QKV])
+  differs = np.array(_first_update('muon')[0][QKV] - _updates(two, name='muon')[0][QKV])
   assert np.abs(differs[1, :, 0]).max() > .01
   differs[1, :, 0] = 0
   np.testing.assert_array_equal(differs, 0)
@@ -121,14 +127,14 @@ def test_every_expert_and_each_of_queries_keys_and_values_is_updated_on_its_own(
 
 def test_momentum_by_hand():
   # Gradients g, then 0: the second direction is that of g again, since momentum remembers it, whatever its length.
-  first, state = _updates(_gradients(), name='muon')
+  first, state = _first_update('muon')
   second, _ = _updates(jax.tree.map(jnp.zeros_like, _gradients()), state, name='muon')
   np.testing.assert_allclose(second[MLP], first[MLP], atol=1e-4)
   assert np.abs(first[MLP]).max() > .1
 
 
 def test_all_other_parameters_are_updated_as_by_adamw():
-  of_muon, of_adamw = (_updates(_gradients(), name=name)[0] for name in ('muon', 'adamw'))
+  of_muon, of_adamw = (_first_update(name)[0] for name in ('muon', 'adamw'))
   matrices = {path for path, names in _names().items() if muon.matrix_axes(names)}
   for path, update in of_adamw.items():
     assert np.array_equal(update, of_muon[path]) == (path not in matrices), path
@@ -136,7 +142,7 @@ def test_all_other_parameters_are_updated_as_by_adamw():
 
 def test_frozen_kernels_have_no_momentum_and_others_decay():
   groups = ((r'tail/block0/qkv/kernel', 'freeze'), (r'ffn_in/kernel', .5, .1), (r'.*', 1., 0.))
-  plain, _ = _updates(_gradients(), name='muon')
+  plain, _ = _first_update('muon')
   updates, state = _updates(_gradients(), name='muon', param_groups=groups)
   np.testing.assert_array_equal(updates[QKV], 0)
   np.testing.assert_allclose(

@@ -50,7 +50,7 @@ def _build(records, task_type='image_retrieval', training=True, templates=TEMPLA
   return builder.build(make_plan(c).tasks[0], records)
 
 
-def _make(examples, epochs=8):
+def _make(examples, epochs=3):
   ids = tf.range(NUM_ROWS, dtype=tf.int64)
   made = [examples.make(ids, hashing.example_hash(0, 'x', tf.constant(e, tf.int64), ids)) for e in range(epochs)]
   return {k: np.concatenate([m[k] for m in made]) for k in made[0]}
@@ -60,10 +60,13 @@ def _num_tokenized(records) -> int:
   return len([p for p in (records.cache / phrases.FOLDER).glob('*') if p.name != locks.FILE])
 
 
-@pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize('task_type', ['image_retrieval', 'image_caption'])
-def test_examples_are_those_of_parsed_records(records, task_type, training, monkeypatch):
+# Processes take seconds to start: one case has them.
+@pytest.mark.parametrize('task_type, training, workers', [
+    ('image_retrieval', True, 2), ('image_retrieval', False, 1), ('image_caption', True, 1),
+    ('image_caption', False, 1)])
+def test_examples_are_those_of_parsed_records(records, task_type, training, workers, monkeypatch):
   monkeypatch.setattr(phrases, '_CHUNK', 7)  # in many parts
+  monkeypatch.setattr(phrases.cores, 'available', lambda: workers)
   expected = _make(_build(dataclasses.replace(records, text_file=None), task_type, training))
   assert _num_tokenized(records) == 0
   made = _make(_build(records, task_type, training))

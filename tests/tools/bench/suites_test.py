@@ -29,7 +29,7 @@ def _context() -> cases.Context:
 
 
 @functools.cache
-def _measure(suite: str, dtype: str = 'float32'):
+def _measure(suite: str, dtype: str):
   header, rows = suites.measure((suite,), _SIZES, _config(), dtype)
   assert header['dtype of products'] == dtype
   return {r.name: r for r in rows if r.suite == suite}
@@ -71,12 +71,12 @@ def test_every_figure_is_finite_and_has_a_unit_and_a_note(suite, dtype):
 
 @pytest.mark.nightly
 def test_every_router_is_compared_with_dense_in_both_modes_and_has_a_budget():
-  rows = _measure('routers')
+  rows = _measure('routers', 'float32')
   routers = (*router_names.MERGED, *router_names.DISPATCHED)
   assert rows.keys() >= {f'{router} / dense, {mode}' for router in routers for mode in ('train', 'inference')}
   assert str(rows['task / dense, train'].budget) == '<= 1.1 (1.03)'
   assert rows['task / dense, inference'].budget is None
-  assert str(_measure('mixed')['task / dense'].budget) == '<= 1.15 (1.05)'
+  assert str(_measure('mixed', 'float32')['task / dense'].budget) == '<= 1.15 (1.05)'
 
 
 @pytest.mark.nightly
@@ -90,12 +90,12 @@ def test_the_recorded_seconds_are_scaled_by_the_peak():
 
 @pytest.mark.nightly
 def test_images_and_videos_are_counted_separately():
-  assert {r.name: r.unit for r in _measure('input').values() if r.unit.endswith('/s')} == {
+  assert {r.name: r.unit for r in _measure('input', 'float32').values() if r.unit.endswith('/s')} == {
       'shape, batches of 8': 'images/s', 'motion, batches of 4': 'videos/s', 'pair, batches of 4': 'images/s'}
 
 
 def test_files_are_counted_by_type_beside_the_same_work_by_hand():
-  rows, types = _measure('files'), [t.name for t in input_rate._FILE_TYPES.values()]
+  rows, types = _measure('files', 'float32'), [t.name for t in input_rate._FILE_TYPES.values()]
   types.insert(1, f"{types[0]}, resize='pillow'")
   assert [(name, row.unit) for name, row in rows.items() if name in types] == list(
       zip(types, ('images/s', 'images/s', 'images/s', 'videos/s'), strict=True))
@@ -107,7 +107,7 @@ def test_files_are_counted_by_type_beside_the_same_work_by_hand():
 @pytest.mark.nightly
 def test_the_compilation_cache_is_enabled_again_afterwards():
   before = jax.config.jax_enable_compilation_cache
-  _measure('compile')
+  _measure('compile', 'float32')
   assert jax.config.jax_enable_compilation_cache == before
 
 
