@@ -118,9 +118,11 @@ PY
     stamp="$venv/installed-$name"
     [[ -f "$stamp" && "$(<"$stamp")" == "$want" ]] && return
   done
-  echo 'Installing the dependencies into .venv (about 1 minute and 2.6 GB)'
+  echo 'Installing the dependencies into .venv (about 1 minute and 2.4 GB)'
   rm -f "$venv"/installed-*
   pip_install -c "$(constraints)" -e ".[${extra:-serve}]" || return 1  # `test` has what `serve` has
+  # TensorFlow's C++ headers, 287 MB, are for building extensions of it.
+  if [[ -f "$venv/launch" ]]; then rm -rf "$venv"/lib/python*/site-packages/tensorflow/include; fi
   echo "$want" >"$stamp"
 }
 
