@@ -9,12 +9,20 @@ from uni_moe_jax.serve.worker import Facts
 
 
 def main(connection: Connection, folder: str, limits: Limits, cache: str) -> None:
-  """Serves jobs as `worker.main` does. folder: 'broken' cannot be loaded, 'dead' ends at once."""
+  """Serves jobs as `worker.main` does.
+
+  folder: 'broken' cannot be loaded, 'dead' ends at once, 'uncompiled' is loaded and does not compile, 'slow' takes a
+  second to compile.
+  """
   if folder == 'broken':
     return connection.send(('failed', 'the folder is broken'))
   if folder == 'dead':
     os._exit(3)
-  connection.send(('ready', Facts({}, [], {}, {})))
+  connection.send(('loaded', Facts({}, [], {}, {})))
+  if folder == 'uncompiled':
+    return connection.send(('failed', 'no program compiles'))
+  time.sleep(folder == 'slow')
+  connection.send(('ready',))
   connection.send(('warm', 'task', 'encode', 4))
   while True:
     job, _, _, items = connection.recv()

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import shutil
+import threading
 import time
 
 import numpy as np
@@ -125,6 +126,19 @@ def test_a_drawing_is_classified_and_names_move_the_bars(open_page, service):
   _until(page, "document.querySelector('#hint').textContent.startsWith('Draw something')")
 
 
+def test_a_page_that_is_opened_while_the_model_starts_says_so_and_answers_later(open_page):
+  ready = threading.Event()
+
+  def starting(page):
+    page.route('**/model', lambda route: route.fulfill(json={**route.fetch().json(), 'ready': ready.is_set()}))
+  page = open_page(prepare=starting)
+  _draw(page)
+  _until(page, "document.querySelector('#hint').textContent.startsWith('The model is starting')")
+  assert not page.locator('#live li').count()
+  ready.set()
+  assert sorted(_names(page, 3)) == sorted(tiny.CLASSES)
+
+
 def test_files_and_examples_are_classified(open_page, tmp_path):
   page = open_page()
   Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(tmp_path / 'line.png')
@@ -162,6 +176,7 @@ def test_the_gallery_is_searched_by_text_and_texts_by_an_image(open_page):
   page = open_page()
   _show(page, 'search')
   assert page.locator('#live .grid li').count() == 3
+  assert page.evaluate('task') == 'pair'  # shape can search, too, but there is a task for it
   page.get_by_label('Find').select_option(label='texts by image')
   page.click('text=Examples')
   assert sorted(_names(page, 3)) == sorted(tiny.CLASSES)

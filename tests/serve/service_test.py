@@ -88,6 +88,15 @@ def test_texts_fill_the_template_of_a_task(service, model, task, inputs):
   _assert_close(service.post('/classify', task=task, **inputs, top=_TOP)['answers'], names, log_p)
 
 
+def test_the_text_of_an_example_has_its_tokens(service, model):
+  stored, pieces = json.loads(service.request('GET', '/model')[1])['tasks'], texts.Texts(model).tokenizer
+  examples = loader.tensors(served.folder() / 'examples.safetensors')
+  rows = {task: examples[f'{task}/text'][0].tolist() for task in ('package', 'question')}
+  assert pieces.unk_id() in rows['question']  # its '?'
+  for task, row in rows.items():
+    assert pieces.encode(stored[task]['example_text']) == row[:row.index(model.manifest['tokenizer']['eot'])]
+
+
 def test_a_caption_equals_that_of_the_program_and_streams_its_words(service, model):
   pixels = served.images(4)
   tokens = np.asarray(model.run('caption', 'caption', pixels=pixels[:, None, ..., None])['tokens']).tolist()

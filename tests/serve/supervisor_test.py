@@ -68,7 +68,18 @@ def test_an_idle_worker_that_dies_is_replaced():
   _run(check)
 
 
-@pytest.mark.parametrize('folder, message', [('broken', 'the folder is broken'), ('dead', 'ended with exit code 3')])
+def test_the_model_is_known_before_it_is_compiled():
+  async def check(started):
+    starting = asyncio.create_task(started.start())
+    await started.loaded.wait()
+    assert started.facts is not None and not started.ready and not starting.done()
+    assert await _send(started, 'a') == ['a'] and started.ready  # it waited
+    await starting
+  _run(check, 'slow')
+
+
+@pytest.mark.parametrize('folder, message', [
+    ('broken', 'the folder is broken'), ('dead', 'ended with exit code 3'), ('uncompiled', 'no program compiles')])
 def test_a_worker_that_cannot_start_ends_the_service(capfd, folder, message):
   async def check(started):
     with pytest.raises(RunError, match=message):

@@ -92,16 +92,16 @@ globalThis.backend = (() => {
       for (let end = chars.length; end > 0; end = best[end].start) if (best[end].id !== unknown || ids.at(-1) !== unknown) ids.push(best[end].id);
       return ids.reverse();
     }
-    return {encode, pieces, decode: ids => ids.map(i => pieces[i]).join('').replaceAll('▁', ' ').replace(/^ /, '')};
+    return {encode, pieces, unknown, decode: ids => ids.map(i => i === unknown ? '?' : pieces[i]).join('').replaceAll('▁', ' ').replace(/^ /, '')};
   }
   const tokenizer = once(async () => {
     const entry = (await named()).tokenizer;
     if (entry.type !== 'sentencepiece') throw new Error('This page cannot read texts in the vocabulary of CLIP; choose a task without texts.');
     return tokenizerOf(await bytes(entry.file));
   });
-  const decoded = async ids => {
-    const {eot, special} = (await named()).tokenizer, end = ids.indexOf(eot);
-    return (await tokenizer()).decode((end < 0 ? ids : ids.slice(0, end)).filter(i => !special.includes(i)));
+  const decoded = async (ids, withUnknown = false) => {
+    const {eot, special} = (await named()).tokenizer, end = ids.indexOf(eot), {unknown, decode} = await tokenizer();
+    return decode((end < 0 ? ids : ids.slice(0, end)).filter(i => !special.includes(i) || withUnknown && i === unknown));
   };
   const rowOf = (row, position) => ({
     text: {dims: [1, row.length], data: Int32Array.from(row)}, text_valid: {dims: [1, row.length], type: 'BOOL', data: new Uint8Array(row.length).fill(1)},
@@ -185,7 +185,7 @@ globalThis.backend = (() => {
         if (seen.has(key)) continue;
         seen.add(key);
         list.push({index: list.length, task, answer, num_frames: pixels ? pixels.dims[1] : 0, pixels: pixels && x,
-          text: text ? await decoded([...row(text, i).data]) : ''});
+          text: text ? await decoded([...row(text, i).data], true) : ''});
       }
     }
     return list;

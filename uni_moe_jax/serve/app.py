@@ -125,7 +125,7 @@ def create(supervisor: Supervisor, service: Service, gallery: Gallery, limits: L
 
   @app.get('/model', summary='Tasks, sets, examples and gallery of the model')
   async def model() -> dict[str, Any]:
-    return describe(facts, service, gallery, limits)
+    return {'ready': supervisor.ready, **describe(facts, service, gallery, limits)}
 
   @app.get('/examples/{index}', summary='PNG of an example')
   async def example(index: int) -> Response:

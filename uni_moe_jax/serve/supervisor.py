@@ -21,7 +21,7 @@ class Supervisor:
   """One worker process at a time.
 
   Attributes:
-    facts: of the model, after `start`.
+    facts: of the model, as soon as it is `loaded`.
     sizes: (task, program) → the largest batch size that is compiled.
     restarts: of the worker.
   """
@@ -34,6 +34,7 @@ class Supervisor:
     self._jobs: dict[int, tuple[asyncio.Future, Callable | None]] = {}
     self._next, self._idle, self._closing, self._backoff = 0, asyncio.Event(), False, 1.0
     self.facts: Facts | None = None
+    self.loaded = asyncio.Event()
     self.sizes: dict[tuple[str, str], int] = {}
     self.restarts = 0
 
@@ -59,7 +60,7 @@ class Supervisor:
     self._receiver = threading.Thread(
         target=self._receive, args=(loop, self._process, self._connection, ready), daemon=True)
     self._receiver.start()
-    self.facts = await ready
+    await ready
     self._idle.set()
 
   async def run(
@@ -113,12 +114,17 @@ class Supervisor:
 
   def _handle(self, message: tuple, ready: asyncio.Future) -> None:
     what, *rest = message
-    if what in ('ready', 'failed'):
+    if what == 'loaded':
+      [self.facts] = rest
+      self.loaded.set()
+    elif what in ('ready', 'failed'):
+      if ready.done():  # the service ends
+        return
       if what == 'failed':
         ready.set_exception(RunError(rest[0]))
-      elif not ready.done():  # else the service ends
+      else:
         self._backoff = 1.0
-        ready.set_result(rest[0])
+        ready.set_result(None)
     elif what == 'warm':
       task, program, size = rest
       self.sizes[task, program] = size

@@ -3,8 +3,9 @@
 It speaks through a pipe with the front (`supervisor.py`), which may kill it at any moment.
 
   front → worker   (job id, task, program, [item, …])
-  worker → front   ('ready', Facts), ('warm', task, program, batch size), ('part', job id, [text, …]) while captions
-                   stream, ('done', job id, [output, Refused or None, …]), ('failed', message) instead of 'ready'
+  worker → front   ('loaded', Facts), ('ready',) when every program is compiled, ('warm', task, program, batch size),
+                   ('part', job id, [text, …]) while captions stream, ('done', job id, [output, Refused or None, …]),
+                   ('failed', message) instead of 'loaded' or 'ready'
 
 None: decoding the items before took long, send this one again.
 """
@@ -30,6 +31,7 @@ STREAM = 'stream'  # the program `caption`, with words of `prefill` and `step` w
 MAX_MASKS = 8
 _DECODING = 0.25  # of the time of a request, for the media of a batch
 _WORD_START = '▁'  # SentencePiece's
+_UNKNOWN = ' ⁇ '  # how SentencePiece decodes an unknown character
 _MAX_SCALE = 100.0  # of similarities, as in the model
 
 
@@ -125,9 +127,10 @@ class _Worker:
     self._pixels: list[np.ndarray] = []  # of examples
     examples = self._examples(loader.tensors(pathlib.Path(folder) / 'examples.safetensors'))
     self._programs = list(dict.fromkeys(programs_of(self._manifest).values()))
+    self._send('loaded', Facts(self._manifest, *examples, self._scales()))
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:  # XLA compiles one program by one thread
       list(threads.map(lambda p: self._warm(*p, 1), self._programs))
-    self._send('ready', Facts(self._manifest, *examples, self._scales()))
+    self._send('ready')
     threading.Thread(target=self._warm_all, daemon=True).start()
 
   def run(self) -> None:
@@ -259,7 +262,7 @@ class _Worker:
     examples, texts, seen = [], {}, set()
     for task, answers in self._manifest['examples'].items():
       if (text := arrays.get(f'{task}/text')) is not None:
-        texts[task] = self._texts.text(text[0].tolist())
+        texts[task] = self._example_text(text[0].tolist())
       for pixels, answer in zip(arrays.get(f'{task}/pixels', ()), answers):
         if (key := pixels.tobytes()) not in seen:
           seen.add(key)
@@ -267,6 +270,14 @@ class _Worker:
           examples.append({'task': task, 'num_frames': len(pixels), 'answer': answer,
                            'png': self._media.thumbnail(pixels)})
     return examples, texts
+
+  def _example_text(self, ids: list[int]) -> str:
+    """The text before the first end. Unknown characters are '?': without them, the text would have other tokens."""
+    entry = self._manifest['tokenizer']
+    if entry['type'] == 'clip':
+      return self._texts.text(ids)
+    pieces, special = self._texts.tokenizer, {*entry['special']} - {self._texts.tokenizer.unk_id()}
+    return pieces.decode([i for i in ids[:ids.index(entry['eot'])] if i not in special]).replace(_UNKNOWN, '?')
 
   def _scales(self) -> dict[str, float]:
     """Scale of the similarities of every task; 1 where ranking needs none."""
