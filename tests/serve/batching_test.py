@@ -35,8 +35,8 @@ class _Supervisor:
     if on_part:
       on_part([f'{item.text}…' for item in items])
     await self.release.wait()
-    late = {'late'} - {item.text for item in items[:1]}
-    return [Refused(422, 'bad') if item.text == 'bad' else None if item.text in late else item.text for item in items]
+    return [Refused(422, 'bad') if item.text == 'bad' else None if i and item.text.startswith('late') else item.text
+            for i, item in enumerate(items)]
 
 
 def _run(check, size: int = 4, **limits) -> None:
@@ -105,12 +105,23 @@ def test_a_refused_item_fails_alone():
   _run(check)
 
 
-def test_an_item_that_the_worker_left_out_is_sent_again():
+def test_items_that_the_worker_left_out_are_sent_again_before_others():
   async def check(supervisor, batcher):
     supervisor.release.set()
-    texts = ['x', 'late', 'y']
+    texts = ['x', 'late 1', 'late 2', 'y', 'z']
     assert await asyncio.gather(*(batcher.submit('a', 'encode', Item(text=text)) for text in texts)) == texts
-    assert [sent for *_, sent in supervisor.batches] == [['x', 'late', 'y'], ['late']]
+    assert [sent for *_, sent in supervisor.batches] == [
+        ['x', 'late 1', 'late 2', 'y'], ['late 1', 'late 2', 'z'], ['late 2']]
+  _run(check)
+
+
+@pytest.mark.parametrize('size, batches', [(2**24, [2, 1]), (2**24 + 1, [1, 1, 1])])
+def test_a_batch_is_bounded_by_its_bytes(size, batches):
+  async def check(supervisor, batcher):
+    supervisor.release.set()
+    item = Item(text='x', image=bytes(size))
+    await asyncio.gather(*(batcher.submit('a', 'encode', item) for _ in range(3)))
+    assert [len(sent) for *_, sent in supervisor.batches] == batches
   _run(check)
 
 

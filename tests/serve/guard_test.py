@@ -79,6 +79,13 @@ def test_a_body_is_bounded_by_its_length_and_by_its_content():
   assert not guard._held and not guard.active
 
 
+def test_the_bodies_of_all_requests_together_are_bounded():
+  guard = _guard()
+  guard._held = 2**28
+  assert 'at most 256 MiB are accepted' in _error(_get(guard, method='POST', chunks=[b'1']), 429)
+  assert guard._held == 2**28
+
+
 def test_a_body_of_too_many_parts_is_not_parsed():
   body = b'{"names": [' + b'[],' * 30_000 + b'[]]}'
   assert 'at most 20,000 are accepted' in _error(_get(_guard(), method='POST', chunks=[body]), 422)

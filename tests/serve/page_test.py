@@ -4,6 +4,7 @@ UNI_MOE_CHROMIUM names the browser; without it, and without one on PATH, these t
 names a folder for screenshots.
 """
 
+import io
 import json
 import os
 import pathlib
@@ -124,6 +125,16 @@ def test_a_drawing_is_classified_and_names_move_the_bars(open_page, service):
   assert any(condition.startswith(shown) for condition in stored['mixtures'])
   page.click('text=Clear')
   _until(page, "document.querySelector('#hint').textContent.startsWith('Draw something')")
+
+
+def test_a_drawing_is_sent_centered_and_half_as_large_as_the_image(open_page):
+  page = open_page()
+  _draw(page)  # a line of 0.6 of the width
+  png = bytes(page.evaluate('async () => [...new Uint8Array(await (await drawn()).arrayBuffer())]'))
+  ink = np.asarray(Image.open(io.BytesIO(png)).convert('L')) > 127
+  ink = ink if ink.mean() < 0.5 else ~ink
+  rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+  np.testing.assert_allclose([columns[0], columns[-1], rows[0], rows[-1]], [64, 191, 120, 135], atol=2)
 
 
 def test_a_page_that_is_opened_while_the_model_starts_says_so_and_answers_later(open_page):

@@ -229,6 +229,11 @@ def test_a_wrong_request_is_refused_in_one_sentence(service, path, body, status,
   assert headers['content-type'] == 'application/json' and headers['x-content-type-options'] == 'nosniff'
 
 
+@pytest.mark.parametrize('path', ['/examples/-1', '/examples/999', '/gallery/-1', '/gallery/999'])
+def test_an_image_that_does_not_exist_is_not_found(service, path):
+  assert service.request('GET', path)[0] == 404
+
+
 def test_one_wrong_image_of_a_batch_fails_alone(service):
   bodies = [dict(task='shape', image=_IMAGE), dict(task='shape', image='QUJD')] * 4
   with ThreadPoolExecutor(8) as threads:
