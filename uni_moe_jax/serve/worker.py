@@ -72,11 +72,13 @@ def batch_sizes(max_batch: int) -> list[int]:
 def programs_of(manifest: dict[str, Any]) -> dict[tuple[str, str], tuple[str, str]]:
   """(task, program) → the first of those that compute the same, whose requests share batches.
 
-  `score` is missing, because similarities are computed where requests are answered.
+  Missing are `score`, because similarities are computed where requests are answered, and features of masked words,
+  which no request needs.
   """
   first, result = {}, {}
   for name, task in manifest['tasks'].items():
-    programs = {p: entry['file'] for p, entry in task['programs'].items() if p in ('encode', 'classify', 'caption')}
+    needed = ('classify',) if task['readout'] == 'masked' else ('encode', 'classify', 'caption')
+    programs = {p: entry['file'] for p, entry in task['programs'].items() if p in needed}
     if 'encode_text' in task['programs']:
       programs['encode_text'] = f'{task["programs"]["encode_text"]["file"]} {text_length(manifest, name)}'
     if 'prefill' in task['programs']:
