@@ -22,8 +22,8 @@ def main(connection: Connection, folder: str, limits: Limits, cache: str) -> Non
   if folder == 'uncompiled':
     return connection.send(('failed', 'no program compiles'))
   time.sleep(folder == 'slow')
-  connection.send(('ready',))
   connection.send(('warm', 'task', 'encode', 4))
+  connection.send(('ready',))
   while True:
     job, _, _, items = connection.recv()
     for item in items:

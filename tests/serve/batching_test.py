@@ -67,6 +67,18 @@ def test_requests_of_one_program_form_batches_up_to_the_compiled_size():
   _run(check)
 
 
+def test_a_request_waits_for_its_program_to_be_compiled_and_keeps_no_other_from_its_turn():
+  async def check(supervisor, batcher):
+    supervisor.release.set()
+    size = supervisor.sizes.pop(('a', 'encode'))
+    early = asyncio.create_task(batcher.submit('a', 'encode', Item(text='early')))
+    assert await batcher.submit('a', 'classify', Item(text='other')) == 'other' and not early.done()
+    supervisor.sizes['a', 'encode'] = size
+    supervisor.on_warm()
+    assert await early == 'early'
+  _run(check)
+
+
 def test_a_batch_that_is_not_full_leaves_after_the_wait():
   async def check(supervisor, batcher):
     supervisor.release.set()

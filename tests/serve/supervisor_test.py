@@ -70,16 +70,25 @@ def test_an_idle_worker_that_dies_is_replaced():
 
 def test_the_model_is_known_before_it_is_compiled():
   async def check(started):
-    starting = asyncio.create_task(started.start())
-    await started.loaded.wait()
-    assert started.facts is not None and not started.ready and not starting.done()
-    assert await _send(started, 'a') == ['a'] and started.ready  # it waited
-    await starting
+    changes = []
+    started.on_warm = lambda: changes.append(dict(started.sizes))
+    await started.start()
+    assert started.facts is not None and not started.ready and not changes
+    assert await _send(started, 'a') == ['a'] and started.ready
+    assert changes == [{('task', 'encode'): 4}]
   _run(check, 'slow')
 
 
-@pytest.mark.parametrize('folder, message', [
-    ('broken', 'the folder is broken'), ('dead', 'ended with exit code 3'), ('uncompiled', 'no program compiles')])
+def test_a_model_that_does_not_compile_ends_the_service():
+  async def check(started):
+    await started.start()
+    with pytest.raises(RunError, match='no program compiles'):
+      await started.failure
+    assert not started.ready
+  _run(check, 'uncompiled')
+
+
+@pytest.mark.parametrize('folder, message', [('broken', 'the folder is broken'), ('dead', 'ended with exit code 3')])
 def test_a_worker_that_cannot_start_ends_the_service(capfd, folder, message):
   async def check(started):
     with pytest.raises(RunError, match=message):

@@ -33,8 +33,10 @@ class Model(load.Model):
   def _call(self, entry, inputs):
     entry = entry['onnx']
     if entry['file'] not in self._programs:
+      options = onnxruntime.SessionOptions()
+      options.log_severity_level = 3  # without a line for every constant that is not used
       self._programs[entry['file']] = onnxruntime.InferenceSession(
-          self.folder / entry['file'], providers=onnxruntime.get_available_providers())
+          self.folder / entry['file'], options, providers=onnxruntime.get_available_providers())
     session = self._programs[entry['file']]
     given = {name: x for name, x in inputs.items() if name != 'cache'}
     given |= {f'cache_{i}': x for i, x in enumerate(inputs.get('cache', ()))}

@@ -32,6 +32,7 @@ class Batcher:
   def __init__(self, supervisor: Supervisor, limits: Limits, on_batch: Callable[[str, int], None] = lambda *_: None):
     self._supervisor, self._limits, self._on_batch = supervisor, limits, on_batch
     self._programs = programs_of(supervisor.facts.manifest)
+    supervisor.on_warm = lambda: self._arrived.set()
     self._queues: dict[tuple[str, str], collections.deque[_Waiting]] = collections.defaultdict(collections.deque)
     self._served: dict[tuple[str, str], float] = {}
     self._arrived, self._task = asyncio.Event(), asyncio.get_running_loop().create_task(self._run())
@@ -85,11 +86,12 @@ class Batcher:
   def _due(self) -> tuple[tuple[str, str], float] | None:
     """(queue, seconds until it leaves) of the next batch; of several that are due the one that was served longest ago.
 
-    A queue is due when it fills a batch, or when its first request has waited long enough.
+    A queue is due when it fills a batch, or when its first request has waited long enough; one whose program is not
+    compiled yet has to wait.
     """
     now, delays = time.monotonic(), {}
     for key, queue in self._queues.items():
-      if queue:
+      if queue and key in self._supervisor.sizes:
         full = len(queue) >= self._size(key)
         delays[key] = 0.0 if full else max(0.0, queue[0].since + self._limits.batch_wait_ms / 1000 - now)
     if not delays:
@@ -98,7 +100,7 @@ class Batcher:
     return key, delays[key]
 
   def _size(self, key: tuple[str, str]) -> int:
-    return max(1, min(self._supervisor.sizes.get(key, 1), batch_sizes(self._limits.max_batch)[-1]))
+    return min(self._supervisor.sizes[key], batch_sizes(self._limits.max_batch)[-1])
 
   def _take(self, key: tuple[str, str]) -> list[_Waiting]:
     queue, batch, size = self._queues[key], [], 0

@@ -103,11 +103,12 @@ async def serve(
   async with contextlib.AsyncExitStack() as stack:
     stack.callback(bound.close)
     stack.push_async_callback(supervisor.close)
-    stopping, starting, loading = map(loop.create_task, (stop.wait(), supervisor.start(), supervisor.loaded.wait()))
-    stack.callback(starting.cancel)
-    await asyncio.wait([starting, stopping, loading], return_when=asyncio.FIRST_COMPLETED)
-    if not loading.done():
-      return starting.result() if starting.done() else None
+    stopping, starting = loop.create_task(stop.wait()), loop.create_task(supervisor.start())
+    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+      starting.cancel()
+      return
+    await starting
     metrics = Metrics()
     batcher = Batcher(supervisor, limits, lambda program, size: metrics.batch.labels(program).observe(size))
     stack.push_async_callback(batcher.close)
@@ -132,9 +133,7 @@ async def serve(
     if host not in _LOOPBACK and not token:
       print('note: everyone who reaches this port can use the model; --token_file requires a token.',
             file=sys.stderr, flush=True)
-    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)  # it warms up behind the open page
-    if starting.done() and not starting.exception():
-      await stopping
+    await asyncio.wait([stopping, supervisor.failure], return_when=asyncio.FIRST_COMPLETED)
     guard.draining = True
     for _ in range(int(10 * limits.timeout)):
       if not guard.active:
@@ -142,5 +141,5 @@ async def serve(
       await asyncio.sleep(0.1)
     server.should_exit = True
     await serving
-    if starting.done():
-      starting.result()  # why the model cannot be served
+    if supervisor.failure.done():
+      supervisor.failure.result()

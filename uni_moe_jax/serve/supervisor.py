@@ -21,8 +21,10 @@ class Supervisor:
   """One worker process at a time.
 
   Attributes:
-    facts: of the model, as soon as it is `loaded`.
-    sizes: (task, program) → the largest batch size that is compiled.
+    facts: of the model, after `start`.
+    failure: raises RunError as soon as a program cannot be compiled.
+    sizes: (task, program) → the largest batch size that is compiled; those that are missing are not compiled yet.
+    on_warm: called when `sizes` changes.
     restarts: of the worker.
   """
 
@@ -33,15 +35,16 @@ class Supervisor:
     self._process = self._connection = self._receiver = self._restarting = None
     self._jobs: dict[int, tuple[asyncio.Future, Callable | None]] = {}
     self._next, self._idle, self._closing, self._backoff = 0, asyncio.Event(), False, 1.0
+    self._warm = False
     self.facts: Facts | None = None
-    self.loaded = asyncio.Event()
+    self.failure, self.on_warm = asyncio.get_running_loop().create_future(), lambda: None
     self.sizes: dict[tuple[str, str], int] = {}
     self.restarts = 0
 
   @property
   def ready(self) -> bool:
-    """Whether a warm worker is alive."""
-    return self._idle.is_set() or bool(self._jobs)
+    """Whether a worker is alive that has compiled every program."""
+    return self._warm and (self._idle.is_set() or bool(self._jobs))
 
   @property
   def pid(self) -> int | None:
@@ -49,18 +52,18 @@ class Supervisor:
     return self._process and self._process.pid
 
   async def start(self) -> None:
-    """Starts the worker and waits until it is ready. Raises RunError: it cannot load the model."""
-    loop, ready = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+    """Starts the worker and waits until it has loaded the model, which it then compiles. Raises RunError: it cannot."""
+    loop, loaded = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
     self._connection, theirs = self._context.Pipe()
-    self.sizes = {}
+    self.sizes, self._warm = {}, False
     self._process = self._context.Process(
         target=worker_lib.main, args=(theirs, self._folder, self._limits, self._cache), daemon=True)
     await loop.run_in_executor(None, self._process.start)
     theirs.close()
     self._receiver = threading.Thread(
-        target=self._receive, args=(loop, self._process, self._connection, ready), daemon=True)
+        target=self._receive, args=(loop, self._process, self._connection, loaded), daemon=True)
     self._receiver.start()
-    await ready
+    self.facts = await loaded
     self._idle.set()
 
   async def run(
@@ -102,32 +105,30 @@ class Supervisor:
     self._sender.shutdown(wait=False)
 
   def _receive(
-      self, loop: asyncio.AbstractEventLoop, process: Any, connection: Any, ready: asyncio.Future) -> None:
+      self, loop: asyncio.AbstractEventLoop, process: Any, connection: Any, loaded: asyncio.Future) -> None:
     """Passes messages of one worker to the event loop, in a thread."""
     with contextlib.suppress(RuntimeError):  # the loop has ended
       try:
         while True:
-          loop.call_soon_threadsafe(self._handle, connection.recv(), ready)
+          loop.call_soon_threadsafe(self._handle, connection.recv(), loaded)
       except (EOFError, OSError):
         process.join()
-        loop.call_soon_threadsafe(self._handle_end, ready)
+        loop.call_soon_threadsafe(self._handle_end, loaded)
 
-  def _handle(self, message: tuple, ready: asyncio.Future) -> None:
+  def _handle(self, message: tuple, loaded: asyncio.Future) -> None:
     what, *rest = message
-    if what == 'loaded':
-      [self.facts] = rest
-      self.loaded.set()
-    elif what in ('ready', 'failed'):
-      if ready.done():  # the service ends
-        return
-      if what == 'failed':
-        ready.set_exception(RunError(rest[0]))
-      else:
-        self._backoff = 1.0
-        ready.set_result(None)
+    if what == 'failed':
+      if not (future := self.failure if loaded.done() else loaded).done():
+        future.set_exception(RunError(rest[0]))
+    elif what == 'loaded':
+      if not loaded.done():  # else the service ends
+        loaded.set_result(rest[0])
+    elif what == 'ready':
+      self._backoff, self._warm = 1.0, True
     elif what == 'warm':
       task, program, size = rest
       self.sizes[task, program] = size
+      self.on_warm()
     elif rest[0] in self._jobs:
       future, on_part = self._jobs[rest[0]]
       if what == 'part':
@@ -140,15 +141,15 @@ class Supervisor:
     else:
       self._idle.set()
 
-  def _handle_end(self, ready: asyncio.Future) -> None:
+  def _handle_end(self, loaded: asyncio.Future) -> None:
     """The worker has died: fails its jobs and starts another."""
     self._idle.clear()
     for future, _ in self._jobs.values():
       if not future.done():
         future.set_exception(Refused(503, 'The worker stopped while it computed this answer; send the request again.'))
-    if not ready.done():
-      ready.set_exception(RunError(f'the worker ended with exit code {self._process.exitcode} before it was ready.'))
-    elif ready.cancelled() or ready.exception() or self._closing:
+    if not loaded.done():
+      loaded.set_exception(RunError(f'the worker ended with exit code {self._process.exitcode} before it was ready.'))
+    elif loaded.cancelled() or loaded.exception() or self._closing:
       return
     elif self._restarting is None or self._restarting.done():
       self._restarting = asyncio.get_running_loop().create_task(self._restart())

@@ -3,9 +3,9 @@
 It speaks through a pipe with the front (`supervisor.py`), which may kill it at any moment.
 
   front → worker   (job id, task, program, [item, …])
-  worker → front   ('loaded', Facts), ('ready',) when every program is compiled, ('warm', task, program, batch size),
-                   ('part', job id, [text, …]) while captions stream, ('done', job id, [output, Refused or None, …]),
-                   ('failed', message) instead of 'loaded' or 'ready'
+  worker → front   ('loaded', Facts), ('warm', task, program, batch size) when a program may be used, ('ready',) when
+                   all may be, ('part', job id, [text, …]) while captions stream, ('done', job id, [output, Refused
+                   or None, …]), ('failed', message) instead of 'loaded' or 'ready'
 
 None: decoding the items before took long, send this one again.
 """
@@ -28,6 +28,7 @@ import numpy as np
 from uni_moe_jax.serve.limits import Limits, Refused
 
 STREAM = 'stream'  # the program `caption`, with words of `prefill` and `step` while it runs
+_FIRST = ('classify', STREAM, 'encode', 'encode_text', 'caption')
 MAX_MASKS = 8
 _DECODING = 0.25  # of the time of a request, for the media of a batch
 _WORD_START = '▁'  # SentencePiece's
@@ -128,11 +129,8 @@ class _Worker:
     self._texts, self._mask = texts.Texts(self._model), texts.MASK
     self._pixels: list[np.ndarray] = []  # of examples
     examples = self._examples(loader.tensors(pathlib.Path(folder) / 'examples.safetensors'))
-    self._programs = list(dict.fromkeys(programs_of(self._manifest).values()))
+    self._programs = sorted(dict.fromkeys(programs_of(self._manifest).values()), key=self._order)
     self._send('loaded', Facts(self._manifest, *examples, self._scales()))
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:  # XLA compiles one program by one thread
-      list(threads.map(lambda p: self._warm(*p, 1), self._programs))
-    self._send('ready')
     threading.Thread(target=self._warm_all, daemon=True).start()
 
   def run(self) -> None:
@@ -292,11 +290,23 @@ class _Worker:
       list(zip(range(1), self._words(task, self._blank(task, 'prefill', size)['pixels'])))
     else:
       self._model.run(task, program, **self._blank(task, program, size))
-    if size > 1:
-      self._send('warm', task, program, size)
+    self._send('warm', task, program, size)
+
+  def _order(self, program: tuple[str, str]) -> tuple[int, bool, bool]:
+    """Key of the order in which programs are compiled: first those that the page uses first."""
+    entry = self._manifest['tasks'][program[0]]
+    return _FIRST.index(program[1]), entry['num_frames'] != 1, bool(entry['template'])
 
   def _warm_all(self) -> None:
-    """Compiles larger batches while the service runs."""
+    """Compiles every program, then larger batches, while the service runs."""
+    try:
+      with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as threads:  # XLA itself uses two and more
+        list(threads.map(lambda p: self._warm(*p, 1), self._programs))
+      self._send('ready')
+    except OSError:  # the front has ended
+      os._exit(0)
+    except Exception as e:
+      return self._send('failed', f'{type(e).__name__}: {e}')
     for size in batch_sizes(self._limits.max_batch)[1:]:
       for task, program in self._programs:
         try:
