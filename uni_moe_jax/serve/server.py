@@ -23,6 +23,7 @@ from uni_moe_jax.serve.supervisor import Supervisor
 from uni_moe_jax.utils.errors import UsageError
 
 _LOOPBACK = ('127.0.0.1', 'localhost', '::1')
+_MIN_CONNECTIONS = 256  # before uvicorn closes some; the guard refuses requests long before
 
 
 class _Server(uvicorn.Server):
@@ -123,8 +124,8 @@ async def serve(
     stack.callback(encoding.cancel)
     server = _Server(uvicorn.Config(
         guard, loop='asyncio', http=protocol(limits.timeout), ws='none', lifespan='off', log_level='error',
-        access_log=False, server_header=False, limit_concurrency=4 * limits.max_queue, timeout_keep_alive=5,
-        timeout_graceful_shutdown=int(limits.timeout) + 1))
+        access_log=False, server_header=False, timeout_keep_alive=5, timeout_graceful_shutdown=int(limits.timeout) + 1,
+        limit_concurrency=max(_MIN_CONNECTIONS, 4 * limits.max_queue)))
     serving = loop.create_task(server.serve([bound]))
     while not server.started:
       await asyncio.sleep(0.01)

@@ -28,7 +28,7 @@ import numpy as np
 from uni_moe_jax.serve.limits import Limits, Refused
 
 STREAM = 'stream'  # the program `caption`, with words of `prefill` and `step` while it runs
-_FIRST = ('classify', STREAM, 'encode', 'encode_text', 'caption')
+_FIRST = ('classify', 'caption', STREAM, 'encode', 'encode_text')
 MAX_MASKS = 8
 _DECODING = 0.25  # of the time of a request, for the media of a batch
 _WORD_START = '▁'  # SentencePiece's
@@ -287,15 +287,17 @@ class _Worker:
   def _warm(self, task: str, program: str, size: int) -> None:
     """Compiles a program for a batch size."""
     if program == STREAM:
-      list(zip(range(1), self._words(task, self._blank(task, 'prefill', size)['pixels'])))
+      inputs = self._blank(task, 'prefill', size)
+      list(zip(range(1), self._words(task, inputs['pixels'])))
+      self._model.run(task, 'caption', **inputs)
     else:
       self._model.run(task, program, **self._blank(task, program, size))
     self._send('warm', task, program, size)
 
-  def _order(self, program: tuple[str, str]) -> tuple[int, bool, bool]:
-    """Key of the order in which programs are compiled: first those that the page uses first."""
+  def _order(self, program: tuple[str, str]) -> tuple[bool, int]:
+    """Key of the order in which programs are compiled: those that read an image alone first, as the page does."""
     entry = self._manifest['tasks'][program[0]]
-    return _FIRST.index(program[1]), entry['num_frames'] != 1, bool(entry['template'])
+    return entry['num_frames'] != 1 or bool(entry['template']), _FIRST.index(program[1])
 
   def _warm_all(self) -> None:
     """Compiles every program, then larger batches, while the service runs."""
