@@ -138,16 +138,21 @@ def test_a_drawing_is_sent_centered_and_half_as_large_as_the_image(open_page):
 
 
 def test_a_page_that_is_opened_while_the_model_starts_says_so_and_answers_later(open_page):
-  ready = threading.Event()
+  compiled = threading.Event()
 
   def starting(page):
-    page.route('**/model', lambda route: route.fulfill(json={**route.fetch().json(), 'ready': ready.is_set()}))
+    page.route('**/model', lambda route: route.fulfill(json={**route.fetch().json(), 'ready': False}))
+    page.route('**/classify', lambda route: route.continue_() if compiled.is_set() else route.fulfill(
+        status=503, json={'error': 'No answer within 10 s.'}))
   page = open_page(prepare=starting)
   _draw(page)
   _until(page, "document.querySelector('#hint').textContent.startsWith('The model is starting')")
-  assert not page.locator('#live li').count()
-  ready.set()
+  page.wait_for_timeout(700)
+  assert page.locator('#error').is_hidden()
+  compiled.set()
   assert sorted(_names(page, 3)) == sorted(tiny.CLASSES)
+  assert page.locator('#hint').inner_text() == '' and all('503' in error for error in open_page.errors)
+  open_page.errors.clear()
 
 
 def test_files_and_examples_are_classified(open_page, tmp_path):
