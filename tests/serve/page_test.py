@@ -137,7 +137,7 @@ def test_a_drawing_is_sent_centered_and_half_as_large_as_the_image(open_page):
   np.testing.assert_allclose([columns[0], columns[-1], rows[0], rows[-1]], [64, 191, 120, 135], atol=2)
 
 
-def test_a_page_that_is_opened_while_the_model_starts_says_so_and_answers_later(open_page):
+def test_a_page_that_is_opened_while_the_model_starts_shows_that_and_answers_later(open_page):
   compiled = threading.Event()
 
   def starting(page):

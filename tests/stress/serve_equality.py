@@ -86,8 +86,8 @@ def cases(run: train_run.Run, predictor: Predictor, params: Any, num_examples: i
     elif task.type.readout == 'queries':
       words, entry = predictor.target_set(task.target_set), entries[task.name]
       options = {name: entry[name] for name in ('beam_size', 'length_penalty')}
-      found = shipped.search(spec, params, task, run.data.tokenizer, pixels, words, **options)
-      yield Case(task.name, 'caption', found.tokens[:, 0].tolist(), pixels)
+      captions = shipped.search(spec, params, task, run.data.tokenizer, pixels, words, **options)
+      yield Case(task.name, 'caption', captions.tokens[:, 0].tolist(), pixels)
     elif task.type.target == 'pair':
       names = [name for name in sorted(set(fill_captions(records, task)[rows, 0].tolist()))
                if len(run.data.tokenizer.encode(name)) < task.max_len]  # the service refuses longer ones
