@@ -152,6 +152,20 @@ def test_who_waits_too_long_is_refused_and_is_not_computed():
   _run(check, timeout=0.1)
 
 
+def test_a_request_that_gave_up_among_others_is_not_computed():
+  async def check(supervisor, batcher):
+    busy = asyncio.create_task(batcher.submit('b', 'classify', Item(text='busy')))
+    await asyncio.sleep(0.02)
+    first, given_up, last = (
+        asyncio.create_task(batcher.submit('a', 'encode', Item(text=text))) for text in ('x', 'given up', 'y'))
+    await asyncio.sleep(0.02)
+    given_up.cancel()
+    supervisor.release.set()
+    await asyncio.gather(busy, first, last)
+    assert supervisor.batches[1:] == [('a', 'encode', ['x', 'y'])]
+  _run(check)
+
+
 def test_parts_of_a_batch_reach_their_requests():
   async def check(supervisor, batcher):
     supervisor.release.set()

@@ -100,7 +100,8 @@ def test_a_long_or_large_video_is_refused(num_frames, size, rate, message):
     media.video_pixels(_video(num_frames, size, rate), 3, 16, 3, _LIMITS)
 
 
-def test_arrays_and_playlists_are_no_videos(tmp_path):
+def test_arrays_and_playlists_are_refused_before_anything_opens_them(tmp_path, monkeypatch):
+  monkeypatch.setattr(media, '_frame_size', lambda data: pytest.fail(f'{data[:20]} is opened'))
   np.save(out := io.BytesIO(), _noise(4, 16, 16, 3))
   (tmp_path / 'a.mp4').write_bytes(_video(4))
   playlist = f'ffconcat version 1.0\nfile {tmp_path}/a.mp4\n'.encode()
