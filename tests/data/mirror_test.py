@@ -34,15 +34,21 @@ def bucket(request):
 
 def _upload_shards(bucket: str, folder: pathlib.Path, count: int, seed: int = 0) -> list[bytes]:
   """Write a dataset 'x' of array records of 10 kB; five to a file. Return them."""
-  rng, sender = np.random.default_rng(seed), Mirror(bucket, folder)
-  (sender.root / 'x').mkdir(parents=True)
+  sender = Mirror(bucket, folder)
+  records = _write_shards(sender.root, count, seed)
+  sender.upload(sender.root / 'x')
+  return records
+
+
+def _write_shards(root: pathlib.Path, count: int, seed: int = 0) -> list[bytes]:
+  rng = np.random.default_rng(seed)
+  (root / 'x').mkdir(parents=True)
   records = [rng.bytes(_BYTES) for _ in range(_PER_SHARD * count)]
   for shard in range(count):
-    writer = ArrayRecordWriter(str(sender.root / _name(shard)), 'group_size:1')
+    writer = ArrayRecordWriter(str(root / _name(shard)), 'group_size:1')
     for record in records[_PER_SHARD * shard:_PER_SHARD * (shard + 1)]:
       writer.write(record)
     writer.close()
-  sender.upload(sender.root / 'x')
   return records
 
 
@@ -52,8 +58,12 @@ def _name(shard: int) -> str:
 
 def _shards(data: Mirror, count: int) -> Shards:
   data.sync('x')
-  return Shards(data, [types.SimpleNamespace(filename=str(data.root / _name(i)), skip=0, take=_PER_SHARD)
-                       for i in range(count)])
+  return Shards(data, _instructions(data.root, count))
+
+
+def _instructions(root: pathlib.Path, count: int, skip: int = 0) -> list[types.SimpleNamespace]:
+  return [types.SimpleNamespace(filename=str(root / _name(i)), skip=skip, take=_PER_SHARD - skip)
+          for i in range(count)]
 
 
 def _object(bucket: str, name: str) -> storage.Path:
@@ -117,6 +127,17 @@ def test_a_bucket_has_the_records_of_a_folder(bucket, tmp_path, source):
   local = _records(source, str(folder))
   assert local == _records(source, Mirror(bucket, tmp_path / 'receiver'))
   assert len(str(local)) > 500
+
+
+def test_threads_read_the_records_of_a_folder_in_the_order_of_the_request(tmp_path):
+  records, rng = _write_shards(tmp_path, 3), np.random.default_rng(0)
+  shards, rest = Shards(tmp_path, _instructions(tmp_path, 3)), Shards(tmp_path, _instructions(tmp_path, 3, skip=2))
+  assert (len(shards), len(rest)) == (15, 9)
+  assert rest.__getitems__([8, 0, 3]) == [records[14], records[2], records[7]]
+  requests = [rng.integers(0, 15, 20) for _ in range(200)]
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    for ids, made in zip(requests, pool.map(shards.__getitems__, requests), strict=True):
+      assert made == [records[i] for i in ids]
 
 
 def test_a_dataset_whose_upload_was_interrupted_does_not_exist(bucket, tmp_path, monkeypatch):

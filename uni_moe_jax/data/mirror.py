@@ -237,31 +237,42 @@ class Mirror(os.PathLike):
 
 
 class Shards:
-  """Records of array-record files of a mirror, by index, as TFDS reads them from a `data_source`."""
+  """Records of array-record files by index, in the order of TFDS.
 
-  def __init__(self, mirror: Mirror, instructions: Sequence[Any]):
-    """instructions: of TFDS, with `filename`, `skip` and `take`."""
-    self._mirror = mirror
-    self._names = [str(pathlib.Path(i.filename).relative_to(mirror.root)) for i in instructions]
+  TFDS has such a reader. Its threads cost several times as much as the reading of small records: 51 instead of 7 µs
+  for 3 kB.
+  """
+
+  def __init__(self, directory: str | os.PathLike[str] | Mirror, instructions: Sequence[Any]):
+    """directory: with the files. instructions: of TFDS, with `filename`, `skip` and `take`."""
+    self._mirror = directory if isinstance(directory, Mirror) else None
+    self._paths = [pathlib.Path(i.filename) for i in instructions]
+    self._names = [str(path.relative_to(self._mirror.root)) if self._mirror else '' for path in self._paths]
     self._skips = np.array([i.skip for i in instructions])
     self._ends = np.cumsum([i.take for i in instructions])
     self._lock = threading.Lock()
-    self._readers: dict[int, tuple[int, Any]] = {}  # index of the file → its inode, its reader
+    # Index of a file → its inode in a mirror, its open readers that no thread uses: a reader has a position.
+    self._idle: dict[int, tuple[int, list[Any]]] = {}
 
   def __len__(self) -> int:
     return int(self._ends[-1])
 
   def __getitems__(self, ids: Sequence[int]) -> list[bytes]:
     ids = np.asarray(ids)
-    shards, records = np.searchsorted(self._ends, ids, 'right'), [b''] * len(ids)
+    shards, records, readers = np.searchsorted(self._ends, ids, 'right'), [], {}
     positions = ids - np.concatenate([[0], self._ends])[shards] + self._skips[shards]
-    needed = np.unique(shards).tolist()
-    for future in [self._mirror._request(self._names[shard]) for shard in needed]:  # all at once
-      future.result()
-    for shard in needed:
-      members = np.flatnonzero(shards == shard)
-      for i, record in zip(members, self._reader(shard).read(positions[members].tolist()), strict=True):
-        records[i] = record
+    shards = shards.tolist()
+    if self._mirror:
+      for future in [self._mirror._request(self._names[shard]) for shard in set(shards)]:  # all at once
+        future.result()
+    for shard, position in zip(shards, positions.tolist(), strict=True):
+      if shard not in readers:
+        readers[shard] = self._take(shard)
+      reader, _ = readers[shard]
+      reader.seek(position)
+      records.append(reader.read())
+    for reader, idle in readers.values():  # after an error they are not used again
+      idle.append(reader)
     return records
 
   def prefetch(self, ids: np.ndarray) -> None:
@@ -269,19 +280,27 @@ class Shards:
     shards = np.searchsorted(self._ends, ids, 'right').tolist()
     self._mirror.prefetch(self._names[i] for i in dict.fromkeys([*shards, *range(len(self._names))]))
 
-  def _reader(self, shard: int) -> Any:
-    from array_record.python.array_record_module import ArrayRecordReader
-    while True:
+  def _take(self, shard: int) -> tuple[Any, list[Any]]:
+    """(a reader that no other thread uses, the list for it after use)."""
+    while self._mirror:
       path = self._mirror.fetch(self._names[shard])
       # Opened once: whoever removes the file from here on, its bytes stay readable through the descriptor.
       with self._lock, contextlib.suppress(FileNotFoundError), open(path, 'rb') as file:
         inode = os.fstat(file.fileno()).st_ino
-        if self._readers.get(shard, (None,))[0] != inode:
+        if self._idle.get(shard, (None,))[0] != inode:
           # An open file keeps its place on the disk after it was removed.
-          self._readers = {i: r for i, r in self._readers.items() if (self._mirror.root / self._names[i]).exists()}
-          self._readers[shard] = inode, ArrayRecordReader(
-              f'/dev/fd/{file.fileno()}', options='readahead_buffer_size:0', file_reader_buffer_size=2**15)
-        return self._readers[shard][1]
+          self._idle = {i: entry for i, entry in self._idle.items() if self._paths[i].exists()}
+          self._idle[shard] = inode, []
+        idle = self._idle[shard][1]
+        return idle.pop() if idle else _open_reader(f'/dev/fd/{file.fileno()}'), idle
+    with self._lock:
+      idle = self._idle.setdefault(shard, (0, []))[1]
+      return idle.pop() if idle else _open_reader(str(self._paths[shard])), idle
+
+
+def _open_reader(path: str) -> Any:
+  from array_record.python.array_record_module import ArrayRecordReader
+  return ArrayRecordReader(path, options='readahead_buffer_size:0,max_parallelism:0', file_reader_buffer_size=2**14)
 
 
 def open_folder(c: DataConfig) -> str | Mirror:

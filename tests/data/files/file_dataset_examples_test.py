@@ -185,10 +185,10 @@ def _task(task_type, **fields):
 
 
 def _build(dataset, task_type='image_classification', training=True, max_corrupt_fraction=0.5, label_column='label',
-           target_set='ab', tokenizer=None, **fields):
+           target_set='ab', tokenizer=None, resize='pillow', **fields):
   task = _task(task_type, label_column=label_column, target_set=target_set, **fields)
   return file_dataset_examples.FileExampleBuilder(
-      tokenizer, {'ab': ('a', 'b')}, 3, SIDE, training, False, 0, max_corrupt_fraction, 'pillow').build(task, dataset)
+      tokenizer, {'ab': ('a', 'b')}, 3, SIDE, training, False, 0, max_corrupt_fraction, resize).build(task, dataset)
 
 
 def _make(examples, ids):
@@ -206,6 +206,37 @@ def test_a_corrupt_example_is_replaced_in_place_and_the_others_stay():
     assert level not in (2, 5) and replaced['label'][i, 0] == level % 2 and (replaced['pixels'][i] == level).all()
   assert (examples.corrupt_counter.num_corrupt, examples.corrupt_counter.num_read) == (2, 10)  # and two replacements
   np.testing.assert_array_equal(_make(_build(_dataset({2, 5})), range(8))['pixels'], replaced['pixels'])
+
+
+@pytest.mark.parametrize('file_format, training, resize, fields', [
+    ('PNG', True, 'fast', dict(randaugment=9.0, random_erasing=0.5)), ('PNG', False, 'fast', {}),
+    ('both', True, 'fast', {}), ('JPEG', True, 'pillow', {})])
+def test_undamaged_batches_are_made_faster_and_are_the_same(file_format, training, resize, fields):
+  def read(ids):
+    file_formats = [('PNG', 'JPEG')[i % 2] if file_format == 'both' else file_format for i in ids]
+    noise = lambda i: np.random.default_rng(i).integers(0, 256, (16 + i % 3, 20, 3), np.uint8)
+    encode = lambda i, f: own_files.encode_image(Image.fromarray(noise(i)), f)
+    return [{'image': b'bytes' if i == 11 else encode(i, f), 'label': 'ab'[i % 2], LOCATION: f'file {i}'}
+            for i, f in zip(ids.tolist(), file_formats)]
+  dataset = dataclasses.replace(_dataset(set()), read=read)
+  examples = _build(dataset, training=training, resize=resize, random_flip=True, **fields)
+  ids = tf.range(11, dtype=tf.int64)  # not divisible by the number of images at once
+  hashes = hashing.example_hash(0, 'x', tf.constant(0, tf.int64), ids)
+  made, expected = tf.function(examples.make_undamaged)(ids, hashes), examples.make(ids, hashes)
+  assert made.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_array_equal(made[name], value)
+  with pytest.raises(tf.errors.OpError):
+    examples.make_undamaged(tf.range(12, dtype=tf.int64), tf.concat([hashes, hashes[:1]], 0))
+
+
+def test_a_corrupt_example_is_counted_once_by_a_mixture(run, examples):
+  task = _run_task(run, 'color')
+  corrupt = dataclasses.replace(_build(_dataset({2, 5})), size=8)
+  plan = run[0].only('color')
+  batch = next(_mixture((plan,), {'color': corrupt}).iterate(0, 1))[1]
+  assert (corrupt.corrupt_counter.num_corrupt, corrupt.corrupt_counter.num_read) == (2, task.batch_size + 2)
+  assert sorted(batch['image_classification']['id'].reshape(-1).tolist()) == list(range(8))
 
 
 def test_videos_of_a_batch_are_decoded_in_parallel_and_in_order(monkeypatch):

@@ -26,8 +26,12 @@ def _noise(h, w):
   return np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8)
 
 
+def _flip(image, draw):
+  return image_transforms.random_flip(image[None, None], {'flip': draw['flip'][None]})[0, 0]
+
+
 def _resize_crop(image, size, draw):
-  return image_transforms.random_flip(image_transforms.resize_and_crop(image, size, draw, 'resize_crop'), draw)
+  return _flip(image_transforms.resize_and_crop(image, size, draw, 'resize_crop'), draw)
 
 
 def _random_resized_crop(image, size, i):
@@ -123,7 +127,7 @@ def test_random_crops_are_uniformly_distributed():
 def test_half_of_the_images_are_mirrored_independently_of_the_crop():
   image, n = _numbered(3, 4), 600
   crops = [image_transforms.random_crop(image, 3, _draw(i)).numpy() for i in range(n)]
-  made = [image_transforms.random_flip(crop, _draw(i)).numpy() for i, crop in enumerate(crops)]
+  made = [_flip(crop, _draw(i)).numpy() for i, crop in enumerate(crops)]
   mirrored = [np.array_equal(m, crop[:, ::-1]) for m, crop in zip(made, crops)]
   assert all(m or np.array_equal(p, crop) for m, p, crop in zip(mirrored, made, crops))
   assert abs(np.mean(mirrored) - .5) < 4 * np.sqrt(.25 / n)
@@ -288,3 +292,17 @@ def test_fast_crops_are_uniformly_distributed_over_the_file():
   made = collections.Counter(
       _positions(_read_fast(encoded, 5, _draw(i), channels=1), _numbered(5, 9), 5)[0][1] for i in range(500))
   assert set(made) == set(range(5)) and all(abs(n - 100) < 4 * np.sqrt(500 * .2 * .8) for n in made.values())
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('crop', ['resize_crop', 'random_resized_crop', 'jittered_crop'])
+def test_pngs_that_are_read_together_equal_those_read_one_by_one(crop, training):
+  # The size itself, smaller, larger, and too long for any draw of an area.
+  files = tf.stack([_encode(_noise(*sides), 'PNG') for sides in [(16, 16), (9, 14), (40, 31), (8, 200)]])
+  hashes = tf.stack([hashing.mix_constant('images', i) for i in range(4)])
+  draws = image_transforms.draws(hashes, crop) if training else {}
+  read = image_transforms.png_reader(files, 3, 16, draws, crop)
+  for i in range(4):
+    np.testing.assert_array_equal(read(i), _read_fast(files[i], 16, _draw(i, crop) if training else None, crop))
+  assert image_transforms.are_png(files)
+  assert not image_transforms.are_png(tf.concat([files, [_encode(_noise(9, 9), 'JPEG')]], 0))

@@ -118,13 +118,13 @@ OPERATIONS: dict[str, Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]] = 
 
 def random_sides(sides: tf.Tensor, area: tf.Tensor, ratio: tf.Tensor, area_range: tuple[float, float],
                  ratio_range: tuple[float, float]) -> tf.Tensor:
-  """Sides of random rectangles, float32 [2, n], whose areas are relative to that of an image of sides [2].
+  """Sides of random rectangles, float32 [2, ..., n], whose areas are relative to that of an image of sides [..., 2].
 
-  area, ratio: f32 [n] in [0, 1), where in their ranges the area is, and, on a logarithmic scale, the ratio of the
+  area, ratio: f32 [..., n] in [0, 1), where in their ranges the area is, and, on a logarithmic scale, the ratio of the
   sides.
   """
   (low, high), log = area_range, [math.log(r) for r in ratio_range]
-  area = tf.cast(tf.reduce_prod(sides), tf.float32) * (low + (high - low) * area)
+  area = tf.cast(tf.reduce_prod(sides, -1, keepdims=True), tf.float32) * (low + (high - low) * area)
   ratio = tf.exp(log[0] + (log[1] - log[0]) * ratio)
   return tf.round(tf.sqrt([area * ratio, area / ratio]))
 

@@ -248,11 +248,8 @@ def tfds_columns(features: Mapping[str, Any]) -> tuple[dict[str, str], dict[str,
 
 def _open(builder, directory: str | os.PathLike[str], split: str):
   """(number of records, `FileDataset.read_examples`, `FileDataset.prefetch`) of a split."""
-  source = builder.as_data_source(split).data_source
-  if not isinstance(directory, mirror.Mirror):
-    return len(source), lambda ids: source.__getitems__(np.asarray(ids).tolist()), None
   shards = mirror.Shards(directory, builder.info.splits[split].file_instructions)
-  return len(shards), shards.__getitems__, shards.prefetch
+  return len(shards), shards.__getitems__, shards.prefetch if isinstance(directory, mirror.Mirror) else None
 
 
 def _record_reader(

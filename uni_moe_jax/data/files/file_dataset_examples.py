@@ -3,11 +3,16 @@
 A batch is one call of Python, which reads records and their texts, and TensorFlow ops that decode images. If an
 example cannot be used, the batch is made again with the id `hash(seed, id, attempt)` in its position: the other
 examples do not move, and the batch stays a function of (seed, step). In evaluation, it is an error.
+
+Ops that find out which image is damaged cost as much as decoding a small one. So a batch is first made by ops that
+fail at any damage, and only then by those.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,6 +38,7 @@ from uni_moe_jax.utils import cores, templates
 from uni_moe_jax.utils.errors import UsageError
 
 _MAX_PARTS = 8  # of a batch of images that are decoded at once; several batches are
+_PNGS_AT_ONCE = 4  # in an iteration of a loop, which takes 9 µs
 _MAX_ATTEMPTS = 8  # to replace a corrupt example; if one in ten is corrupt, all fail with a probability of 1e-8
 
 
@@ -66,7 +72,7 @@ class FileExampleBuilder:
     elif task.caption_templates:
       references = lambda ids: records.map(functools.partial(file_dataset_features.references, task), batch.keep[ids])
     return Examples(len(batch.keep), batch.make, references, corrupt_counter,
-                    records.prefetch and (lambda ids: records.prefetch(batch.keep[ids])))
+                    records.prefetch and (lambda ids: records.prefetch(batch.keep[ids])), batch.make_undamaged)
 
   def _masked(self, task: TaskSpec, records: FileDataset, corrupt_counter: CorruptExampleCounter) -> Examples:
     if self.training and task.train_fraction < 1:
@@ -137,8 +143,10 @@ class _Batch:
     self._mirror_words = (
         file_dataset_features.word_mirror(task.mirrored_words) if b.training and task.mirrored_words else None)
     self._tables = file_dataset_features.label_tables(task, records, b.keys.get(task.target_set, ()), self.keep)
+    self._has_images = bool(self._media_column) and not self._is_video
+    self._shape = [1, b.size, b.size, b.channels]  # of an image
     # TensorFlow takes an image from the bytes of its record, without Python's lock.
-    self._read_examples = records.read_examples if self._media_column and not self._is_video else None
+    self._read_examples = records.read_examples if self._has_images else None
     self._parse = example_parser(
         {c: t for c, t in records.columns.items() if t not in MEDIA_TYPES and c != LOCATION}, records.classes)
     self._pool = concurrent.futures.ThreadPoolExecutor(cores.available())  # starts its threads with the first video
@@ -181,59 +189,114 @@ class _Batch:
       self._corrupt_counter.has_no_replacement = True
     return np.bool_(True)
 
+  def make_undamaged(self, ids: tf.Tensor, hashes: tf.Tensor) -> Features:
+    """See `Examples.make_undamaged`."""
+    data, features = self._features(self._read_undamaged, ids, hashes)
+    if self._has_images:
+      features['pixels'] = self._decode(data, hashes)
+    return {'id': tf.cast(ids, tf.int64), **features}
+
   def _try(self, ids: tf.Tensor, hashes: tf.Tensor, is_new: tf.Tensor) -> tuple[Features, tf.Tensor]:
     """(features, ok bool [n]); those of corrupt examples are zeros, but for `label_tables` and phrases.
 
     is_new: bool [n], which to count.
     """
-    types = [tf.string, tf.string] + [dtype for dtype, _ in self._specs.values()]
-    problems, data, *values = tf.numpy_function(self._read, [ids, hashes], types)
-    features = {name: tf.ensure_shape(value, [None, *shape])
-                for (name, (_, shape)), value in zip(self._specs.items(), values, strict=True)}
-    if self._media_column and not self._is_video:
-      data.set_shape([None])
-      features['pixels'], decoded = self._decode(data, hashes)
+    problems, data, features = self._features(self._read, ids, hashes)
+    if self._has_images:
+      features['pixels'], decoded = self._decode_if_possible(data, hashes)
       problems = tf.where((problems == '') & ~decoded, 'corrupt image', problems)
     ok = tf.numpy_function(self._count, [ids, is_new, problems], tf.bool)
     ok.set_shape([None])
     return features, ok
 
-  def _decode(self, data: tf.Tensor, hashes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Decodes images in parallel: (uint8 [n, 1, S, S, C], ok bool [n]); one that is not ok is black."""
-    b, t, n = self._builder, self._task, tf.shape(data)[0]
-    shape = [1, b.size, b.size, b.channels]  # a video of one frame
+  def _features(self, read: Callable[..., Any], ids: tf.Tensor, hashes: tf.Tensor) -> list[Any]:
+    """What `read` returns, `_read` or `_read_undamaged`, with the last ones as features."""
+    first = [tf.string] * (2 if read == self._read else 1)
+    made = tf.numpy_function(read, [ids, hashes], first + [dtype for dtype, _ in self._specs.values()])
+    strings, values = made[:len(first)], made[len(first):]
+    features = {name: tf.ensure_shape(value, [None, *shape])
+                for (name, (_, shape)), value in zip(self._specs.items(), values, strict=True)}
+    return [*(tf.ensure_shape(s, [None]) for s in strings), features]
 
-    def decode(i, h, draw=None):
-      encoded = tf.gather(data, i)  # slices of strings would be copies
-      if self._read_examples:
-        media = {self._media_column: tf.io.FixedLenFeature([], tf.string)}
-        encoded = tf.io.parse_single_example(encoded, media)[self._media_column]
-      image = image_transforms.read(encoded, b.channels, b.size, draw, t.crop, b.resize)
-      if b.training:
-        image = image_transforms.random_flip(image, draw) if t.random_flip else image
-        image = augmentations.randaugment(image, h, t.randaugment) if t.randaugment else image
-        image = augmentations.random_erasing(image, h, t.random_erasing) if t.random_erasing else image
-      return i, tf.ensure_shape(image[None], shape)
-
-    draws = [image_transforms.draws(hashes, t.crop)] if b.training else []
+  def _decode(self, data: tf.Tensor, hashes: tf.Tensor) -> tf.Tensor:
+    """Decodes images: uint8 [n, 1, S, S, C]. Fails at a damaged one."""
+    b, encoded, draws, n = self._builder, self._encoded(data), self._draws(hashes), tf.size(data)
     num_parts = min(cores.available(), _MAX_PARTS)
-    size = tf.cast(n + num_parts - 1, tf.int64) // num_parts
 
-    def decode_part(start):
-      # Only a dataset can drop an element that fails. Images are numbered, which shows the missing ones.
-      part = tf.nest.map_structure(lambda x: x[start:start + size], (tf.range(n), hashes, *draws))
-      return tf.data.Dataset.from_tensor_slices(part).map(decode).ignore_errors()
+    def decode_all(read, unroll):
+      bounds = [tf.minimum(-(-n // unroll) * k // num_parts * unroll, n) for k in range(num_parts + 1)]
+      return tf.concat([decode_part(read, unroll, *part) for part in itertools.pairwise(bounds)], 0)
 
-    # Handing over each image to another thread would take as long as decoding a small one.
-    images = tf.data.Dataset.range(0, tf.cast(n, tf.int64), size).interleave(
-        decode_part, num_parts, size, num_parallel_calls=num_parts, deterministic=True)
-    sentinel = tf.data.Dataset.from_tensors((n, tf.zeros(shape, tf.uint8)))
-    batch = images.concatenate(sentinel).batch(tf.cast(n, tf.int64) + 1)
-    index, pixels = batch.get_single_element()
-    pixels = tf.cond(
-        tf.size(index) > n, lambda: pixels, lambda: tf.scatter_nd(index[:, None], pixels, [n + 1, *shape]))[:n]
+    def decode_part(read, unroll, start, stop):
+      # One after the other: handing each image to another thread would take as long as decoding a small one.
+      images = tf.map_fn(
+          lambda first: tf.stack([read(tf.minimum(first + i, n - 1)) for i in range(unroll)]),
+          tf.range(start, stop, unroll), parallel_iterations=1,
+          fn_output_signature=tf.TensorSpec([unroll, *self._shape[1:]], tf.uint8))
+      images = tf.reshape(images, [-1, *self._shape])[:stop - start]
+      return self._augment(images, hashes[start:stop], {k: x[start:stop] for k, x in draws.items()})
+
+    def decode_pngs():
+      read = image_transforms.png_reader(encoded, b.channels, b.size, draws, self._task.crop)
+      return decode_all(read, _PNGS_AT_ONCE)
+
+    # A function, so that batches of PNGs do not pass through all of its ops.
+    decode_any = tf.function(
+        lambda: decode_all(self._reader(encoded, draws), 1), experimental_attributes={'_noinline': True})
+    if b.resize != 'fast':
+      return decode_any()
+    return tf.cond(image_transforms.are_png(encoded), decode_pngs, decode_any)
+
+  def _decode_if_possible(self, data: tf.Tensor, hashes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Decodes images: (uint8 [n, 1, S, S, C], ok bool [n]); a damaged one is black."""
+    encoded, draws, n = self._encoded(data), self._draws(hashes), tf.size(data)
+    read = self._reader(encoded, draws)
+    # Only a dataset can drop an element that fails. Images are numbered, which shows the missing ones.
+    images = tf.data.Dataset.range(tf.cast(n, tf.int64), output_type=tf.int32).map(
+        lambda i: (i, read(i)), cores.available(), deterministic=True).ignore_errors()
+    sentinel = tf.data.Dataset.from_tensors((n, tf.zeros(self._shape[1:], tf.uint8)))
+    index, images = images.concatenate(sentinel).batch(tf.cast(n, tf.int64) + 1).get_single_element()
+    images = tf.scatter_nd(index[:, None], images, [n + 1, *self._shape[1:]])[:n]
     ok = tf.scatter_nd(index[:, None], tf.ones_like(index), [n + 1])[:n] > 0
-    return tf.ensure_shape(pixels, [None, *shape]), ok
+    return self._augment(images[:, None], hashes, draws), ok
+
+  def _encoded(self, data: tf.Tensor) -> tf.Tensor:
+    """The bytes of images."""
+    if not self._read_examples:
+      return data
+    return tf.io.parse_example(data, {self._media_column: tf.io.FixedLenFeature([], tf.string)})[self._media_column]
+
+  def _draws(self, hashes: tf.Tensor) -> dict[str, tf.Tensor]:
+    return image_transforms.draws(hashes, self._task.crop) if self._builder.training else {}
+
+  def _reader(self, encoded: tf.Tensor, draws: dict[str, tf.Tensor]) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Index → the image: uint8 [S, S, C]."""
+    def read(i):
+      draw = {k: tf.gather(x, i) for k, x in draws.items()} or None
+      b = self._builder
+      return image_transforms.read(tf.gather(encoded, i), b.channels, b.size, draw, self._task.crop, b.resize)
+    return read
+
+  def _augment(self, pixels: tf.Tensor, hashes: tf.Tensor, draws: dict[str, tf.Tensor]) -> tf.Tensor:
+    """uint8 [n, 1, S, S, C] to the same shape."""
+    t = self._task
+    if self._builder.training and t.random_flip:
+      pixels = image_transforms.random_flip(pixels, draws)
+    if self._builder.training and (t.randaugment or t.random_erasing):
+      def augment(x):
+        image, h = tf.ensure_shape(x[0][0], self._shape[1:]), x[1]
+        image = augmentations.randaugment(image, h, t.randaugment) if t.randaugment else image
+        return (augmentations.random_erasing(image, h, t.random_erasing) if t.random_erasing else image)[None]
+      pixels = tf.map_fn(augment, (pixels, hashes), parallel_iterations=1,
+                         fn_output_signature=tf.TensorSpec(self._shape, tf.uint8))
+    return tf.ensure_shape(pixels, [None, *self._shape])
+
+  def _read_undamaged(self, ids: np.ndarray, hashes: np.ndarray):
+    """As `_read`, but for the problems. Raises CorruptExample."""
+    problems, *values = self._read(ids, hashes)
+    if (problems != b'').any():
+      raise CorruptExample
+    return values
 
   def _read(self, ids: np.ndarray, hashes: np.ndarray):
     """Problems ('' for none), images (see `_example`), and the features of `_specs` in order."""

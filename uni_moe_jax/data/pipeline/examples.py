@@ -42,6 +42,11 @@ class Examples:
   references: Callable[[np.ndarray], list[tuple[str, ...]]] | None = None
   corrupt_counter: CorruptExampleCounter = CorruptExampleCounter('', 0.0)  # the default counts none: all can be used
   prefetch: Callable[[np.ndarray], None] | None = None  # ids in the order in which they will be made
+  make_undamaged: MakeFeatures | None = None  # faster, but fails at a corrupt example and counts none
+
+  def maker(self, undamaged: bool) -> MakeFeatures:
+    """`make_undamaged`, if there is one and it is wanted, or `make`."""
+    return undamaged and self.make_undamaged or self.make
 
 
 def pad_tokens(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ of its own shards. As a set, the batch does not depend on the mesh.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -23,18 +24,12 @@ import numpy as np
 import tensorflow as tf
 
 from uni_moe_jax.config.plan import Plan, TaskSpec
-from uni_moe_jax.data.pipeline import hashing, mixup
+from uni_moe_jax.data.pipeline import hashing, in_flight, mixup
 from uni_moe_jax.data.pipeline.examples import Examples, Features
-from uni_moe_jax.utils import cores
 
 Batch = dict[str, dict[str, np.ndarray]]
 _PREFETCHED = 2**16  # examples of a task whose order decides in which order its files are fetched
 UNBATCHED_FIELDS = ('temporal_offset',)  # features without an example axis
-
-
-def num_in_flight() -> int:
-  """Batches of a mixture that are made at once; as many may wait. One has too few rows to keep many cores busy."""
-  return max(2, min(16, cores.available() // 4))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +78,23 @@ class Mixture:
     for t in tasks:
       if prefetch := self.examples[t.name].prefetch:
         prefetch(self._ids(t, counts[:-(-_PREFETCHED // t.batch_size), None])[0].numpy())
-    dataset = tf.data.Dataset.from_tensor_slices((steps, counts)).map(
-        lambda step, count: self._batch(tasks, step, count), num_parallel_calls=num_in_flight(), deterministic=True)
-    for batch in dataset.prefetch(num_in_flight()).as_numpy_iterator():
+
+    def count():
+      for t in tasks:
+        if self.examples[t.name].make_undamaged:
+          self.examples[t.name].corrupt_counter.count(len(self._positions(t)), [])
+
+    make = functools.partial(self._batch, tasks)
+    for batch in in_flight.make_ahead(make, (steps, counts), count):
       for e in self.examples.values():
         e.corrupt_counter.check()
       yield batch
 
-  def _batch(self, tasks: tuple[TaskSpec, ...], step: tf.Tensor, count: tf.Tensor) -> dict[str, Features]:
+  def _batch(
+      self, tasks: tuple[TaskSpec, ...], undamaged: bool, step: tf.Tensor, count: tf.Tensor) -> dict[str, Features]:
     accum_steps, groups = self.layout.accum_steps, {}
     for t in tasks:
-      groups.setdefault(t.group, []).append(self._task_fields(t, count))
+      groups.setdefault(t.group, []).append(self._task_fields(t, count, undamaged))
     batch = {}
     for group, members in groups.items():
       axis = 1 if accum_steps == 1 else 2
@@ -106,12 +107,12 @@ class Mixture:
       batch[group] = features
     return batch
 
-  def _task_fields(self, t: TaskSpec, count: tf.Tensor) -> Features:
+  def _task_fields(self, t: TaskSpec, count: tf.Tensor, undamaged: bool = False) -> Features:
     layout, examples = self.layout, self.examples[t.name]
     per_shard = t.batch_size // (layout.accum_steps * layout.num_shards)
     ids, epoch = self._ids(t, count)
     hashes = hashing.example_hash(self.seed, t.name, epoch, ids)
-    features = examples.make(ids, hashes)
+    features = examples.maker(undamaged)(ids, hashes)
     if t.mixes:
       features = self._mixed(t, count, self._positions(t), hashes, features)
     features['id'] = tf.cast(features['id'] & 0xFFFFFFFF, tf.uint32)
@@ -178,12 +179,10 @@ def evaluation_batches(
   ids = tf.constant(ids, tf.int64)
   hashes = hashing.example_hash(0, 'evaluation', tf.constant(0, tf.int64), ids)
 
-  def make(rows):
-    features = examples.make(tf.gather(ids, rows), tf.gather(hashes, rows))
+  def make(undamaged, rows):
+    features = examples.maker(undamaged)(tf.gather(ids, rows), tf.gather(hashes, rows))
     return {**features, 'id': tf.cast(features['id'] & 0xFFFFFFFF, tf.uint32)}
 
-  dataset = tf.data.Dataset.from_tensor_slices(rows).map(
-      make, num_parallel_calls=num_in_flight(), deterministic=True).prefetch(1)
-  for features, count in zip(dataset.as_numpy_iterator(), counts[:, 0].tolist(), strict=True):
+  for features, count in zip(in_flight.make_ahead(make, [rows]), counts[:, 0].tolist(), strict=True):
     examples.corrupt_counter.check()
     yield features, count

@@ -19,8 +19,9 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.files import file_dataset, prepare
 from uni_moe_jax.data.files.file_dataset_examples import FileExampleBuilder
+from uni_moe_jax.data.pipeline import in_flight
 from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
-from uni_moe_jax.data.pipeline.mixtures import Batch, BatchLayout, Mixture, num_in_flight
+from uni_moe_jax.data.pipeline.mixtures import Batch, BatchLayout, Mixture
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
 from uni_moe_jax.tools.bench import plain_input
 from uni_moe_jax.tools.bench.cases import Context, RepeatedStep
@@ -100,7 +101,7 @@ def _batches(mixture: Mixture) -> Iterator[Batch]:
 
 def _num_prefetched() -> int:
   """Batches that the pipeline may have ready: some wait, as many are being made."""
-  return 2 * num_in_flight()
+  return 2 * in_flight.number()
 
 
 def _skip(batches: Iterator[Batch], count: int | None = None) -> Callable[[], None]:

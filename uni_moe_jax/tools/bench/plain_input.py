@@ -12,7 +12,8 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from uni_moe_jax.data.files.video_pixels import AREA_RANGE, ASPECT_RANGE, JITTER
+from uni_moe_jax.data.files import image_transforms
+from uni_moe_jax.data.files.video_pixels import JITTER, MAX_DRAWS
 from uni_moe_jax.utils import cores
 
 
@@ -21,10 +22,13 @@ def jpegs(
   """Batches of a random area of each image, mirrored or not, with its label; resize: 'area' or 'bicubic'."""
   def decode(path, label):
     encoded = tf.io.read_file(path)
-    corner, sides, _ = tf.image.sample_distorted_bounding_box(
-        tf.io.extract_jpeg_shape(encoded), tf.zeros([1, 0, 4]), aspect_ratio_range=ASPECT_RANGE,
-        area_range=AREA_RANGE, use_image_if_no_bounding_boxes=True, min_object_covered=0.0)
-    image = tf.io.decode_and_crop_jpeg(encoded, tf.concat([corner[:2], sides[:2]], 0), 3)
+    # tf.image.sample_distorted_bounding_box would draw parts that are smaller, 0.37 instead of 0.43 of these images.
+    area, ratio = tf.unstack(tf.random.uniform([2, MAX_DRAWS]))
+    corner = tf.cast(tf.random.uniform([2], maxval=tf.int64.max, dtype=tf.int64), tf.uint64)
+    corner, sides = image_transforms.part(
+        tf.io.extract_jpeg_shape(encoded)[:2], size, {'area': area, 'ratio': ratio, 'corner': corner},
+        'random_resized_crop')
+    image = tf.io.decode_and_crop_jpeg(encoded, tf.concat([corner, sides], 0), 3)
     image = tf.saturate_cast(tf.image.resize(image, [size, size], resize, antialias=True) + 0.5, tf.uint8)
     return tf.image.random_flip_left_right(image), label
   return _batches(decode, (list(map(str, paths)), labels), batch_size)

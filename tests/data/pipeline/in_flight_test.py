@@ -1,0 +1,66 @@
+"""Batches are made by threads, ahead and in order, and a second time only if the first fails."""
+
+import threading
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from uni_moe_jax.data.pipeline import in_flight
+
+
+def _call(function, x):
+  """A function of Python within a graph: int64 → int64."""
+  return tf.ensure_shape(tf.numpy_function(lambda x: np.int64(function(int(x))), [x], tf.int64), [])
+
+
+def test_batches_are_in_order_and_nested_like_what_the_graph_returns():
+  made = in_flight.make_ahead(lambda _, x, y: {'x': {'sum': x + y[0]}, 'y': y},
+                              [np.arange(9), np.arange(18).reshape(9, 2)])
+  for i, batch in zip(range(9), made, strict=True):
+    assert batch['x']['sum'] == 3 * i and batch['y'].tolist() == [2 * i, 2 * i + 1]
+    assert not batch['y'].flags.writeable
+
+
+def test_a_bounded_number_of_batches_is_made_ahead_of_the_consumer():
+  number, made, all_ahead = in_flight.number(), [], threading.Event()
+
+  def read(i):
+    made.append(i)
+    if len(made) == 2 * number:
+      all_ahead.set()
+    return i
+
+  batches = in_flight.make_ahead(lambda _, i: _call(read, i), [np.arange(1000)])
+  assert next(batches) == 0
+  assert all_ahead.wait(60)  # while the consumer works on the first one
+  batches.close()
+  assert len(made) <= 2 * number
+
+
+def test_only_a_batch_that_fails_is_made_again_and_is_not_counted():
+  calls, counted = [], []
+
+  def make(undamaged, i):
+    def read(i):
+      calls.append((undamaged, i))
+      if undamaged and i == 3:
+        raise ValueError('damaged')
+      return i if undamaged else -i
+    return _call(read, i)
+
+  made = list(in_flight.make_ahead(make, [np.arange(6)], lambda: counted.append(1)))
+  assert made == [0, 1, 2, -3, 4, 5] and len(counted) == 5
+  assert sorted(calls) == [(False, 3)] + [(True, i) for i in range(6)]
+
+
+def test_an_error_of_the_second_graph_is_raised_where_its_batch_would_be_taken():
+  def read(i):
+    if i == 1:
+      raise ValueError('no record can be read')
+    return i
+
+  batches = in_flight.make_ahead(lambda _, i: _call(read, i), [np.arange(4)])
+  assert next(batches) == 0
+  with pytest.raises(tf.errors.InvalidArgumentError, match='no record can be read'):
+    next(batches)
