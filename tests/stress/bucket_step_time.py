@@ -16,7 +16,6 @@ import time
 import types
 
 import numpy as np
-from array_record.python import array_record_data_source
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from tests.data import own_files
@@ -85,8 +84,8 @@ def _reading_times(folder: pathlib.Path, address: str, rounds: int) -> Rounds:
   receiver = Mirror(address, folder / 'receiver')
   receiver.sync('x')
   instructions = lambda root: [types.SimpleNamespace(
-      filename=str(root / n), skip=0, take=_RECORDS, examples_in_shard=_RECORDS) for n in names]
-  sources = {'folder': array_record_data_source.ArrayRecordDataSource(instructions(sender.root)),
+      filename=str(root / n), skip=0, take=_RECORDS) for n in names]
+  sources = {'folder': Shards(sender.root, instructions(sender.root)),
              'bucket': Shards(receiver, instructions(receiver.root))}
   read = lambda source: lambda: [source.__getitems__(rng.integers(0, _FILES * _RECORDS, _BATCH).tolist())
                                  for _ in range(20)] and ()

@@ -317,8 +317,9 @@ class _Batch:
     for i in set(range(n)).difference(usable):
       problems[i] = str(examples[i]).encode(errors='backslashreplace')
     contents, media = zip(*(examples[i] for i in usable)) if usable else ((), ())
-    if self._is_video and usable:
-      features['pixels'][usable] = media
+    if self._is_video:
+      for i, frames in zip(usable, media, strict=True):
+        features['pixels'][i] = frames
     elif usable:
       data[usable] = np.array(media, object)
     for reader, values in zip(self._readers, zip(*contents)):

@@ -42,11 +42,11 @@ def make_ahead(
       made = any_batch()(*map(tf.constant, row))
     return tf.nest.map_structure(lambda x: np.asarray(memoryview(x)), made)
 
-  rows, pending = zip(*inputs, strict=True), collections.deque()
-  with concurrent.futures.ThreadPoolExecutor(number(), 'batches') as pool:
+  rows, pending, at_once = zip(*inputs, strict=True), collections.deque(), number()
+  with concurrent.futures.ThreadPoolExecutor(at_once, 'batches') as pool:
     try:
       while True:
-        pending.extend(pool.submit(run, row) for row in itertools.islice(rows, 2 * number() - len(pending)))
+        pending.extend(pool.submit(run, row) for row in itertools.islice(rows, 2 * at_once - len(pending)))
         if not pending:
           return
         yield pending.popleft().result()
