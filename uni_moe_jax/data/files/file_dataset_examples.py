@@ -242,18 +242,19 @@ class _Batch:
 
     # A function, so that batches of PNGs do not pass through all of its ops.
     decode_any = tf.function(
-        lambda: decode_all(self._reader(encoded, draws), 1), experimental_attributes={'_noinline': True})
+        lambda: decode_all(lambda i: self._read_image(tf.gather(encoded, i), draws, i), 1),
+        experimental_attributes={'_noinline': True})
     if b.resize != 'fast':
       return decode_any()
     return tf.cond(image_transforms.are_png(encoded), decode_pngs, decode_any)
 
   def _decode_if_possible(self, data: tf.Tensor, hashes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Decodes images: (uint8 [n, 1, S, S, C], ok bool [n]); a damaged one is black."""
-    encoded, draws, n = self._encoded(data), self._draws(hashes), tf.size(data)
-    read = self._reader(encoded, draws)
+    draws, n = self._draws(hashes), tf.size(data)
     # Only a dataset can drop an element that fails. Images are numbered, which shows the missing ones.
     images = tf.data.Dataset.range(tf.cast(n, tf.int64), output_type=tf.int32).map(
-        lambda i: (i, read(i)), cores.available(), deterministic=True).ignore_errors()
+        lambda i: (i, self._read_image(self._encoded(tf.gather(data, i)), draws, i)), cores.available(),
+        deterministic=True).ignore_errors()
     sentinel = tf.data.Dataset.from_tensors((n, tf.zeros(self._shape[1:], tf.uint8)))
     index, images = images.concatenate(sentinel).batch(tf.cast(n, tf.int64) + 1).get_single_element()
     images = tf.scatter_nd(index[:, None], images, [n + 1, *self._shape[1:]])[:n]
@@ -261,7 +262,7 @@ class _Batch:
     return self._augment(images[:, None], hashes, draws), ok
 
   def _encoded(self, data: tf.Tensor) -> tf.Tensor:
-    """The bytes of images."""
+    """The bytes of one or several images. Fails at a damaged record."""
     if not self._read_examples:
       return data
     return tf.io.parse_example(data, {self._media_column: tf.io.FixedLenFeature([], tf.string)})[self._media_column]
@@ -269,13 +270,10 @@ class _Batch:
   def _draws(self, hashes: tf.Tensor) -> dict[str, tf.Tensor]:
     return image_transforms.draws(hashes, self._task.crop) if self._builder.training else {}
 
-  def _reader(self, encoded: tf.Tensor, draws: dict[str, tf.Tensor]) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Index → the image: uint8 [S, S, C]."""
-    def read(i):
-      draw = {k: tf.gather(x, i) for k, x in draws.items()} or None
-      b = self._builder
-      return image_transforms.read(tf.gather(encoded, i), b.channels, b.size, draw, self._task.crop, b.resize)
-    return read
+  def _read_image(self, encoded: tf.Tensor, draws: dict[str, tf.Tensor], i: tf.Tensor) -> tf.Tensor:
+    """uint8 [S, S, C] from the bytes of image i."""
+    b, draw = self._builder, {k: tf.gather(x, i) for k, x in draws.items()} or None
+    return image_transforms.read(encoded, b.channels, b.size, draw, self._task.crop, b.resize)
 
   def _augment(self, pixels: tf.Tensor, hashes: tf.Tensor, draws: dict[str, tf.Tensor]) -> tf.Tensor:
     """uint8 [n, 1, S, S, C] to the same shape."""
