@@ -224,26 +224,26 @@ class _Batch:
     num_parts = min(cores.available(), _MAX_PARTS)
 
     def decode_all(read, unroll):
-      bounds = [tf.minimum(-(-n // unroll) * k // num_parts * unroll, n) for k in range(num_parts + 1)]
-      return tf.concat([decode_part(read, unroll, *part) for part in itertools.pairwise(bounds)], 0)
+      # A function that is not inlined is traced and optimized once, and costs nothing in the branch that is not taken.
+      @functools.partial(tf.function, experimental_attributes={'_noinline': True})
+      def decode_part(start, stop):
+        # One after the other: handing each image to another thread would take as long as decoding a small one.
+        images = tf.map_fn(
+            lambda first: tf.stack([read(tf.minimum(first + i, n - 1)) for i in range(unroll)]),
+            tf.range(start, stop, unroll), parallel_iterations=1,
+            fn_output_signature=tf.TensorSpec([unroll, *self._shape[1:]], tf.uint8))
+        images = tf.reshape(images, [-1, *self._shape])[:stop - start]
+        return self._augment(images, hashes[start:stop], {k: x[start:stop] for k, x in draws.items()})
 
-    def decode_part(read, unroll, start, stop):
-      # One after the other: handing each image to another thread would take as long as decoding a small one.
-      images = tf.map_fn(
-          lambda first: tf.stack([read(tf.minimum(first + i, n - 1)) for i in range(unroll)]),
-          tf.range(start, stop, unroll), parallel_iterations=1,
-          fn_output_signature=tf.TensorSpec([unroll, *self._shape[1:]], tf.uint8))
-      images = tf.reshape(images, [-1, *self._shape])[:stop - start]
-      return self._augment(images, hashes[start:stop], {k: x[start:stop] for k, x in draws.items()})
+      bounds = [tf.minimum(-(-n // unroll) * k // num_parts * unroll, n) for k in range(num_parts + 1)]
+      return tf.concat([decode_part(*part) for part in itertools.pairwise(bounds)], 0)
 
     def decode_pngs():
-      read = image_transforms.png_reader(encoded, b.channels, b.size, draws, self._task.crop)
-      return decode_all(read, _PNGS_AT_ONCE)
+      return decode_all(image_transforms.png_reader(encoded, b.channels, b.size, draws, self._task.crop), _PNGS_AT_ONCE)
 
-    # A function, so that batches of PNGs do not pass through all of its ops.
-    decode_any = tf.function(
-        lambda: decode_all(lambda i: self._read_image(tf.gather(encoded, i), draws, i), 1),
-        experimental_attributes={'_noinline': True})
+    def decode_any():
+      return decode_all(lambda i: self._read_image(tf.gather(encoded, i), draws, i), 1)
+
     if b.resize != 'fast':
       return decode_any()
     return tf.cond(image_transforms.are_png(encoded), decode_pngs, decode_any)

@@ -199,7 +199,9 @@ def is_mirrored(h: int) -> bool:
 def random_flip(images: tf.Tensor, draw: Draw) -> tf.Tensor:
   """Mirrors half of the images [n, T, H, W, C] left to right."""
   index = tf.where(draw['flip'])
-  return tf.tensor_scatter_nd_update(images, index, tf.reverse(tf.gather_nd(images, index), [-2]))
+  chosen = tf.gather_nd(images, index)
+  rows = tf.reshape(chosen, [-1, *images.shape[-2:]])  # the op mirrors an array of three axes faster
+  return tf.tensor_scatter_nd_update(images, index, tf.reshape(tf.reverse(rows, [1]), tf.shape(chosen)))
 
 
 def _random_corner(margin: tf.Tensor, draw: Draw) -> tf.Tensor:
