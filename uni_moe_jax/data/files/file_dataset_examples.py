@@ -157,9 +157,10 @@ class _Batch:
       self._specs |= file_dataset_features.phrase_specs(task)
     if self._is_video:
       self._specs['pixels'] = np.uint8, self._video_reader.shape
-    # Traced once: an evaluation calls it eagerly, a training pipeline inlines it.
-    self.make = tf.function(
-        self._make, input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.uint64)])
+    # Traced once, and then inlined by pipelines of training and evaluation.
+    self.make, self.make_undamaged = (
+        tf.function(make, input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.uint64)])
+        for make in (self._make, self._make_undamaged))
 
   def _make(self, ids: tf.Tensor, hashes: tf.Tensor) -> Features:
     features, ok = self._try(ids, hashes, tf.ones_like(ids, tf.bool))
@@ -189,8 +190,7 @@ class _Batch:
       self._corrupt_counter.has_no_replacement = True
     return np.bool_(True)
 
-  def make_undamaged(self, ids: tf.Tensor, hashes: tf.Tensor) -> Features:
-    """See `Examples.make_undamaged`."""
+  def _make_undamaged(self, ids: tf.Tensor, hashes: tf.Tensor) -> Features:
     data, features = self._features(self._read_undamaged, ids, hashes)
     if self._has_images:
       features['pixels'] = self._decode(data, hashes)
@@ -210,7 +210,7 @@ class _Batch:
     return features, ok
 
   def _features(self, read: Callable[..., Any], ids: tf.Tensor, hashes: tf.Tensor) -> list[Any]:
-    """What `read` returns, `_read` or `_read_undamaged`, with the last ones as features."""
+    """What `read` (`_read` or `_read_undamaged`) returns, with the last ones as features."""
     first = [tf.string] * (2 if read == self._read else 1)
     made = tf.numpy_function(read, [ids, hashes], first + [dtype for dtype, _ in self._specs.values()])
     strings, values = made[:len(first)], made[len(first):]
