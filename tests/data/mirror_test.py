@@ -140,6 +140,18 @@ def test_threads_read_the_records_of_a_folder_in_the_order_of_the_request(tmp_pa
       assert made == [records[i] for i in ids]
 
 
+def test_a_damaged_shard_costs_the_damaged_records_only(tmp_path):
+  prepare.prepare(own_files.write_captioned_images(tmp_path / 'in', 40), tmp_path, 'some')
+  [shard] = (tmp_path / 'own/some/1.0.0').glob('*train.array_record*')
+  dataset = file_dataset.load('own:some', tmp_path, 'train')
+  valid, content = dataset.read(np.arange(dataset.size)), bytearray(shard.read_bytes())
+  content[content.index(valid[9]['image'][100:120])] ^= 1
+  shard.write_bytes(content)
+  records = file_dataset.load('own:some', tmp_path, 'train').read_valid(np.arange(dataset.size))
+  assert [i for i, record in enumerate(records) if record != valid[i]] == [9]
+  assert isinstance(records[9], file_dataset.CorruptExample)
+
+
 def test_a_dataset_whose_upload_was_interrupted_does_not_exist(bucket, tmp_path, monkeypatch):
   files, puts = storage.filesystem(bucket), []
   put = files.put_file

@@ -222,20 +222,16 @@ def test_undamaged_batches_are_made_faster_and_are_the_same(file_format, trainin
   examples = _build(dataset, training=training, resize=resize, random_flip=True, **fields)
   ids = tf.range(11, dtype=tf.int64)  # not divisible by the number of images at once
   hashes = hashing.example_hash(0, 'x', tf.constant(0, tf.int64), ids)
-  made, expected = examples.make_undamaged(ids, hashes), examples.make(ids, hashes)
-  assert made.keys() == expected.keys()
-  for name, value in expected.items():
-    np.testing.assert_array_equal(made[name], value)
+  expected = {k: v.numpy() for k, v in examples.make(ids, hashes).items()}
+  np.testing.assert_equal({k: v.numpy() for k, v in examples.make_undamaged(ids, hashes).items()}, expected)
   with pytest.raises(tf.errors.OpError):
     examples.make_undamaged(tf.range(12, dtype=tf.int64), tf.concat([hashes, hashes[:1]], 0))
 
 
-def test_a_corrupt_example_is_counted_once_by_a_mixture(run, examples):
-  task = _run_task(run, 'color')
+def test_a_corrupt_example_is_counted_once_by_a_mixture(run):
   corrupt = dataclasses.replace(_build(_dataset({2, 5})), size=8)
-  plan = run[0].only('color')
-  batch = next(_mixture((plan,), {'color': corrupt}).iterate(0, 1))[1]
-  assert (corrupt.corrupt_counter.num_corrupt, corrupt.corrupt_counter.num_read) == (2, task.batch_size + 2)
+  batch = next(_mixture((run[0].only('color'),), {'color': corrupt}).iterate(0, 1))[1]
+  assert (corrupt.corrupt_counter.num_corrupt, corrupt.corrupt_counter.num_read) == (2, 8 + 2)
   assert sorted(batch['image_classification']['id'].reshape(-1).tolist()) == list(range(8))
 
 
@@ -301,18 +297,6 @@ def test_running_text_skips_records_that_cannot_be_read(run):
   unreachable(ids, hashes)
   with pytest.raises(RunError, match="source 'own:x' cannot be read"):
     counter.check()
-
-
-def test_a_damaged_shard_costs_the_damaged_records_only(tmp_path):
-  prepare.prepare(own_files.write_captioned_images(tmp_path / 'in', 40), tmp_path, 'some')
-  [shard] = (tmp_path / 'own/some/1.0.0').glob('*train.array_record*')
-  dataset = file_dataset.load('own:some', tmp_path, 'train')
-  valid, content = dataset.read(np.arange(dataset.size)), bytearray(shard.read_bytes())
-  content[content.index(valid[9]['image'][100:120])] ^= 1
-  shard.write_bytes(content)
-  records = file_dataset.load('own:some', tmp_path, 'train').read_valid(np.arange(dataset.size))
-  assert [i for i, record in enumerate(records) if record != valid[i]] == [9]
-  assert isinstance(records[9], file_dataset.CorruptExample)
 
 
 def test_too_many_corrupt_examples_are_an_error_that_names_the_first():
