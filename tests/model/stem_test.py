@@ -9,6 +9,7 @@ from tests.helpers import small_model
 from uni_moe_jax.model import stem
 from uni_moe_jax.model.block import gelu
 from uni_moe_jax.model.embedders import Embed
+from uni_moe_jax.moe import products
 from uni_moe_jax.utils.tree_paths import by_path
 
 SPEC = small_model.spec(stem='conv')  # images of 8 pixels, patches of 4, D 16: two convolutions, of 8 and 16 channels
@@ -26,7 +27,7 @@ def _pixels(frames=1, batch=2):
 
 
 def _stem(pixels, dtype=jnp.float32):
-  return stem.conv_stem(pixels, _params(), dtype, on_cpu=False)
+  return stem.conv_stem(pixels, _params(), dtype, products.PLAIN)
 
 
 def test_windows_by_hand():
@@ -74,7 +75,7 @@ def test_the_model_has_its_parameters_in_place_of_the_patch_projection():
 def test_positions_are_added_as_to_patches():
   values, rows = small_model.params(SPEC)['embed'], small_model.params(SPEC)['embed']['norm']
   tokens = stem.conv_stem(_pixels(), tuple((values[f'stem{i}'], values[f'stem{i}_bias']) for i in (0, 1)),
-                          jnp.float32, on_cpu=False)
+                          jnp.float32, products.PLAIN)
   embed = Embed(SPEC)
   result, position = embed.apply(
       {'params': values}, method=lambda m: (m.visual(_pixels(), jnp.int32(1)), m.temporal[1][None] + m.spatial))
@@ -92,5 +93,5 @@ def test_products_are_of_the_type_of_layers_and_everything_else_float32():
 
 @pytest.mark.parametrize('frames', [1, 2])
 def test_gradients_reach_every_parameter(frames):
-  gradients = jax.grad(lambda p: (stem.conv_stem(_pixels(frames), p, jnp.float32, on_cpu=True)**2).sum())(_params())
+  gradients = jax.grad(lambda p: (stem.conv_stem(_pixels(frames), p, jnp.float32, products.CPU)**2).sum())(_params())
   assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(gradients))

@@ -27,7 +27,8 @@ def quiet_spec(spec: StepSpec, task: str, share: int = 1) -> StepSpec:
   plan = spec.plan.only(task)
   only_task = dataclasses.replace(plan.tasks[0], loss_weight=1.0, batch_size=plan.tasks[0].batch_size // share)
   model = spec.model.clone(spec=dataclasses.replace(spec.model.spec, noise_std=0.0, drop_path=0.0))
-  return dataclasses.replace(spec, plan=dataclasses.replace(plan, tasks=(only_task,)), model=model)
+  return dataclasses.replace(spec, plan=dataclasses.replace(plan, tasks=(only_task,)), model=model,
+                             cpu_bfloat16=False)
 
 
 def task_gradient(

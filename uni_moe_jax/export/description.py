@@ -32,6 +32,7 @@ def manifest(
   model = {**dataclasses.asdict(spec), 'dtype': np.dtype(spec.dtype).name,
            'kernels': {router_input_name(condition): kernel for condition, kernel in spec.kernels},
            'parameters': sum(np.size(x) for x in jax.tree.leaves(contents.params))}
+  del model['cpu_bfloat16']  # of training alone
   moe_layers = [i for i, sublayers in enumerate(trained.pattern) if sublayers]
   return {
       'format': loader.FORMAT,

@@ -10,6 +10,7 @@ from uni_moe_jax.model import attention_kernels, heads_first_attention, masks, s
 from uni_moe_jax.model.prompts import prompt_table
 from uni_moe_jax.model.sequences import EmbeddedSequence, KeysValues, KVCache, heads_first
 from uni_moe_jax.model.sublayer import Context, Hidden, Pools, Sublayer, output_projection
+from uni_moe_jax.moe import products
 from uni_moe_jax.moe.layers import Projection, xavier_uniform
 from uni_moe_jax.moe.routing import MergedRouting
 from uni_moe_jax.parallel import sharding
@@ -123,7 +124,8 @@ class Attention(Sublayer):
         valid = None if mask is None else mask[:, 0, 0]
         return attention_kernels.attend(q, k, v, valid, implementation, self.mesh)
     if self.spec.attention_impl == attention_kernels.AUTO and sharding.on_one_cpu(self.mesh):
-      return heads_first_attention.attend(q, k, v, mask)
+      method = products.method(self.mesh, self.spec.cpu_bfloat16)
+      return heads_first_attention.attend(method == products.AMX, q, k, v, mask)
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 

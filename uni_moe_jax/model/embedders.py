@@ -15,7 +15,8 @@ from uni_moe_jax.model.prompts import TokenPrompts
 from uni_moe_jax.model.sequences import NO_WORD
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.stem import conv_stem, stem_params
-from uni_moe_jax.moe.layers import dot, layer_norm, param, xavier_uniform
+from uni_moe_jax.moe import products
+from uni_moe_jax.moe.layers import layer_norm, param, xavier_uniform
 from uni_moe_jax.parallel import sharding
 
 EMBED_STD = 0.02
@@ -102,8 +103,8 @@ class Embed(nn.Module):
     return self.norm(x)
 
   def _project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    dtype = self.spec.dtype
-    return dot(x.astype(dtype), kernel.astype(dtype), kernel, sharding.on_one_cpu(self.mesh))
+    dtype, method = self.spec.dtype, products.method(self.mesh, self.spec.cpu_bfloat16)
+    return products.dot(x.astype(dtype), kernel.astype(dtype), kernel, method)
 
   def prefix(self) -> jax.Array:
     """The prefix `spe`, [1, 1, D]: LN(Word[spe]) without position and type, or a word as a text."""
@@ -134,7 +135,7 @@ class Embed(nn.Module):
       mean, std = (np.reshape(x, (1, 1, 1, 1, s.channels)) for x in constants)
       pixels = (pixels.astype(jnp.float32) / 255 - mean.astype(np.float32)) / std.astype(np.float32)
     if s.stem == 'conv':
-      x = conv_stem(pixels, self.stem, s.dtype, sharding.on_one_cpu(self.mesh))
+      x = conv_stem(pixels, self.stem, s.dtype, products.method(self.mesh, s.cpu_bfloat16))
     else:
       x = self._project(patchify(pixels, s.patch_size), self.patch) + self.patch_bias[None, None]
     if s.frame_differences and T > 1:

@@ -5,46 +5,54 @@ copies weights [B, N, Q, K] to transpose them. Here the backward pass starts fro
 only arrays [B, N, S, H] are transposed.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from uni_moe_jax.model.sequences import heads_first
+from uni_moe_jax.moe import products
 from uni_moe_jax.moe.layers import PRODUCT
 
 
-@jax.custom_vjp
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(rounded: bool, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
   """softmax(q kᵀ / √H) v over the visible keys → [B, Q, N, H] in the type of q; scores and sums in float32.
 
-  q: [B, Q, N, H]. k, v: [B, K, N, H]. mask: bool [B or 1, 1, Q or 1, K]; None: every key is visible.
+  Args:
+    rounded: whether operands of products are rounded to bfloat16, see `products.matmul_rounded`.
+    q: [B, Q, N, H]. k, v: [B, K, N, H]. mask: bool [B or 1, 1, Q or 1, K]; None: every key is visible.
   """
-  return _forward(q, k, v, mask)[0]
+  return _forward(rounded, q, k, v, mask)[0]
 
 
-def _forward(q, k, v, mask):
+def _forward(rounded, q, k, v, mask):
+  matmul, _ = _matmuls(rounded)
   q, k, v = heads_first(q), heads_first(k), heads_first(v)
-  scores = _visible(_matmul(_scaled(q), k.mT), mask)
+  scores = _visible(matmul(_scaled(q), k.mT), mask)
   top = scores.max(-1, keepdims=True)
   weights = jnp.exp(scores - top)
   total = weights.sum(-1, keepdims=True)
-  out = heads_first((_matmul(weights.astype(v.dtype), v) / total).astype(q.dtype))
+  out = heads_first((matmul(weights.astype(v.dtype), v) / total).astype(q.dtype))
   out, top, total = (checkpoint_name(x, PRODUCT) for x in (out, top, total))
   return out, (q, k, v, mask, out, top, total)
 
 
-def _backward(saved, d_out):
+def _backward(rounded, saved, d_out):
+  matmul, transposed_matmul = _matmuls(rounded)
   q, k, v, mask, out, top, total = saved
   # Of softmax's gradient: Σ_k weight_k · d_weight_k.
   mean = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)[:, :, None]  # [B, N, 1, Q]
   mean = jax.lax.optimization_barrier(mean)  # otherwise XLA computes it again for every key
   d_out = heads_first(d_out)
-  scores = _visible(_matmul(k, _scaled(q).mT), None if mask is None else mask.mT)  # [B, N, K, Q], as all that follow
+  scores = _visible(matmul(k, _scaled(q).mT), None if mask is None else mask.mT)  # [B, N, K, Q], as all that follow
   weights = jnp.exp(scores - top.mT) / total.mT
-  d_v = _matmul(weights.astype(v.dtype), d_out)
-  d_scores = (weights * (_matmul(v, d_out.mT) - mean)).astype(q.dtype)
-  d_k = _matmul(d_scores, _scaled(q))
-  d_q = _scaled(_matmul(k.mT, d_scores).mT)
+  d_v = matmul(weights.astype(v.dtype), d_out)
+  d_scores = (weights * (matmul(v, d_out.mT) - mean)).astype(q.dtype)
+  d_k = matmul(d_scores, _scaled(q))
+  d_q = _scaled(transposed_matmul(k, d_scores).mT)
   return (*(heads_first(x).astype(q.dtype) for x in (d_q, d_k, d_v)), None)
 
 
@@ -60,5 +68,9 @@ def _visible(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
   return scores if mask is None else jnp.where(mask, scores, -0.7 * jnp.finfo(scores.dtype).max)
 
 
-def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-  return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+def _matmuls(rounded: bool) -> tuple[Callable, Callable]:
+  """(x y, xᵀ y) with float32 results."""
+  if rounded:
+    return products.matmul_rounded, products.transposed_matmul_rounded
+  matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+  return matmul, lambda x, y: matmul(x.mT, y)

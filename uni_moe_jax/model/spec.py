@@ -36,6 +36,7 @@ class ModelSpec(ModelConfig, MoeConfig):
   temperature_groups: tuple[str, ...] = ()  # groups with a learned scale each
   label_prompts: tuple[tuple[str, int], ...] = ()  # target sets with a learned token per entry, and their sizes
   head: int = 0  # classes of the linear head; 0: none
+  cpu_bfloat16: bool = False  # of `config.train`, in training alone
   # Of a merged model (see `merging`): index of the kernel of each router input. There is no router then, and
   # projections have `num_experts` kernels.
   kernels: tuple[tuple[Any, int], ...] = ()

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from uni_moe_jax.model.block import gelu
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.moe.layers import NORM_EPSILON, dot, param, xavier_uniform
+from uni_moe_jax.moe import products
+from uni_moe_jax.moe.layers import NORM_EPSILON, param, xavier_uniform
 
 
 def windows(x: jax.Array) -> jax.Array:
@@ -40,20 +41,21 @@ def stem_params(module: nn.Module, spec: ModelSpec) -> tuple[tuple[jax.Array, ja
 
 
 def conv_stem(
-    pixels: jax.Array, params: tuple[tuple[jax.Array, jax.Array], ...], dtype: jnp.dtype, on_cpu: bool) -> jax.Array:
+    pixels: jax.Array, params: tuple[tuple[jax.Array, jax.Array], ...], dtype: jnp.dtype, method: str) -> jax.Array:
   """Frames [B, T, H, W, C] → [B, T · patches, D].
 
   Args:
     pixels: normalized; H and W are multiples of the patch size, a power of two.
     params: see `stem_params`.
     dtype: of the products.
-    on_cpu: see `layers.dot`.
+    method: see `products.method`.
   """
   B, T, *image = pixels.shape
   x = pixels.reshape(B * T, *image)
   for i, (kernel, bias) in enumerate(params, 1):
     x = windows(x)
-    product = dot(x.reshape(B * T, -1, x.shape[-1]).astype(dtype), kernel.astype(dtype), kernel, on_cpu)
+    x_of_type = x.reshape(B * T, -1, x.shape[-1]).astype(dtype)
+    product = products.dot(x_of_type, kernel.astype(dtype), kernel, method)
     y = product.astype(jnp.float32)
     if i < len(params):
       x = gelu(jax.nn.standardize(y, epsilon=NORM_EPSILON) + bias[None, None]).reshape(*x.shape[:-1], -1)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from uni_moe_jax.moe import products
 from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.parallel import sharding
 
@@ -73,8 +74,8 @@ class Projection:
   bias: jax.Array  # f32 [A, *out]
   in_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # logical names of the contracted axes
   out_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # and of the resulting ones
-  unrounded: jax.Array | None = None  # f32 values of the kernel, see `dot`; None where it is float32
-  on_cpu: bool = flax.struct.field(pytree_node=False, default=False)  # see `dot`
+  unrounded: jax.Array | None = None  # f32 values of the kernel, see `products.dot`; None where it is float32
+  method: str = flax.struct.field(pytree_node=False, default=products.PLAIN)  # see `products.method`
 
   def slice(self, part: slice) -> 'Projection':
     """The projection to a slice of its first output axis."""
@@ -90,6 +91,7 @@ class MoeDense(nn.Module):
   kernel_init: Callable
   num_experts: int  # E, or 0 for a dense projection
   dtype: jnp.dtype  # of the kernels that are returned, that is of the product; see `precision`
+  method: str = products.PLAIN  # see `products.method`
   mesh: Mesh | None = None
 
   @nn.compact
@@ -120,78 +122,31 @@ class MoeDense(nn.Module):
     unrounded = None if self.dtype == kernel.dtype else kernel_as_used(kernel)
     return Projection(
         kernel_as_used(kernel.astype(self.dtype)), as_used(bias, tuple(out_axes)), tuple(in_axes), tuple(out_axes),
-        unrounded, sharding.on_one_cpu(self.mesh))
+        unrounded, self.method)
 
 
 def project(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, unrounded: jax.Array | None = None, on_cpu: bool = False
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, unrounded: jax.Array | None = None, method: str = products.PLAIN
 ) -> jax.Array:
   """x [B, S, *in] · kernel [*in, *out] + bias [*out] → [B, S, *out], of the kernel's type. The bias is float32.
 
-  Heads and their numbers are one axis in the product, but on a CPU: apart, a TPU pads and copies what it reads and
-  writes.
+  Heads and their numbers are one axis in the product, but on a CPU in float32: apart, a TPU pads and copies what it
+  reads and writes. With AMX all axes out are one.
 
-  unrounded, on_cpu: see `dot`.
+  unrounded, method: see `products.dot`.
   """
   ins, out = x.shape[2:], kernel.shape[x.ndim - 2:]
-  rows, columns = (ins, out) if on_cpu else ((math.prod(ins),), (*out[:-2], math.prod(out[-2:])))
+  rows = ins if method == products.CPU else (math.prod(ins),)
+  joined = {products.CPU: 0, products.PLAIN: 2, products.AMX: len(out)}[method]  # axes out that become one
+  columns = (*out[:len(out) - joined], math.prod(out[-joined:])) if joined else out
   kernel, unrounded = (None if w is None else w.reshape(*rows, *columns) for w in (kernel, unrounded))
   x = x.astype(kernel.dtype).reshape(*x.shape[:2], *rows)
-  y = checkpoint_name(dot(x, kernel, unrounded, on_cpu), PRODUCT)
+  y = checkpoint_name(products.dot(x, kernel, unrounded, method), PRODUCT)
   return add_bias(y, bias.reshape(1, 1, *columns)).reshape(*y.shape[:2], *out)
 
 
-def dot(x: jax.Array, kernel: jax.Array, unrounded: jax.Array | None, on_cpu: bool = False) -> jax.Array:
-  """x [B, S, *in] · kernel [*in, *out] → [B, S, *out], all of one type.
-
-  Args:
-    unrounded: the kernel's float32 values, where it was rounded. The gradient is theirs, and not rounded before it is
-      summed over arrays and devices. Nothing reads their values.
-    on_cpu: computes the same so that XLA's CPU compiler copies less.
-  """
-  if unrounded is not None and unrounded.dtype != kernel.dtype:
-    return _dot_of_rounded(x, kernel, unrounded)
-  return (_dot_on_cpu if on_cpu else _dot)(x, kernel)
-
-
-def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  return jnp.tensordot(x, kernel, axes=(tuple(range(2, x.ndim)), tuple(range(x.ndim - 2))))
-
-
-@jax.custom_vjp
-def _dot_of_rounded(x, kernel, unrounded):
-  return _dot(x, kernel)
-
-
-def _dx(x, kernel, dy):
-  return jnp.tensordot(dy, kernel, axes=(tuple(range(2, dy.ndim)), tuple(range(x.ndim - 2, kernel.ndim))))
-
-
-def _dot_of_rounded_backward(saved, dy):
-  x, kernel = saved
-  dkernel = jnp.tensordot(x, dy, axes=((0, 1), (0, 1)), preferred_element_type=jnp.float32)
-  return _dx(x, kernel, dy), jnp.zeros_like(kernel), dkernel
-
-
-_dot_of_rounded.defvjp(lambda x, kernel, unrounded: (_dot(x, kernel), (x, kernel)), _dot_of_rounded_backward)
-
-
-_dot_on_cpu = jax.custom_vjp(_dot)
-
-
-def _dot_on_cpu_backward(saved, dy):
-  """Contracts one axis for the gradient of the kernel: to contract two, examples and tokens, XLA transposes dy."""
-  x, kernel = saved
-  rows = x.shape[0] * x.shape[1]
-  dkernel = jnp.tensordot(x.reshape(rows, -1), dy.reshape(rows, *dy.shape[2:]), axes=(0, 0))
-  return _dx(x, kernel, dy), dkernel.reshape(kernel.shape)
-
-
-_dot_on_cpu.defvjp(lambda x, kernel: (_dot(x, kernel), (x, kernel)), _dot_on_cpu_backward)
-
-
 def with_gradient_of(kernel: jax.Array, unrounded: jax.Array | None) -> jax.Array:
-  """A kernel whose gradient is that of its float32 values (see `dot`), rounded once but summed in float32."""
+  """A kernel whose gradient is that of its float32 values (see `products.dot`), rounded once but summed in float32."""
   return kernel if unrounded is None else _with_gradient_of(kernel, unrounded)
 
 

@@ -18,7 +18,8 @@ part of a sum over devices: of merged kernels, where XLA for TPUs does so, and o
 "float32" says how numbers are kept. By default a TPU multiplies float32 as bfloat16, and an NVIDIA GPU as TF32, which
 moves a similarity of scale 100 by .04 and the choice of two experts for one token in four hundred. So products of the
 rows above that are float32 are `EXACT`, wherever a model runs. With `model.dtype='float32'` evaluation and exports
-multiply everything so (`of_evaluation`); training leaves the products of its layers to the platform.
+multiply everything so (`of_evaluation`); training leaves the products of its layers to the platform. A CPU multiplies
+float32 in full, unless `train.cpu_bfloat16` lets it round operands of these products in training (see `products`).
 """
 
 import contextlib

@@ -27,7 +27,7 @@ class MergedRouting:
     """x [B, S, *in] → ([B, S, *out], None): nothing is dispatched, nothing counted."""
     kernel, bias, unrounded = jax.tree.map(
         lambda x: x[self.kernel], (projection.kernel, projection.bias, projection.unrounded))
-    return layers.project(x, kernel, bias, unrounded, projection.on_cpu), None
+    return layers.project(x, kernel, bias, unrounded, projection.method), None
 
   def take(self, rows: Callable[[jax.Array], jax.Array]) -> 'MergedRouting':
     """The routing of some rows of the segment."""

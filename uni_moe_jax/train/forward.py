@@ -42,6 +42,7 @@ class StepSpec:
   unused_params: str = 'update'
   frozen: frozenset[str] = frozenset()  # paths of parameters that do not train
   auxiliary: LossWeights = ()  # without those of weight 0
+  cpu_bfloat16: bool = False
 
   @property
   def numbers(self) -> dict[str, Any]:
@@ -138,7 +139,8 @@ def forward(
     hidden, structure = jax.tree.flatten(encoded.hidden)
     return structure.unflatten(map_joined(model.features, hidden, model.shards)), encoded.collected
 
-  features, collected = spec.model.apply({'params': params}, method=encode)
+  model = spec.model.clone(spec=dataclasses.replace(spec.model.spec, cpu_bfloat16=spec.cpu_bfloat16))
+  features, collected = model.apply({'params': params}, method=encode)
   sets = {}
   for name, buckets in features.target_sets.items():
     # Each device has encoded its share of the entries; all devices score against all of them.

@@ -241,7 +241,8 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
       contrastive_reduction=config.train.contrastive_reduction, mask_duplicate_texts=config.train.mask_duplicate_texts,
       negatives=config.train.negatives, unused_params=config.optim.unused_params,
       frozen=optimizer.frozen_paths(made.groups),
-      auxiliary=tuple((name, weight) for name, weight in weights.items() if weight))
+      auxiliary=tuple((name, weight) for name, weight in weights.items() if weight),
+      cpu_bfloat16=config.train.cpu_bfloat16)
   shapes = jax.eval_shape(functools.partial(init_state, spec), params)
   shardings = _state_shardings(spec, shapes, sharding.param_shardings(boxed, mesh, config.mesh.fsdp), mesh)
   return Run(config, plan, data, mesh, spec, shapes, shardings)

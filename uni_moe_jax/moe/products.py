@@ -1,0 +1,107 @@
+"""The product of a projection, as each platform computes it fastest, with gradients summed in float32.
+
+On accelerators XLA finds the best program for the plain product. On one CPU its choice of operands matters, and a CPU
+with AMX multiplies bfloat16 several times as fast as float32, if the product is written as its library expects it.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from uni_moe_jax.parallel import sharding
+
+PLAIN, CPU, AMX = 'plain', 'cpu', 'amx'  # methods
+
+
+@functools.cache
+def has_amx() -> bool:
+  """Whether this machine's processor multiplies bfloat16 in tiles (AMX, Intel Xeon since 2023)."""
+  cpuinfo = pathlib.Path('/proc/cpuinfo')  # of Linux
+  return cpuinfo.exists() and 'amx_bf16' in cpuinfo.read_text().split()
+
+
+def method(mesh: Mesh | None, cpu_bfloat16: bool = False) -> str:
+  """How to multiply on a mesh. cpu_bfloat16: float32 operands may be rounded where that is fast, see config.train."""
+  if not sharding.on_one_cpu(mesh):
+    return PLAIN
+  return AMX if cpu_bfloat16 and has_amx() else CPU
+
+
+def dot(x: jax.Array, kernel: jax.Array, unrounded: jax.Array | None = None, method: str = PLAIN) -> jax.Array:
+  """x [B, S, *in] · kernel [*in, *out] → [B, S, *out], all of one type.
+
+  Args:
+    unrounded: the kernel's float32 values, where it was rounded. The gradient is theirs, and not rounded before it is
+      summed over arrays and devices. Nothing reads their values.
+    method: see `method`. With AMX there is one axis in and one out.
+  """
+  if unrounded is not None and unrounded.dtype != kernel.dtype:
+    return _dot_of_rounded(x, kernel, unrounded)
+  return {PLAIN: _dot, CPU: _dot_on_cpu, AMX: _dot_by_amx}[method](x, kernel)
+
+
+def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return jnp.tensordot(x, kernel, axes=(tuple(range(2, x.ndim)), tuple(range(x.ndim - 2))))
+
+
+def _dx(x, kernel, dy):
+  return jnp.tensordot(dy, kernel, axes=(tuple(range(2, dy.ndim)), tuple(range(x.ndim - 2, kernel.ndim))))
+
+
+@jax.custom_vjp
+def _dot_of_rounded(x, kernel, unrounded):
+  return _dot(x, kernel)
+
+
+def _dot_of_rounded_backward(saved, dy):
+  x, kernel = saved
+  dkernel = jnp.tensordot(x, dy, axes=((0, 1), (0, 1)), preferred_element_type=jnp.float32)
+  return _dx(x, kernel, dy), jnp.zeros_like(kernel), dkernel
+
+
+_dot_of_rounded.defvjp(lambda x, kernel, unrounded: (_dot(x, kernel), (x, kernel)), _dot_of_rounded_backward)
+
+
+_dot_on_cpu = jax.custom_vjp(_dot)
+
+
+def _dot_on_cpu_backward(saved, dy):
+  """Contracts one axis for the gradient of the kernel: to contract two, examples and tokens, XLA transposes dy."""
+  x, kernel = saved
+  rows = x.shape[0] * x.shape[1]
+  dkernel = jnp.tensordot(x.reshape(rows, -1), dy.reshape(rows, *dy.shape[2:]), axes=(0, 0))
+  return _dx(x, kernel, dy), dkernel.reshape(kernel.shape)
+
+
+_dot_on_cpu.defvjp(lambda x, kernel: (_dot(x, kernel), (x, kernel)), _dot_on_cpu_backward)
+
+
+def matmul_rounded(x: jax.Array, y: jax.Array) -> jax.Array:
+  """x [..., m, k] · y [..., k, n] of operands rounded to bfloat16 → f32 [..., m, n], summed in float32."""
+  return jnp.matmul(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+
+def transposed_matmul_rounded(x: jax.Array, y: jax.Array) -> jax.Array:
+  """xᵀ y of x [..., k, m] and y [..., k, n], as `matmul_rounded`. Fastest if m < n."""
+  # XLA would make the transpose a part of the product, which its library then refuses. A row of ones keeps it apart.
+  ones = jnp.ones((*x.shape[:-2], 1, x.shape[-2]), jnp.bfloat16)
+  return matmul_rounded(jnp.concatenate([x.astype(jnp.bfloat16).mT, ones], axis=-2), y)[..., :-1, :]
+
+
+@jax.custom_vjp
+def _dot_by_amx(x, kernel):
+  return matmul_rounded(x, kernel)
+
+
+def _dot_by_amx_backward(saved, dy):
+  x, kernel = saved
+  x, d = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+  transposed = transposed_matmul_rounded
+  dkernel = transposed(d, x).T if d.shape[1] < x.shape[1] else transposed(x, d)
+  return matmul_rounded(dy, kernel.T), dkernel
+
+
+_dot_by_amx.defvjp(lambda x, kernel: (_dot_by_amx(x, kernel), (x, kernel)), _dot_by_amx_backward)
