@@ -12,12 +12,14 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.model.flops import TRAIN
+from uni_moe_jax.moe import products
 from uni_moe_jax.tasks.router_names import DENSE, ROUTERS
 from uni_moe_jax.tools.bench import flops
 from uni_moe_jax.tools.bench.cases import RECORDED_PEAK, Context, RepeatedStep
 from uni_moe_jax.tools.bench.results_table import Budget, Row
 from uni_moe_jax.tools.bench.timing import Estimate, Rounds, estimate, interleaved
 
+_FLOAT32 = 'float32'  # a step without train.cpu_bfloat16
 _MERGED = ('attribute', 'task', 'modality')
 _CAPACITY = 'token, capacity 1.0'
 _TRAIN = {**dict.fromkeys(_MERGED, Budget(1.10, 1.03)), 'token': Budget(2.5, 2.0), _CAPACITY: Budget(2.0, 1.8)}
@@ -71,18 +73,29 @@ def _share_of_peak(context: Context, dense: RepeatedStep, train: Rounds) -> Row:
 
 
 def mixed(context: Context) -> list[Row]:
-  """Measure the step of all tasks of the config, every router against dense."""
-  def step(router: str) -> RepeatedStep:
+  """Measure the step of all tasks of the config, every router against dense, and its products against float32."""
+  def step(router: str, cpu_bfloat16: bool = True) -> RepeatedStep:
     c = context.own_config()
     c.moe.router, c.train.mixture = router, 'all_tasks'
+    c.train.cpu_bfloat16 &= cpu_bfloat16
     return RepeatedStep(context.build(c))
 
   steps = {r: step(r) for r in context.sizes.mixed_routers or ROUTERS}
+  rounds = context.config.train.cpu_bfloat16 and products.has_amx()
+  if rounds:
+    compared = next(r for r in steps if r != DENSE)
+    steps[_FLOAT32] = step(compared, cpu_bfloat16=False)
   seconds = interleaved(steps, context.sizes.rounds)
   note = 'tasks: ' + ', '.join(f'{t.name} {t.batch_size}' for t in steps[DENSE].run.plan.tasks)
-  return [Row('mixed', 'dense step', seconds.figure(seconds[DENSE]), 's', note=note)] + [
+  if rounds:
+    note += '; products of layers in bfloat16 by AMX'
+  rows = [Row('mixed', 'dense step', seconds.figure(seconds[DENSE]), 's', note=note)] + [
       Row('mixed', f'{r} / dense', seconds.figure(seconds[r] / seconds[DENSE]), 'x', _MIXED.get(r), note)
-      for r in steps if r != DENSE]
+      for r in steps if r not in (DENSE, _FLOAT32)]
+  if rounds:
+    ratio = seconds.figure(seconds[compared] / seconds[_FLOAT32])
+    rows.append(Row('mixed', f'{compared}, bfloat16 / float32 products', ratio, 'x', note=note))
+  return rows
 
 
 def published(context: Context) -> list[Row]:
