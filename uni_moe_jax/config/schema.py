@@ -219,9 +219,9 @@ class TrainConfig:
                        'sampling_weight.', choices=('all_tasks', 'one_task'), published='one_task')
   grad_accum_steps: int = field(1, 'Micro-steps per step; target sets are encoded once for all of them.', at_least=1)
   cpu_bfloat16: bool = field(
-      False, 'On one CPU with AMX, training rounds the operands of the products of layers to bfloat16, several times '
-      'the rate of float32; sums and results are float32. Evaluation and exports are float32, and other devices ignore '
-      'it.')
+      False, "On one CPU with AMX, training rounds the operands of float32 layers' products to bfloat16, several times "
+      'the rate of float32; sums and results are float32. Evaluation and exports are float32, and other devices and '
+      "model.dtype='bfloat16' ignore it.")
   encode_all_sets: bool = field(False, 'Encodes also the target sets that no task of the step uses.', published=True)
   contrastive_reduction: str = field(
       'mean', 'Of the two directions of the retrieval loss.', choices=('mean', 'sum'), published='sum')

@@ -242,7 +242,7 @@ def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = N
       negatives=config.train.negatives, unused_params=config.optim.unused_params,
       frozen=optimizer.frozen_paths(made.groups),
       auxiliary=tuple((name, weight) for name, weight in weights.items() if weight),
-      cpu_bfloat16=config.train.cpu_bfloat16)
+      cpu_bfloat16=config.train.cpu_bfloat16 and config.model.dtype == 'float32')
   shapes = jax.eval_shape(functools.partial(init_state, spec), params)
   shardings = _state_shardings(spec, shapes, sharding.param_shardings(boxed, mesh, config.mesh.fsdp), mesh)
   return Run(config, plan, data, mesh, spec, shapes, shardings)
