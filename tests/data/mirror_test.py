@@ -18,8 +18,9 @@ from tests.helpers import processes, tiny
 from uni_moe_jax.config.schema import DataConfig
 from uni_moe_jax.data import mirror, sources
 from uni_moe_jax.data.files import file_dataset, prepare, tfds_prepare
-from uni_moe_jax.data.mirror import Mirror, Shards
+from uni_moe_jax.data.mirror import Mirror
 from uni_moe_jax.data.pipeline import npz_records
+from uni_moe_jax.data.shards import Shards
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError
 
@@ -336,7 +337,8 @@ def test_two_processes_of_a_host_fetch_a_file_once(bucket, tmp_path):
   _upload_shards(bucket, tmp_path / 'sender', 6)
   script = f'''
 import hashlib, types, sys
-from uni_moe_jax.data.mirror import Mirror, Shards
+from uni_moe_jax.data.mirror import Mirror
+from uni_moe_jax.data.shards import Shards
 data = Mirror({bucket!r}, {str(tmp_path / "receiver")!r})
 data.sync('x')
 names = sorted(n for n in data._files)

@@ -26,7 +26,8 @@ from uni_moe_jax.config import presets
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.files import prepare
-from uni_moe_jax.data.mirror import Mirror, Shards
+from uni_moe_jax.data.mirror import Mirror
+from uni_moe_jax.data.shards import Shards
 from uni_moe_jax.tools.bench.cases import RepeatedStep
 from uni_moe_jax.tools.bench.timing import Rounds, interleaved
 from uni_moe_jax.train import run as run_lib

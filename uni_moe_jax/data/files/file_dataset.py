@@ -23,6 +23,7 @@ import numpy as np
 from uni_moe_jax.data import mirror
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
+from uni_moe_jax.data.shards import Shards
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError
 from uni_moe_jax.utils.suggest import nearest
@@ -103,12 +104,17 @@ class FileDataset:
       return (read or self.read)(np.array([index]))[0]
     except CorruptExample as e:
       return e
+    except RunError:
+      raise
     except Exception as e:
       return CorruptExample(f'a record that cannot be read ({e})')
 
   def location(self, index: int) -> str:
     """The file or line that a record was prepared from, or its index, for messages."""
-    record = self._read_one(index) if LOCATION in self.columns else None
+    record = None
+    if LOCATION in self.columns:
+      with contextlib.suppress(RunError):
+        record = self._read_one(index)
     return record[LOCATION] if isinstance(record, dict) else f'{self.name}, record {index}'
 
   def sample_texts(self, max_records: int) -> list[str]:
@@ -248,7 +254,7 @@ def tfds_columns(features: Mapping[str, Any]) -> tuple[dict[str, str], dict[str,
 
 def _open(builder, directory: str | os.PathLike[str], split: str):
   """(number of records, `FileDataset.read_examples`, `FileDataset.prefetch`) of a split."""
-  shards = mirror.Shards(directory, builder.info.splits[split].file_instructions)
+  shards = Shards(directory, builder.info.splits[split].file_instructions)
   return len(shards), shards.__getitems__, shards.prefetch if isinstance(directory, mirror.Mirror) else None
 
 

@@ -1,0 +1,81 @@
+"""Records of many files are read by many threads with a bounded number of open files."""
+
+import concurrent.futures
+import os
+import resource
+import types
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from uni_moe_jax.data import shards as shards_lib
+from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset
+from uni_moe_jax.data.shards import Shards
+from uni_moe_jax.utils.errors import RunError
+
+_FILES, _THREADS = 200, 8
+
+
+@pytest.fixture(scope='module')
+def instructions(tmp_path_factory):
+  """Of 200 files with three records each; record i is the string of i."""
+  root = tmp_path_factory.mktemp('shards')
+  for i in range(_FILES):
+    writer = ArrayRecordWriter(str(root / f'{i}'), 'group_size:1')
+    for k in range(3):
+      writer.write(f'{3 * i + k}'.encode())
+    writer.close()
+  return [types.SimpleNamespace(filename=str(root / f'{i}'), skip=0, take=3) for i in range(_FILES)]
+
+
+def _num_open(instructions) -> int:
+  """Files of the dataset that this process has open."""
+  folder, count = os.path.dirname(instructions[0].filename), 0
+  for name in os.listdir('/proc/self/fd'):
+    path = f'/proc/self/fd/{name}'
+    count += os.path.islink(path) and os.readlink(path).startswith(folder)
+  return count
+
+
+def test_many_threads_and_splits_keep_a_bounded_number_of_files_open(instructions):
+  splits, numbers = [Shards('', instructions) for _ in range(2)], []
+
+  def read(i):
+    ids = np.random.default_rng(i).integers(0, 3 * _FILES, 300)
+    made = splits[i % 2].__getitems__(ids)
+    numbers.append(_num_open(instructions))
+    return made == [str(k).encode() for k in ids]
+
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    assert all(pool.map(read, range(100)))
+  assert shards_lib._MAX_IDLE - 10 <= max(numbers) <= shards_lib._MAX_IDLE + _THREADS
+
+
+def test_readers_that_were_used_last_stay_open(instructions, monkeypatch):
+  opened, open_reader = [], shards_lib._open_reader
+  monkeypatch.setattr(shards_lib, '_open_reader', lambda path: [opened.append(path), open_reader(path)][1])
+  monkeypatch.setattr(shards_lib, '_MAX_IDLE', 2)
+  shards, read = Shards('', instructions), []
+  for shard in (0, 1, 0, 2, 0, 1):
+    read += shards.__getitems__([3 * shard])
+  assert read == [b'0', b'3', b'0', b'6', b'0', b'3']
+  assert [int(os.path.basename(path)) for path in opened] == [0, 1, 2, 1]
+
+
+def test_too_many_open_files_are_an_error_and_cost_no_example(instructions):
+  shards = Shards('', instructions)
+  shards.__getitems__([0])
+  dataset = FileDataset('x', len(shards), shards.__getitems__, {}, {}, {}, '')
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # no file can be opened
+    with pytest.raises(RunError, match=r'/1 cannot be opened \(.*Too many open files.*The limit .* is 3 open files'):
+      dataset.read_valid(np.arange(6))
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+  assert not any(isinstance(record, CorruptExample) for record in dataset.read_valid(np.arange(6)))
+
+
+def test_a_split_without_files_is_empty():
+  assert len(Shards('', [])) == 0
