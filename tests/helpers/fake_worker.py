@@ -12,7 +12,8 @@ def main(connection: Connection, folder: str, limits: Limits, cache: str) -> Non
   """Serves jobs as `worker.main` does.
 
   folder: 'broken' cannot be loaded, 'dead' ends at once, 'uncompiled' is loaded and does not compile, 'slow' takes a
-  second to compile.
+  second to compile, 'killed' is loaded and dies while it compiles, 'fragile' when a request comes; a path is created
+  by the first worker, and those that find it die while they compile.
   """
   if folder == 'broken':
     return connection.send(('failed', 'the folder is broken'))
@@ -21,8 +22,15 @@ def main(connection: Connection, folder: str, limits: Limits, cache: str) -> Non
   connection.send(('loaded', Facts({}, [], {}, {})))
   if folder == 'uncompiled':
     return connection.send(('failed', 'no program compiles'))
+  if folder == 'killed' or os.path.exists(folder):
+    os._exit(3)
+  if os.path.isabs(folder):
+    open(folder, 'x').close()
   time.sleep(folder == 'slow')
   connection.send(('warm', 'task', 'encode', 4))
+  if folder == 'fragile':
+    connection.recv()
+    os._exit(3)
   connection.send(('ready',))
   while True:
     job, _, _, items = connection.recv()

@@ -61,6 +61,7 @@ def test_a_worker_that_hangs_or_dies_is_replaced(capfd, text, message):
 def test_an_idle_worker_that_dies_is_replaced():
   async def check(started):
     await started.start()
+    assert await _send(started, 'a') == ['a']
     os.kill(started.pid, signal.SIGKILL)
     while not started.restarts:
       await asyncio.sleep(0.01)
@@ -86,6 +87,42 @@ def test_a_model_that_does_not_compile_ends_the_service():
       await started.failure
     assert not started.ready
   _run(check, 'uncompiled')
+
+
+def test_a_first_worker_that_dies_while_it_compiles_ends_the_service(capfd):
+  async def check(started):
+    await started.start()
+    with pytest.raises(RunError, match='the worker ended with exit code 3 before it was ready'):
+      await started.failure
+    assert not started.ready and not started.restarts
+  _run(check, 'killed')
+  assert not capfd.readouterr().err
+
+
+def test_requests_that_end_workers_before_one_is_warm_end_the_service_after_some_restarts(monkeypatch):
+  monkeypatch.setattr(supervisor, '_MAX_EARLY_RESTARTS', 1)
+
+  async def check(started):
+    await started.start()
+    for restarts in (0, 1):
+      assert not started.failure.done()
+      with pytest.raises(Refused):
+        await _send(started, 'a')
+      assert started.restarts == restarts
+    with pytest.raises(RunError, match='exit code 3'):
+      await started.failure
+  _run(check, 'fragile')
+
+
+def test_workers_that_die_while_they_compile_are_replaced_more_and_more_slowly_if_one_has_been_warm(tmp_path):
+  async def check(started):
+    await started.start()
+    assert await _send(started, 'a') == ['a']
+    os.kill(started.pid, signal.SIGKILL)
+    while started.restarts < 2 and not started.failure.done():
+      await asyncio.sleep(0.01)
+    assert started._backoff == 2 and not started.ready and not started.failure.done()
+  _run(check, str(tmp_path / 'warm'))
 
 
 @pytest.mark.parametrize('folder, message', [('broken', 'the folder is broken'), ('dead', 'ended with exit code 3')])

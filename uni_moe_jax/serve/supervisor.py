@@ -15,6 +15,7 @@ from uni_moe_jax.serve.worker import Facts, Item
 from uni_moe_jax.utils.errors import RunError
 
 _MAX_BACKOFF = 30.0  # seconds between two starts
+_MAX_EARLY_RESTARTS = 3  # before a worker has been warm; requests may have ended that many
 
 
 class Supervisor:
@@ -22,7 +23,7 @@ class Supervisor:
 
   Attributes:
     facts: of the model, after `start`.
-    failure: raises RunError as soon as a program cannot be compiled.
+    failure: raises RunError as soon as a program cannot be compiled, or a worker dies before any has compiled all.
     sizes: (task, program) → the largest batch size that is compiled; those that are missing are not compiled yet.
     on_warm: called when `sizes` changes.
     restarts: of the worker.
@@ -35,7 +36,7 @@ class Supervisor:
     self._process = self._connection = self._receiver = self._restarting = None
     self._jobs: dict[int, tuple[asyncio.Future, Callable | None]] = {}
     self._next, self._idle, self._closing, self._backoff = 0, asyncio.Event(), False, 1.0
-    self._warm = False
+    self._warm = self._once_warm = False
     self.facts: Facts | None = None
     self.failure, self.on_warm = asyncio.get_running_loop().create_future(), lambda: None
     self.sizes: dict[tuple[str, str], int] = {}
@@ -63,8 +64,7 @@ class Supervisor:
     self._receiver = threading.Thread(
         target=self._receive, args=(loop, self._process, self._connection, loaded), daemon=True)
     self._receiver.start()
-    self.facts = await loaded
-    self._idle.set()
+    await loaded
 
   async def run(
       self, task: str, program: str, items: list[Item],
@@ -118,13 +118,14 @@ class Supervisor:
   def _handle(self, message: tuple, loaded: asyncio.Future) -> None:
     what, *rest = message
     if what == 'failed':
-      if not (future := self.failure if loaded.done() else loaded).done():
-        future.set_exception(RunError(rest[0]))
+      self._fail(RunError(rest[0]), self.failure if loaded.done() else loaded)
     elif what == 'loaded':
       if not loaded.done():  # else the service ends
-        loaded.set_result(rest[0])
+        self.facts = rest[0]
+        self._idle.set()
+        loaded.set_result(None)
     elif what == 'ready':
-      self._backoff, self._warm = 1.0, True
+      self._backoff, self._warm, self._once_warm = 1.0, True, True
     elif what == 'warm':
       task, program, size = rest
       self.sizes[task, program] = size
@@ -142,20 +143,27 @@ class Supervisor:
       self._idle.set()
 
   def _handle_end(self, loaded: asyncio.Future) -> None:
-    """The worker has died: fails its jobs and starts another."""
+    """The worker has died: fails its jobs and starts another, or ends the service if none has been warm."""
+    idle = self._idle.is_set()
     self._idle.clear()
     for future, _ in self._jobs.values():
       if not future.done():
         future.set_exception(Refused(503, 'The worker stopped while it computed this answer; send the request again.'))
+    error = RunError(f'the worker ended with exit code {self._process.exitcode} before it was ready.')
     if not loaded.done():
-      loaded.set_exception(RunError(f'the worker ended with exit code {self._process.exitcode} before it was ready.'))
+      loaded.set_exception(error)
     elif loaded.cancelled() or loaded.exception() or self._closing:
       return
-    elif self._restarting is None or self._restarting.done():
+    elif not self._once_warm and (idle or self.restarts >= _MAX_EARLY_RESTARTS):  # else a request may have ended it
+      self._fail(error, self.failure)
+    else:
       self._restarting = asyncio.get_running_loop().create_task(self._restart())
 
   async def _restart(self) -> None:
     while not self._closing:
+      if not self._warm:
+        await asyncio.sleep(self._backoff)
+        self._backoff = min(2 * self._backoff, _MAX_BACKOFF)
       self.restarts += 1
       print('The worker stopped; starting another.', file=sys.stderr, flush=True)
       with contextlib.suppress(OSError):
@@ -164,6 +172,11 @@ class Supervisor:
       try:
         return await self.start()
       except RunError as e:
+        if not self._once_warm:
+          return self._fail(e, self.failure)
         print(f'error: {e}', file=sys.stderr, flush=True)
-        await asyncio.sleep(self._backoff)
-        self._backoff = min(2 * self._backoff, _MAX_BACKOFF)
+
+  @staticmethod
+  def _fail(error: RunError, future: asyncio.Future) -> None:
+    if not future.done():
+      future.set_exception(error)
