@@ -109,8 +109,8 @@ def main(connection: Connection, folder: str, limits: Limits, cache: str) -> Non
     return
   try:
     worker.run()
-  except (EOFError, BrokenPipeError, ConnectionResetError):
-    os._exit(0)  # the front has ended; a thread may still compile
+  except (EOFError, ConnectionResetError):
+    os._exit(0)  # as in `_send`
 
 
 class _Worker:
@@ -140,8 +140,11 @@ class _Worker:
       self._send('done', job, self._answers(job, task, program, items))
 
   def _send(self, *message: Any) -> None:
-    with self._lock:
-      self._connection.send(message)
+    try:
+      with self._lock:
+        self._connection.send(message)
+    except (BrokenPipeError, ConnectionResetError):
+      os._exit(0)  # the front has ended; a thread may still compile
 
   def _answers(self, job: int, task: str, program: str, items: list[Item]) -> list[Any]:
     answers, fields = [None] * len(items), {}
@@ -305,16 +308,12 @@ class _Worker:
       with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as threads:  # XLA itself uses two and more
         list(threads.map(lambda p: self._warm(*p, 1), self._programs))
       self._send('ready')
-    except OSError:  # the front has ended
-      os._exit(0)
     except Exception as e:
       return self._send('failed', f'{type(e).__name__}: {e}')
     for size in batch_sizes(self._limits.max_batch)[1:]:
       for task, program in self._programs:
         try:
           self._warm(task, program, size)
-        except OSError:  # the front has ended
-          os._exit(0)
         except Exception as e:  # such as too little memory
           print(f'note: no batches of {size} or more: {e}', file=sys.stderr, flush=True)
           return
