@@ -155,6 +155,22 @@ def test_a_page_that_is_opened_while_the_model_starts_shows_that_and_answers_lat
   open_page.errors.clear()
 
 
+@pytest.mark.parametrize('failures', [2, 5])
+def test_a_page_that_waits_for_the_model_asks_again_after_errors_and_gives_up_after_five(open_page, failures):
+  answers = iter([False, *['abort'] * failures, True])
+
+  def starting(page):
+    def answer(route):
+      ready = next(answers)
+      route.abort() if ready == 'abort' else route.fulfill(json={**route.fetch().json(), 'ready': ready})
+    page.route('**/model', answer)
+  page = open_page(prepare=starting)
+  _until(page, 'model.ready !== false')
+  assert page.evaluate('model.ready === true') == page.locator('#error').is_hidden() == (failures < 5)
+  assert len(open_page.errors) == failures
+  open_page.errors.clear()
+
+
 def test_files_and_examples_are_classified(open_page, tmp_path):
   page = open_page()
   Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(tmp_path / 'line.png')
