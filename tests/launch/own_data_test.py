@@ -21,6 +21,26 @@ _SMALL = ('model.num_layers=1', 'model.width=16', 'model.num_heads=2', 'model.ml
           'moe.num_experts=2', 'train.steps=2', 'train.log_every=1')
 
 
+@pytest.mark.nightly
+def test_the_commands_of_the_guide_print_a_retrieval_result(tmp_path, monkeypatch, capfd):
+  guide = (_ROOT / 'docs/guides/data.md').read_text()
+  commands = [shlex.split(line)[1:] for line in guide.split('```bash\n')[1].split('```')[0].splitlines()]
+  assert [name for name, *_ in commands] == ['prepare-data', 'train', 'evaluate']
+  own_files.write_captioned_images(tmp_path / 'photos', 40)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('HOME', str(tmp_path))  # the default data directory is below it
+  outputs = []
+  for name, *arguments in commands:
+    small = [f'--config.{field}' for field in _SMALL] if any(a.startswith('--config=') for a in arguments) else []
+    assert in_process.run(shipped.scripts()[name], *arguments, *small) == 0, capfd.readouterr().err
+    outputs.append(capfd.readouterr().out)
+  # Forty images with two captions each, every fifth in the test split.
+  assert 'pets 1.0.0: train 32, test 8' in outputs[0] and 'captions (texts)' in outputs[0]
+  [row] = [line for line in outputs[2].splitlines() if 'i2t_R@1' in line.split()]
+  assert row.split()[:2] == ['pets', 'retrieval'] and (tmp_path / 'runs/pets/evaluation.json').exists()
+  assert "nearest neighbor's name" in row
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('scheme', ['gcs', 's3'])
 def test_data_in_a_bucket_gives_the_log_and_the_scores_of_data_in_a_folder(scheme, request, tmp_path, monkeypatch):
