@@ -156,7 +156,7 @@ def test_a_page_that_is_opened_while_the_model_starts_shows_that_and_answers_lat
 
 
 @pytest.mark.parametrize('failures', [2, 5])
-def test_a_page_that_waits_for_the_model_asks_again_after_errors_and_gives_up_after_five(open_page, failures):
+def test_a_page_that_waits_for_the_model_polls_on_after_errors_and_stops_after_five(open_page, failures):
   answers = iter([False, *['abort'] * failures, True])
 
   def starting(page):
