@@ -65,15 +65,15 @@ def _shifted_shard() -> None:
   from uni_moe_jax.data.pipeline.mixtures import Mixture
   original = Mixture._task_fields
 
-  def fields(mixture, task, count):
-    layout, current = mixture.layout, original(mixture, task, count)
+  def fields(mixture, task, count, undamaged):
+    layout, (current, num_read) = mixture.layout, original(mixture, task, count, undamaged)
     if layout.num_shards == 1 or layout.num_shards - 1 not in layout.local_shards:
-      return current
-    axis, later = int(layout.accum_steps > 1), original(mixture, task, count + 1)
+      return current, num_read
+    axis, (later, _) = int(layout.accum_steps > 1), original(mixture, task, count + 1, undamaged)
     kept = tf.range(len(layout.local_shards) - 1)
     return {name: tf.concat([tf.gather(value, kept, axis=axis),
                              tf.gather(later[name], [len(layout.local_shards) - 1], axis=axis)], axis)
-            for name, value in current.items()}
+            for name, value in current.items()}, num_read
 
   Mixture._task_fields = fields
 

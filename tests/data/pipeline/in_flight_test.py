@@ -1,5 +1,6 @@
 """Batches are made by threads, ahead and in order, and a second time only if the first fails."""
 
+import contextlib
 import threading
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from uni_moe_jax.data.pipeline import in_flight
+from uni_moe_jax.data.pipeline.lookahead import Lookahead
 
 
 def _call(function, x):
@@ -23,7 +25,7 @@ def test_batches_are_in_order_and_nested_like_what_the_graph_returns():
 
 
 def test_a_bounded_number_of_batches_is_made_ahead_of_the_consumer():
-  number, made, all_ahead = in_flight.number(), [], threading.Event()
+  number, made, all_ahead = in_flight.num_in_flight(), [], threading.Event()
 
   def read(i):
     made.append(i)
@@ -38,7 +40,7 @@ def test_a_bounded_number_of_batches_is_made_ahead_of_the_consumer():
   assert len(made) <= 2 * number
 
 
-def test_only_a_batch_that_fails_is_made_again_and_is_not_counted():
+def test_only_a_batch_that_fails_is_made_again_and_reported_and_is_not_counted(capfd):
   calls, counted = [], []
 
   def make(undamaged, i):
@@ -49,9 +51,11 @@ def test_only_a_batch_that_fails_is_made_again_and_is_not_counted():
       return i if undamaged else -i
     return _call(read, i)
 
-  made = list(in_flight.make_ahead(make, [np.arange(6)], lambda: counted.append(1)))
-  assert made == [0, 1, 2, -3, 4, 5] and len(counted) == 5
+  made = list(in_flight.make_ahead(make, [np.arange(6)], counted.append))
+  assert made == [0, 1, 2, -3, 4, 5] and sorted(counted) == [0, 1, 2, 4, 5]
   assert sorted(calls) == [(False, 3)] + [(True, i) for i in range(6)]
+  error = capfd.readouterr().err
+  assert 'data: a batch is made a second time' in error and 'The reason: ValueError: damaged\n' in error
 
 
 def test_an_error_of_the_second_graph_is_raised_where_its_batch_would_be_taken():
@@ -64,3 +68,30 @@ def test_an_error_of_the_second_graph_is_raised_where_its_batch_would_be_taken()
   assert next(batches) == 0
   with pytest.raises(tf.errors.InvalidArgumentError, match='no record can be read'):
     next(batches)
+
+
+def test_after_an_error_of_the_consumer_no_queued_batch_is_made_and_no_thread_is_left():
+  made, go, error = [], threading.Event(), ZeroDivisionError()
+
+  def read(i):
+    made.append(i)
+    assert i == 0 or go.wait(60)
+    return i
+
+  def fail(_):
+    threading.Timer(0.5, go.set).start()  # when the queued batches are canceled
+    raise error
+
+  batches = in_flight.make_ahead(lambda _, i: _call(read, i), [np.arange(1000)])
+  with pytest.raises(ZeroDivisionError), contextlib.closing(Lookahead(batches, fail)) as ahead:
+    ahead.take()
+  assert len(made) <= 1 + in_flight.num_in_flight()
+  assert not [t.name for t in threading.enumerate() if t.name.startswith('batches')]
+
+
+def test_fewer_batches_may_wait():
+  made, number = [], in_flight.num_in_flight()
+  batches = in_flight.make_ahead(lambda _, i: _call(lambda i: [made.append(i), i][1], i), [np.arange(9 * number)],
+                                 num_waiting=1)
+  for i, batch in enumerate(batches):
+    assert batch == i and len(made) <= i + number + 1

@@ -80,10 +80,30 @@ class FileExampleBuilder:
           f'config.tasks.{task.name}.train_fraction={task.train_fraction}: text in files is read as a stream, of '
           'which no fraction can be taken; set it to 1, or prepare a smaller file.')
     read = file_dataset_features.running_text(task, records, self.tokenizer, self.training, corrupt_counter)
-    make_text = lambda ids, hashes: tf.ensure_shape(
-        tf.numpy_function(read, [ids, hashes], tf.int32, stateful=False), [None, task.max_len])
-    make = mask_maker(make_text, task, self.tokenizer, self.training, self.random_special_tokens)
-    return Examples(records.size, make, corrupt_counter=corrupt_counter, prefetch=records.prefetch)
+
+    def read_undamaged(ids, hashes):
+      num_read = []
+
+      def count(number, corrupt):
+        if corrupt:
+          raise CorruptExample(corrupt[0])
+        num_read.append(number)
+
+      return read(ids, hashes, count), np.int64(sum(num_read))
+
+    mask = lambda text: mask_maker(
+        lambda *_: tf.ensure_shape(text, [None, task.max_len]), task, self.tokenizer, self.training,
+        self.random_special_tokens)
+
+    def make(ids, hashes):
+      return mask(tf.numpy_function(read, [ids, hashes], tf.int32, stateful=False))(ids, hashes)
+
+    def make_undamaged(ids, hashes):
+      text, num_read = tf.numpy_function(read_undamaged, [ids, hashes], [tf.int32, tf.int64], stateful=False)
+      return mask(text)(ids, hashes), tf.ensure_shape(num_read, [])
+
+    return Examples(records.size, make, corrupt_counter=corrupt_counter, prefetch=records.prefetch,
+                    make_undamaged=make_undamaged)
 
 
 def example_ids(records: FileDataset, task: TaskSpec, seed: int | None = None) -> np.ndarray:
@@ -190,11 +210,11 @@ class _Batch:
       self._corrupt_counter.has_no_replacement = True
     return np.bool_(True)
 
-  def _make_undamaged(self, ids: tf.Tensor, hashes: tf.Tensor) -> Features:
+  def _make_undamaged(self, ids: tf.Tensor, hashes: tf.Tensor) -> tuple[Features, tf.Tensor]:
     data, features = self._features(self._read_undamaged, ids, hashes)
     if self._has_images:
       features['pixels'] = self._decode(data, hashes)
-    return {'id': tf.cast(ids, tf.int64), **features}
+    return {'id': tf.cast(ids, tf.int64), **features}, tf.size(ids, tf.int64)
 
   def _try(self, ids: tf.Tensor, hashes: tf.Tensor, is_new: tf.Tensor) -> tuple[Features, tf.Tensor]:
     """(features, ok bool [n]); those of corrupt examples are zeros, but for `label_tables` and phrases.

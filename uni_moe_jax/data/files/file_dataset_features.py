@@ -184,12 +184,13 @@ def read_or_stop(
 
 
 def running_text(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool,
-                 counter: CorruptExampleCounter) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+                 counter: CorruptExampleCounter) -> Callable[..., np.ndarray]:
   """Running text for masked language modeling: (ids int [n], hashes uint64 [n]) → int32 [n, S].
 
   Row i starts with record i and continues with the next ones until it is full. A row is thus found without packing the
   whole text, and every record begins a row. Of a long record only a window is read, another one in every epoch, which
-  the hashes choose. A record that cannot be read is skipped and counted.
+  the hashes choose. A record that cannot be read is skipped and counted, by `CorruptExampleCounter.count` or a function
+  like it, the third argument.
   """
   column, S, N = task.label_column or 'text', task.max_len, records.size
   if records.columns.get(column) != 'text':
@@ -206,7 +207,7 @@ def running_text(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, tra
     start = text.find(' ', start) + 1 if start else 0
     return text[start:start + size]
 
-  def read(ids, hashes):
+  def read(ids, hashes, count=counter.count):
     out = np.zeros((len(ids), S), np.int32)
     lengths, next_ids = np.zeros(len(ids), int), np.asarray(ids) % N
     for turn in range(_MAX_READS_PER_TOKEN * S):  # a valid record gives at least one token, its `eot`
@@ -222,7 +223,7 @@ def running_text(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, tra
         tokens = [*tokenizer.encode(text), tokenizer.eot][:S - lengths[i]]
         out[i, lengths[i]:lengths[i] + len(tokens)] = tokens
         lengths[i] += len(tokens)
-      counter.count(len(chunk), corrupt)
+      count(len(chunk), corrupt)
       next_ids[unfilled] = (next_ids[unfilled] + 1) % N
     counter.has_no_replacement = True
     return out

@@ -42,11 +42,14 @@ class Examples:
   references: Callable[[np.ndarray], list[tuple[str, ...]]] | None = None
   corrupt_counter: CorruptExampleCounter = CorruptExampleCounter('', 0.0)  # the default counts none: all can be used
   prefetch: Callable[[np.ndarray], None] | None = None  # ids in the order in which they will be made
-  make_undamaged: MakeFeatures | None = None  # faster, but fails at a corrupt example and counts none
+  # Faster, but fails at a corrupt example and counts none: (features, number of records that were read, int64).
+  make_undamaged: Callable[[tf.Tensor, tf.Tensor], tuple[Features, tf.Tensor]] | None = None
 
-  def maker(self, undamaged: bool) -> MakeFeatures:
-    """`make_undamaged`, if there is one and it is wanted, or `make`."""
-    return undamaged and self.make_undamaged or self.make
+  def make_uncounted(self, undamaged: bool, ids: tf.Tensor, hashes: tf.Tensor) -> tuple[Features, tf.Tensor]:
+    """As `make_undamaged`, if there is one and it is wanted; else as `make`, which leaves no record to count."""
+    if undamaged and self.make_undamaged:
+      return self.make_undamaged(ids, hashes)
+    return self.make(ids, hashes), tf.constant(0, tf.int64)
 
 
 def pad_tokens(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:

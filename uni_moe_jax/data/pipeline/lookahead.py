@@ -17,8 +17,10 @@ class Lookahead(Generic[T, U]):
     self._next = self._pool.submit(self._make)
 
   def close(self) -> None:
-    """Waits for what is being made."""
+    """Waits for what is being made, and closes the iterator, which may have threads of its own."""
     self._pool.shutdown()
+    if hasattr(self._items, 'close'):
+      self._items.close()
 
   @property
   def is_ready(self) -> bool:

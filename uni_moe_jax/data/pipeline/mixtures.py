@@ -79,22 +79,24 @@ class Mixture:
       if prefetch := self.examples[t.name].prefetch:
         prefetch(self._ids(t, counts[:-(-_PREFETCHED // t.batch_size), None])[0].numpy())
 
-    def count():
-      for t in tasks:
-        if self.examples[t.name].make_undamaged:
-          self.examples[t.name].corrupt_counter.count(len(self._positions(t)), [])
+    def count(made):
+      for name, num_read in made[1].items():
+        self.examples[name].corrupt_counter.count(int(num_read), [])
 
     make = functools.partial(self._batch, tasks)
-    for batch in in_flight.make_ahead(make, (steps, counts), count):
+    for batch, _ in in_flight.make_ahead(make, (steps, counts), count):
       for e in self.examples.values():
         e.corrupt_counter.check()
       yield batch
 
   def _batch(
-      self, tasks: tuple[TaskSpec, ...], undamaged: bool, step: tf.Tensor, count: tf.Tensor) -> dict[str, Features]:
-    accum_steps, groups = self.layout.accum_steps, {}
+      self, tasks: tuple[TaskSpec, ...], undamaged: bool, step: tf.Tensor, count: tf.Tensor,
+  ) -> tuple[dict[str, Features], dict[str, tf.Tensor]]:
+    """(a batch, task name → number of its records that are not counted yet)."""
+    accum_steps, groups, num_read = self.layout.accum_steps, {}, {}
     for t in tasks:
-      groups.setdefault(t.group, []).append(self._task_fields(t, count, undamaged))
+      fields, num_read[t.name] = self._task_fields(t, count, undamaged)
+      groups.setdefault(t.group, []).append(fields)
     batch = {}
     for group, members in groups.items():
       axis = 1 if accum_steps == 1 else 2
@@ -105,19 +107,19 @@ class Mixture:
         offsets = hashing.randint(hashing.mix_tensor(h, tf.range(accum_steps, dtype=tf.int64)), num_offsets)
         features['temporal_offset'] = offsets[0] if accum_steps == 1 else offsets
       batch[group] = features
-    return batch
+    return batch, num_read
 
-  def _task_fields(self, t: TaskSpec, count: tf.Tensor, undamaged: bool = False) -> Features:
+  def _task_fields(self, t: TaskSpec, count: tf.Tensor, undamaged: bool) -> tuple[Features, tf.Tensor]:
     layout, examples = self.layout, self.examples[t.name]
     per_shard = t.batch_size // (layout.accum_steps * layout.num_shards)
     ids, epoch = self._ids(t, count)
     hashes = hashing.example_hash(self.seed, t.name, epoch, ids)
-    features = examples.maker(undamaged)(ids, hashes)
+    features, num_read = examples.make_uncounted(undamaged, ids, hashes)
     if t.mixes:
       features = self._mixed(t, count, self._positions(t), hashes, features)
     features['id'] = tf.cast(features['id'] & 0xFFFFFFFF, tf.uint32)
     leading = [layout.accum_steps, len(layout.local_shards), per_shard][layout.accum_steps == 1:]
-    return {k: tf.reshape(v, leading + v.shape[1:].as_list()) for k, v in features.items()}
+    return {k: tf.reshape(v, leading + v.shape[1:].as_list()) for k, v in features.items()}, num_read
 
   def _positions(self, t: TaskSpec) -> np.ndarray:
     """Positions of this process's rows in a global batch of a task, int [n]."""
@@ -180,9 +182,9 @@ def evaluation_batches(
   hashes = hashing.example_hash(0, 'evaluation', tf.constant(0, tf.int64), ids)
 
   def make(undamaged, rows):
-    features = examples.maker(undamaged)(tf.gather(ids, rows), tf.gather(hashes, rows))
+    features, _ = examples.make_uncounted(undamaged, tf.gather(ids, rows), tf.gather(hashes, rows))
     return {**features, 'id': tf.cast(features['id'] & 0xFFFFFFFF, tf.uint32)}
 
-  for features, count in zip(in_flight.make_ahead(make, [rows]), counts[:, 0].tolist(), strict=True):
+  for features, count in zip(in_flight.make_ahead(make, [rows], num_waiting=1), counts[:, 0].tolist(), strict=True):
     examples.corrupt_counter.check()
     yield features, count

@@ -101,7 +101,7 @@ def _batches(mixture: Mixture) -> Iterator[Batch]:
 
 def _num_prefetched() -> int:
   """Batches that the pipeline may have ready: some wait, as many are being made."""
-  return 2 * in_flight.number()
+  return 2 * in_flight.num_in_flight()
 
 
 def _skip(batches: Iterator[Batch], count: int | None = None) -> Callable[[], None]:
