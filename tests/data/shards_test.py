@@ -79,3 +79,13 @@ def test_too_many_open_files_are_an_error_and_cost_no_example(instructions):
 
 def test_a_split_without_files_is_empty():
   assert len(Shards('', [])) == 0
+
+
+def test_too_many_open_files_beside_a_corrupt_record_are_an_error_too():
+  def read(ids):
+    if 1 in ids:
+      raise ValueError('damaged')
+    raise RunError('too many open files')
+
+  with pytest.raises(RunError, match='too many open files'):
+    FileDataset('x', 9, read, {}, {}, {}, '').read_valid(np.arange(3))
