@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import pathlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -52,8 +53,7 @@ def _archives(tmp_path_factory):
     (folder / 'tree' / name).write_bytes((_ROOT / name).read_bytes())
   wheel = _build(folder / 'tree', 'wheel', folder / 'wheel')
   sdist = _build(folder / 'tree', 'sdist', folder / 'sdist')
-  with tarfile.open(sdist) as archive:
-    archive.extractall(folder / 'unpacked', filter='data')
+  shutil.unpack_archive(sdist, folder / 'unpacked')
   [source] = (folder / 'unpacked').iterdir()
   again = _build(source, 'wheel', folder / 'again')
   return _files(wheel), _files(sdist), _files(again)

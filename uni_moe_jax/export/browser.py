@@ -31,10 +31,10 @@ def write(folder: pathlib.Path) -> None:
   """
   runtime = folder / 'onnxruntime'
   runtime.mkdir()
-  with tarfile.open(_archive()) as archive, tempfile.TemporaryDirectory() as temporary:
+  with tarfile.open(_archive()) as archive:
     for name in _FILES:
-      archive.extract(f'package/{name}', temporary, filter='data')
-      shutil.copy(pathlib.Path(temporary, 'package', name), runtime)
+      with archive.extractfile(f'package/{name}') as file:
+        (runtime / pathlib.PurePath(name).name).write_bytes(file.read())
   page = _PAGE.read_text().replace('<script>', _SCRIPTS, 1)
   (folder / 'index.html').write_text(page.replace(_FOOTER, 'Everything stays in this page.'))
   shutil.copyfile(pathlib.Path(__file__).with_name('browser.js'), folder / 'browser.js')
