@@ -33,8 +33,9 @@ def write(folder: pathlib.Path) -> None:
   runtime.mkdir()
   with tarfile.open(_archive()) as archive:
     for name in _FILES:
-      with archive.extractfile(f'package/{name}') as file:
-        (runtime / pathlib.PurePath(name).name).write_bytes(file.read())
+      if (file := archive.extractfile(f'package/{name}')) is None:
+        raise RunError(f'{_RUNTIME} has no file {name}.')
+      (runtime / pathlib.PurePath(name).name).write_bytes(file.read())
   page = _PAGE.read_text().replace('<script>', _SCRIPTS, 1)
   (folder / 'index.html').write_text(page.replace(_FOOTER, 'Everything stays in this page.'))
   shutil.copyfile(pathlib.Path(__file__).with_name('browser.js'), folder / 'browser.js')
