@@ -13,7 +13,6 @@ from uni_moe_jax.model.sublayer import Context, Hidden, Pools, Sublayer, output_
 from uni_moe_jax.moe import products
 from uni_moe_jax.moe.layers import Projection, xavier_uniform
 from uni_moe_jax.moe.routing import MergedRouting
-from uni_moe_jax.parallel import sharding
 
 
 class Attention(Sublayer):
@@ -123,8 +122,8 @@ class Attention(Sublayer):
       if implementation != attention_kernels.XLA:
         valid = None if mask is None else mask[:, 0, 0]
         return attention_kernels.attend(q, k, v, valid, implementation, self.mesh)
-    if self.spec.attention_impl == attention_kernels.AUTO and sharding.on_one_cpu(self.mesh):
-      method = products.method(self.mesh, self.spec.cpu_bfloat16)
+    method = self.spec.product_method(self.mesh)
+    if self.spec.attention_impl == attention_kernels.AUTO and method != products.PLAIN:
       return heads_first_attention.attend(method == products.AMX, q, k, v, mask)
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 

@@ -103,8 +103,8 @@ class Embed(nn.Module):
     return self.norm(x)
 
   def _project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    dtype, method = self.spec.dtype, products.method(self.mesh, self.spec.cpu_bfloat16)
-    return products.dot(x.astype(dtype), kernel.astype(dtype), kernel, method)
+    dtype = self.spec.dtype
+    return products.dot(x.astype(dtype), kernel.astype(dtype), kernel, self.spec.product_method(self.mesh))
 
   def prefix(self) -> jax.Array:
     """The prefix `spe`, [1, 1, D]: LN(Word[spe]) without position and type, or a word as a text."""
@@ -135,7 +135,7 @@ class Embed(nn.Module):
       mean, std = (np.reshape(x, (1, 1, 1, 1, s.channels)) for x in constants)
       pixels = (pixels.astype(jnp.float32) / 255 - mean.astype(np.float32)) / std.astype(np.float32)
     if s.stem == 'conv':
-      x = conv_stem(pixels, self.stem, s.dtype, products.method(self.mesh, s.cpu_bfloat16))
+      x = conv_stem(pixels, self.stem, s.dtype, s.product_method(self.mesh))
     else:
       x = self._project(patchify(pixels, s.patch_size), self.patch) + self.patch_bias[None, None]
     if s.frame_differences and T > 1:

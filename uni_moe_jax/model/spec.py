@@ -8,9 +8,10 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from uni_moe_jax.config.schema import Config, ModelConfig, MoeConfig
-from uni_moe_jax.moe import routers
+from uni_moe_jax.moe import products, routers
 from uni_moe_jax.tasks.attributes import Condition, to_string
 from uni_moe_jax.utils.errors import UsageError
 
@@ -76,6 +77,10 @@ class ModelSpec(ModelConfig, MoeConfig):
     else:
       chosen = self.placement
     return tuple(self.sublayers if i in set(chosen) else () for i in range(self.num_layers))
+
+  def product_method(self, mesh: Mesh | None) -> str:
+    """How layers multiply on a mesh, see `products.method`."""
+    return products.method(mesh, self.cpu_bfloat16)
 
   def kernel_of(self, condition: Condition) -> int:
     """Index of the kernel of a condition in a merged model.

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from uni_moe_jax.model.sequences import EmbeddedSequence
 from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
-from uni_moe_jax.moe import products, routers
+from uni_moe_jax.moe import routers
 from uni_moe_jax.moe.layers import MoeDense, Projection
 from uni_moe_jax.moe.routers import ConditionRouter, RouterOutput
 from uni_moe_jax.moe.routing import MergedRouting, Routing
@@ -70,9 +70,8 @@ class Sublayer(nn.Module):
   def make_projection(self, in_axes: dict[str, int], out_axes: dict[str, int], init: Callable) -> MoeDense:
     """A projection between axes {logical name: size}."""
     num_experts = self.spec.num_experts if self.has_experts else 0
-    method = products.method(self.mesh, self.spec.cpu_bfloat16)
-    return MoeDense(
-        tuple(in_axes.items()), tuple(out_axes.items()), init, num_experts, self.spec.dtype, method, self.mesh)
+    return MoeDense(tuple(in_axes.items()), tuple(out_axes.items()), init, num_experts, self.spec.dtype,
+                    self.spec.product_method(self.mesh), self.mesh)
 
   def merge_routing(self, context: Context) -> MergedRouting | None:
     """The routing by which the layer's projections merge, once for all sequences; None for tokens."""

@@ -50,15 +50,11 @@ class Stop:
           'without saving).', file=sys.stderr, flush=True)
 
 
-def _uses_amx(run: Run) -> bool:
-  return products.method(run.mesh, run.spec.cpu_bfloat16) == products.AMX
-
-
 def _describe(run: Run) -> str:
   counts, router = run.parameter_counts(), run.config.moe.router
   names = run.spec.model.spec.router_input_names(conditions(run.plan))
   sizes = ', '.join(f'{name} {t.size}' for name, t in run.data.target_sets.items())
-  dtype = 'bfloat16 by AMX in training (train.cpu_bfloat16)' if _uses_amx(run) else run.config.model.dtype
+  dtype = 'bfloat16 by AMX in training (train.cpu_bfloat16)' if run.uses_amx else run.config.model.dtype
   resume = 'exact' if run.resumes_exactly else (
       'up to rounding, since sums on GPUs have no fixed order; config.train.deterministic=True makes it exact')
   return (f'parameters: {counts["total"]:,} total, {counts["active"]:,} active per token\n'
@@ -199,7 +195,7 @@ class _Trainer:
     self._validation = Validation(run, detector.phase)
     self._hooks = [hook for make in hooks if (hook := make(run))]
     self._step_fns: dict[str | None, Step] = {}  # by task; each compiles when it is first called
-    self._peak = peaks.of_mesh(run.mesh, products.matmul_rounded if _uses_amx(run) else jax.numpy.matmul)
+    self._peak = peaks.of_mesh(run.mesh, products.matmul_rounded if run.uses_amx else jax.numpy.matmul)
     self._ideal_seconds: dict[str | None, float] = {}  # by task, of a step's products at the peak of the devices
     self._pending: dict[str, jax.Array] | None = None  # metrics of the running step, read when the next one is queued
     self._means: dict[str, float] = {}  # as logged at the newest step; {} if that step is not logged

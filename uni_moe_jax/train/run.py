@@ -19,6 +19,7 @@ from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.model import flops
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, boxed_params, init_params
+from uni_moe_jax.moe import products
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.attributes import Condition
@@ -78,6 +79,11 @@ class Run:
   def resumes_exactly(self) -> bool:
     """Whether a resumed run ends bit for bit as one that was not stopped, on the same devices."""
     return sharding.platform(self.mesh) != 'gpu' or self.config.train.deterministic
+
+  @property
+  def uses_amx(self) -> bool:
+    """Whether training multiplies bfloat16 by AMX, see `config.train.cpu_bfloat16`."""
+    return products.method(self.mesh, self.spec.cpu_bfloat16) == products.AMX
 
   def put_batch(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
     """Puts a host batch on the mesh; every process contributes its own shards."""

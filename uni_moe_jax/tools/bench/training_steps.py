@@ -12,7 +12,6 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.model.flops import TRAIN
-from uni_moe_jax.moe import products
 from uni_moe_jax.tasks.router_names import DENSE, ROUTERS
 from uni_moe_jax.tools.bench import flops
 from uni_moe_jax.tools.bench.cases import RECORDED_PEAK, Context, RepeatedStep
@@ -82,18 +81,17 @@ def mixed(context: Context) -> list[Row]:
 
   steps = {r: step(r) for r in context.sizes.mixed_routers or ROUTERS}
   run = steps[DENSE].run
-  uses_amx = products.method(run.mesh, run.spec.cpu_bfloat16) == products.AMX
-  if uses_amx:
+  if run.uses_amx:
     compared = next(r for r in steps if r != DENSE)
     steps[_FLOAT32] = step(compared, cpu_bfloat16=False)
   seconds = interleaved(steps, context.sizes.rounds)
   note = 'tasks: ' + ', '.join(f'{t.name} {t.batch_size}' for t in run.plan.tasks)
-  if uses_amx:
+  if run.uses_amx:
     note += '; products of layers in bfloat16 by AMX'
   rows = [Row('mixed', 'dense step', seconds.figure(seconds[DENSE]), 's', note=note)] + [
       Row('mixed', f'{r} / dense', seconds.figure(seconds[r] / seconds[DENSE]), 'x', _MIXED.get(r), note)
       for r in steps if r not in (DENSE, _FLOAT32)]
-  if uses_amx:
+  if run.uses_amx:
     ratio = seconds.figure(seconds[compared] / seconds[_FLOAT32])
     rows.append(Row('mixed', f'{compared}, bfloat16 / float32 products', ratio, 'x', note=note))
   return rows
