@@ -6,9 +6,9 @@
 The second command evaluates a run zero-shot on another task, in a work directory of its own.
 
 Runs the evaluators of the config on the newest checkpoint (averaged parameters if the run has them), prints the main
-metric of each and writes evaluation.json with all of them, samples.json and, for routers by condition, experts.json and
-experts.png. A finished evaluation is not repeated without --force. All devices take part; on several hosts run the
-same command in every process, with --distributed=auto.
+metric of each and writes evaluation.json with all of them, evaluation_examples.npz with the scores of single examples,
+samples.json and, for routers by condition, experts.json and experts.png. A finished evaluation is not repeated without
+--force. All devices take part; on several hosts run the same command in every process, with --distributed=auto.
 """
 
 from absl import flags

@@ -70,6 +70,7 @@ def test_glue_counts_every_example_once_and_scores_by_hand():
   scores = _evaluate('glue', _text(), ('no', 'yes'), _examples(7), predicts, *rows)
   assert sorted(set(predicts.seen)) == list(range(7)) and scores['accuracy'].count == 7
   assert scores['accuracy'].value == pytest.approx(4 / 7)
+  assert scores['accuracy'].per_example.tolist() == (LABELS == 1).tolist()  # in the order of the data
   assert scores['F1'].value == pytest.approx(8 / 11)
   assert scores['Matthews'].value == 0
   # The most frequent class in training is no; its words tell the classes apart.
@@ -93,6 +94,7 @@ def test_questions_score_by_how_many_people_agree():
   scores = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2), trained, evaluated)
   # Four of ten answered cat: 1; ten: 1; nobody dog: 0. The most frequent answers are dog, cat, bird.
   assert scores['soft score'].value == pytest.approx(2 / 3)
+  assert scores['soft score'].per_example.tolist() == [1, 1, 0]
   assert scores['exact_match'].value == pytest.approx(1 / 3)
   # By their questions: cat, bird, bird.
   assert scores['soft score'].baselines == {"always 'dog'": pytest.approx(1 / 3), 'tf-idf': pytest.approx(2 / 3)}

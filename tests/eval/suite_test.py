@@ -1,8 +1,10 @@
 """A whole tiny run: trained, evaluated, reported."""
 
 import json
+import math
 
 import jax
+import numpy as np
 import pytest
 
 from tests.helpers import tiny
@@ -10,7 +12,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.analysis import run_expert_usage
 from uni_moe_jax.config import metric_names
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.eval import suite
+from uni_moe_jax.eval import example_scores, suite
 from uni_moe_jax.reporting import html
 from uni_moe_jax.train import checkpoint, loop
 from uni_moe_jax.train import run as train_run
@@ -57,6 +59,19 @@ def test_the_config_names_every_metric_and_which_are_lower_is_better(finished):
 def test_perplexity_of_an_untrained_model_is_about_the_vocabulary(finished):
   value = next(r['value'] for r in finished[1] if r['metric'] == 'perplexity')
   assert 20 < value < 60  # V is 40
+
+
+def test_the_reported_values_are_weighted_means_of_the_scores_of_examples(finished):
+  workdir, rows = finished
+  examples = example_scores.read(workdir)
+  of_all = {(r['evaluator'], r['metric']): r for r in rows}
+  assert of_all.keys() - examples.keys() == {('my caption', 'BLEU-4'), ('my shape', 'balanced_accuracy')}
+  for key, (values, weights) in examples.items():
+    row, mean = of_all[key], np.average(values.astype(float), weights=weights)
+    assert (math.exp(-mean) if key[1] == 'perplexity' else mean) == pytest.approx(row['value'], rel=1e-5), key
+    assert weights.sum() == row['count'] * (3 if 'R@' in key[1] else 1), key  # recall: three draws of candidates
+  assert len(set(examples['my text', 'perplexity'][1])) > 1  # texts have different numbers of masked words
+  assert example_scores.read(workdir / 'none') == {}
 
 
 def test_an_evaluation_has_the_step_of_its_checkpoint(finished, tmp_path):

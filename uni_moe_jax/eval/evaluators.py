@@ -113,10 +113,10 @@ def classification(q: Query) -> list[Score]:
   (predicted, ranks, _), labels = q.gather(ids, lambda fields: (q.ranked(fields), fields['label'][:, 0]))
   names, n, V = np.array(q.names), len(ids), len(q.names)
   train_labels, by = label_baselines(q, ids, labels)
-  scores = [Score.proportion('top-1', metrics.accuracy(predicted, labels), n, 1 / V, by(metrics.accuracy))]
+  scores = [Score.share('top-1', metrics.hits(predicted, labels), 1 / V, by(metrics.accuracy))]
   if is_measured('top-5', V):
     top5 = {'majority': baselines.majority_accuracy(train_labels, labels, 5)} if len(train_labels) else {}
-    scores.append(Score.proportion('top-5', metrics.share_within(ranks, 5), n, 5 / V, top5))
+    scores.append(Score.share('top-5', ranks <= 5, 5 / V, top5))
   scores.append(Score('balanced_accuracy', metrics.balanced_accuracy(predicted, labels), n, 1 / len(np.unique(labels)),
                       by(metrics.balanced_accuracy), metrics.balanced_accuracy_error(predicted, labels)))
   if q.task.type.visual:
@@ -189,13 +189,17 @@ def retrieval(q: Query) -> list[Score]:
   copied, recalls, baseline = q.neighbor_phrases(union), [], []
   for draw in draws:
     index, positives = np.searchsorted(union, draw), np.eye(len(draw), dtype=bool)
-    recalls.append(_by_direction(q, metrics.share_within, *_ranks(q, left[index], right[index], positives)))
+    recalls.append(_by_direction(q, np.less_equal, *_ranks(q, left[index], right[index], positives)))
     if copied is not None:
       by_name = baselines.name_similarity(copied[index], texts[draw])
       baseline.append(_by_direction(q, metrics.share_within, *metrics.mutual_ranks(by_name.__getitem__, positives)))
-  mean = lambda draws, name: float(np.mean([recall[name] for recall in draws]))
+  mean = lambda draws, name: float(np.mean([np.mean(recall[name]) for recall in draws]))
+  drawn = np.searchsorted(union, np.concatenate(draws))
+  times = np.bincount(drawn)
+  per_example = lambda name: np.bincount(drawn, np.concatenate([recall[name] for recall in recalls])) / times
   return [Score.proportion(name, mean(recalls, name), number, int(name.partition('@')[2]) / number,
-                           {_NEAREST_NAME: mean(baseline, name)} if baseline else {}) for name in recalls[0]]
+                           {_NEAREST_NAME: mean(baseline, name)} if baseline else {}, per_example(name), times)
+          for name in recalls[0]]
 
 
 def _ranks(q: Query, left: np.ndarray, right: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -203,7 +207,7 @@ def _ranks(q: Query, left: np.ndarray, right: np.ndarray, positives: np.ndarray)
   return metrics.mutual_ranks(lambda part: q.predictor.similarities(left[part], right), positives)
 
 
-def _by_direction(q: Query, function: Callable[..., float], to_text: Any, from_text: Any) -> dict[str, float]:
+def _by_direction(q: Query, function: Callable[..., Any], to_text: Any, from_text: Any) -> dict[str, Any]:
   """{'i2t_R@1': function(to_text, 1), …} for both directions of retrieval; v for videos."""
   letter = modality(q.task.type.name)
   directions = {f'{letter}2t': to_text, f't2{letter}': from_text}
@@ -231,8 +235,7 @@ def _full_retrieval(q: Query) -> list[Score]:
 
   left = q.gather(ids, lambda fields: q.predictor.inputs(q.task.type, fields)[:, 0])
   right = np.concatenate([encode(start) for start in range(0, len(codes), batch_size)])
-  recalls = _by_direction(q, metrics.share_within, *_ranks(q, left, right, positives))
-  counts = _by_direction(q, lambda p, k: len(p), positives, positives.T)
+  right_within = _by_direction(q, np.less_equal, *_ranks(q, left, right, positives))
   chance = _by_direction(q, metrics.recall_by_chance, positives, positives.T)
   baseline = {}
   if (copied := q.neighbor_phrases(ids)) is not None:
@@ -240,8 +243,7 @@ def _full_retrieval(q: Query) -> list[Score]:
     candidates = [text_of[i] for i in range(len(codes))]
     named = metrics.mutual_ranks(lambda part: baselines.name_similarity(copied[part], candidates), positives)
     baseline = _by_direction(q, lambda ranks, k: {_NEAREST_NAME: metrics.share_within(ranks, k)}, *named)
-  return [Score.proportion(name, recall, counts[name], chance[name], baseline.get(name))
-          for name, recall in recalls.items()]
+  return [Score.share(name, is_right, chance[name], baseline.get(name)) for name, is_right in right_within.items()]
 
 
 def _distinct(texts: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
@@ -270,11 +272,11 @@ def caption(q: Query) -> list[Score]:
   by = lambda metric: {} if copied is None else {_NEAREST_NAME: metric(copied, truth)}
   shown = [t if isinstance(t, str) else ' | '.join(t) for t in truth]
   q.show(ids, shown, predicted)
-  n, exact, bleu4 = len(ids), metrics.exact_match, caption_metrics.bleu4
+  bleu4 = caption_metrics.bleu4
   means = {'ROUGE-L': caption_metrics.rouge_l, 'CIDEr-D': caption_metrics.cider_d, 'word F1': metrics.word_f1}
-  return [Score.proportion('exact_match', exact(predicted, truth), n, baselines=by(exact)),
+  return [Score.share('exact_match', metrics.exact_matches(predicted, truth), baselines=by(metrics.exact_match)),
           # One number for the corpus, so no standard error.
-          Score('BLEU-4', bleu4(predicted, truth), n, baselines=by(bleu4)),
+          Score('BLEU-4', bleu4(predicted, truth), len(ids), baselines=by(bleu4)),
           *(Score.mean(name, metric(predicted, truth), by(metric)) for name, metric in means.items())]
 
 
@@ -296,6 +298,8 @@ def masked_language_modeling(q: Query) -> list[Score]:
     counts = np.bincount(np.concatenate([np.asarray(t, np.int64) for t in tokens]), minlength=V)
     counts[q.tokenizer.eot] += len(tokens)
     unigram = [{'unigram': value} for value in baselines.unigram(counts, labels[counted])[1:]]
-  return [Score.proportion('accuracy', float((predicted == labels)[counted].mean()), n, 1 / V, unigram[0]),
+  right, times = predicted == labels, counted.sum(1)
+  per_example = lambda values: np.where(counted, values, 0).sum(1) / np.maximum(times, 1)
+  return [Score.proportion('accuracy', float(right[counted].mean()), n, 1 / V, unigram[0], per_example(right), times),
           Score('perplexity', metrics.perplexity(float(-log_p[counted].sum()), n), n, V, unigram[1],
-                higher_is_better=False)]
+                higher_is_better=False, per_example=per_example(log_p), weights=times)]

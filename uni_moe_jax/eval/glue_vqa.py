@@ -20,7 +20,7 @@ def glue(q: Query) -> list[Score]:
   predicted, labels = q.gather(ids, lambda fields: (q.ranked(fields).best, fields['label'][:, 0]))
   _, by = evaluators.label_baselines(q, ids, labels)
   n, V = len(labels), len(q.names)
-  scores = [Score.proportion('accuracy', metrics.accuracy(predicted, labels), n, 1 / V, by(metrics.accuracy))]
+  scores = [Score.share('accuracy', metrics.hits(predicted, labels), 1 / V, by(metrics.accuracy))]
   if is_measured('F1', V):
     scores += [Score('F1', metrics.f1(predicted, labels), n, baselines=by(metrics.f1)),
                Score('Matthews', metrics.matthews(predicted, labels), n, 0.0, by(metrics.matthews))]
@@ -44,6 +44,7 @@ def vqa(q: Query) -> list[Score]:
     baselines = {f'always {common!r}': soft([common] * len(ids)),
                  **{name: soft(predicted, [truth[i] for i in rows]) for name, predicted in fitted.items()}}
   q.show(ids, first, answers)
-  n, chance = len(ids), 1 / len(q.names)
-  return [Score('soft score', soft(answers), n, chance, baselines),
-          Score.proportion('exact_match', metrics.accuracy(np.array(answers), np.array(first)), n, chance)]
+  chance = 1 / len(q.names)
+  return [Score('soft score', soft(answers), len(ids), chance, baselines,
+                per_example=metrics.vqa_score(answers, truth)),
+          Score.share('exact_match', metrics.hits(np.array(answers), np.array(first)), chance)]

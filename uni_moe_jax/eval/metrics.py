@@ -82,9 +82,17 @@ def recall_by_chance(positives: np.ndarray, k: int) -> float:
   return _mean(1 - np.prod(np.maximum(V - m - drawn, 0) / (V - drawn), axis=0))
 
 
+def hits(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """Returns which entries of two arrays [N] of ints or strings are equal: bool [N]."""
+  predictions, labels = np.asarray(predictions), np.asarray(labels)
+  if predictions.shape != labels.shape or labels.ndim != 1:
+    raise UsageError(f'predictions {predictions.shape} and labels {labels.shape} must both be [examples].')
+  return predictions == labels
+
+
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
   """Returns the share of equal entries of two arrays [N] of ints or strings."""
-  return _mean(_hits(predictions, labels))
+  return _mean(hits(predictions, labels))
 
 
 def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -104,7 +112,7 @@ def balanced_accuracy_error(predictions: np.ndarray, labels: np.ndarray) -> floa
 def _class_recall(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """(recall [C], count [C]) of the classes present in labels."""
   _, group, count = np.unique(labels, return_inverse=True, return_counts=True)
-  return np.bincount(group, weights=_hits(predictions, labels)) / count, count
+  return np.bincount(group, weights=hits(predictions, labels)) / count, count
 
 
 def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -146,8 +154,16 @@ def perplexity(nll_sum: float, weight_sum: float) -> float:
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
-  """Returns the share of predictions equal to a reference, one or several each; case and spacing do not count."""
-  return float(each_score(lambda text, several: _words(text) in map(_words, several), predictions, references).mean())
+  """Returns the share of `exact_matches`."""
+  return float(exact_matches(predictions, references).mean())
+
+
+def exact_matches(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> np.ndarray:
+  """Returns 1 for predictions equal to a reference, one or several each, else 0: float64 [N].
+
+  Case and spacing do not count.
+  """
+  return each_score(lambda text, several: _words(text) in map(_words, several), predictions, references)
 
 
 def word_f1(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> np.ndarray:
@@ -182,12 +198,24 @@ class Score:
   baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)  # name -> value
   standard_error: float | None = None
   higher_is_better: bool = True
+  # Where the value is a mean over examples: that of each [N], and its weight [N], None: all 1.
+  # Perplexity is exp of minus the mean; its values are log p.
+  per_example: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+  weights: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
   @classmethod
   def proportion(cls, name: str, value: float, count: int, chance: float | None = None,
-                 baselines: Mapping[str, float] | None = None) -> Score:
+                 baselines: Mapping[str, float] | None = None, per_example: np.ndarray | None = None,
+                 weights: np.ndarray | None = None) -> Score:
     """Returns a Score of a share of `count` examples, with its binomial standard error."""
-    return cls(name, value, count, chance, baselines or {}, binomial_standard_error(value, count))
+    return cls(name, value, count, chance, baselines or {}, binomial_standard_error(value, count),
+               per_example=per_example, weights=weights)
+
+  @classmethod
+  def share(cls, name: str, right: np.ndarray, chance: float | None = None,
+            baselines: Mapping[str, float] | None = None) -> Score:
+    """Returns a Score of the share of examples that are right, bool or 0 and 1 [N]."""
+    return cls.proportion(name, _mean(right), len(right), chance, baselines, right)
 
   @classmethod
   def mean(cls, name: str, values: np.ndarray, baselines: Mapping[str, np.ndarray]) -> Score:
@@ -197,7 +225,7 @@ class Score:
     """
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
     return cls(name, float(np.mean(values)), len(values), standard_error=error,
-               baselines={k: float(np.mean(v)) for k, v in baselines.items()})
+               baselines={k: float(np.mean(v)) for k, v in baselines.items()}, per_example=values)
 
   def row(self, evaluator: str, step: int) -> dict[str, Any]:
     """Returns the row of evaluation.json for this score."""
@@ -292,13 +320,6 @@ def _check_positives(positives: np.ndarray) -> None:
   if empty.size:
     raise UsageError(f'query {empty[0]} has no positive target ({empty.size} of {len(positives)} have none): drop such '
                      'queries before scoring.')
-
-
-def _hits(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  predictions, labels = np.asarray(predictions), np.asarray(labels)
-  if predictions.shape != labels.shape or labels.ndim != 1:
-    raise UsageError(f'predictions {predictions.shape} and labels {labels.shape} must both be [examples].')
-  return predictions == labels
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Runs a plan's evaluators and writes evaluation.json and samples.json."""
+"""Runs a plan's evaluators and writes evaluation.json, samples.json and the scores of examples."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 from uni_moe_jax.config.plan import Evaluation, Plan
 from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.eval import evaluators, glue_vqa, samples
+from uni_moe_jax.eval import evaluators, example_scores, glue_vqa, samples
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor
@@ -34,13 +34,15 @@ def evaluate(
 
   step: of the predictor's parameters. writes: True in the one process that writes; all processes take part.
   """
-  shown, rows = {}, []
+  shown, measured = {}, []
   with multihost.exit_with_peers():  # a process whose part of the data cannot be read would leave the others waiting
     for e in plan.evaluations:
       start = time.perf_counter()
-      rows += [score.row(e.name, step) for score in scores(e, data, predictor, shown)]
+      measured += [(e.name, score) for score in scores(e, data, predictor, shown)]
       print(f'{e.name}: {time.perf_counter() - start:.0f} s', flush=True)
+  rows = [score.row(name, step) for name, score in measured]
   if writes:
+    example_scores.write(workdir, measured)
     (storage.path(workdir) / samples.FILE).write_text(json.dumps(shown))
     write_json(storage.path(workdir) / EVALUATION_FILE, rows)
   return rows
