@@ -1,13 +1,10 @@
 """Restarts a command until it has finished, with exponential backoff after crashes, up to a limit."""
 
-import ctypes
-import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from uni_moe_jax.train.workdir import saved_step
 from uni_moe_jax.utils import signals, storage
@@ -15,7 +12,6 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED, USAGE
 
 _MAX_BACKOFF = 600.0  # seconds
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _TERMINATED = 128 + signal.SIGTERM  # the command was stopped before it could save
 
 
@@ -71,7 +67,7 @@ class _Child:
   def run(self, command: Sequence[str]) -> int:
     """Exit code of the command; minus the number of the signal that killed it."""
     # In our process group a terminal's Ctrl-C would reach it a second time, which means: stop at once, without saving.
-    self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=_terminate_with(os.getpid()))
+    self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=signals.terminate_with_parent())
     if self.signaled.is_set() and not self._passed_on:  # just before it started
       self._process.terminate()
     return self._process.wait()
@@ -81,19 +77,6 @@ class _Child:
     if self._process is not None and self._process.poll() is None:
       self._process.terminate()
       self._passed_on = True
-
-
-def _terminate_with(parent: int) -> Callable[[], None]:
-  """For a child process: it gets SIGTERM when its parent dies, even by SIGKILL. Linux only."""
-  prctl = getattr(ctypes.CDLL(None), 'prctl', None) if sys.platform == 'linux' else None
-
-  def set_signal() -> None:
-    if prctl is not None:
-      prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-      if os.getppid() != parent:  # it has died already
-        os._exit(PREEMPTED)
-
-  return set_signal
 
 
 def _workdir(command: Sequence[str]) -> str | None:

@@ -1,8 +1,15 @@
-"""Handlers of signals, installed for a while."""
+"""Handlers of signals, installed for a while, and the signal that a child gets when its parent dies."""
 
 import contextlib
+import ctypes
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
+
+from uni_moe_jax.utils.exit_codes import PREEMPTED
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @contextlib.contextmanager
@@ -14,3 +21,16 @@ def handled(handler: Callable, *numbers: signal.Signals) -> Iterator[None]:
   finally:
     for number, previous in old.items():
       signal.signal(number, previous)
+
+
+def terminate_with_parent() -> Callable[[], None]:
+  """Return the `preexec_fn` of a child that gets SIGTERM when this process dies, even by SIGKILL. Linux only."""
+  prctl, parent = getattr(ctypes.CDLL(None), 'prctl', None) if sys.platform == 'linux' else None, os.getpid()
+
+  def set_signal() -> None:
+    if prctl is not None:
+      prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+      if os.getppid() != parent:  # it has died already
+        os._exit(PREEMPTED)
+
+  return set_signal
