@@ -1,15 +1,20 @@
 """Train and evaluate a grid of runs, and compare them.
 
   uni-moe sweep --sweep=routers --workdir=runs/routers                        # 2 h 20 min on two CPU cores
-  uni-moe sweep --sweep=routers --workdir=runs/routers --routers=dense,task   # some of the routers
+  uni-moe sweep --sweep=routers --workdir=runs/routers --num_seeds=3,dense=5 \\
+      --variants=dense,dense_wide,attribute,attribute_top_1                   # more runs in the same folder
   uni-moe sweep --sweep=adaptation --run=runs/quickstart --workdir=runs/adaptation
 
-`routers` trains every router on the same data in the same order and measures interference and expert usage.
+`routers` trains variants, each a router with other fields of the config, on the same data in the same order, evaluates
+them and measures interference and expert usage. Seed 0 of all variants comes first. dense_wide is dense with the
+parameters of the experts in its MLP.
+
 `adaptation` adapts a trained run to tasks: `prompts` and `finetune` train on ten examples of every class, or on one
 example in a hundred; `finetune-all` trains on all examples; `zero-shot` evaluates the run as it is.
 
-Every cell of the grid is a work directory that the other launch scripts make. Rerun the same command to continue:
-finished stages are skipped, failed ones are retried. Writes results.json, results.md and figures to `results/`.
+Every cell of the grid is a work directory that the other launch scripts make. Rerun the same command to continue, also
+with more variants, seeds or measurements: finished stages are skipped, failed ones are retried. Writes results.json,
+results.md and figures about all cells of the work directory to `results/`.
 
 Exit codes: 0 finished, 75 stopped by a signal (rerun to continue), 1 a run or a check of the results failed, 2 usage.
 """
@@ -25,14 +30,19 @@ from uni_moe_jax.utils.errors import UsageError
 
 _SWEEP = flags.DEFINE_enum('sweep', None, ['routers', 'adaptation'], 'What to compare.', required=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of the sweep, with those of its cells.', required=True)
-_NUM_SEEDS = flags.DEFINE_integer(
-    'num_seeds', None, 'Seeds of every cell, from 0; default: 1 for routers, 3 for adaptation.', lower_bound=1)
+_NUM_SEEDS = flags.DEFINE_string('num_seeds', '', 'Seeds of every variant or recipe, from 0, and exceptions, such as '
+                                 '3,dense=5; default: 1 for routers, 3 for adaptation.')
 _OVERRIDE = flags.DEFINE_multi_string('override', [], 'Field of every config, such as --override=train.steps=20')
 _OWN_FLAGS = {
     'routers': (
         flags.DEFINE_string('config', 'ablation', 'For routers: config with an argument router=ROUTER.'),
-        flags.DEFINE_list('routers', 'dense,modality,task,attribute,token,context', 'For routers: which to compare.'),
-        flags.DEFINE_integer('num_batches', 16, 'For routers: batches per task for interference.', lower_bound=2)),
+        flags.DEFINE_list('variants', 'dense,modality,task,attribute,token,context', 'For routers: these, or dense_wide'
+                          ', attribute_every_2 (placement), attribute_top_1, attribute_top_4 (experts kept).'),
+        flags.DEFINE_list('measure', 'evaluation,interference,experts,report', 'For routers: what to do after training;'
+                          ' interference is also measured before.'),
+        flags.DEFINE_integer('num_batches', 16, 'For routers: batches per task for interference.', lower_bound=2),
+        flags.DEFINE_string('steps', '', 'For routers: train.steps and exceptions, such as 600,token=214; default: '
+                            "the config's. The results print those of equal time.")),
     'adaptation': (
         flags.DEFINE_string('run', None, 'For adaptation: work directory of the trained run.'),
         flags.DEFINE_list('tasks', 'digits,video_caption,video_name', 'For adaptation: these, or tasks of the run.'),
@@ -47,15 +57,15 @@ def main() -> int:
   for sweep, own_flags in _OWN_FLAGS.items():
     if wrong := [flag.name for flag in own_flags if flag.present and sweep != _SWEEP.value]:
       raise UsageError(f'--{wrong[0]} is a flag of --sweep={sweep}; remove it.')
-  source, *names = (flag.value for flag in _OWN_FLAGS[_SWEEP.value])
+  source, *others = (flag.value for flag in _OWN_FLAGS[_SWEEP.value])
   make_grid = grid.router_grid if _SWEEP.value == grid.ROUTERS else grid.adaptation_grid
-  cells, settings = make_grid(folder, source, *names, _NUM_SEEDS.value, _OVERRIDE.value)  # checks all configs
+  cells, settings = make_grid(folder, source, *others, _NUM_SEEDS.value, _OVERRIDE.value)  # checks all configs
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
-  runner.claim(folder, settings)
-  if not runner.run_cells(cells, lambda command: runner.run_command(command, _FOLDER)):
+  all_cells = runner.claim(folder, settings, cells)
+  if not runner.run_cells(cells, lambda command, inherited: runner.run_command(command, inherited, _FOLDER)):
     return exit_codes.PREEMPTED
   from uni_moe_jax.analysis.sweep import results as results_lib
-  results = results_lib.collect(_SWEEP.value, cells, source, cli.command_line())
+  results = results_lib.collect(_SWEEP.value, all_cells, source, cli.command_line())
   print(results_lib.write(results, folder))
   for sentence in results['errors']:
     print(f'error: {sentence}', file=sys.stderr)

@@ -24,7 +24,7 @@ _SMALL = {
     'train': lambda arguments: [f'--config.{field}' for field in (
         _STEPS if any(',run=' in a for a in arguments) else _STEPS + _MODEL)],  # a run has its model
     'sweep': lambda arguments: [f'--override={field}' for field in _STEPS] + (
-        ['--routers=dense,task', '--num_batches=2', *(f'--override={field}' for field in _MODEL)]
+        ['--variants=dense,task', '--num_batches=2', *(f'--override={field}' for field in _MODEL)]
         if '--sweep=routers' in arguments else ['--tasks=digits', '--recipes=zero-shot,prompts', '--num_seeds=1']),
     'interference': lambda _: ['--num_batches=2'],
     'experts': lambda _: ['--num_batches=2']}

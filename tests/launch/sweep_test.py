@@ -105,7 +105,7 @@ def _stages(root):
 
 def test_a_failed_router_is_reported_the_others_continue_and_a_rerun_repairs_it(root, capfd):
   (root / 'evaluate').write_text('3')
-  command = _routers(root, '--routers=dense,task')
+  command = _routers(root, '--variants=dense,task')
   assert in_process.run(*command) == 1
   output, errors = capfd.readouterr()
   assert errors == ''.join(f'error: {r}-0: evaluate failed with exit code 3.\n' for r in ('dense', 'task'))
@@ -120,6 +120,25 @@ def test_a_failed_router_is_reported_the_others_continue_and_a_rerun_repairs_it(
   assert _stages(root) == [*expected, 'evaluate dense-0', 'evaluate task-0']
   assert in_process.run(*command, '--num_batches=3') == 2
   assert 'num_batches: 16 → 3' in capfd.readouterr().err
+
+
+def test_a_sweep_continues_with_more_variants_and_seeds_and_reports_all_cells(root, capfd):
+  assert in_process.run(*_routers(root, '--variants=task', '--measure=evaluation')) == 0
+  (root / 'train').write_text('3')
+  assert in_process.run(*_routers(root, '--variants=dense', '--measure=evaluation')) == 1
+  (root / 'train').unlink()
+  capfd.readouterr()
+  begun = len(_log(root))
+  code = in_process.run(*_routers(root, '--variants=task', '--measure=evaluation', '--num_seeds=task=2'))
+  assert code == 1 and _stages(root)[begun:] == ['compile task-1', 'train task-1', 'evaluate task-1']
+  output, errors = capfd.readouterr()
+  assert errors == 'error: dense-0: train failed with exit code 3.\n'  # it stays, though this call does not run it
+  cells = json.loads((root / 'out/results/results.json').read_text())['cells']
+  assert [(c['name'], c['status']) for c in cells] == [
+      ('dense-0', 'train failed with exit code 3'), ('task-0', 'finished'), ('task-1', 'finished')]
+  assert '| e | top-1 | 0.1 |  |  | 0.500 ±' in output
+  assert in_process.run(*_routers(root, '--variants=task', '--measure=evaluation', '--steps=2')) == 2
+  assert 'task-0: as the config → train.steps=2' in capfd.readouterr().err
 
 
 def test_a_failed_recipe_is_reported_and_a_rerun_repeats_no_finished_cell(root, capfd):
@@ -156,7 +175,7 @@ def test_a_failed_recipe_is_reported_and_a_rerun_repeats_no_finished_cell(root, 
 
 
 @pytest.mark.parametrize('command, send', [
-    (lambda root: _routers(root, '--routers=dense'), os.kill),
+    (lambda root: _routers(root, '--variants=dense'), os.kill),
     (lambda root: _adaptation(root, '--recipes=finetune', '--num_seeds=1'), os.kill),
     (lambda root: _adaptation(root, '--recipes=finetune', '--num_seeds=1'), os.killpg),
 ], ids=['routers', 'adaptation', 'adaptation, to the process group'])
@@ -170,8 +189,13 @@ def test_a_signal_reaches_the_running_script_once_and_the_sweep_can_be_continued
 
 
 @pytest.mark.parametrize('command, arguments, message', [
-    (_routers, ['--routers=dense,tokens'], 'error: c.py:tokens is unknown.'),
-    (_routers, ['--routers='], '--routers is empty'),
+    (_routers, ['--variants=dense,tokens'], "--variants=dense,tokens: 'tokens' is unknown; did you mean 'token'"),
+    (_routers, ['--variants=context'], 'error: c.py:context is unknown.'),
+    (_routers, ['--variants='], '--variants is empty'),
+    (_routers, ['--variants=task', '--num_seeds=2,tasks=3'],
+     "--num_seeds=2,tasks=3: 'tasks' is unknown; did you mean 'task'"),
+    (_routers, ['--variants=task', '--steps=0'], "--steps=0: '0' must be a number of at least 1, or NAME=NUMBER."),
+    (_routers, ['--measure=expert'], "--measure=expert: 'expert' is unknown; did you mean 'experts'"),
     (_routers, ['--config=configs/none.py'], "config file 'configs/none.py' does not exist"),
     (_routers, ['--override=train.stps=20'],
      "error: --config.train.stps: the config has no field 'stps'. Did you mean \"steps\""),
@@ -194,7 +218,7 @@ def test_mistakes_are_one_sentence_before_anything_runs(root, command, arguments
 def test_a_tiny_router_ablation(root, store, request):
   folder = root / 'out' if store == 'disk' else storage.path(f'{request.getfixturevalue(store).address}/out')
   code, output, errors = _run(root, _routers(
-      root, '--routers=dense,token', '--num_batches=2', f'--workdir={folder}', script=_ROOT / 'launch/sweep.py'))
+      root, '--variants=dense,token', '--num_batches=2', f'--workdir={folder}', script=_ROOT / 'launch/sweep.py'))
   assert code == 0, errors[-3000:] + output[-3000:]
   out = folder / 'results'
   assert list(storage.files_in(out)) == [

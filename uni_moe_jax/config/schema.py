@@ -5,7 +5,7 @@ checked, frozen `Config`, which is part of the plan.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -139,6 +139,13 @@ class MoeConfig:
   balance_loss_weight: float = field(0.0, 'Token routers: weight of the load balancing loss.', at_least=0, off=0)
   importance_loss_weight: float = field(0.0, 'Token routers: weight of the importance loss.', at_least=0, off=0)
   z_loss_weight: float = field(0.0, 'Token routers: weight of the z-loss of gate logits.', at_least=0, off=0)
+
+
+def expert_layers(placement: str | tuple[int, ...], num_layers: int) -> Sequence[int]:
+  """Return the layers with experts. 'every_2' is indices 0, 2, 4, … as published."""
+  if not isinstance(placement, str):
+    return placement
+  return () if placement == 'none' else range(0, num_layers, {'all': 1, 'every_2': 2, 'every_4': 4}[placement])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

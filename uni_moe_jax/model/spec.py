@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from uni_moe_jax.config.schema import Config, ModelConfig, MoeConfig
+from uni_moe_jax.config.schema import Config, ModelConfig, MoeConfig, expert_layers
 from uni_moe_jax.moe import products, routers
 from uni_moe_jax.tasks.attributes import Condition, to_string
 from uni_moe_jax.utils.errors import UsageError
@@ -68,15 +68,9 @@ class ModelSpec(ModelConfig, MoeConfig):
 
   @property
   def pattern(self) -> tuple[tuple[str, ...], ...]:
-    """Per layer, the sublayers that have experts. 'every_2' is indices 0, 2, 4, … as published."""
-    step = {'all': 1, 'every_2': 2, 'every_4': 4}
-    if self.router == routers.DENSE or self.placement == 'none':
-      chosen = ()
-    elif isinstance(self.placement, str):
-      chosen = range(0, self.num_layers, step[self.placement])
-    else:
-      chosen = self.placement
-    return tuple(self.sublayers if i in set(chosen) else () for i in range(self.num_layers))
+    """Per layer, the sublayers that have experts."""
+    chosen = set() if self.router == routers.DENSE else set(expert_layers(self.placement, self.num_layers))
+    return tuple(self.sublayers if i in chosen else () for i in range(self.num_layers))
 
   def product_method(self, mesh: Mesh | None) -> str:
     """How layers multiply on a mesh, see `products.method`."""

@@ -2,17 +2,24 @@
 
 import pathlib
 
+import jax
+import numpy as np
 import pytest
 
 from tests.helpers import tiny
 from uni_moe_jax.analysis.sweep import grid
+from uni_moe_jax.analysis.sweep.variants import VARIANTS
+from uni_moe_jax.config.schema import VARIANTS as SIZES
+from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir
+from uni_moe_jax.utils import cli
 
 _OUT = pathlib.Path('out')
 
 
-def _router_cells(routers, num_seeds):
-  cells, settings = grid.router_grid(_OUT, 'ablation', routers, 8, num_seeds, ['train.steps=99'])
+def _router_cells(variants, num_seeds, steps='', measures=grid.MEASURES):
+  cells, settings = grid.router_grid(
+      _OUT, 'ablation', variants, measures, 8, steps, num_seeds, ['train.steps=99'])
   assert settings == {
       'sweep': 'routers', 'config': 'ablation', 'num_batches': 8, 'overrides': ['train.steps=99']}
   return cells
@@ -30,7 +37,7 @@ def _commands(cell):
 
 
 def test_a_router_cell_has_the_commands_that_a_person_would_type():
-  cell = _router_cells(['token'], 2)[1]
+  cell = _router_cells(['token'], '2')[1]
   commands = _commands(cell)
   config_flags = ('--config=ablation:router=token', '--config.seed=1', '--config.train.steps=99')
   workdir_flag = '--workdir=out/token-1'
@@ -44,18 +51,85 @@ def test_a_router_cell_has_the_commands_that_a_person_would_type():
   assert [s.name for s in cell.stages if s.needs] == ['evaluate', 'interference', 'experts', 'report']
 
 
-def test_every_router_has_a_cell_per_seed_and_a_dense_model_no_expert_usage():
-  cells = _router_cells(['dense', 'token', 'dense'], 2)
+def test_all_variants_of_a_seed_come_first_and_a_dense_model_has_no_expert_usage():
+  cells = _router_cells(['dense', 'token', 'dense'], '2')
   assert [(c.folder, c.variant, c.seed) for c in cells] == [
-      (_OUT / 'dense-0', 'dense', 0), (_OUT / 'dense-1', 'dense', 1),
-      (_OUT / 'token-0', 'token', 0), (_OUT / 'token-1', 'token', 1)]
-  dense, token = _commands(cells[0]), _commands(cells[2])
+      (_OUT / 'dense-0', 'dense', 0), (_OUT / 'token-0', 'token', 0),
+      (_OUT / 'dense-1', 'dense', 1), (_OUT / 'token-1', 'token', 1)]
+  dense, token = _commands(cells[0]), _commands(cells[1])
   assert list(dense) == [name for name in token if name != 'experts']
+
+
+def test_seeds_and_steps_have_a_default_and_exceptions():
+  cells = _router_cells(['token', 'task', 'dense'], '1,dense=3,modality=9', steps='50,token=20')
+  assert [c.folder.name for c in cells] == ['token-0', 'task-0', 'dense-0', 'dense-1', 'dense-2']
+  assert [c.fields for c in cells[:3]] == [('train.steps=20',), ('train.steps=50',), ('train.steps=50',)]
+  # The last of several flags counts.
+  assert _commands(cells[0])['train'][3:5] == ('--config.train.steps=99', '--config.train.steps=20')
+  assert cli.config_from('ablation:router=token', ['train.steps=99', 'train.steps=20']).train.steps == 20
+  by_exception = _router_cells(['task', 'token'], '', steps='token=20')
+  assert [(c.folder.name, c.fields) for c in by_exception] == [('task-0', ()), ('token-0', ('train.steps=20',))]
+
+
+def test_measurements_can_be_left_out():
+  [cell] = _router_cells(['token'], '1', measures=['evaluation'])
+  assert [s.name for s in cell.stages] == ['compile', 'train', 'evaluate']
+  [cell] = _router_cells(['token'], '1', measures=['interference'])
+  assert [s.name for s in cell.stages] == ['interference at init', 'compile', 'train', 'interference']
+
+
+def test_variants_are_a_router_with_other_fields_of_any_config_that_takes_one():
+  names = ['attribute_every_2', 'attribute_top_1', 'attribute_top_4']
+  cells, _ = grid.router_grid(_OUT, 'pretrain:size=tiny', names, grid.MEASURES, 8, '', '', [])
+  assert [c.fields for c in cells] == [('moe.placement=every_2',), ('moe.top_k=1',), ('moe.top_k=4',)]
+  assert _commands(cells[0])['train'] == (
+      'train', '--config=pretrain:size=tiny,router=attribute', '--config.seed=0', '--config.moe.placement=every_2',
+      f'--workdir={_OUT}/attribute_every_2-0')
+
+
+def _config(name, *overrides):
+  """The config of a variant of tiny.config."""
+  router, fields = VARIANTS[name]
+  c = tiny.config('shape', 'text', data_dir=tiny.data_dir())
+  c.model.num_layers = 4
+  for field in (*overrides, f'moe.router={router}'):
+    _set(c, field)
+  for field in fields(c):
+    _set(c, field)
+  return c
+
+
+def _set(c, field):
+  path, _, value = field.partition('=')
+  section, name = path.split('.')
+  c[section][name] = int(value) if value.isdecimal() else value
+
+
+@pytest.mark.parametrize('overrides', [
+    ('model.width=64',), ('model.width=64', 'moe.placement=every_2'), ('model.width=64', 'model.mlp_dim=200'),
+    ('model.variant=Ti/16', *(f'model.{name}={x}' for name, x in SIZES['Ti/16'].items()))])
+def test_dense_wide_has_the_parameters_of_the_experts(overrides):
+  wide, dense, experts = (
+      train_run.build(_config(name, *overrides), jax.devices()[:1]).parameter_counts()['total']
+      for name in ('dense_wide', 'dense', 'modality'))
+  assert wide == pytest.approx(experts, rel=.02) and dense < .8 * experts
+
+
+def test_all_variants_of_a_seed_have_the_same_batches_and_another_seed_has_others():
+  def batches(name, seed=0):
+    c = _config(name)
+    c.seed = seed
+    return jax.tree.leaves(list(train_run.build(c, jax.devices()[:1]).mixture().iterate(0, 2)))
+
+  first = batches('dense')
+  for name in ('dense_wide', 'attribute_top_1', 'token'):
+    assert all(np.array_equal(x, y) for x, y in zip(first, batches(name), strict=True)), name
+  assert not all(np.array_equal(x, y) for x, y in zip(first, batches('dense', seed=1), strict=True))
 
 
 def test_seeds_of_a_recipe_are_adjacent_and_zero_shot_evaluation_has_one(run):
   cells, settings = grid.adaptation_grid(
-      _OUT, str(run), ('digits', 'video_name'), ('zero-shot', 'prompts'), None, [])
+      _OUT, str(run), ('digits', 'video_name'), ('zero-shot', 'prompts'), '', [])
   assert [c.folder.name for c in cells] == [
       'digits-zero-shot', 'digits-prompts-0', 'digits-prompts-1', 'digits-prompts-2',
       'video_name-zero-shot', 'video_name-prompts-0', 'video_name-prompts-1', 'video_name-prompts-2']
@@ -64,7 +138,7 @@ def test_seeds_of_a_recipe_are_adjacent_and_zero_shot_evaluation_has_one(run):
 
 def test_an_adaptation_cell_has_the_commands_that_a_person_would_type(run):
   recipes = ['zero-shot', 'finetune', 'finetune-all']
-  cells, _ = grid.adaptation_grid(_OUT, str(run), ['digits'], recipes, 2, ['train.steps=99'])
+  cells, _ = grid.adaptation_grid(_OUT, str(run), ['digits'], recipes, '2', ['train.steps=99'])
   zero_shot, _, finetune, _, finetune_all = cells
   for cell, recipe, amount in ((finetune, 'finetune', 'few'), (finetune_all, 'finetune-all', 'all')):
     workdir_flag = f'--workdir=out/digits-{recipe}-1'

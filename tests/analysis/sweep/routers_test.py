@@ -119,10 +119,13 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
 
 @pytest.mark.parametrize('changes, message', [
     ({}, None),
-    (dict(learning_rate=.5), 'task-0 and dense-0 differ in more than their router: optim.learning_rate: 0.01 → 0.5.'),
-    (dict(data='other'), 'the data (its fingerprint)'), (dict(steps=5), 'steps: 6 → 5')])
-def test_runs_that_differ_in_more_than_their_router_are_an_error(tmp_path, changes, message):
+    (dict(learning_rate=.5), 'task-0 and dense-0 differ in more than their variant: optim.learning_rate: 0.01 → 0.5.'),
+    (dict(data='other'), 'the data (its fingerprint)'), (dict(steps=5), 'task-0 has 5 of 6 steps.'),
+    (dict(weight_decay=.5, fields=('optim.weight_decay=0.5',)), None)])
+def test_runs_that_differ_in_more_than_their_variant_are_an_error(tmp_path, changes, message):
+  dense, task = _cells(tmp_path, 'dense', 'task')
+  task = task._replace(fields=changes.pop('fields', ()))
   _finish(tmp_path, 'dense')
   _finish(tmp_path, 'task', **changes)
-  errors = results.collect('routers', _cells(tmp_path, 'dense', 'task'), 'c', 'p')['errors']
+  errors = results.collect('routers', [dense, task], 'c', 'p')['errors']
   assert errors == [] if message is None else message in errors[0]

@@ -1,9 +1,14 @@
 """Stages that are skipped, retried, or kept back by a failure or a signal."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
+from tests.helpers import processes, stand_in
 from uni_moe_jax.analysis.sweep import runner
 from uni_moe_jax.analysis.sweep.grid import Cell, Stage
 
@@ -18,7 +23,7 @@ def _run(*cells, **codes):
   """(whether no signal stopped the cells, the commands that were started); codes: the exit codes that are not 0."""
   started = []
 
-  def start(command):
+  def start(command, _):
     started.append(command[0])
     return codes.get(started[-1], 0)
 
@@ -49,7 +54,68 @@ def test_a_signal_stops_all_cells_and_the_next_call_continues_there(tmp_path):
 
 
 def test_a_work_directory_belongs_to_one_sweep(tmp_path):
-  runner.claim(tmp_path / 'new', {'run': 'a', 'step': 200})
-  runner.claim(tmp_path / 'new', {'run': 'a', 'step': 200})
+  runner.claim(tmp_path / 'new', {'run': 'a', 'step': 200}, [])
+  runner.claim(tmp_path / 'new', {'run': 'a', 'step': 200}, [])
   with pytest.raises(ValueError, match='other settings .*step: 200 → 400.*another --workdir'):
-    runner.claim(tmp_path / 'new', {'run': 'a', 'step': 400})  # the run has trained further
+    runner.claim(tmp_path / 'new', {'run': 'a', 'step': 400}, [])  # the run has trained further
+
+
+def test_a_later_call_adds_cells_and_none_is_lost(tmp_path):
+  first, second, third = (_cell(tmp_path, seed) for seed in range(3))
+  assert runner.claim(tmp_path, {}, [first, second]) == [first, second]
+  # The first two are known without their commands.
+  assert runner.claim(tmp_path, {}, [third]) == [first._replace(stages=()), second._replace(stages=()), third]
+  assert runner.claim(tmp_path, {}, [second]) == [
+      first._replace(stages=()), second, third._replace(stages=())]
+
+
+def test_a_cell_keeps_its_fields(tmp_path):
+  cell = _cell(tmp_path)._replace(fields=('train.steps=9',))
+  runner.claim(tmp_path, {}, [cell])
+  with pytest.raises(ValueError, match=r'cell-0: train.steps=9 → train.steps=8\); give another --workdir'):
+    runner.claim(tmp_path, {}, [cell._replace(fields=('train.steps=8',))])
+  with pytest.raises(ValueError, match='cell-0: train.steps=9 → as the config'):
+    runner.claim(tmp_path, {}, [_cell(tmp_path)])
+
+
+# Runs two stages of a cell; `b.py` of the first call waits for a signal. Its scripts log their names.
+_SWEEP = '''
+import pathlib, sys
+from uni_moe_jax.analysis.sweep import runner
+from uni_moe_jax.analysis.sweep.grid import Cell, Stage
+folder = pathlib.Path(sys.argv[1])
+cell = Cell(folder / 'cell', 'cell', '', 0, (Stage('a', ('a',)), Stage('b', ('b',))))
+start = lambda command, inherited: runner.run_command(command, inherited, folder)
+sys.exit(not runner.run_cells([cell], start))
+'''
+_SCRIPT = '''
+import pathlib, signal, sys, time
+folder = pathlib.Path(__file__).parent
+with open(folder / 'log', 'a') as log:
+  log.write(pathlib.Path(__file__).stem)
+if __file__.endswith('b.py') and not (folder / 'started').exists():
+  received = []
+  signal.signal(signal.SIGTERM, lambda *_: received.append(1))
+  (folder / 'started').touch()
+  while not received:
+    time.sleep(.01)
+  time.sleep(1)  # as if it saved a checkpoint
+  with open(folder / 'log', 'a') as log:
+    log.write('!')
+'''
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason="a child ends with its parent by Linux's prctl")
+def test_after_sigkill_a_sweep_waits_for_the_stage_that_was_running_and_repeats_it_alone(tmp_path):
+  for name in 'ab':
+    (tmp_path / f'{name}.py').write_text(_SCRIPT)
+  command = [sys.executable, '-c', _SWEEP, tmp_path]
+  env = {**os.environ, 'PYTHONPATH': str(processes.ROOT)}
+  killed = subprocess.Popen(command, env=env)
+  stand_in.wait_for(tmp_path / 'started', killed, seconds=60)
+  killed.send_signal(signal.SIGKILL)
+  killed.wait()
+  again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
+  assert 'waiting for another process that works on' in again.stdout
+  assert (tmp_path / 'log').read_text() == 'ab!b'  # the second b began when the first had ended
+  assert [(t['stage'], t['exit_code']) for t in runner.read_log(tmp_path / 'cell')] == [('a', 0), ('b', 0)]

@@ -8,14 +8,18 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from uni_moe_jax.analysis.sweep.variants import VARIANTS, PerVariant
 from uni_moe_jax.config.plan import make_plan
+from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.train import finetuning, workdir
 from uni_moe_jax.utils import cli, storage
 from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils.suggest import nearest
 
 ROUTERS, ADAPTATION = 'routers', 'adaptation'  # the sweeps
 TRAIN, EVALUATE = 'train', 'evaluate'  # stages
 ZERO_SHOT = 'zero-shot'  # the recipe that trains nothing
+MEASURES = ('evaluation', 'interference', 'experts', 'report')  # of a trained cell of a router sweep
 
 
 class Stage(NamedTuple):
@@ -28,48 +32,66 @@ class Stage(NamedTuple):
 class Cell(NamedTuple):
   """One work directory of a sweep."""
   folder: storage.Path  # its name identifies the cell
-  variant: str  # what the sweep compares: a router or a fine-tuning recipe
-  task: str  # that the recipe adapts to; '' in the router ablation
+  variant: str  # what the sweep compares: a name in `VARIANTS`, or a fine-tuning recipe
+  task: str  # that the recipe adapts to; '' in a router sweep
   seed: int
-  stages: tuple[Stage, ...]
+  stages: tuple[Stage, ...] = ()
+  fields: tuple[str, ...] = ()  # 'field=value' of its config that other variants do not have
 
 
 Grid = tuple[list[Cell], dict[str, Any]]  # cells, and the settings that all cells of a work directory have
 
 
 def router_grid(
-    folder: storage.Path, config: str, routers: Sequence[str], num_batches: int, num_seeds: int | None,
-    overrides: Sequence[str]) -> Grid:
-  """Trains, evaluates and measures every router with every seed, one by default.
+    folder: storage.Path, config: str, variants: Sequence[str], measures: Sequence[str], num_batches: int, steps: str,
+    num_seeds: str, overrides: Sequence[str]) -> Grid:
+  """Trains and measures every variant with every seed, one by default.
 
-  The arguments are flags of uni-moe sweep.
+  All variants of a seed come before the next seed, so that a sweep that is stopped has complete comparisons. They see
+  the same batches in the same order, which depend on data, tasks and seed alone, see `data/pipeline/mixtures.py`. The
+  arguments are flags of uni-moe sweep.
 
   Raises:
-    UsageError: no router, no such config, or one that is not valid.
+    UsageError: no variant, an unknown one, no such config, or one that is not valid.
   """
-  if not routers:
-    raise UsageError('--routers is empty: name at least one.')
-  cells, batches = [], f'--num_batches={num_batches}'
-  for router in dict.fromkeys(routers):
-    with_router = f'{config}:router={router}'
-    is_dense = _check(with_router, overrides).moe.router == 'dense'
-    for seed in range(num_seeds or 1):
-      path = folder / f'{router}-{seed}'
-      workdir_flag, config_flags = f'--workdir={path}', _config_flags(with_router, seed, overrides)
-      cells.append(Cell(path, router, '', seed, (
-          Stage('interference at init', ('interference', '--at_init', *config_flags, workdir_flag, batches)),
-          # A process that has compiled trains more slowly, see `train.loop.compile_steps`.
-          Stage('compile', (TRAIN, *config_flags, workdir_flag, '--compile_only')),
-          Stage(TRAIN, (TRAIN, *config_flags, workdir_flag)),
-          Stage(EVALUATE, (EVALUATE, workdir_flag), TRAIN),
-          Stage('interference', ('interference', workdir_flag, batches), TRAIN),
-          *([] if is_dense else [Stage('experts', ('experts', workdir_flag), TRAIN)]),
-          Stage('report', ('report', workdir_flag), TRAIN))))
-  return cells, {'sweep': ROUTERS, 'config': config, 'num_batches': num_batches, 'overrides': overrides}
+  for flag, given, choices in (('variants', variants, VARIANTS), ('measure', measures, MEASURES)):
+    if unknown := [x for x in given if x not in choices]:
+      raise UsageError(f'--{flag}={",".join(given)}: {unknown[0]!r} is unknown; {nearest(unknown[0], choices)}.')
+  if not variants:
+    raise UsageError('--variants is empty: name at least one.')
+  seeds, steps_of = (PerVariant(*x) for x in (
+      ('num_seeds', num_seeds, tuple(VARIANTS), 1), ('steps', steps, tuple(VARIANTS), None)))
+  configs, batches = {}, f'--num_batches={num_batches}'
+  for name in dict.fromkeys(variants):
+    router, fields = VARIANTS[name]
+    with_router = f'{config}{"," if ":" in config else ":"}router={router}'
+    own = fields(cli.config_from(with_router, overrides))
+    own += (f'train.steps={steps_of[name]}',) if steps_of[name] else ()
+    configs[name] = with_router, own, _check(with_router, (*overrides, *own)).moe.router == DENSE
+
+  def cell(name: str, seed: int) -> Cell:
+    (with_router, own, is_dense), path = configs[name], folder / f'{name}-{seed}'
+    workdir_flag, config_flags = f'--workdir={path}', _config_flags(with_router, seed, (*overrides, *own))
+    measured = {
+        'evaluation': Stage(EVALUATE, (EVALUATE, workdir_flag), TRAIN),
+        'interference': Stage('interference', ('interference', workdir_flag, batches), TRAIN),
+        'experts': None if is_dense else Stage('experts', ('experts', workdir_flag), TRAIN),
+        'report': Stage('report', ('report', workdir_flag), TRAIN)}
+    at_init = Stage('interference at init', ('interference', '--at_init', *config_flags, workdir_flag, batches))
+    return Cell(path, name, '', seed, (
+        *([at_init] if 'interference' in measures else []),
+        # A process that has compiled trains more slowly, see `train.loop.compile_steps`.
+        Stage('compile', (TRAIN, *config_flags, workdir_flag, '--compile_only')),
+        Stage(TRAIN, (TRAIN, *config_flags, workdir_flag)),
+        *(stage for measure, stage in measured.items() if stage and measure in measures)), own)
+
+  cells = [cell(name, seed) for seed in range(max(seeds[name] for name in configs)) for name in configs
+           if seed < seeds[name]]
+  return cells, {'sweep': ROUTERS, 'config': config, 'num_batches': num_batches, 'overrides': list(overrides)}
 
 
 def adaptation_grid(
-    folder: storage.Path, run: str | None, tasks: Sequence[str], recipes: Sequence[str], num_seeds: int | None,
+    folder: storage.Path, run: str | None, tasks: Sequence[str], recipes: Sequence[str], num_seeds: str,
     overrides: Sequence[str]) -> Grid:
   """Adapts a trained run to every task with every recipe and seed.
 
@@ -85,18 +107,19 @@ def adaptation_grid(
   if unknown := [r for r in recipes if r not in finetuning.RECIPES]:
     raise UsageError(f'--recipes={unknown[0]} is unknown; choices: {", ".join(finetuning.RECIPES)}.')
   run, cells = str(storage.absolute(os.path.expanduser(run))), []
+  seeds = PerVariant('num_seeds', num_seeds, tuple(finetuning.RECIPES), 3)
   for task in dict.fromkeys(tasks):
     for name in dict.fromkeys(recipes):
       config = finetuning.RECIPES[name].format(run=run, task=task)
       _check(config, overrides)
-      for seed in range(1 if name == ZERO_SHOT else num_seeds or 3):
+      for seed in range(1 if name == ZERO_SHOT else seeds[name]):
         path = folder / (f'{task}-{name}' + ('' if name == ZERO_SHOT else f'-{seed}'))
         workdir_flag, config_flags = f'--workdir={path}', _config_flags(config, seed, overrides)
         stages = (Stage(EVALUATE, (EVALUATE, *config_flags, workdir_flag)),) if name == ZERO_SHOT else (
             Stage(TRAIN, (TRAIN, *config_flags, workdir_flag)),
             Stage(EVALUATE, (EVALUATE, workdir_flag), TRAIN))
         cells.append(Cell(path, name, task, seed, stages))
-  return cells, {'sweep': ADAPTATION, 'run': run, 'step': workdir.saved_step(run), 'overrides': overrides}
+  return cells, {'sweep': ADAPTATION, 'run': run, 'step': workdir.saved_step(run), 'overrides': list(overrides)}
 
 
 def _check(config: str, overrides: Sequence[str]) -> Any:

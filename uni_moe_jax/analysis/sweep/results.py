@@ -15,6 +15,7 @@ from scipy import stats
 
 from uni_moe_jax.analysis.sweep import adaptation, grid, markdown, routers, runner
 from uni_moe_jax.analysis.sweep.grid import Cell
+from uni_moe_jax.analysis.sweep.variants import VARIANTS
 from uni_moe_jax.eval import metrics, suite
 from uni_moe_jax.train import workdir
 from uni_moe_jax.utils import files, storage
@@ -34,6 +35,8 @@ def collect(sweep: str, cells: Sequence[Cell], source: str, command: str) -> dic
     those of `routers.measure` or `adaptation.measure`}], 'scores': see `summarize`, 'errors': sentences}. Unknown
     values are None.
   """
+  if sweep == grid.ROUTERS:
+    cells = sorted(cells, key=lambda c: (list(VARIANTS).index(c.variant), c.seed))
   records = []
   for cell in cells:
     log, run = runner.read_log(cell.folder), files.read_json(cell.folder / workdir.RUN_FILE, {})

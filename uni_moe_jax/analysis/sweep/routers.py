@@ -11,10 +11,11 @@ from uni_moe_jax.analysis.sweep import markdown
 from uni_moe_jax.analysis.sweep.grid import TRAIN, Cell
 from uni_moe_jax.train import workdir
 from uni_moe_jax.utils import storage
+from uni_moe_jax.utils.exit_codes import FINISHED
 from uni_moe_jax.utils.files import read_json
 
 _INTERFERENCE = {'init': 'interference_init.json', 'final': interference_file.FILE}
-_MAY_DIFFER = ('moe.router:', 'seed:')
+_MAY_DIFFER = ('moe.router', 'seed')
 
 
 def measure(folder: storage.Path) -> dict[str, Any]:
@@ -56,18 +57,22 @@ def _expert_summary(content: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def find_errors(cells: Sequence[Cell], records: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Sentences for runs that differ from the first one in more than their router and seed."""
-  runs = [(r, config) for cell, r in zip(cells, records, strict=True)
-          if (config := read_json(cell.folder / workdir.CONFIG_FILE))]
-  errors = []
-  for record, config in runs[1:]:
-    first, first_config = runs[0]
-    changed = workdir.differences(first_config['config'], config['config'])
-    changed = [d for d in changed if not d.startswith(_MAY_DIFFER)]
-    changed += ['the data (its fingerprint)'] if first_config['data'] != config['data'] else []
-    changed += [f'steps: {first["steps"]} → {record["steps"]}'] if first['steps'] != record['steps'] else []
+  """Sentences for runs that differ from the first one in more than their variant and seed."""
+  errors, first = [], None
+  for cell, record in zip(cells, records, strict=True):
+    if not (config := read_json(cell.folder / workdir.CONFIG_FILE)):
+      continue
+    first = first or (cell, config)
+    fields = {field.partition('=')[0] for field in (*first[0].fields, *cell.fields)} | {*_MAY_DIFFER}
+    changed = workdir.differences(first[1]['config'], config['config'])
+    changed = [d for d in changed if d.partition(':')[0] not in fields]
+    changed += ['the data (its fingerprint)'] if first[1]['data'] != config['data'] else []
     if changed:
-      errors.append(f'{record["name"]} and {first["name"]} differ in more than their router: {"; ".join(changed)}.')
+      errors.append(f'{record["name"]} and {first[0].folder.name} differ in more than their variant: '
+                    f'{"; ".join(changed)}.')
+    steps = config['config']['train']['steps']
+    if FINISHED in record['exit_codes'].get(TRAIN, ()) and record['steps'] != steps:
+      errors.append(f'{record["name"]} has {record["steps"]} of {steps} steps.')
   return errors
 
 

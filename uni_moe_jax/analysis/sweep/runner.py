@@ -1,34 +1,55 @@
 """Runs the cells of a sweep, stage by stage, as processes. Imports no JAX.
 
-A finished stage is never repeated. A failed or interrupted one is tried again by the next call.
+A finished stage is never repeated. A failed or interrupted one is tried again by the next call. If this process is
+killed, the command that it runs stops too, and until then no other sweep runs a stage of that cell.
 """
 
+import contextlib
+import fcntl
 import pathlib
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from uni_moe_jax.analysis.sweep.grid import Cell
 from uni_moe_jax.utils import signals, storage
-from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils.errors import UsageError, first_few
 from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED
 from uni_moe_jax.utils.files import read_json, write_json
 
 SETTINGS = 'settings.json'  # in the work directory of the sweep
 LOG = 'stages.json'  # in the work directory of a cell
+_LOCK = '.sweep'  # in the work directory of a cell
 
 
-def claim(folder: storage.Path, settings: dict[str, Any]) -> None:
-  """Records the settings of a sweep in its work directory; raises UsageError if it has cells with other settings."""
+def claim(folder: storage.Path, settings: dict[str, Any], cells: Sequence[Cell]) -> list[Cell]:
+  """Records the settings and cells of a sweep in its work directory.
+
+  Returns:
+    All cells that the work directory has, those of earlier calls first.
+
+  Raises:
+    UsageError: it has cells with other settings, or one of these cells with other fields.
+  """
   path = folder / SETTINGS
-  if (old := read_json(path, settings)) != settings:
-    changed = ', '.join(f'{k}: {old.get(k)!r} → {v!r}' for k, v in settings.items() if old.get(k) != v)
-    raise UsageError(f'{folder} has a sweep with other settings ({changed}); give another --workdir.')
+  old = read_json(path, settings)
+  earlier = old.pop('cells', {})
+  changed = [f'{k}: {old.get(k)!r} → {v!r}' for k, v in settings.items() if old.get(k) != v]
+  for c in cells:
+    before = earlier.setdefault(c.folder.name, {
+        'variant': c.variant, 'task': c.task, 'seed': c.seed, 'fields': list(c.fields)})['fields']
+    if before != list(c.fields):
+      changed.append(f'{c.folder.name}: ' + ' → '.join(', '.join(x) or 'as the config' for x in (before, c.fields)))
+  if changed:
+    raise UsageError(f'{folder} has a sweep with other settings ({first_few(changed)}); give another --workdir.')
   storage.make_folder(folder)
-  write_json(path, settings)
+  write_json(path, {**settings, 'cells': earlier})
+  given = {c.folder.name: c for c in cells}
+  return [given.get(name) or Cell(folder / name, c['variant'], c['task'], c['seed'], fields=tuple(c['fields']))
+          for name, c in earlier.items()]
 
 
 def read_log(folder: storage.Path) -> list[dict[str, Any]]:
@@ -41,40 +62,62 @@ def is_finished(log: Sequence[dict[str, Any]], stage: str) -> bool:
   return any(attempt['stage'] == stage and attempt['exit_code'] == FINISHED for attempt in log)
 
 
-def run_cells(cells: Sequence[Cell], start: Callable[[Sequence[str]], int]) -> bool:
+def run_cells(cells: Sequence[Cell], start: Callable[[Sequence[str], Sequence[int]], int]) -> bool:
   """Runs every unfinished stage whose `needs` has finished.
 
-  A failure does not stop the other stages and cells. `start` runs a command and returns its exit code. False: a signal
-  stopped a command, and nothing was started after it.
+  A failure does not stop the other stages and cells. `start` runs a command, which inherits file descriptors, and
+  returns its exit code. False: a signal stopped a command, and nothing was started after it.
   """
   for number, cell in enumerate(cells, 1):
-    log = read_log(cell.folder)
-    is_done = all(is_finished(log, stage.name) for stage in cell.stages)
-    print(f'{number}/{len(cells)} {cell.folder.name}' + (': done' if is_done else ''), flush=True)
-    for stage in cell.stages:
-      if is_finished(log, stage.name) or stage.needs and not is_finished(log, stage.needs):
-        continue
-      began = time.perf_counter()
-      code = start(stage.command)
-      log.append({'stage': stage.name, 'command': ' '.join(('uni-moe', *stage.command)), 'exit_code': code,
-                  'seconds': round(time.perf_counter() - began, 1)})
-      storage.make_folder(cell.folder)
-      write_json(cell.folder / LOG, log)
-      if code == PREEMPTED:
-        return False
+    storage.make_folder(cell.folder)
+    with _locked(cell.folder) as inherited:
+      log = read_log(cell.folder)
+      is_done = all(is_finished(log, stage.name) for stage in cell.stages)
+      print(f'{number}/{len(cells)} {cell.folder.name}' + (': done' if is_done else ''), flush=True)
+      for stage in cell.stages:
+        if is_finished(log, stage.name) or stage.needs and not is_finished(log, stage.needs):
+          continue
+        began = time.perf_counter()
+        code = start(stage.command, inherited)
+        log.append({'stage': stage.name, 'command': ' '.join(('uni-moe', *stage.command)), 'exit_code': code,
+                    'seconds': round(time.perf_counter() - began, 1)})
+        write_json(cell.folder / LOG, log)
+        if code == PREEMPTED:
+          return False
   return True
 
 
-def run_command(command: Sequence[str], folder: pathlib.Path) -> int:
+@contextlib.contextmanager
+def _locked(folder: storage.Path) -> Iterator[tuple[int, ...]]:
+  """Waits until no other sweep, and no command that one has left, works on a cell; not in a bucket.
+
+  Yields the descriptors with which a command keeps the lock, also if this process is killed.
+  """
+  if storage.is_remote(folder):
+    yield ()
+    return
+  with open(folder / _LOCK, 'w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      print(f'waiting for another process that works on {folder}', flush=True)
+      fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks
+      pass
+    yield (file.fileno(),)
+
+
+def run_command(command: Sequence[str], inherited: Sequence[int], folder: pathlib.Path) -> int:
   """Runs a launch script of `folder`, such as ('train', '--workdir=…').
 
-  The process gets a session of its own, so that it receives a signal only once, from this process. Returns its exit
-  code; 75 if a signal ended it.
+  The process gets a session of its own, so that it receives a signal only once, from this process; SIGTERM, if this
+  process dies. Returns its exit code; 75 if a signal ended it.
   """
   print('$ uni-moe', *command, flush=True)
   received = []
   script = folder / f'{command[0]}.py'
-  child = subprocess.Popen([sys.executable, script, *command[1:]], start_new_session=True)
+  child = subprocess.Popen([sys.executable, script, *command[1:]], start_new_session=True, pass_fds=inherited,
+                           preexec_fn=signals.terminate_with_parent())
   pass_on = lambda number, _: (received.append(number), child.send_signal(number))
   with signals.handled(pass_on, signal.SIGINT, signal.SIGTERM):
     code = child.wait()
