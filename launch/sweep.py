@@ -1,20 +1,18 @@
 """Train and evaluate a grid of runs, and compare them.
 
-  uni-moe sweep --sweep=routers --workdir=runs/routers                        # 2 h 20 min on two CPU cores
-  uni-moe sweep --sweep=routers --workdir=runs/routers --num_seeds=3,dense=5 \\
-      --variants=dense,dense_wide,attribute,attribute_top_1                   # more runs in the same folder
+  uni-moe sweep --sweep=routers --workdir=runs/routers                                # 2 h 20 min on two CPU cores
+  uni-moe sweep --sweep=routers --workdir=runs/routers --variants=dense,dense_wide --num_seeds=3,dense=5  # more runs
   uni-moe sweep --sweep=adaptation --run=runs/quickstart --workdir=runs/adaptation
+  uni-moe sweep --redraw=docs/results/routers/results.json                            # the page and figures beside it
 
 `routers` trains variants, each a router with other fields of the config, on the same data in the same order, evaluates
-them and measures interference and expert usage. Seed 0 of all variants comes first. dense_wide is dense with the
-parameters of the experts in its MLP.
-
-`adaptation` adapts a trained run to tasks: `prompts` and `finetune` train on ten examples of every class, or on one
-example in a hundred; `finetune-all` trains on all examples; `zero-shot` evaluates the run as it is.
+them and measures interference and expert usage; seed 0 of all variants comes first. `adaptation` adapts a trained run
+to tasks: `prompts` and `finetune` train on ten examples of every class, or on one example in a hundred; `finetune-all`
+trains on all examples; `zero-shot` evaluates the run as it is.
 
 Every cell of the grid is a work directory that the other launch scripts make. Rerun the same command to continue, also
 with more variants, seeds or measurements: finished stages are skipped, failed ones are retried. Writes results.json,
-results.md and figures about all cells of the work directory to `results/`.
+results.md and figures about all cells of the work directory to `results/`; --redraw needs results.json alone.
 
 Exit codes: 0 finished, 75 stopped by a signal (rerun to continue), 1 a run or a check of the results failed, 2 usage.
 """
@@ -28,16 +26,17 @@ from absl import flags
 from uni_moe_jax.utils import cli, exit_codes, storage
 from uni_moe_jax.utils.errors import UsageError
 
-_SWEEP = flags.DEFINE_enum('sweep', None, ['routers', 'adaptation'], 'What to compare.', required=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of the sweep, with those of its cells.', required=True)
+_SWEEP = flags.DEFINE_enum('sweep', None, ['routers', 'adaptation'], 'What to compare.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of the sweep, with those of its cells.')
+_REDRAW = flags.DEFINE_string('redraw', None, 'Instead of a sweep: a results.json whose page and figures to write.')
 _NUM_SEEDS = flags.DEFINE_string('num_seeds', '', 'Seeds of every variant or recipe, from 0, and exceptions, such as '
                                  '3,dense=5; default: 1 for routers, 3 for adaptation.')
 _OVERRIDE = flags.DEFINE_multi_string('override', [], 'Field of every config, such as --override=train.steps=20')
 _OWN_FLAGS = {
     'routers': (
         flags.DEFINE_string('config', 'ablation', 'For routers: config with an argument router=ROUTER.'),
-        flags.DEFINE_list('variants', 'dense,modality,task,attribute,token,context', 'For routers: these, or dense_wide'
-                          ', attribute_every_2 (placement), attribute_top_1, attribute_top_4 (experts kept).'),
+        flags.DEFINE_list('variants', 'dense,modality,task,attribute,token,context', 'For routers: these, dense_wide '
+                          '(as many parameters as experts have), attribute_every_2, attribute_top_1, attribute_top_4.'),
         flags.DEFINE_list('measure', 'evaluation,interference,experts,report', 'For routers: what to do after training;'
                           ' interference is also measured before.'),
         flags.DEFINE_integer('num_batches', 16, 'For routers: batches per task for interference.', lower_bound=2),
@@ -48,11 +47,15 @@ _OWN_FLAGS = {
         flags.DEFINE_list('tasks', 'digits,video_caption,video_name', 'For adaptation: these, or tasks of the run.'),
         flags.DEFINE_list('recipes', 'zero-shot,prompts,finetune,finetune-all', 'For adaptation: which to compare.'))}
 
-_FOLDER = pathlib.Path(__file__).resolve().parent  # of the other launch scripts
-
 
 def main() -> int:
   from uni_moe_jax.analysis.sweep import grid, runner
+  if _REDRAW.value:
+    from uni_moe_jax.analysis.sweep import results as results_lib
+    print(results_lib.redraw(storage.absolute(os.path.expanduser(_REDRAW.value))))
+    return exit_codes.FINISHED
+  if missing := [flag.name for flag in (_SWEEP, _WORKDIR) if not flag.value]:
+    raise UsageError(f'--{missing[0]} is missing; uni-moe help sweep describes it.')
   folder = storage.absolute(os.path.expanduser(_WORKDIR.value))
   for sweep, own_flags in _OWN_FLAGS.items():
     if wrong := [flag.name for flag in own_flags if flag.present and sweep != _SWEEP.value]:
@@ -62,11 +65,11 @@ def main() -> int:
   cells, settings = make_grid(folder, source, *others, _NUM_SEEDS.value, _OVERRIDE.value)  # checks all configs
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
   all_cells = runner.claim(folder, settings, cells)
-  if not runner.run_cells(cells, lambda command, inherited: runner.run_command(command, inherited, _FOLDER)):
+  if not runner.run_cells(cells, runner.starter(pathlib.Path(__file__).resolve().parent)):
     return exit_codes.PREEMPTED
   from uni_moe_jax.analysis.sweep import results as results_lib
   results = results_lib.collect(_SWEEP.value, all_cells, source, cli.command_line())
-  print(results_lib.write(results, folder))
+  print(results_lib.write(results, folder / results_lib.FOLDER))
   for sentence in results['errors']:
     print(f'error: {sentence}', file=sys.stderr)
   return exit_codes.ERROR if results['errors'] else exit_codes.FINISHED

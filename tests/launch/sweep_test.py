@@ -222,7 +222,8 @@ def test_a_tiny_router_ablation(root, store, request):
   assert code == 0, errors[-3000:] + output[-3000:]
   out = folder / 'results'
   assert list(storage.files_in(out)) == [
-      'experts_token-0.png', 'interference_dense-0.png', 'interference_token-0.png', 'results.json', 'results.md']
+      'curves.png', 'experts_token.png', 'interference_dense.png', 'interference_token.png', 'results.json',
+      'results.md', 'scores.png']
   results = json.loads((out / 'results.json').read_text())
   dense, token = results['cells']
   assert [r['steps'] for r in results['cells']] == [3, 3] and not results['errors']
@@ -231,7 +232,10 @@ def test_a_tiny_router_ablation(root, store, request):
     assert [m['checkpoint'] for m in r['interference'].values()] == ['init', 'step 3']
     assert r['interference']['init']['subset'] != r['interference']['final']['subset']
     assert {row['evaluator'] for row in r['evaluation']} == {'shape'}
-  assert dense['experts'] is None and 1 < token['experts']['effective']['mlp'] <= 4
+  assert dense['experts'] is None and 1 < np.mean(token['experts']['effective_experts']) <= 4
+  [pair] = results['account']['paired']
+  assert (pair['evaluator'], pair['seeds']) == ('shape', 1)
+  assert pair['gain'] == pytest.approx(token['evaluation'][0]['value'] - dense['evaluation'][0]['value'])
   typed = (results['command'], results['source'])  # both contain the temporary directory here
   text = (out / 'results.md').read_text()
   assert str(root) not in text.replace(typed[0], '').replace(typed[1], '')

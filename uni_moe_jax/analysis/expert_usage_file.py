@@ -24,7 +24,7 @@ def write(content: dict[str, Any], workdir: str | os.PathLike[str], stem: str) -
   folder = storage.path(workdir)
   storage.make_folder(folder)
   paths = [folder / (stem + end) for end in ('.json', '.png')]
-  _draw(paths[1], content)
+  draw(paths[1], content)
   write_json(paths[0], content, allow_nan=False)
   return paths
 
@@ -54,7 +54,7 @@ def mean_effective(content: Mapping[str, Any]) -> np.ndarray:
   return np.asarray(content['effective_experts'], np.float64).mean(0)
 
 
-def _draw(path: storage.Path, content: Mapping[str, Any]) -> None:
+def draw(path: storage.Path, content: Mapping[str, Any]) -> None:
   """Draws coefficients as a grid of heat maps, router by layer; below, the overlap of tasks."""
   from matplotlib.figure import Figure  # slow to import, and only figures need it
   shares, effective = (np.asarray(content[k], np.float64) for k in ('coefficients', 'effective_experts'))

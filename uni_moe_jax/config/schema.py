@@ -141,7 +141,7 @@ class MoeConfig:
   z_loss_weight: float = field(0.0, 'Token routers: weight of the z-loss of gate logits.', at_least=0, off=0)
 
 
-def expert_layers(placement: str | tuple[int, ...], num_layers: int) -> Sequence[int]:
+def layers_with_experts(placement: str | tuple[int, ...], num_layers: int) -> Sequence[int]:
   """Return the layers with experts. 'every_2' is indices 0, 2, 4, … as published."""
   if not isinstance(placement, str):
     return placement

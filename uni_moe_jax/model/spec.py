@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from uni_moe_jax.config.schema import Config, ModelConfig, MoeConfig, expert_layers
+from uni_moe_jax.config.schema import Config, ModelConfig, MoeConfig, layers_with_experts
 from uni_moe_jax.moe import products, routers
 from uni_moe_jax.tasks.attributes import Condition, to_string
 from uni_moe_jax.utils.errors import UsageError
@@ -69,7 +69,7 @@ class ModelSpec(ModelConfig, MoeConfig):
   @property
   def pattern(self) -> tuple[tuple[str, ...], ...]:
     """Per layer, the sublayers that have experts."""
-    chosen = set() if self.router == routers.DENSE else set(expert_layers(self.placement, self.num_layers))
+    chosen = set() if self.router == routers.DENSE else set(layers_with_experts(self.placement, self.num_layers))
     return tuple(self.sublayers if i in chosen else () for i in range(self.num_layers))
 
   def product_method(self, mesh: Mesh | None) -> str:

@@ -1,4 +1,4 @@
-"""The report of a router ablation: every run, failed ones too, and whether only routers differ."""
+"""The results of a router sweep: every run, failed ones too, whether only variants differ, and the page."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import tiny
-from uni_moe_jax.analysis.sweep import grid, results, runner
+from uni_moe_jax.analysis.sweep import grid, results, routers, runner
 from uni_moe_jax.train import workdir as workdir_lib
 
 _TASKS = ['names', 'motion']
@@ -28,48 +28,57 @@ def _interference(sign, checkpoint):
 
 
 def _experts():
-  return {'sublayers': ['attention', 'mlp'], 'effective_experts': [[[1., 2.], [2., 2.]], [[2., 2.], [2., 2.]]],
-          'tasks': {'names': {}, 'motion': {}}, 'mean_task_overlap': [[1, .25], [.25, 1]]}
+  """Two layers, two conditions, two experts."""
+  return {'router': 'task', 'checkpoint': 'step 6', 'num_batches': 0, 'layers': [0, 1],
+          'sublayers': ['attention', 'mlp'], 'conditions': ['names', 'motion'],
+          'coefficients': [[[[.5, .5], [1, 0]]] * 2] * 2,
+          'effective_experts': [[[1., 2.], [2., 2.]], [[2., 2.], [2., 2.]]],
+          'tasks': {'names': {'visual': 0}, 'motion': {'visual': 1}}, 'mean_task_overlap': [[1, .25], [.25, 1]],
+          'entropy': 'is not shown'}
 
 
-def _cells(folder, *routers):
+def _cells(folder, *variants, seed=0):
   names = 'interference at init', 'compile', 'train', 'evaluate', 'interference', 'report'
   stages = tuple(grid.Stage(name, ()) for name in names)
-  return [grid.Cell(folder / f'{router}-0', router, '', 0, stages) for router in routers]
+  return [grid.Cell(folder / f'{variant}-{seed}', variant, '', seed, stages) for variant in variants]
 
 
-def _attempt(stage, exit_code=0, seconds=10.):
-  return {'stage': stage, 'command': '', 'exit_code': exit_code, 'seconds': seconds}
+def _attempt(stage, exit_code=0, seconds=10., command=''):
+  return {'stage': stage, 'command': command, 'exit_code': exit_code, 'seconds': seconds}
 
 
-def _finish(workdir, router, steps=6, data='print', **optim):
-  """Writes what the stages of a router leave."""
-  [cell] = _cells(workdir, router)
+def _finish(workdir, variant, steps=6, data='print', seed=0, right=(1, 0, 0, 0), sign=-1, **optim):
+  """Writes what the stages of a variant leave. right: the examples. sign: of interference after training."""
+  [cell] = _cells(workdir, variant, seed=seed)
   path = cell.folder
   config = tiny.config('shape', data_dir=tiny.data_dir())
-  config.moe.router = router
+  config.moe.router, config.seed = variant, seed
   config.optim.update(optim)
   workdir_lib.claim_workdir(path, config, data)
-  lines = [{'step': s, 'steps_per_second': r} for s, r in ((2, 1.), (4, 2.), (steps, 4.))]
+  losses = ((2, 1., 4), (4, 2., 9), (4, 2., 3), (steps, 4., 2))  # step 4 again after a restart
+  lines = [{'step': s, 'steps_per_second': r, 'loss/names': x, 'loss/total': x} for s, r, x in losses]
   (path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
   row = dict(evaluator='class', metric='top-1', value=.5, standard_error=.1, chance=.1, baselines={'neighbor': .7})
+  command = f'uni-moe train --workdir={path}'
   contents = {
-      runner.LOG: [_attempt('train', 75, 2.5), *(_attempt(s.name) for s in cell.stages)], 'evaluation.json': [row],
-      'run.json': {'parameters': {'total': 3200, 'active': 1600}, 'seed': 0, 'commit': 'c' * 40},
-      'interference_init.json': _interference(1, 'init'), 'interference.json': _interference(-1, 'step 6')}
-  if router != 'dense':
+      runner.LOG: [_attempt('train', 75, 2.5), *(_attempt(s.name, command=command) for s in cell.stages)],
+      'evaluation.json': [row], 'run.json': {
+          'parameters': {'total': 3200, 'active': 1600}, 'seed': 0, 'commit': 'c' * 40},
+      'interference_init.json': _interference(1, 'init'), 'interference.json': _interference(sign, 'step 6')}
+  if variant != 'dense':
     contents['experts.json'] = _experts()
-    (path / 'experts.png').write_bytes(b'a figure')
   for name, content in contents.items():
     (path / name).write_text(json.dumps(content))
+  np.savez(path / 'evaluation_examples.npz', **{'class/top-1': np.stack([right, np.ones(4)]).astype(np.float32)})
 
 
 @pytest.fixture(name='workdir', scope='module')
 def _workdir(tmp_path_factory):
-  """dense and task are finished; token failed in training; context was not started."""
+  """Two seeds of dense and task are finished; token failed in training; context was not started."""
   workdir = tmp_path_factory.mktemp('sweep')
-  _finish(workdir, 'dense')
-  _finish(workdir, 'task')
+  for seed in (0, 1):
+    _finish(workdir, 'dense', seed=seed)
+    _finish(workdir, 'task', seed=seed, right=(1, 1, 0, 0), sign=1)
   (workdir / 'token-0').mkdir()
   (workdir / 'token-0' / runner.LOG).write_text(json.dumps([_attempt('train', 1, 3.)] * 2))
   return workdir
@@ -77,44 +86,86 @@ def _workdir(tmp_path_factory):
 
 @pytest.fixture(name='report', scope='module')
 def _report(workdir):
-  cells = _cells(workdir, 'dense', 'task', 'token', 'context')
+  cells = [*_cells(workdir, 'dense', 'task', 'token', 'context'), *_cells(workdir, 'dense', 'task', seed=1)]
   return results.collect('routers', cells, 'configs/c.py', 'python launch/sweep.py')
 
 
 def test_every_run_is_reported_with_what_it_left(report):
-  dense, task, token, context = report['cells']
-  # 1, 2 and 4 steps per second
+  dense, _, task, _, token, context = report['cells']  # by variant, then by seed
+  # 1, 2, 2 and 4 steps per second
   assert (dense['status'], dense['steps'], dense['seconds_per_step']) == ('finished', 6, .5)
   assert dense['seconds']['train'] == 12.5 and dense['exit_codes']['train'] == [75, 0]
-  assert dense['experts'] is None
-  assert task['experts']['effective'] == {'attention': pytest.approx(1.75), 'mlp': pytest.approx(2)}
-  assert task['experts']['overlap'] == pytest.approx(.25)
+  assert dense['experts'] is None and dense['curves'] == {'names': [[2, 4, 6], [4, 3, 2]]}
+  assert task['experts'] == {k: x for k, x in _experts().items() if k != 'entropy'}
   assert token['status'] == 'train failed with exit code 1' and token['seconds'] == {'train': 6}
   assert token['evaluation'] == [] and token['interference'] == {'init': None, 'final': None}
   assert context['status'] == 'not started'
   assert report['errors'] == ['token-0: train failed with exit code 1.', 'context-0: not started.']
 
 
+def test_every_number_can_be_traced_to_a_config_a_command_a_commit_and_data(report):
+  first, second, task = report['cells'][:3]
+  assert report['config']['moe']['router'] == 'dense' and report['config']['data']['dir'] != tiny.data_dir()
+  assert first['changed'] == [] and second['changed'] == ['seed: 0 → 1']
+  assert task['changed'] == ["moe.router: 'dense' → 'task'"]
+  assert (task['commit'], task['data'], task['commands']['train']) == (
+      'c' * 40, 'print', 'uni-moe train --workdir=task-0')
+
+
+def test_the_account_compares_the_examples_of_the_runs(report):
+  [pair] = report['account']['paired']
+  assert (pair['variant'], pair['evaluator'], pair['seeds'], pair['gain']) == ('task', 'class', 2, .25)
+
+
+def test_steps_of_equal_time_are_those_of_dense(report):
+  cells = [{'variant': v, 'steps': 600, 'seconds_per_step': x} for v, x in (
+      ('dense', 1.), ('dense', 3.), ('dense', 2.), ('task', 2.5), ('token', 4e9), ('context', None))]
+  assert routers.equal_time_steps(cells) == '600,task=480,token=1'  # medians; 600 · 2 / 2.5
+  assert routers.equal_time_steps(cells[3:]) is None
+
+
+def test_curves_are_means_of_equal_parts_of_a_run():
+  lines = [{'step': s, 'loss/a': s, 'loss/total': 0} for s in range(1, 81)]
+  steps, losses = routers._curves(lines)['a']
+  assert len(steps) == 40 and steps[:2] == losses[:2] == [1.5, 3.5] and list(routers._curves(lines)) == ['a']
+
+
 def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, workdir):
-  text = results.write(report, workdir)
   out = workdir / results.FOLDER
+  text = results.write(report, out)
   assert sorted(p.name for p in out.iterdir()) == [
-      'experts_task-0.png', 'interference_dense-0.png', 'interference_task-0.png', 'results.json', 'results.md']
-  assert json.loads((out / 'results.json').read_text()) == json.loads(json.dumps(report))
+      'curves.png', 'experts_task.png', 'interference_dense.png', 'interference_task.png', 'results.json', 'results.md',
+      'scores.png']
   assert (out / 'results.md').read_text() == text + '\n'
   for line in (
-      '# Router ablation', '| dense-0 | 6 | 3,200 | 1,600 | 0.50 | 12 | 62 | finished |',
-      '| token-0 | 0 |  |  |  | 6 | 6 | train failed with exit code 1 |', '* context-0: not started.',
+      '# Routers compared', '| variant | class, top-1 | average | s / step | parameters | active | seeds |',
+      '| strongest baseline | 0.700 neighbor |', '| dense | 0.500 ± 0.196 |', '| 0.50 | 3,200 | 1,600 | 2 |',
+      '| dense-0 | 6 | 0.50 | 12 | 62 | cccccccccccc | print | finished |',
+      '| token-0 | 0 |  | 6 | 6 |  |  | train failed with exit code 1 |', '* context-0: not started.',
+      'Equal time: `--steps=6,task=6`', '| task | 0 / 1 / 0 | 0 / 1 / 0 |', '| class, top-1 | 0.250 (',
       '| evaluator | metric | chance | baselines | dense | task | token | context |',
       '| class | top-1 | 0.1 | neighbor 0.700 | 0.500 ± 0.196 | 0.500 ± 0.196 |  |  |',
-      'alone: one seed does not show',
-      '| task-0 | 0.25 (0.15 … 0.35) | 0.00 (0.00 … 1.00) | -0.25 (-0.35 … -0.15) | 1.00 (0.00 … 1.00) |',
-      '| token-0 |  |  |  |  |', '| run | attention experts | mlp experts | overlap |',
-      '| task-0 | 1.75 | 2.00 | 0.25 |',
-      'task-0 at step 6:', '| names | 1.00 | -0.25 |', '| motion ° | 6.00 | 1.00 |',
-      '![experts, task-0](experts_task-0.png)', 'seed 0, commit cccccccccccc,'):
+      '| task | 0.25 (0.15 … 0.35) | 0.00 (0.00 … 1.00) | 0.25 (0.15 … 0.35) | 0.00 (0.00 … 1.00) |',
+      '| token |  |  |  |  |', '| variant | attention experts | mlp experts | overlap |',
+      '| task | 1.75 | 2.00 | 0.25 |',
+      # A step on motion hurts names in dense; the row of motion has no base.
+      '| a step on | for | dense | task | token | context |', '| motion | names | -0.25 (2/2) | 0.25 (0/2) |  |  |',
+      '![experts by condition, task-0](experts_task.png)', 'seeds 0, 1, commit cccccccccccc,'):
     assert line in text, line
+  assert text.count('(2/2)') == 1
   assert str(workdir) not in text + (out / 'results.json').read_text()
+
+
+def test_everything_is_drawn_again_from_the_json_alone(report, workdir, tmp_path):
+  text = results.write(report, workdir / 'written')
+  (tmp_path / 'results.json').write_bytes((workdir / 'written/results.json').read_bytes())
+  assert results.redraw(tmp_path / 'results.json') == text
+  assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in (workdir / 'written').iterdir())
+  with pytest.raises(ValueError, match='--redraw=.*none.json: the file does not exist'):
+    results.redraw(tmp_path / 'none.json')
+  (tmp_path / 'old.json').write_text('{"sweep": "routers"}')
+  with pytest.raises(ValueError, match='an older version wrote it'):
+    results.redraw(tmp_path / 'old.json')
 
 
 @pytest.mark.parametrize('changes, message', [

@@ -85,8 +85,7 @@ from uni_moe_jax.analysis.sweep import runner
 from uni_moe_jax.analysis.sweep.grid import Cell, Stage
 folder = pathlib.Path(sys.argv[1])
 cell = Cell(folder / 'cell', 'cell', '', 0, (Stage('a', ('a',)), Stage('b', ('b',))))
-start = lambda command, inherited: runner.run_command(command, inherited, folder)
-sys.exit(not runner.run_cells([cell], start))
+sys.exit(not runner.run_cells([cell], runner.starter(folder)))
 '''
 _SCRIPT = '''
 import pathlib, signal, sys, time

@@ -4,6 +4,7 @@ Failed cells are reported with what they left. Nothing in the folder names a mac
 """
 
 import collections
+import json
 import math
 import os
 import platform
@@ -13,52 +14,79 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from uni_moe_jax.analysis.sweep import adaptation, grid, markdown, routers, runner
+from uni_moe_jax.analysis.sweep import (
+  account,
+  adaptation,
+  grid,
+  markdown,
+  router_figures,
+  router_report,
+  routers,
+  runner,
+)
 from uni_moe_jax.analysis.sweep.grid import Cell
 from uni_moe_jax.analysis.sweep.variants import VARIANTS
-from uni_moe_jax.eval import metrics, suite
+from uni_moe_jax.eval import example_scores, metrics, suite
 from uni_moe_jax.train import workdir
 from uni_moe_jax.utils import files, storage
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import FINISHED
 
 FOLDER, RESULTS, TABLE = 'results', 'results.json', 'results.md'
-_TITLES = {grid.ROUTERS: 'Router ablation', grid.ADAPTATION: 'Adaptation study'}
+_TITLES = {grid.ROUTERS: 'Routers compared', grid.ADAPTATION: 'Adaptation study'}
 _UPPER = 0.975  # quantile at the upper end of a 95 % interval
 
 
 def collect(sweep: str, cells: Sequence[Cell], source: str, command: str) -> dict[str, Any]:
-  """Reads the work directories of all cells. source: the config file of a router ablation, or the run that is adapted.
+  """Reads the work directories of all cells. source: the config of a router sweep, or the run that is adapted.
 
   Returns:
-    {'sweep', 'command', 'source', 'python', 'cores', 'cells': [{'name', 'variant', 'task', 'seed', 'status',
-    'exit_codes' and 'seconds' (by stage, over all attempts), 'commit', 'evaluation' (rows of evaluation.json), and
-    those of `routers.measure` or `adaptation.measure`}], 'scores': see `summarize`, 'errors': sentences}. Unknown
-    values are None.
+    {'sweep', 'command', 'source', 'python', 'cores', 'config' (of the first cell that has one), 'cells': [{'name',
+    'variant', 'task', 'seed', 'status', 'exit_codes' and 'seconds' (by stage, over all attempts), 'commands' (by
+    stage), 'commit', 'data' (its fingerprint), 'changed' (fields that differ from 'config'), 'evaluation' (rows of
+    evaluation.json), and those of `routers.measure` or `adaptation.measure`}], 'scores': see `summarize`, 'account' of
+    a router sweep: see `account.compare`, 'errors': sentences}. Unknown values are None.
   """
   if sweep == grid.ROUTERS:
     cells = sorted(cells, key=lambda c: (list(VARIANTS).index(c.variant), c.seed))
+  configured = next((c for c in cells if (c.folder / workdir.CONFIG_FILE).exists()), None)
+  first = files.read_json(configured.folder / workdir.CONFIG_FILE) if configured else {'config': {}}
   records = []
   for cell in cells:
-    log, run = runner.read_log(cell.folder), files.read_json(cell.folder / workdir.RUN_FILE, {})
+    log, run, config = runner.read_log(cell.folder), *(
+        files.read_json(cell.folder / name, {}) for name in (workdir.RUN_FILE, workdir.CONFIG_FILE))
+    changed = workdir.differences(first['config'], config['config']) if config else None
     records.append({
-        'name': cell.folder.name, 'variant': cell.variant, 'task': cell.task, 'seed': cell.seed, **_history(log),
-        'commit': run.get('commit'), 'evaluation': files.read_json(cell.folder / suite.EVALUATION_FILE, []),
+        'name': cell.folder.name, 'variant': cell.variant, 'task': cell.task, 'seed': cell.seed,
+        **_history(log, {f'{cell.folder.parent}/': '', str(storage.absolute(source)): source}),
+        'commit': run.get('commit'), 'data': config.get('data'), 'changed': changed,
+        'evaluation': files.read_json(cell.folder / suite.EVALUATION_FILE, []),
         **(routers.measure(cell.folder) if sweep == grid.ROUTERS else adaptation.measure(cell.folder, log, source))})
-  scores = summarize([{**record, **row} for record in records for row in record['evaluation']])
-  errors = [f'{r["name"]}: {r["status"]}.' for r in records if r['status'] != 'finished']
-  errors += routers.find_errors(cells, records) if sweep == grid.ROUTERS else adaptation.find_errors(records, scores)
-  return {'sweep': sweep, 'command': command, 'source': source, 'python': platform.python_version(),
-          'cores': os.cpu_count(), 'cells': records, 'scores': scores, 'errors': errors}
+  results = {
+      'sweep': sweep, 'command': command, 'source': source, 'python': platform.python_version(),
+      'cores': os.cpu_count(), 'config': workdir.provenance(configured.folder, 0)['config'] if configured else None,
+      'cells': records,
+      'scores': summarize([{**record, **row} for record in records for row in record['evaluation']]),
+      'errors': [f'{r["name"]}: {r["status"]}.' for r in records if r['status'] != 'finished']}
+  if sweep == grid.ROUTERS:
+    compared = account.compare(records, [example_scores.read(c.folder) for c in cells])
+    results['errors'] += routers.find_errors(cells, records) + compared.pop('errors')
+    return {**results, 'account': compared}
+  results['errors'] += adaptation.find_errors(records, results['scores'])
+  return results
 
 
-def _history(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """{'status', 'exit_codes', 'seconds'} of a cell."""
+def _history(log: Sequence[Mapping[str, Any]], paths: Mapping[str, str]) -> dict[str, Any]:
+  """{'status', 'exit_codes', 'seconds', 'commands'} of a cell. paths: of this machine, and what replaces them."""
   attempts = {stage: [a for a in log if a['stage'] == stage] for stage in dict.fromkeys(a['stage'] for a in log)}
   codes = {stage: [a['exit_code'] for a in of_stage] for stage, of_stage in attempts.items()}
   seconds = {stage: round(sum(a['seconds'] for a in of_stage), 1) for stage, of_stage in attempts.items()}
   failed = [f'{stage} failed with exit code {c[-1]}' for stage, c in codes.items() if FINISHED not in c]
   status = '; '.join(failed) or ('finished' if log else 'not started')
-  return {'status': status, 'exit_codes': codes, 'seconds': seconds}
+  commands = {stage: of_stage[-1]['command'] for stage, of_stage in attempts.items()}
+  for path, replacement in paths.items():
+    commands = {stage: command.replace(path, replacement) for stage, command in commands.items()}
+  return {'status': status, 'exit_codes': codes, 'seconds': seconds, 'commands': commands}
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -90,33 +118,54 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   return scores
 
 
-def write(results: Mapping[str, Any], folder: storage.Path) -> str:
-  """Writes the folder `results` into the work directory of a sweep; returns the Markdown."""
-  out = folder / FOLDER
+def write(results: Mapping[str, Any], out: storage.Path) -> str:
+  """Writes results.json, results.md and figures into a folder; returns the Markdown.
+
+  Numbers have six digits, and the file has no indentation, which would be most of it.
+
+  Raises:
+    ValueError: a number is not finite.
+  """
   storage.make_folder(out)
-  figures = routers.draw_figures(results['cells'], folder, out) if results['sweep'] == grid.ROUTERS else {}
-  report = '\n'.join(_report(results, figures))
-  files.write_json(out / RESULTS, results, allow_nan=False)
+  short = json.loads(json.dumps(results, allow_nan=False), parse_float=lambda x: float(f'{float(x):.6g}'))
+  storage.write_bytes(out / RESULTS, json.dumps(short).encode())
+  return redraw(out / RESULTS)
+
+
+def redraw(path: storage.Path) -> str:
+  """Writes results.md and figures beside a results.json, without any work directory; returns the Markdown.
+
+  Raises:
+    UsageError: there is no such file, or an older version wrote it.
+  """
+  results, out = files.read_json(path), path.parent
+  if results is None:
+    raise UsageError(f'--redraw={path}: the file does not exist; give the results.json of a sweep.')
+  if results['sweep'] == grid.ROUTERS and 'account' not in results:
+    raise UsageError(f'--redraw={path}: an older version wrote it; draw it with that version, or rerun its command.')
+  captions = router_figures.draw(results, out) if results['sweep'] == grid.ROUTERS else {}
+  report = '\n'.join(_report(results, captions)).rstrip()
   (out / TABLE).write_text(report + '\n')
   return report
 
 
-def _report(results: Mapping[str, Any], figures: Mapping[str, Sequence[str]]) -> list[str]:
-  cells, is_ablation = results['cells'], results['sweep'] == grid.ROUTERS
+def _report(results: Mapping[str, Any], captions: Mapping[str, str]) -> list[str]:
+  cells, is_routers = results['cells'], results['sweep'] == grid.ROUTERS
+  first = (router_report.sections(results, captions) if is_routers else
+           ['## Runs', '', *adaptation.runs_table(cells), ''])
   seeds = sorted({c['seed'] for c in cells})
   commits = list(dict.fromkeys(c['commit'][:12] for c in cells if c['commit'])) or ['unknown']
-  source = f'{"config" if is_ablation else "run"} `{results["source"]}`'
+  source = f'{"config" if is_routers else "run"} `{results["source"]}`'
   return [
       f'# {_TITLES[results["sweep"]]}', '',
       f'`{results["command"]}`; {source}, seed{"s"[:len(seeds) - 1]} {", ".join(map(str, seeds))}, commit '
-      f'{", ".join(commits)}, Python {results["python"]}, {results["cores"]} cores.', '', '## Runs', '',
-      *(routers.runs_table(cells) if is_ablation else adaptation.runs_table(cells)), '',
-      *(f'* {e}' for e in results['errors']), *([''] if results['errors'] else []), '## Evaluation', '',
+      f'{", ".join(commits)}, Python {results["python"]}, {results["cores"]} cores.', '',
+      *(f'* {e}' for e in results['errors']), *([''] if results['errors'] else []),
+      *first, '## All metrics' if is_routers else '## Evaluation', '',
       *score_table(results['scores'], list(dict.fromkeys(c['variant'] for c in cells))), '',
       '± 95 %: the error of the test examples, which BLEU-4 lacks, ' + (
           "and the spread of the seeds (Student's t)." if len(seeds) > 1 else
-          'alone: one seed does not show how runs differ.') + ' Baselines are fitted on all training examples.',
-      *(routers.sections(cells, figures) if is_ablation else [])]
+          'alone: one seed does not show how runs differ.') + ' Baselines are fitted on all training examples.']
 
 
 def score_table(scores: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list[str]:

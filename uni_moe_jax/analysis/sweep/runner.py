@@ -107,18 +107,21 @@ def _locked(folder: storage.Path) -> Iterator[tuple[int, ...]]:
     yield (file.fileno(),)
 
 
-def run_command(command: Sequence[str], inherited: Sequence[int], folder: pathlib.Path) -> int:
-  """Runs a launch script of `folder`, such as ('train', '--workdir=…').
+def starter(folder: pathlib.Path) -> Callable[[Sequence[str], Sequence[int]], int]:
+  """A `start` for `run_cells` that runs launch scripts of `folder`, such as ('train', '--workdir=…').
 
   The process gets a session of its own, so that it receives a signal only once, from this process; SIGTERM, if this
-  process dies. Returns its exit code; 75 if a signal ended it.
+  process dies. The exit code is 75 if a signal ended it.
   """
-  print('$ uni-moe', *command, flush=True)
-  received = []
-  script = folder / f'{command[0]}.py'
-  child = subprocess.Popen([sys.executable, script, *command[1:]], start_new_session=True, pass_fds=inherited,
-                           preexec_fn=signals.terminate_with_parent())
-  pass_on = lambda number, _: (received.append(number), child.send_signal(number))
-  with signals.handled(pass_on, signal.SIGINT, signal.SIGTERM):
-    code = child.wait()
-  return PREEMPTED if received and code <= 0 else code
+  def start(command: Sequence[str], inherited: Sequence[int]) -> int:
+    print('$ uni-moe', *command, flush=True)
+    received = []
+    child = subprocess.Popen(
+        [sys.executable, folder / f'{command[0]}.py', *command[1:]], start_new_session=True, pass_fds=inherited,
+        preexec_fn=signals.terminate_with_parent())
+    pass_on = lambda number, _: (received.append(number), child.send_signal(number))
+    with signals.handled(pass_on, signal.SIGINT, signal.SIGTERM):
+      code = child.wait()
+    return PREEMPTED if received and code <= 0 else code
+
+  return start

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import ml_collections
 
 from uni_moe_jax.config.schema import VARIANTS as SIZES
-from uni_moe_jax.config.schema import apply_choices, expert_layers
+from uni_moe_jax.config.schema import apply_choices, layers_with_experts
 from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
@@ -23,7 +23,7 @@ def _wide(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   c = apply_choices(config)
   D, F, L = c.model.width, c.model.mlp_dim, c.model.num_layers
   projections = {'attention': 4 * D * D + 4 * D, 'mlp': 2 * D * F + F + D}
-  copies = (c.moe.num_experts - 1) * len(set(expert_layers(c.moe.placement, L)))
+  copies = (c.moe.num_experts - 1) * len(set(layers_with_experts(c.moe.placement, L)))
   more = copies * sum(projections[s] for s in c.moe.sublayers) / (L * (2 * D + 1))
   sizes = {name: c.model[name] for name in SIZES[c.model.variant]} if c.model.variant else {}
   sizes['mlp_dim'] = round((F + more) / _ROUNDED_TO) * _ROUNDED_TO

@@ -1,0 +1,170 @@
+"""Variants against dense: resampled by hand, equal models, real differences, and how often there is a false alarm."""
+
+import numpy as np
+import pytest
+
+from uni_moe_jax.analysis.sweep import account
+
+
+def _row(evaluator, metric='top-1', chance=.1, **baselines):
+  return {'evaluator': evaluator, 'metric': metric, 'value': .5, 'standard_error': .1, 'chance': chance,
+          'baselines': baselines, 'higher_is_better': metric != 'perplexity'}
+
+
+def _cell(variant, seed, rows, seconds=1., parameters=None):
+  return {'variant': variant, 'seed': seed, 'evaluation': rows, 'seconds_per_step': seconds,
+          'parameters': parameters or {'total': 8, 'active': 2}}
+
+
+def _compare(values, row=None, weights=None):
+  """values: {(variant, seed): scores of the examples of one evaluator}."""
+  row = row or _row('e')
+  ones = np.ones(len(next(iter(values.values()))))
+  cells = [_cell(v, s, [row]) for v, s in values]
+  examples = [{('e', row['metric']): np.stack([x, ones if weights is None else weights]).astype(np.float32)}
+              for x in values.values()]
+  return account.compare(cells, examples)
+
+
+def _random(share, seed, N=1000):
+  return (np.random.default_rng(seed).random(N) < share).astype(float)
+
+
+def test_equal_models_tie():
+  same = {(v, s): _random(.5, s) for v in ('dense', 'attribute') for s in range(3)}
+  report = _compare(same)
+  [pair] = report['paired']
+  assert (pair['gain'], pair['low'], pair['high'], pair['p'], pair['p_holm']) == (0, 0, 0, 1, 1)
+  assert pair['outcome'] == pair['outcome_holm'] == 'tie'
+  dense, attribute = report['variants']
+  assert (attribute['win'], attribute['tie'], attribute['loss']) == (0, 1, 0) and 'win' not in dense
+
+
+@pytest.mark.parametrize('change, outcome', [(.1, 'win'), (-.1, 'loss')])
+def test_a_real_difference_is_a_win_or_a_loss(change, outcome):
+  values = {('dense', s): _random(.5, s) for s in range(3)}
+  # In every seed, a tenth of the examples become right, or wrong.
+  for s in range(3):
+    values['task', s] = np.where(_random(.2, 9 + s) > 0, change > 0, values['dense', s]).astype(float)
+  [pair] = _compare(values)['paired']
+  expected = np.mean([values['task', s].mean() - values['dense', s].mean() for s in range(3)])
+  assert pair['gain'] == pytest.approx(expected) and abs(pair['gain'] - change) < .02
+  assert pair['outcome'] == outcome and pair['p'] < .01 and pair['seeds'] == 3
+
+
+def test_pairs_are_of_the_same_seed_and_example():
+  # Right and wrong examples differ from seed to seed; in every seed, attribute has one more of 200 than dense.
+  values = {('dense', s): _random(.2 + .2 * s, s, 200) for s in range(3)}
+  for s in range(3):
+    values['attribute', s] = values['dense', s].copy()
+    values['attribute', s][np.flatnonzero(values['dense', s] == 0)[:8]] = 1
+  [pair] = _compare(values)['paired']
+  assert pair['gain'] == pytest.approx(8 / 200) and pair['outcome'] == 'win'
+  # Unpaired, seeds differ ten times as much.
+  shuffled = {(v, (s + (v == 'attribute')) % 3): x for (v, s), x in values.items()}
+  [pair] = _compare(shuffled)['paired']
+  assert pair['outcome'] == 'tie'
+
+
+def test_only_common_seeds_are_compared():
+  values = {('dense', s): np.full(4, .5) for s in range(5)} | {('task', s): np.full(4, .75) for s in (1, 3)}
+  report = _compare(values)
+  assert report['paired'][0]['seeds'] == 2 and report['paired'][0]['gain'] == pytest.approx(.25)
+  assert [v['seeds'] for v in report['variants']] == [5, 2]
+
+
+def test_examples_are_resampled_by_hand_once_for_all_runs():
+  # Two examples, of which the second counts three times: means of a resample are 0 (1/4), (0 + 3) / 4 (1/2), 1 (1/4).
+  means = account.resampled_means(np.array([[0., 1], [0, 2]]), np.array([1., 3]), np.random.default_rng(0))
+  assert means.shape == (1 + account.RESAMPLES, 2) and means[0].tolist() == [.75, 1.5]
+  values, times = np.unique(means[1:, 0], return_counts=True)
+  assert values.tolist() == [0, .75, 1]
+  np.testing.assert_allclose(times / account.RESAMPLES, [.25, .5, .25], atol=.02)
+  np.testing.assert_array_equal(means[:, 1], 2 * means[:, 0])
+
+
+def test_deviations_of_seeds_are_widened_by_hand():
+  # Seeds with 0 and 2: resamples have the mean 0 (1/4), 1 (1/2) or 2 (1/4). Student's t of one degree of freedom has
+  # 12.706 where the normal distribution has 1.960; √(2 / 1): 1 ± 12.706 / 1.960 · 1.414.
+  samples = account._over_seeds(np.tile([0., 2], (10_001, 1)))
+  np.testing.assert_allclose(np.unique(samples), [1 - 9.168, 1, 1 + 9.168], rtol=1e-3)
+  assert samples[0] == 1
+
+
+@pytest.mark.parametrize('num_seeds', [2, 3, 5])
+def test_models_without_a_true_difference_have_a_false_alarm_in_about_one_of_twenty(num_seeds):
+  rng = np.random.default_rng(0)
+  p = [account._interval(account._over_seeds(np.tile(rng.normal(size=num_seeds), (2001, 1))))['p'] for _ in range(600)]
+  assert .025 < np.mean(np.less(p, .05)) < .085
+
+
+def test_p_is_two_sided_and_never_0():
+  samples = np.array([2., *[-1] * 3, *[1] * 96])  # the value, then 99 resamples
+  assert account._interval(samples)['p'] == pytest.approx(2 * (1 + 3) / 100)
+  assert account._interval(-samples)['p'] == pytest.approx(2 * (1 + 3) / 100)
+  assert account._interval(np.ones(100))['p'] == pytest.approx(2 / 100)
+
+
+def test_holm_by_hand():
+  # .01 · 3; .04 · 1; .03 · 2 = .06, and what is larger before holds.
+  assert account.holm([.01, .04, .03]) == pytest.approx([.03, .06, .06])
+  assert account.holm([.9, .6]) == [1, 1] and account.holm([]) == []
+
+
+def test_corrected_outcomes_are_counted_beside_the_others():
+  rows = [_row(f'e{i}') for i in range(20)]
+  examples = {'dense': {}, 'task': {}}
+  for i in range(20):  # one of 20 evaluators has p of about .01
+    examples['dense'][f'e{i}', 'top-1'] = np.stack([np.zeros(50), np.ones(50)])
+    gains = np.repeat([1, -1, 0], [9, 1, 40] if i == 0 else [5, 5, 40])
+    examples['task'][f'e{i}', 'top-1'] = np.stack([gains, np.ones(50)])
+  report = account.compare([_cell(v, 0, rows) for v in examples], list(examples.values()))
+  task = report['variants'][1]
+  assert (task['win'], task['tie'], task['loss']) == (1, 19, 0)
+  assert (task['win_holm'], task['tie_holm']) == (0, 20)
+
+
+def test_lower_perplexity_wins_and_is_compared_in_logarithms():
+  # Two texts, with one and three masked words: log p of their words.
+  row = _row('e', 'perplexity', chance=2000., unigram=400.)
+  values = {('dense', 0): np.log([.02, .01]), ('task', 0): np.log([.04, .02])}
+  report = _compare(values, row, weights=np.array([1., 3]))
+  [pair], [task] = report['paired'], report['tasks']
+  assert pair['gain'] == pytest.approx(np.log(2)) and pair['outcome'] == 'win'
+  assert task['best'] == pytest.approx((np.log(.04) + 3 * np.log(.02)) / 4)
+  assert (task['reference'], task['reference_score']) == ('unigram', pytest.approx(-np.log(400)))
+
+
+def test_averages_are_normalized_by_reference_and_best():
+  values = {('dense', 0): np.array([1., 0, 0, 0]), ('task', 0): np.array([1., 1, 0, 0])}
+  [task] = _compare(values, _row('e', chance=.1, majority=.2, neighbor=.4))['tasks']
+  # The neighbor is better than dense; the strongest below all variants is the majority.
+  assert (task['reference'], task['reference_score'], task['best'], task['examples']) == ('majority', .2, .5, 4)
+  dense, other = _compare(values, _row('e', chance=.1, majority=.2))['variants']
+  assert dense['average'] == pytest.approx((.25 - .2) / (.5 - .2)) and other['average'] == 1
+  assert other['gain'] == pytest.approx(1 - dense['average'])
+  [task] = _compare(values, _row('e', chance=None, neighbor=.6))['tasks']
+  assert (task['reference'], task['reference_score']) == ('0', 0)
+
+
+def test_a_variant_that_lacks_an_evaluation_has_no_average():
+  rows = [_row('a'), _row('b')]
+  both = {(name, 'top-1'): np.ones((2, 3)) for name in 'ab'}
+  cells = [_cell('dense', 0, rows), _cell('task', 0, rows[:1]), _cell('token', 0, [], None)]
+  report = account.compare(cells, [both, {('a', 'top-1'): np.ones((2, 3))}, {}])
+  assert [v['average'] for v in report['variants']] == [1, None, None]
+  assert [(p['variant'], p['evaluator']) for p in report['paired']] == [('task', 'a')]
+  assert (report['variants'][2]['seeds'], report['variants'][2]['seconds_per_step']) == (0, None)
+
+
+def test_runs_on_other_examples_are_left_out():
+  values, weights = np.ones(3), [np.ones(3), np.array([1., 2, 1])]
+  cells = [_cell('dense', 0, [_row('e')]), _cell('task', 0, [_row('e')])]
+  report = account.compare(cells, [{('e', 'top-1'): np.stack([values, w])} for w in weights])
+  assert report['errors'] == ['task-0: e has other examples than in the first run.'] and not report['paired']
+
+
+def test_costs_are_medians_over_runs():
+  cells = [_cell('dense', s, [], seconds) for s, seconds in enumerate((1., 9., 2.))]
+  [dense] = account.compare(cells, [{}] * 3)['variants']
+  assert (dense['seconds_per_step'], dense['total'], dense['active']) == (2, 8, 2)
