@@ -8,7 +8,7 @@ import nbclient
 import nbformat
 import pytest
 
-from tests.helpers import in_process, processes
+from tests.helpers import fast_compile, in_process, processes
 
 _NOTEBOOKS = sorted((processes.ROOT / 'docs/notebooks').glob('*.ipynb'))
 _MAX_BYTES = 100_000  # of a notebook, with its figures
@@ -53,7 +53,7 @@ def test_a_notebook_has_small_outputs_of_this_version(path):
 @pytest.mark.parametrize('path', _NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
   monkeypatch.setenv('NOTEBOOK_STEPS', '4')
-  monkeypatch.setenv('XLA_FLAGS', '')  # one device
+  monkeypatch.setenv('XLA_FLAGS', fast_compile.environment_flags(1))
   monkeypatch.setenv('HOME', str(tmp_path))  # of data and tokenizers
   in_process.write_command(tmp_path / 'bin/uni-moe')
   path_of_python = os.path.dirname(sys.executable)

@@ -176,7 +176,7 @@ _OF_EVERY_TYPE = ('imagenet21k', 'kinetics700', 'bookswiki', 'coco_caption', 'co
 
 @pytest.mark.parametrize('arg, names', [
     pytest.param('size=tiny', _OF_EVERY_TYPE, marks=pytest.mark.slow),
-    pytest.param('size=tiny,stage=2', ('moments', 'coco_retrieval'), marks=pytest.mark.slow),
+    pytest.param('size=tiny,stage=2', ('moments', 'coco_retrieval'), marks=pytest.mark.nightly),
     # All sixteen, whose pipelines take a minute to start.
     pytest.param('size=tiny,router=token,stage=2', (), marks=pytest.mark.nightly)])
 def test_a_shrunken_pretraining_takes_a_step_and_is_evaluated(arg, names, synthetic, tmp_path):

@@ -46,7 +46,7 @@ def _evaluated(router: str, mesh: str) -> dict[str, np.ndarray]:
           'log_p': predictor.log_probabilities(features, tasks['shape'])}
 
 
-@pytest.mark.parametrize('router', ['attribute', pytest.param('token', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('router', ['attribute', pytest.param('token', marks=pytest.mark.nightly)])
 def test_features_and_probabilities_are_those_of_one_device(router):
   one, eight = _evaluated(router, 'one'), _evaluated(router, 'eight')
   for name, value in one.items():

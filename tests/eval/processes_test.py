@@ -12,7 +12,7 @@ from uni_moe_jax.data.files import prepare
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.eval import suite
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 _BATCH, _STEP = 5, 3
 _EVALUATED = {'photos': 7, 'pairs': 11, 'videos': 6}  # batches of five leave a remainder of each
 # Task → its source and the type of its evaluator; every type is among them.

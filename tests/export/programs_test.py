@@ -85,7 +85,7 @@ def _step(router, **changes):
   return spec, programs.programs(UniPerceiver(spec), task, small_model.SPE, small_model.EOT)['step']
 
 
-@pytest.mark.parametrize('router', ['token', 'context'])
+@pytest.mark.parametrize('router', ['token', pytest.param('context', marks=pytest.mark.nightly)])
 def test_decoding_of_routers_by_token_lowers_for_every_platform(router):
   spec, step = _step(router)
   assert step.lowered(by_path(small_model.params(spec))).platforms == programs.PLATFORMS
@@ -111,7 +111,7 @@ def test_products_for_gpu_and_tpu_equal_those_for_cpu(router):
   np.testing.assert_allclose(elsewhere, on_cpu, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_captions_of_a_context_model_equal_the_model_at_any_batch_size():
   spec, task = small_model.spec('context', gmm=gmm.PORTABLE), _task('image_caption')
   words = heads.normalize(_RNG.normal(size=(small_model.VOCABULARY, 16)).astype(np.float32))

@@ -16,8 +16,6 @@ from uni_moe_jax.model.sublayer import Sublayer
 from uni_moe_jax.moe import dispatch
 from uni_moe_jax.tasks import router_names
 
-_BOTH = ('token', 'context')
-
 
 def _mix(batch: int = 2):
   names = ('image_classification', 'image_caption', 'text_mlm', 'vqa')
@@ -77,7 +75,7 @@ def test_later_words_change_no_bit_of_earlier_states(router):
   _assert_no_leak(small_model.spec(router, num_layers=1), None)
 
 
-@pytest.mark.parametrize('router', _BOTH)
+@pytest.mark.parametrize('router', ['token', pytest.param('context', marks=pytest.mark.nightly)])
 @pytest.mark.parametrize('gmm', ['batched', pytest.param('tiled', marks=pytest.mark.nightly)])
 def test_later_words_do_not_leak_at_half_the_capacity(router, gmm):
   spec = small_model.spec(router, num_layers=2, capacity_factor=.5, gmm=gmm)  # one drops a query that is to change
@@ -133,7 +131,7 @@ def test_the_question_of_an_image_reaches_its_pool_and_padding_does_not():
     assert np.abs(pools[2][part] - pools[0][part]).max() > 1e-3
 
 
-@pytest.mark.parametrize('router', _BOTH)
+@pytest.mark.parametrize('router', ['token', pytest.param('context', marks=pytest.mark.nightly)])
 def test_a_permuted_batch_has_the_permuted_result(router):
   spec, order = small_model.spec(router, num_layers=1, noise_std=8.0), np.array([3, 0, 2, 1])
   sequence, key = small_model.sequence('image_caption', 4), jax.random.key(2)

@@ -42,10 +42,9 @@ def _expected(router: str):
 
 # All rows of the last layer; sequences that are separate, because keys are collected; or joined within two shards.
 @pytest.mark.parametrize('router, option', [
-    ('attribute', dict(all_rows=True)), pytest.param('token', dict(all_rows=True), marks=pytest.mark.nightly),
-    pytest.param('context', dict(all_rows=True), marks=pytest.mark.slow), ('attribute', dict(keys=True)),
-    *(pytest.param(router, dict(keys=True), marks=pytest.mark.slow) for router in ('token', 'context')),
-    ('attribute', dict(shards=2))])
+    *(('attribute', option) for option in (dict(all_rows=True), dict(keys=True), dict(shards=2))),
+    *(pytest.param(router, option, marks=pytest.mark.nightly)
+      for router in ('token', 'context') for option in (dict(all_rows=True), dict(keys=True)))])
 def test_options_of_the_encoder_change_no_result(router, option):
   _assert_close(_features(small_model.spec(router), _mix(), **option), _expected(router))
 

@@ -36,7 +36,7 @@ def test_padding_has_no_valid_token_and_even_batches_and_images_stay_unchanged()
   assert texts.pad_batch(_N) is texts and images.pad_batch(_MULTIPLE) is images
 
 
-@pytest.mark.parametrize('router', ['attribute', 'token', 'context', 'dense'])
+@pytest.mark.parametrize('router', ['attribute', 'token', 'dense', pytest.param('context', marks=pytest.mark.nightly)])
 @pytest.mark.parametrize('valid', [True, False])
 def test_padding_changes_no_feature_gradient_or_count(router, valid):
   # Training, with noise and dropped paths, which are drawn by ids; capacity follows shapes, so it is left out.

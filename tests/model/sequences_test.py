@@ -149,7 +149,7 @@ def test_sequences_with_different_readout_segments_stay_separate():
   assert _count_joined('dense', *sequences) == 2
 
 
-@pytest.mark.parametrize('router', ['attribute', 'context'])
+@pytest.mark.parametrize('router', ['attribute', pytest.param('context', marks=pytest.mark.slow)])
 def test_entries_in_buckets_have_the_features_and_gradients_of_entries_padded_to_the_longest(router, monkeypatch):
   spec, lengths = small_model.spec(router, num_layers=1), [4, 2, 3, 4, 2, 2]
   rng, condition = np.random.default_rng(0), task_types.families()['names']

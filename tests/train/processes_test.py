@@ -1,18 +1,18 @@
 """Two processes of four devices: a step, a run that is stopped and continues, and its evaluation."""
 
 import json
+import pathlib
 import re
 import shutil
 import sys
 
 import pytest
 
-from tests.helpers import process_step, processes, saved_run, tiny
+from tests.helpers import in_process, process_step, processes, saved_run, tiny
 from uni_moe_jax.utils import storage
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 def test_loss_and_gradients_equal_those_of_one_device(tmp_path):
   """The launcher starts them, in a tree whose launch/train.py takes one step."""
   (tmp_path / 'launch').mkdir()
@@ -32,7 +32,7 @@ def test_loss_and_gradients_equal_those_of_one_device(tmp_path):
       assert result['margin'] > 1e-5, name
 
 
-_STEPS = 14  # two seconds each, where two cores serve eight devices in two processes
+_STEPS = 10  # up to two seconds each, where two cores serve eight devices in two processes
 _CONFIG = '''
 import sys
 sys.path.insert(0, {root!r})
@@ -48,7 +48,7 @@ def get_config():
   for evaluator, task in (('classification', 'shape'), ('retrieval', 'pair')):
     c.evaluators[task] = config.evaluator(evaluator, task, split='train', batch_size=5, num_examples=6)
   c.evaluators.shape.during_training = True
-  c.train.evaluate_every = 12
+  c.train.evaluate_every = 8
   c.moe.router = 'token'  # it sends what an attribute model sends, and tokens
   c.mesh.update(dict(data=-1, expert=2))
   c.train.update(dict(steps={steps}, checkpoint_every=1000, log_every=1))
@@ -56,38 +56,51 @@ def get_config():
 '''
 
 
-def test_a_run_of_two_processes_stops_continues_and_equals_that_of_one(tmp_path):
+def _two(tmp_path: pathlib.Path, name: str) -> list[str]:
+  """The command that trains with two processes in the work directory `name`."""
   config = tmp_path / 'config.py'
   config.write_text(_CONFIG.format(root=str(processes.ROOT), data=tiny.data_dir(), steps=_STEPS))
+  return [*processes.TWO, '--', f'--config={config}', f'--workdir={tmp_path / name}']
 
-  def command(name):
-    return [*processes.TWO, '--', f'--config={config}', f'--workdir={tmp_path / name}']
 
-  processes.run(command('uninterrupted'))
-  output = processes.stop(command('stopped'), tmp_path / 'stopped', 2)
+def _stop_and_continue(command: list[str], workdir: pathlib.Path) -> None:
+  output = processes.stop(command, workdir, 2)
   assert output.count('the same command continues') == 1, output  # only process 0 prints
-  assert 2 < len(saved_run.lines(tmp_path / 'stopped')) < _STEPS
-  assert 'resumed from step' in processes.run(command('stopped'))
-  assert saved_run.lines(tmp_path / 'stopped') == saved_run.lines(tmp_path / 'uninterrupted')
+  assert 2 < len(saved_run.lines(workdir)) < _STEPS
+  assert 'resumed from step' in processes.run(command)
+
+
+@pytest.mark.nightly
+def test_a_run_of_two_processes_that_was_stopped_is_the_undisturbed_one_to_the_last_digit(tmp_path):
+  processes.run(_two(tmp_path, 'undisturbed'))
+  _stop_and_continue(_two(tmp_path, 'stopped'), tmp_path / 'stopped')
+  assert saved_run.lines(tmp_path / 'stopped') == saved_run.lines(tmp_path / 'undisturbed')
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_stops_continues_and_equals_that_of_one(tmp_path):
+  _stop_and_continue(_two(tmp_path, 'two'), tmp_path / 'two')
 
   # One process of eight devices reads the same batches, and its losses are the same but for rounding.
-  processes.run([sys.executable, 'launch/train.py', f'--config={config}', f'--workdir={tmp_path / "one"}'], devices=8)
-  lines = [saved_run.lines(tmp_path / name) for name in ('one', 'uninterrupted')]
+  launch = processes.ROOT / 'launch'
+  in_process.run(launch / 'train.py', f'--config={tmp_path}/config.py', f'--workdir={tmp_path / "one"}')
+  lines = [saved_run.lines(tmp_path / name) for name in ('one', 'two')]
   one, two = ([line for line in several if 'loss/total' in line] for several in lines)
   assert [line['step'] for line in one] == [line['step'] for line in two] == list(range(1, _STEPS + 1))
-  for a, b in zip(one[:10], two[:10]):
+  for a, b in zip(one, two):
     assert a['loss/total'] == pytest.approx(b['loss/total'], abs=1e-5)
 
   # Two processes evaluate each example once, as one process does, also while they train.
   during = [[line for line in several if 'eval/shape/top-1' in line] for several in lines]
-  assert during[0] == during[1] and [line['step'] for line in during[1]] == [12, _STEPS]
-  processes.run([*processes.TWO, '--evaluate', '--', f'--workdir={tmp_path / "uninterrupted"}'])
-  evaluated = json.loads((tmp_path / 'uninterrupted/evaluation.json').read_text())
-  processes.run([sys.executable, 'launch/evaluate.py', f'--workdir={tmp_path / "uninterrupted"}', '--force'], devices=8)
-  assert json.loads((tmp_path / 'uninterrupted/evaluation.json').read_text()) == evaluated
+  assert during[0] == during[1] and [line['step'] for line in during[1]] == [8, _STEPS]
+  processes.run([*processes.TWO, '--evaluate', '--', f'--workdir={tmp_path / "two"}'])
+  evaluated = json.loads((tmp_path / 'two/evaluation.json').read_text())
+  in_process.run(launch / 'evaluate.py', f'--workdir={tmp_path / "two"}', '--force')
+  assert json.loads((tmp_path / 'two/evaluation.json').read_text()) == evaluated
   assert {row['count'] for row in evaluated if row['evaluator'] == 'shape'} == {6}
 
 
+@pytest.mark.nightly
 def test_a_run_in_a_bucket_moves_between_processes_and_devices(gcs, tmp_path):
   config, bucket, one = tmp_path / 'config.py', f'{gcs.address}/{tmp_path.name}', [sys.executable, 'launch/train.py']
   config.write_text(_CONFIG.format(root=str(processes.ROOT), data=tiny.data_dir(), steps=8))
@@ -106,6 +119,7 @@ def test_a_run_in_a_bucket_moves_between_processes_and_devices(gcs, tmp_path):
   assert [a['loss/total'] for a in moved] == pytest.approx([b['loss/total'] for b in unmoved], abs=1e-5)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize('script', ['train', 'evaluate'])
 def test_work_directories_that_are_not_shared_are_refused_at_the_start(tmp_path, script):
   config, folders = tmp_path / 'config.py', [tmp_path / 'host0/run', tmp_path / 'host1/run']

@@ -62,8 +62,8 @@ def _num_tokenized(records) -> int:
 
 # Processes take seconds to start: one case has them.
 @pytest.mark.parametrize('task_type, training, workers', [
-    ('image_retrieval', True, 2), ('image_retrieval', False, 1), ('image_caption', True, 1),
-    ('image_caption', False, 1)])
+    ('image_retrieval', True, 2), pytest.param('image_retrieval', False, 1, marks=pytest.mark.nightly),
+    pytest.param('image_caption', True, 1, marks=pytest.mark.nightly), ('image_caption', False, 1)])
 def test_examples_are_those_of_parsed_records(records, task_type, training, workers, monkeypatch):
   monkeypatch.setattr(phrases, '_CHUNK', 7)  # in many parts
   monkeypatch.setattr(phrases.cores, 'available', lambda: workers)
