@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import tiny
-from uni_moe_jax.analysis.sweep import grid, results, routers, runner
+from uni_moe_jax.analysis.sweep import grid, results, router_report, routers, runner
 from uni_moe_jax.train import workdir as workdir_lib
 
 _TASKS = ['names', 'motion']
@@ -180,3 +180,20 @@ def test_runs_that_differ_in_more_than_their_variant_are_an_error(tmp_path, chan
   _finish(tmp_path, 'task', **changes)
   errors = results.collect('routers', [dense, task], 'c', 'p')['errors']
   assert errors == [] if message is None else message in errors[0]
+
+
+def test_pairs_conflict_if_most_seeds_of_dense_are_certainly_below_0_with_a_base():
+  def cell(variant, value, high, own_low=.1):
+    """A run in which a step on b has I = value for a; the interval of a's own effect begins at own_low."""
+    ratio = {'value': [[1, value], [.5, 1]], 'low': [[1, value - 1], [.4, 1]], 'high': [[1, high], [.6, 1]]}
+    subset = {'ratio_of_means': ratio, 'delta': {'low': [[own_low, 0], [0, .1]]}}
+    return {'variant': variant, 'interference': {'final': {'tasks': ['a', 'b'], 'subset': subset}}}
+
+  def conflicts(*dense):
+    others = [cell('task', .2, .3), cell('task', -.4, -.3), cell('task', .9, 1, own_low=-.1)]
+    return router_report._conflicts([*dense, *others], ['dense', 'task', 'token'])
+
+  certain, uncertain, without_base = cell('dense', -.2, -.1), cell('dense', -.2, .1), cell('dense', -.8, -.1, -.1)
+  # Of task, the third run has no base: the mean of .2 and -.4, of which one of three runs is certainly below 0.
+  assert conflicts(certain, certain, uncertain) == [('b', 'a', '-0.20 (2/3)', '-0.10 (1/3)', None)]
+  assert conflicts(certain, uncertain) == conflicts(certain, without_base) == conflicts() == []

@@ -7,7 +7,7 @@ import ml_collections
 
 from uni_moe_jax.config.schema import VARIANTS as SIZES
 from uni_moe_jax.config.schema import apply_choices, layers_with_experts
-from uni_moe_jax.tasks.router_names import DENSE
+from uni_moe_jax.tasks.router_names import DENSE, ROUTERS
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
@@ -47,11 +47,7 @@ VARIANTS = {
     'attribute_every_2': Variant('attribute', _with('moe.placement=every_2')),
     'attribute_top_1': Variant('attribute', _with('moe.top_k=1')),
     'attribute_top_4': Variant('attribute', _with('moe.top_k=4')),
-    'task': Variant('task'),
-    'modality': Variant('modality'),
-    'token': Variant('token'),
-    'context': Variant('context'),
-}
+} | {router: Variant(router) for router in ROUTERS}  # the order of tables
 
 
 class PerVariant:
