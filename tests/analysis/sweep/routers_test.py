@@ -138,7 +138,7 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
       'scores.png']
   assert (out / 'results.md').read_text() == text + '\n'
   for line in (
-      '# Routers compared', '| variant | class, top-1 | average | s / step | parameters | active | seeds |',
+      '# Router ablation', '| variant | class, top-1 | average | s / step | parameters | active | seeds |',
       '| strongest baseline | 0.700 neighbor |', '| dense | 0.500 ± 0.196 |', '| 0.50 | 3,200 | 1,600 | 2 |',
       '| dense-0 | 6 | 0.50 | 12 | 62 | cccccccccccc | print | finished |',
       '| token-0 | 0 |  | 6 | 6 |  |  | train failed with exit code 1 |', '* context-0: not started.',

@@ -33,7 +33,7 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import FINISHED
 
 FOLDER, RESULTS, TABLE = 'results', 'results.json', 'results.md'
-_TITLES = {grid.ROUTERS: 'Routers compared', grid.ADAPTATION: 'Adaptation study'}
+_TITLES = {grid.ROUTERS: 'Router ablation', grid.ADAPTATION: 'Adaptation study'}
 _UPPER = 0.975  # quantile at the upper end of a 95 % interval
 
 
