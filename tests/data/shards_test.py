@@ -51,6 +51,7 @@ def test_many_threads_and_splits_keep_a_bounded_number_of_files_open(instruction
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     assert all(pool.map(read, range(100)))
   assert shards_lib._MAX_IDLE - 10 <= max(numbers) <= shards_lib._MAX_IDLE + 2 * _THREADS
+  assert Shards._num_idle == sum(map(len, Shards._idle.values())) == shards_lib._MAX_IDLE
 
 
 def test_readers_that_were_used_last_stay_open(instructions, monkeypatch):

@@ -28,6 +28,7 @@ class Shards:
   _lock = threading.Lock()
   # (split, file, inode) → open readers, those used last at the end. Of all splits: so is the limit of open files.
   _idle: ClassVar[dict[tuple['Shards', int, int], list[Any]]] = {}
+  _num_idle: ClassVar[int] = 0  # readers in `_idle`; counting them would take as long as reading a small record
 
   def __init__(self, directory: str | os.PathLike[str] | Mirror, instructions: Sequence[Any]):
     """directory: with the files. instructions: of TFDS, with `filename`, `skip` and `take`."""
@@ -91,6 +92,7 @@ class Shards:
         self._close_removed()
       readers = self._idle.pop((self, shard, inode), [])
       reader = readers.pop() if readers else None
+      Shards._num_idle -= reader is not None
       if readers:
         self._idle[self, shard, inode] = readers
       return reader
@@ -99,7 +101,7 @@ class Shards:
     """Closes readers of files that were removed or replaced: an open file keeps its place on the disk."""
     for split, shard, inode in list(self._idle):
       if split is self and (self._inodes.get(shard, 0) != inode or not self._paths[shard].exists()):
-        del self._idle[split, shard, inode]
+        Shards._num_idle -= len(self._idle.pop((split, shard, inode)))
 
   def _give_back(self, shard: int, inode: int, reader: Any) -> None:
     """Keeps a reader open, and closes those that were used longest ago if there are too many."""
@@ -107,9 +109,11 @@ class Shards:
       if self._inodes.get(shard, 0) != inode:  # replaced in the meantime
         return
       self._idle[self, shard, inode] = [*self._idle.pop((self, shard, inode), []), reader]
-      while sum(map(len, self._idle.values())) > _MAX_IDLE:
+      Shards._num_idle += 1
+      while self._num_idle > _MAX_IDLE:
         oldest = next(iter(self._idle))
         self._idle[oldest].pop(0).close()
+        Shards._num_idle -= 1
         if not self._idle[oldest]:
           del self._idle[oldest]
 
