@@ -40,8 +40,7 @@ _OWN_FLAGS = {
         flags.DEFINE_list('measure', 'evaluation,interference,experts,report', 'For routers: what to do after training;'
                           ' interference is also measured before.'),
         flags.DEFINE_integer('num_batches', 16, 'For routers: batches per task for interference.', lower_bound=2),
-        flags.DEFINE_string('steps', '', 'For routers: train.steps and exceptions, such as 600,token=214; default: '
-                            "the config's. The results print those of equal time.")),
+        flags.DEFINE_string('steps', '', "For routers: train.steps, the config's by default, as in 600,token=214.")),
     'adaptation': (
         flags.DEFINE_string('run', None, 'For adaptation: work directory of the trained run.'),
         flags.DEFINE_list('tasks', 'digits,video_caption,video_name', 'For adaptation: these, or tasks of the run.'),
@@ -51,8 +50,8 @@ _OWN_FLAGS = {
 def main() -> int:
   from uni_moe_jax.analysis.sweep import grid, runner
   if _REDRAW.value:
-    from uni_moe_jax.analysis.sweep import results as results_lib
-    print(results_lib.redraw(storage.absolute(os.path.expanduser(_REDRAW.value))))
+    from uni_moe_jax.analysis.sweep.results import redraw
+    print(redraw(storage.absolute(os.path.expanduser(_REDRAW.value))))
     return exit_codes.FINISHED
   if missing := [flag.name for flag in (_SWEEP, _WORKDIR) if not flag.value]:
     raise UsageError(f'--{missing[0]} is missing; uni-moe help sweep describes it.')
@@ -64,11 +63,12 @@ def main() -> int:
   make_grid = grid.router_grid if _SWEEP.value == grid.ROUTERS else grid.adaptation_grid
   cells, settings = make_grid(folder, source, *others, _NUM_SEEDS.value, _OVERRIDE.value)  # checks all configs
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
-  all_cells = runner.claim(folder, settings, cells)
+  runner.claim(folder, settings, cells)
   if not runner.run_cells(cells, runner.starter(pathlib.Path(__file__).resolve().parent)):
     return exit_codes.PREEMPTED
   from uni_moe_jax.analysis.sweep import results as results_lib
-  results = results_lib.collect(_SWEEP.value, all_cells, source, cli.command_line())
+  cells = runner.claim(folder, settings, cells)  # with those of sweeps that began meanwhile
+  results = results_lib.collect(_SWEEP.value, cells, source, cli.command_line())
   print(results_lib.write(results, folder / results_lib.FOLDER))
   for sentence in results['errors']:
     print(f'error: {sentence}', file=sys.stderr)

@@ -117,7 +117,20 @@ def test_the_account_compares_the_examples_of_the_runs(report):
   assert (pair['variant'], pair['evaluator'], pair['seeds'], pair['gain']) == ('task', 'class', 2, .25)
 
 
-def test_steps_of_equal_time_are_those_of_dense(report):
+def test_a_diverged_run_is_reported_and_the_others_are_compared(tmp_path):
+  for variant in ('dense', 'task', 'token'):
+    _finish(tmp_path, variant)
+  row = json.loads((tmp_path / 'token-0/evaluation.json').read_text())[0]
+  (tmp_path / 'token-0/evaluation.json').write_text(json.dumps([{**row, 'value': float('nan')}]))
+  values = np.array([[1, np.nan, 0, 0], np.ones(4)], np.float32)
+  np.savez(tmp_path / 'token-0/evaluation_examples.npz', **{'class/top-1': values})
+  report = results.collect('routers', _cells(tmp_path, 'dense', 'task', 'token'), 'c', 'p')
+  assert report['errors'] == ['token-0: class has top-1 nan, which is left out.']
+  assert [p['variant'] for p in report['account']['paired']] == ['task']
+  results.write(report, tmp_path / 'out')
+
+
+def test_steps_of_equal_time_are_those_of_dense():
   cells = [{'variant': v, 'steps': 600, 'seconds_per_step': x} for v, x in (
       ('dense', 1.), ('dense', 3.), ('dense', 2.), ('task', 2.5), ('token', 4e9), ('context', None))]
   assert routers.equal_time_steps(cells) == '600,task=480,token=1'  # medians; 600 · 2 / 2.5

@@ -49,7 +49,8 @@ def compare(cells: Sequence[Mapping[str, Any]], examples: Sequence[Examples]) ->
   errors, tasks, paired, averages = [], [], [], collections.defaultdict(list)
   for row in _main_rows(cells):
     key = row['evaluator'], row['metric']
-    columns = {(c['variant'], c['seed']): e[key] for c, e in zip(cells, examples, strict=True) if key in e}
+    columns = {(c['variant'], c['seed']): e[key] for c, e in zip(cells, examples, strict=True)
+               if key in e and np.isfinite(e[key]).all()}
     if not columns:
       continue
     _, weights = next(iter(columns.values())).astype(np.float64)

@@ -51,23 +51,26 @@ def collect(sweep: str, cells: Sequence[Cell], source: str, command: str) -> dic
     cells = sorted(cells, key=lambda c: (list(VARIANTS).index(c.variant), c.seed))
   configured = next((c for c in cells if (c.folder / workdir.CONFIG_FILE).exists()), None)
   first = files.read_json(configured.folder / workdir.CONFIG_FILE) if configured else {'config': {}}
-  records = []
+  records, lost = [], []
   for cell in cells:
     log, run, config = runner.read_log(cell.folder), *(
         files.read_json(cell.folder / name, {}) for name in (workdir.RUN_FILE, workdir.CONFIG_FILE))
     changed = workdir.differences(first['config'], config['config']) if config else None
+    rows = files.read_json(cell.folder / suite.EVALUATION_FILE, [])
+    lost += [f'{cell.folder.name}: {r["evaluator"]} has {r["metric"]} {r["value"]}, which is left out.' for r in rows
+             if not math.isfinite(r['value'])]
     records.append({
         'name': cell.folder.name, 'variant': cell.variant, 'task': cell.task, 'seed': cell.seed,
         **_history(log, {f'{cell.folder.parent}/': '', str(storage.absolute(source)): source}),
         'commit': run.get('commit'), 'data': config.get('data'), 'changed': changed,
-        'evaluation': files.read_json(cell.folder / suite.EVALUATION_FILE, []),
+        'evaluation': [r for r in rows if math.isfinite(r['value'])],
         **(routers.measure(cell.folder) if sweep == grid.ROUTERS else adaptation.measure(cell.folder, log, source))})
   results = {
       'sweep': sweep, 'command': command, 'source': source, 'python': platform.python_version(),
       'cores': os.cpu_count(), 'config': workdir.provenance(configured.folder, 0)['config'] if configured else None,
       'cells': records,
       'scores': summarize([{**record, **row} for record in records for row in record['evaluation']]),
-      'errors': [f'{r["name"]}: {r["status"]}.' for r in records if r['status'] != 'finished']}
+      'errors': [f'{r["name"]}: {r["status"]}.' for r in records if r['status'] != 'finished'] + lost}
   if sweep == grid.ROUTERS:
     compared = account.compare(records, [example_scores.read(c.folder) for c in cells])
     results['errors'] += routers.find_errors(cells, records) + compared.pop('errors')
