@@ -84,7 +84,7 @@ def _run_with_long_texts():
   return c
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_photographs_become_a_model_that_is_judged_and_used(home, capfd):
   rows = own_files.write_captioned_images(home / 'photos', 40) / 'data.jsonl'
   rows.write_text(rows.read_text().replace('"color"', '"animal"'))

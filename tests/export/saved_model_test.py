@@ -37,7 +37,7 @@ print(int(sum(np.prod(shape) for name, shape in variables if name.startswith('pa
 
 
 @pytest.mark.parametrize('router, names', [
-    pytest.param('token', ['text_classification'], marks=pytest.mark.slow),
+    pytest.param('token', ['text_classification'], marks=pytest.mark.nightly),
     pytest.param('attribute', ['text_classification', 'image_caption'], marks=pytest.mark.nightly)])
 def test_every_signature_equals_its_program_in_a_process_without_jax(tmp_path, router, names):
   spec = small_model.spec(router, gmm='portable')

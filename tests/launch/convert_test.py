@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pathlib
-import subprocess
 
 import jax
 import numpy as np
@@ -33,7 +32,7 @@ def _config(folder: pathlib.Path):
   for t in c.tasks.values():
     t.temperature, t.sampling_weight = schema.PUBLISHED_GROUPS[t.type], 1.0
     t.max_len = 48 if t.max_len else 0
-    t.batch_size = 8  # the test process has 8 devices, a subprocess has one
+    t.batch_size = 8  # there are as many devices
   c.evaluators.shape = config_lib.evaluator('classification', 'shape', split='train')
   c.train.update(dict(steps=3, checkpoint_every=1))
   return c
@@ -56,10 +55,8 @@ def _files(tmp_path_factory):
   return folder, state, run.spec.model.spec
 
 
-def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-  done = processes.python(f'launch/{script}.py', *arguments, XLA_FLAGS='--xla_backend_optimization_level=0')
-  assert done.returncode == 0, done.stderr
-  return done
+def _run(script: str, *arguments: str) -> None:
+  assert in_process.run(processes.ROOT / f'launch/{script}.py', *arguments) == 0
 
 
 def _arguments(folder, workdir, checkpoint='theirs.pth'):
@@ -67,11 +64,12 @@ def _arguments(folder, workdir, checkpoint='theirs.pth'):
 
 
 @pytest.mark.slow
-def test_a_converted_checkpoint_evaluates_trains_and_converts_back(files, tmp_path):
+def test_a_converted_checkpoint_evaluates_trains_and_converts_back(files, tmp_path, capfd):
   folder, state, _ = files
   workdir = tmp_path / 'run'
-  done = _run('convert', *_arguments(folder, workdir))
-  assert 'arrays converted' in done.stdout and 'a gate that is never evaluated' in done.stdout
+  _run('convert', *_arguments(folder, workdir))
+  output = capfd.readouterr().out
+  assert 'arrays converted' in output and 'a gate that is never evaluated' in output
   assert json.loads((workdir / 'conversion.json').read_text())['dropped']
   checksum = hashlib.sha256((folder / 'theirs.pth').read_bytes()).hexdigest()
   assert workdir_lib.provenance(workdir, 0)['converted from'] == f'theirs.pth (sha256 {checksum})'

@@ -41,8 +41,8 @@ def test_the_commands_of_the_guide_print_a_retrieval_result(tmp_path, monkeypatc
   assert "nearest neighbor's name" in row
 
 
-@pytest.mark.parametrize('scheme', [
-    pytest.param('gcs', marks=pytest.mark.slow), pytest.param('s3', marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize('scheme', ['gcs', 's3'])
 def test_data_in_a_bucket_gives_the_log_and_the_scores_of_data_in_a_folder(scheme, request, tmp_path, monkeypatch):
   bucket = f'{request.getfixturevalue(scheme).address}/own'
   [guide] = re.findall(r'^## Data in a bucket\n.*?```bash\n(.*?)```', (_ROOT / 'docs/guides/data.md').read_text(),

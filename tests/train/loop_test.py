@@ -221,7 +221,7 @@ def test_losses_that_stay_nonfinite_stop_the_run_and_are_named(tmp_path, capsys,
     assert [line.get('corrupt_examples') for line in saved_run.lines(tmp_path)] == [None, 1, 1, 2, 2, 3]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_real_signal_exits_75_and_the_same_command_ends_like_an_uninterrupted_run(tmp_path):
   config = tmp_path / 'signalled.py'
   config.write_text(

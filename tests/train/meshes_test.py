@@ -44,8 +44,8 @@ def _assert_equal(case: Case, mesh: str):
 
 
 def _fast(*names: str):
-  """Parameters of a test: one runs in the default suite, and one only nightly."""
-  marks = {'attribute-mixed': [], 'token-fsdp': pytest.mark.nightly}
+  """Parameters of a test: one runs in the default suite, and two only nightly."""
+  marks = {'attribute-mixed': [], 'token-fsdp': pytest.mark.nightly, 'context-expert': pytest.mark.nightly}
   return [pytest.param(*FAST[n], id=n, marks=marks.get(n, pytest.mark.slow)) for n in names]
 
 

@@ -32,6 +32,7 @@ def test_loss_and_gradients_equal_those_of_one_device(tmp_path):
       assert result['margin'] > 1e-5, name
 
 
+_LAUNCH = processes.ROOT / 'launch'
 _STEPS = 10  # up to two seconds each, where two cores serve eight devices in two processes
 _CONFIG = '''
 import sys
@@ -71,10 +72,16 @@ def _stop_and_continue(command: list[str], workdir: pathlib.Path) -> None:
 
 
 @pytest.mark.nightly
-def test_a_run_of_two_processes_that_was_stopped_is_the_undisturbed_one_to_the_last_digit(tmp_path):
+def test_a_run_of_two_processes_that_was_stopped_is_the_undisturbed_one_and_evaluates_as_one_process(tmp_path):
   processes.run(_two(tmp_path, 'undisturbed'))
   _stop_and_continue(_two(tmp_path, 'stopped'), tmp_path / 'stopped')
   assert saved_run.lines(tmp_path / 'stopped') == saved_run.lines(tmp_path / 'undisturbed')
+
+  processes.run([*processes.TWO, '--evaluate', '--', f'--workdir={tmp_path / "stopped"}'])
+  evaluated = json.loads((tmp_path / 'stopped/evaluation.json').read_text())
+  in_process.run(_LAUNCH / 'evaluate.py', f'--workdir={tmp_path / "stopped"}', '--force')
+  assert json.loads((tmp_path / 'stopped/evaluation.json').read_text()) == evaluated
+  assert {row['count'] for row in evaluated if row['evaluator'] == 'shape'} == {6}
 
 
 @pytest.mark.slow
@@ -82,22 +89,16 @@ def test_a_run_of_two_processes_stops_continues_and_equals_that_of_one(tmp_path)
   _stop_and_continue(_two(tmp_path, 'two'), tmp_path / 'two')
 
   # One process of eight devices reads the same batches, and its losses are the same but for rounding.
-  launch = processes.ROOT / 'launch'
-  in_process.run(launch / 'train.py', f'--config={tmp_path}/config.py', f'--workdir={tmp_path / "one"}')
+  in_process.run(_LAUNCH / 'train.py', f'--config={tmp_path}/config.py', f'--workdir={tmp_path / "one"}')
   lines = [saved_run.lines(tmp_path / name) for name in ('one', 'two')]
   one, two = ([line for line in several if 'loss/total' in line] for several in lines)
   assert [line['step'] for line in one] == [line['step'] for line in two] == list(range(1, _STEPS + 1))
   for a, b in zip(one, two):
     assert a['loss/total'] == pytest.approx(b['loss/total'], abs=1e-5)
 
-  # Two processes evaluate each example once, as one process does, also while they train.
+  # Two processes evaluate each example once, as one process does.
   during = [[line for line in several if 'eval/shape/top-1' in line] for several in lines]
   assert during[0] == during[1] and [line['step'] for line in during[1]] == [8, _STEPS]
-  processes.run([*processes.TWO, '--evaluate', '--', f'--workdir={tmp_path / "two"}'])
-  evaluated = json.loads((tmp_path / 'two/evaluation.json').read_text())
-  in_process.run(launch / 'evaluate.py', f'--workdir={tmp_path / "two"}', '--force')
-  assert json.loads((tmp_path / 'two/evaluation.json').read_text()) == evaluated
-  assert {row['count'] for row in evaluated if row['evaluator'] == 'shape'} == {6}
 
 
 @pytest.mark.nightly

@@ -78,7 +78,7 @@ def _plain(spec, params, batch, sets, key):
   return small_model.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_accumulation_includes_auxiliary_losses_of_micro_steps_and_target_sets():
   total, gradients = _plain(*_problem(2))
   output = _gradients(2)

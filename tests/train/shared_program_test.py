@@ -68,7 +68,7 @@ def test_a_second_run_finds_every_program_in_the_compilation_cache(tmp_path):
     assert train(1) == first
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_step_takes_the_numbers_of_its_own_run():
   # A program that contains the numbers as constants computes the same.
   run, (batch, sets) = _run(1), _arguments()
