@@ -13,8 +13,8 @@ import numpy as np
 from scipy import stats
 
 from uni_moe_jax.eval import headline
+from uni_moe_jax.tasks.router_names import DENSE
 
-DENSE = 'dense'  # what variants are compared with
 WIN, TIE, LOSS = 'win', 'tie', 'loss'
 RESAMPLES = 10_000
 _CHUNK = 500  # resamples whose examples are in memory together

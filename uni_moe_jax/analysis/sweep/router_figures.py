@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.analysis import expert_usage_file, interference_file
-from uni_moe_jax.analysis.sweep.account import DENSE
-from uni_moe_jax.eval import metrics
+from uni_moe_jax.eval import headline, metrics
+from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.files import save_figure
 
@@ -75,9 +75,8 @@ def _draw_scores(path: storage.Path, results: Mapping[str, Any], variants: Seque
     axes.set_ylim(len(variants) - 0.4, -0.6)
     axes.set_xlim(left=0)
     first = next(iter(scores.values()))
-    best = max if first['higher_is_better'] else min
     if first['baselines']:
-      name, value = best(first['baselines'].items(), key=lambda item: item[1])
+      name, value = headline.strongest_baseline(first)
       axes.axvline(value, color='grey', linestyle='--', linewidth=1)
       axes.set_xlabel(f'-- {name} {metrics.format_number(value)}', fontsize=7, color='dimgrey')
     lower = '' if first['higher_is_better'] else ' (lower is better)'

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from uni_moe_jax.analysis import interference_file
+from uni_moe_jax.analysis import expert_usage_file, interference_file
 from uni_moe_jax.analysis.sweep import account, markdown, routers
-from uni_moe_jax.analysis.sweep.account import DENSE, LOSS, TIE, WIN
+from uni_moe_jax.analysis.sweep.account import LOSS, TIE, WIN
 from uni_moe_jax.analysis.sweep.grid import TRAIN
 from uni_moe_jax.eval import headline, metrics
+from uni_moe_jax.tasks.router_names import DENSE
 
 _MAX_PAIRS = 12  # of tasks that hurt each other
 Cells = Sequence[Mapping[str, Any]]
@@ -141,7 +142,7 @@ def _experts(cells: Cells, variants: Sequence[str]) -> list[str]:
   for variant in variants:
     experts = [c['experts'] for c in cells if c['variant'] == variant and c['experts']]
     if experts:
-      effective = np.mean([np.mean(e['effective_experts'], axis=(0, 2)) for e in experts], 0)
+      effective = np.mean([expert_usage_file.mean_effective(e).mean(-1) for e in experts], 0)
       rows.append((variant, *map(dict(zip(experts[0]['sublayers'], effective.tolist())).get, sublayers),
                    _mean(_overlap(e['mean_task_overlap']) for e in experts)))
   return ['The effective number of experts of a condition (the exponential of the entropy of their shares), and the '

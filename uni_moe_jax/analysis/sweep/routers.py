@@ -9,6 +9,7 @@ import numpy as np
 
 from uni_moe_jax.analysis import expert_usage_file, interference_file
 from uni_moe_jax.analysis.sweep.grid import TRAIN, Cell
+from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.train import workdir
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.exit_codes import FINISHED
@@ -88,8 +89,8 @@ def equal_time_steps(cells: Sequence[Mapping[str, Any]]) -> str | None:
     if c['seconds_per_step']:
       steps.setdefault(c['variant'], c['steps'])
       seconds[c['variant']].append(c['seconds_per_step'])
-  if 'dense' not in seconds:
+  if DENSE not in seconds:
     return None
-  budget = steps['dense'] * np.median(seconds['dense'])
+  budget = steps[DENSE] * np.median(seconds[DENSE])
   numbers = {variant: max(1, round(budget / np.median(x))) for variant, x in seconds.items()}
-  return ','.join([str(numbers.pop('dense')), *(f'{variant}={n}' for variant, n in numbers.items())])
+  return ','.join([str(numbers.pop(DENSE)), *(f'{variant}={n}' for variant, n in numbers.items())])

@@ -41,7 +41,7 @@ def _with(*fields: str) -> Callable[[ml_collections.ConfigDict], tuple[str, ...]
 
 
 VARIANTS = {
-    'dense': Variant(DENSE),
+    DENSE: Variant(DENSE),
     'dense_wide': Variant(DENSE, _wide),
     'attribute': Variant('attribute'),
     'attribute_every_2': Variant('attribute', _with('moe.placement=every_2')),
