@@ -1,42 +1,25 @@
 """Curves of a run: metrics.jsonl as numbers, and as one figure."""
 
-import json
 import math
 import os
 from collections.abc import Sequence
 
+from uni_moe_jax.analysis import metric_curves
+from uni_moe_jax.analysis.metric_curves import Curves
 from uni_moe_jax.reporting import figures
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.files import save_figure
 
-Curves = dict[str, tuple[list[int], list[float]]]  # metric name -> steps, values
-
 _COLUMNS, _PANEL = 4, (3.0, 2.1)  # panels in a row; inches
 
 
 def read(text: str) -> tuple[Curves, int]:
-  """Every metric's curve in the text of a metrics.jsonl, and how many lines were unreadable.
-
-  After a restart from an older checkpoint a step occurs twice in the file: the later line counts.
-
-  Raises:
-    UsageError: no line contains a metric.
-  """
-  points, bad = {}, 0
-  for line in text.splitlines():
-    try:
-      row = json.loads(line)
-      step = int(row.pop('step'))
-    except (ValueError, KeyError, TypeError, AttributeError):
-      bad += bool(line.strip())
-      continue
-    for name, value in row.items():
-      if isinstance(value, (int, float)):
-        points.setdefault(name, {})[step] = float(value)
-  if not points:
+  """As `metric_curves.read`, but raises UsageError if no line contains a metric."""
+  curves, bad = metric_curves.read(text)
+  if not curves:
     raise UsageError(f'no line of it contains a metric, {bad} are unreadable')
-  return {name: tuple(map(list, zip(*sorted(of_step.items())))) for name, of_step in points.items()}, bad
+  return curves, bad
 
 
 def draw(path: str | os.PathLike[str], curves: Curves, groups: Sequence[str], title: str) -> None:

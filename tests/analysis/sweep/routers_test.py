@@ -138,9 +138,16 @@ def test_steps_of_equal_time_are_those_of_dense():
 
 
 def test_curves_are_means_of_equal_parts_of_a_run():
-  lines = [{'step': s, 'loss/a': s, 'loss/total': 0} for s in range(1, 81)]
-  steps, losses = routers._curves(lines)['a']
-  assert len(steps) == 40 and steps[:2] == losses[:2] == [1.5, 3.5] and list(routers._curves(lines)) == ['a']
+  steps = list(range(1, 81))
+  metrics = {'loss/a': (steps, steps), 'loss/total': (steps, [0] * 80)}
+  steps, losses = routers._curves(metrics)['a']
+  assert len(steps) == 40 and steps[:2] == losses[:2] == [1.5, 3.5] and list(routers._curves(metrics)) == ['a']
+
+
+def test_a_line_that_a_killed_run_left_unfinished_does_not_count(tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 2, "loss/a": 1.0}\n{"step": 4, "lo')
+  measured = routers.measure(tmp_path)
+  assert measured['steps'] == 2 and measured['curves'] == {'a': [[2.], [1.]]}
 
 
 def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, workdir):

@@ -49,12 +49,11 @@ def collect(sweep: str, cells: Sequence[Cell], source: str, command: str) -> dic
   """
   if sweep == grid.ROUTERS:
     cells = sorted(cells, key=lambda c: (list(VARIANTS).index(c.variant), c.seed))
-  configured = next((c for c in cells if (c.folder / workdir.CONFIG_FILE).exists()), None)
-  first = files.read_json(configured.folder / workdir.CONFIG_FILE) if configured else {'config': {}}
+  configs = [files.read_json(c.folder / workdir.CONFIG_FILE, {}) for c in cells]
+  configured, first = next(((c.folder, x) for c, x in zip(cells, configs, strict=True) if x), (None, {}))
   records, lost = [], []
-  for cell in cells:
-    log, run, config = runner.read_log(cell.folder), *(
-        files.read_json(cell.folder / name, {}) for name in (workdir.RUN_FILE, workdir.CONFIG_FILE))
+  for cell, config in zip(cells, configs, strict=True):
+    log, run = runner.read_log(cell.folder), files.read_json(cell.folder / workdir.RUN_FILE, {})
     changed = workdir.differences(first['config'], config['config']) if config else None
     rows = files.read_json(cell.folder / suite.EVALUATION_FILE, [])
     lost += [f'{cell.folder.name}: {r["evaluator"]} has {r["metric"]} {r["value"]}, which is left out.' for r in rows
@@ -67,13 +66,13 @@ def collect(sweep: str, cells: Sequence[Cell], source: str, command: str) -> dic
         **(routers.measure(cell.folder) if sweep == grid.ROUTERS else adaptation.measure(cell.folder, log, source))})
   results = {
       'sweep': sweep, 'command': command, 'source': source, 'python': platform.python_version(),
-      'cores': os.cpu_count(), 'config': workdir.provenance(configured.folder, 0)['config'] if configured else None,
+      'cores': os.cpu_count(), 'config': workdir.provenance(configured, 0)['config'] if configured else None,
       'cells': records,
       'scores': summarize([{**record, **row} for record in records for row in record['evaluation']]),
       'errors': [f'{r["name"]}: {r["status"]}.' for r in records if r['status'] != 'finished'] + lost}
   if sweep == grid.ROUTERS:
     compared = account.compare(records, [example_scores.read(c.folder) for c in cells])
-    results['errors'] += routers.find_errors(cells, records) + compared.pop('errors')
+    results['errors'] += routers.find_errors(cells, records, configs) + compared.pop('errors')
     return {**results, 'account': compared}
   results['errors'] += adaptation.find_errors(records, results['scores'])
   return results

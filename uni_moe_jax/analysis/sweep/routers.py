@@ -1,13 +1,12 @@
 """The router sweep: what every run measured, checks of the runs, and the steps that take equal time."""
 
 import collections
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from uni_moe_jax.analysis import expert_usage_file, interference_file
+from uni_moe_jax.analysis import expert_usage_file, interference_file, metric_curves
 from uni_moe_jax.analysis.sweep.grid import TRAIN, Cell
 from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.train import workdir
@@ -30,9 +29,9 @@ def measure(folder: storage.Path) -> dict[str, Any]:
     {'init', 'final'}: that of all selected parameters as 'subset' and how it was measured, 'experts': what figures
     show of experts.json}. Unknown values are None.
   """
-  metrics = folder / 'metrics.jsonl'
-  lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-  rates = [line['steps_per_second'] for line in lines if 'steps_per_second' in line]
+  file = folder / 'metrics.jsonl'
+  metrics, _ = metric_curves.read(file.read_text() if file.exists() else '')
+  _, rates = metrics.get('steps_per_second', ([], []))
   interference = {}
   for checkpoint, file in _INTERFERENCE.items():
     content = interference[checkpoint] = read_json(folder / file)
@@ -40,38 +39,38 @@ def measure(folder: storage.Path) -> dict[str, Any]:
       content['subset'] = content.pop('subsets')[0]
   experts = read_json(folder / expert_usage_file.FILE)
   return {
-      'steps': lines[-1]['step'] if lines else 0, 'seconds_per_step': 1 / float(np.median(rates)) if rates else None,
-      'parameters': read_json(folder / workdir.RUN_FILE, {}).get('parameters'), 'curves': _curves(lines),
+      'steps': max((steps[-1] for steps, _ in metrics.values()), default=0),
+      'seconds_per_step': 1 / float(np.median(rates)) if rates else None,
+      'parameters': read_json(folder / workdir.RUN_FILE, {}).get('parameters'), 'curves': _curves(metrics),
       'interference': interference, 'experts': experts and {k: experts[k] for k in _EXPERTS}}
 
 
-def _curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
-  """{task: [steps, losses]}: means over equal parts of the run. After a restart the later line of a step counts."""
-  losses = collections.defaultdict(dict)
-  for line in lines:
-    for name, value in line.items():
-      if name.startswith('loss/') and name != 'loss/total':
-        losses[name.removeprefix('loss/')][line['step']] = value
+def _curves(metrics: metric_curves.Curves) -> dict[str, list[list[float]]]:
+  """{task: [steps, losses]}: means over equal parts of the run."""
   curves = {}
-  for task, by_step in losses.items():
-    parts = np.array_split(np.array(sorted(by_step.items()), np.float64), min(_MAX_POINTS, len(by_step)))
-    curves[task] = np.array([part.mean(0) for part in parts]).T.round(4).tolist()
+  for name, curve in metrics.items():
+    if name.startswith('loss/') and name != 'loss/total':
+      parts = np.array_split(np.array(curve), min(_MAX_POINTS, len(curve[0])), axis=1)
+      curves[name.removeprefix('loss/')] = np.array([part.mean(1) for part in parts]).T.round(4).tolist()
   return curves
 
 
-def find_errors(cells: Sequence[Cell], records: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Sentences for runs that differ from the first one in more than their variant and seed."""
+def find_errors(
+    cells: Sequence[Cell], records: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Sentences for runs that differ from the first one in more than their variant and seed.
+
+  records: of `results.collect`; configs: contents of config.json, {} where it is missing; both of the same cells.
+  """
   errors, first = [], None
-  for cell, record in zip(cells, records, strict=True):
-    if not (config := read_json(cell.folder / workdir.CONFIG_FILE)):
+  for cell, record, config in zip(cells, records, configs, strict=True):
+    if not config:
       continue
-    first = first or (cell, config)
+    first = first or (cell, record)
     fields = {field.partition('=')[0] for field in (*first[0].fields, *cell.fields)} | {*_MAY_DIFFER}
-    changed = workdir.differences(first[1]['config'], config['config'])
-    changed = [d for d in changed if d.partition(':')[0] not in fields]
-    changed += ['the data (its fingerprint)'] if first[1]['data'] != config['data'] else []
+    changed = [d for d in record['changed'] if d.partition(':')[0] not in fields]
+    changed += ['the data (its fingerprint)'] if first[1]['data'] != record['data'] else []
     if changed:
-      errors.append(f'{record["name"]} and {first[0].folder.name} differ in more than their variant: '
+      errors.append(f'{record["name"]} and {first[1]["name"]} differ in more than their variant: '
                     f'{"; ".join(changed)}.')
     steps = config['config']['train']['steps']
     if FINISHED in record['exit_codes'].get(TRAIN, ()) and record['steps'] != steps:
