@@ -57,11 +57,15 @@ def get_config():
 '''
 
 
+def _config(folder: pathlib.Path, steps: int = _STEPS) -> str:
+  """Writes a config; the flag that names it."""
+  (folder / 'config.py').write_text(_CONFIG.format(root=str(processes.ROOT), data=tiny.data_dir(), steps=steps))
+  return f'--config={folder}/config.py'
+
+
 def _two(tmp_path: pathlib.Path, name: str) -> list[str]:
   """The command that trains with two processes in the work directory `name`."""
-  config = tmp_path / 'config.py'
-  config.write_text(_CONFIG.format(root=str(processes.ROOT), data=tiny.data_dir(), steps=_STEPS))
-  return [*processes.TWO, '--', f'--config={config}', f'--workdir={tmp_path / name}']
+  return [*processes.TWO, '--', _config(tmp_path), f'--workdir={tmp_path / name}']
 
 
 def _stop_and_continue(command: list[str], workdir: pathlib.Path) -> None:
@@ -79,7 +83,7 @@ def test_a_run_of_two_processes_that_was_stopped_is_the_undisturbed_one_and_eval
 
   processes.run([*processes.TWO, '--evaluate', '--', f'--workdir={tmp_path / "stopped"}'])
   evaluated = json.loads((tmp_path / 'stopped/evaluation.json').read_text())
-  in_process.run(_LAUNCH / 'evaluate.py', f'--workdir={tmp_path / "stopped"}', '--force')
+  assert in_process.run(_LAUNCH / 'evaluate.py', f'--workdir={tmp_path / "stopped"}', '--force') == 0
   assert json.loads((tmp_path / 'stopped/evaluation.json').read_text()) == evaluated
   assert {row['count'] for row in evaluated if row['evaluator'] == 'shape'} == {6}
 
@@ -89,7 +93,7 @@ def test_a_run_of_two_processes_stops_continues_and_equals_that_of_one(tmp_path)
   _stop_and_continue(_two(tmp_path, 'two'), tmp_path / 'two')
 
   # One process of eight devices reads the same batches, and its losses are the same but for rounding.
-  in_process.run(_LAUNCH / 'train.py', f'--config={tmp_path}/config.py', f'--workdir={tmp_path / "one"}')
+  assert in_process.run(_LAUNCH / 'train.py', _config(tmp_path), f'--workdir={tmp_path / "one"}') == 0
   lines = [saved_run.lines(tmp_path / name) for name in ('one', 'two')]
   one, two = ([line for line in several if 'loss/total' in line] for several in lines)
   assert [line['step'] for line in one] == [line['step'] for line in two] == list(range(1, _STEPS + 1))
@@ -103,9 +107,8 @@ def test_a_run_of_two_processes_stops_continues_and_equals_that_of_one(tmp_path)
 
 @pytest.mark.nightly
 def test_a_run_in_a_bucket_moves_between_processes_and_devices(gcs, tmp_path):
-  config, bucket, one = tmp_path / 'config.py', f'{gcs.address}/{tmp_path.name}', [sys.executable, 'launch/train.py']
-  config.write_text(_CONFIG.format(root=str(processes.ROOT), data=tiny.data_dir(), steps=8))
-  flags = [f'--config={config}', '--config.train.evaluate_every=0', '--config.optim.decay_steps=8']
+  bucket, one = f'{gcs.address}/{tmp_path.name}', [sys.executable, 'launch/train.py']
+  flags = [_config(tmp_path, 8), '--config.train.evaluate_every=0', '--config.optim.decay_steps=8']
   processes.run([*one, *flags, f'--workdir={tmp_path / "disk"}'], devices=8)
   two = [*processes.TWO, '--']
   for steps, command, resumed in ((2, two, None), (4, one, 2), (6, two, 4), (8, two, 4)):
@@ -123,10 +126,9 @@ def test_a_run_in_a_bucket_moves_between_processes_and_devices(gcs, tmp_path):
 @pytest.mark.nightly
 @pytest.mark.parametrize('script', ['train', 'evaluate'])
 def test_work_directories_that_are_not_shared_are_refused_at_the_start(tmp_path, script):
-  config, folders = tmp_path / 'config.py', [tmp_path / 'host0/run', tmp_path / 'host1/run']
-  config.write_text(_CONFIG.format(root=str(processes.ROOT), data=tiny.data_dir(), steps=_STEPS))
+  config, folders = _config(tmp_path), [tmp_path / 'host0/run', tmp_path / 'host1/run']
   address = processes.free_address()
-  commands = [[sys.executable, f'launch/{script}.py', f'--config={config}', f'--workdir={folder}',
+  commands = [[sys.executable, f'launch/{script}.py', config, f'--workdir={folder}',
                '--config.train.hang_timeout=30', f'--coordinator_address={address}', '--num_processes=2',
                f'--process_id={i}'] for i, folder in enumerate(folders)]
   for i, (code, output) in enumerate(processes.together(*commands, devices=4)):
