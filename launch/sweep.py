@@ -3,7 +3,7 @@
   uni-moe sweep --sweep=routers --workdir=runs/routers                                # 2 h 20 min on two CPU cores
   uni-moe sweep --sweep=routers --workdir=runs/routers --variants=dense,dense_wide --num_seeds=3,dense=5  # more runs
   uni-moe sweep --sweep=adaptation --run=runs/quickstart --workdir=runs/adaptation
-  uni-moe sweep --redraw=docs/results/routers/results.json                            # the page and figures beside it
+  uni-moe sweep --redraw=runs/routers/results/results.json                            # the page and figures beside it
 
 `routers` trains variants, each a router with other fields of the config, on the same data in the same order, evaluates
 them and measures interference and expert usage; seed 0 of all variants comes first. `adaptation` adapts a trained run
