@@ -5,6 +5,7 @@ import errno
 import functools
 import os
 import pathlib
+import time
 import types
 
 import numpy as np
@@ -292,13 +293,20 @@ def test_threads_that_need_more_than_the_bound_read_what_they_need_within_it(buc
   data = Mirror(bucket, tmp_path / 'receiver', max_bytes=int(1.5 * size))
   shards = _shards(data, 4)
   files, peaks = storage.filesystem(bucket), []
-  fetch = files.get_file
+  fetch, walk = files.get_file, os.walk
 
   def measured(remote, local):
     peaks.append(data._total())
     fetch(remote, local)
 
+  def slow_walk(*args, **kwargs):
+    for entry in walk(*args, **kwargs):
+      if any(name.endswith('.part') for name in entry[2]):
+        time.sleep(.1)  # a file that gets its final name now is counted, too
+      yield entry
+
   monkeypatch.setattr(files, 'get_file', measured)
+  monkeypatch.setattr(mirror.os, 'walk', slow_walk)
   orders = [np.random.default_rng(i).permutation(20) for i in range(3)]
   with concurrent.futures.ThreadPoolExecutor(3) as pool:
     for ids, read in zip(orders, pool.map(shards.__getitems__, orders), strict=True):

@@ -193,7 +193,8 @@ class Mirror(os.PathLike):
         with self._mutex:
           self.num_fetched, self.bytes_fetched = self.num_fetched + 1, self.bytes_fetched + size
         if _sha256(temporary) == digest:
-          temporary.rename(path)
+          with self._locked(self._cache / '.space'):  # who counts meanwhile could find neither name
+            temporary.rename(path)
           return path
         print(f'data: {self.address}/{name} arrived with other bytes than were prepared (fetch {attempt} of 2)',
               flush=True)
