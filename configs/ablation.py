@@ -1,25 +1,41 @@
-"""Router ablation: model and tasks of configs/embedded.py for a tenth of its steps.
+"""Router ablation: the embedded tasks with a model so narrow that the tasks compete for it.
 
   uni-moe prepare-data
-  uni-moe sweep --sweep=routers --workdir=runs/routers     # all six routers; or one of them:
+  uni-moe sweep --sweep=routers --workdir=runs/routers     # dense and the five routers; or one of them:
   uni-moe train --config=ablation:router=dense --workdir=runs/dense
 
-Argument: router=attribute (default), task, modality, token, context or dense. Seed and data order are the same for all.
-600 steps, a number chosen in advance for two CPU cores: a step of dense, attribute, task and modality takes about 0.8 s
-there, a step of token and context 2.3 s. Training all six took 84 minutes; compilation, evaluation, interference and
-expert usage took 56 more. docs/results/routers has the scores of all six.
+Arguments: router=attribute (default), task, modality, token, context or dense; split=test (default), or validation, for
+choices that must not see the test examples. docs/results/routers has the scores of all variants, and how width, steps
+and learning rate were chosen.
 """
-
-import pathlib
-import runpy
 
 import ml_collections
 
+from uni_moe_jax import config
+from uni_moe_jax.config import presets
+from uni_moe_jax.tasks.router_names import ROUTERS
+
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  """configs/embedded.py with a tenth of its schedule."""
-  embedded = runpy.run_path(str(pathlib.Path(__file__).with_name('embedded.py')))  # config files are read by path
-  c = embedded['get_config'](arg, file=__file__)
-  c.optim.warmup_steps = 60
-  c.train.steps = 600
+  """3 layers, width 48, 8 experts; images of 32 pixels in patches of 8."""
+  a = config.arguments(arg, __file__, dict(router='attribute', split='test'),
+                       dict(router=ROUTERS, split=('test', 'validation')))
+  c = config.base()
+  presets.embedded(c)
+  c.model.update(dict(num_layers=3, width=48, num_heads=2, mlp_dim=96, stem='conv'))
+  c.moe.router = a.router
+  c.target_sets.vocabulary.num_sampled = 512
+  for name, batch_size in dict(glyph_class=32, glyph_name=48, glyph_question=12, video_motion=4, text=12,
+                               package=12).items():
+    c.tasks[name].batch_size = batch_size
+  c.tasks.glyph_name.loss_weight, c.tasks.glyph_caption.loss_weight = 2.5, 2.0
+  for name in ('glyph_class', 'glyph_name', 'glyph_caption'):
+    c.tasks[name].max_shift = 2
+  if a.split == 'validation':
+    for name in [n for n in c.evaluators if n.endswith(presets.UNSEEN[1][1])]:
+      del c.evaluators[name]
+    for evaluator in c.evaluators.values():
+      evaluator.split = a.split
+  c.optim.update(dict(name='muon', learning_rate=2e-3, warmup_steps=60))
+  c.train.update(dict(steps=1000, log_every=20, checkpoint_every=250))
   return c

@@ -179,11 +179,13 @@ def test_prompt_tuning_of_the_quickstart_trains_less_than_two_percent(task):
   assert 1e-4 <= trained / sum(sizes) <= 0.02
 
 
-@pytest.mark.parametrize('router', ['dense', 'context'])
-def test_the_ablation_is_the_embedded_config_with_a_shorter_schedule(router):
-  embedded, ablation = (_flat(_config(name, f'router={router}')) for name in ('embedded', 'ablation'))
-  assert {k for k in embedded if embedded[k] != ablation[k]} == {'train.steps', 'optim.warmup_steps'}
-  assert (ablation['moe.router'], set(embedded)) == (router, set(ablation))
+def test_choices_for_the_ablation_see_no_test_example():
+  validation, tested = (_config('ablation', f'router=dense,split={split}') for split in ('validation', 'test'))
+  assert {e.split for e in validation.evaluators.values()} == {'validation'}
+  assert {e.split for e in tested.evaluators.values()} == {'test', 'test_characters', 'test_fonts'}
+  assert {e.task for e in validation.evaluators.values()} == {e.task for e in tested.evaluators.values()}
+  one, other = (_flat(c) for c in (validation, tested))
+  assert all(k.startswith('evaluators') for k in {*one, *other} if one.get(k) != other.get(k))
 
 
 @pytest.mark.parametrize('router', ['modality', 'task'])
