@@ -15,6 +15,8 @@ from uni_moe_jax import config
 from uni_moe_jax.config import presets
 from uni_moe_jax.tasks.router_names import ROUTERS
 
+_VALIDATION_NAMES = 300  # of 325 characters that only validation has
+
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """3 layers, width 48, 8 experts; images of 32 pixels in patches of 8."""
@@ -35,7 +37,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     for name in [n for n in c.evaluators if n.endswith(presets.UNSEEN[1][1])]:
       del c.evaluators[name]
     for evaluator in c.evaluators.values():
-      evaluator.split = a.split
+      evaluator.split, evaluator.num_examples = a.split, min(evaluator.num_examples, _VALIDATION_NAMES)
   c.optim.update(dict(name='muon', learning_rate=2e-3, warmup_steps=60))
   c.train.update(dict(steps=1000, log_every=20, checkpoint_every=250))
   return c
