@@ -130,7 +130,7 @@ PY
 # which nothing is pinned, falls back to inexact versions.
 pip_install() {
   local pip=("$python" -m pip install --quiet --disable-pip-version-check) sources
-  # uv does not read pip's settings: it is told where packages are.
+  # uv does not read pip's settings: it gets what they say about where packages are.
   mapfile -t sources < <("$python" -m pip config list 2>/dev/null |
     sed -nE "s/^[^=]*\\.(index-url|extra-index-url|find-links)='(.*)'$/--\\1=\\2/p")
   if "${pip[@]}" -c "$2" uv 2>/dev/null &&

@@ -14,7 +14,8 @@ samples.json and, for routers by condition, experts.json and experts.png. A fini
 from absl import flags
 
 from uni_moe_jax.parallel import distributed, shared_folder
-from uni_moe_jax.utils import cli, files, storage
+from uni_moe_jax.tasks.router_names import MERGED
+from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 _CONFIG = cli.define_config()
@@ -23,6 +24,8 @@ _WORKDIR = flags.DEFINE_string(
 _BEST = flags.DEFINE_bool(
     'best', False, 'Evaluate the checkpoint with the best config.train.best_metric, not the newest.')
 _FORCE = flags.DEFINE_bool('force', False, 'Repeat a finished evaluation.')
+_MERGED = flags.DEFINE_bool(
+    'merged', False, 'Also merge the experts permanently, evaluate that model in WORKDIR/merged and compare.')
 _CLUSTER = distributed.define_flags()
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder of the prepared data, if not that of training.')
 
@@ -41,36 +44,32 @@ def main() -> int:
   else:
     config = workdir_lib.load_config(workdir)
   plan = make_plan(config)
+  if _MERGED.value and config.moe.router not in MERGED:
+    raise UsageError(f'--merged: config.moe.router={config.moe.router!r} has no experts that merge; those of '
+                     f'{", ".join(MERGED)} do.')
   from uni_moe_jax.eval import headline, suite
-  from uni_moe_jax.train import checkpoint
+  from uni_moe_jax.train import checkpoint, evaluated
   if _DATA_DIR.value:
     config.data.dir = _DATA_DIR.value
   with checkpoint.Checkpoints(workdir, max_to_keep=None, best_metric=config.train.best_metric) as checkpoints:
-    missing = 'checkpoint yet; train it first'
-    if not plan.tasks:  # zero-shot: the parameters are those of the run in train.init
-      source, step = config.train.init, workdir_lib.saved_step(config.train.init)
-    elif _BEST.value:
-      source, step = workdir, checkpoints.best()
-      missing = 'best checkpoint; train it with --config.train.best_metric=loss/total, for example'
-    else:
-      source, step = workdir, checkpoints.latest()
-    if step is None:
-      raise UsageError(f'workdir {source} has no {missing}.')
-    # An evaluated folder has a config; claim_workdir allows no other difference than the evaluators.
-    if (step == suite.evaluated_step(workdir) and not _FORCE.value
-        and config.evaluators.to_dict() == workdir_lib.load_config(workdir).evaluators.to_dict()):
+    step = evaluated.find_step(config, plan, checkpoints, workdir, _BEST.value)
+    old = [] if _FORCE.value else evaluated.finished_rows(workdir, step, config.evaluators)
+    if rows := old:
       print(f'step {step} is already evaluated; --force repeats it.')
-      rows = files.read_json(storage.path(workdir) / suite.EVALUATION_FILE)
-    else:
+    if not old or _MERGED.value:
       from uni_moe_jax.analysis import run_expert_usage
+      from uni_moe_jax.export import merged_scores
       from uni_moe_jax.train import run as train_run
       run = train_run.build(config)
       if _CONFIG.present:
         workdir_lib.claim_workdir(workdir, config, run.data.fingerprint, writes)
       predictor, params = train_run.predictor(run, checkpoints, step if _BEST.value else None)
-      step = checkpoints.latest() if plan.tasks and not _BEST.value else step
-      run_expert_usage.write_after_evaluation(run, params, step, workdir)
-      rows = suite.evaluate(run.plan, run.data, predictor, step, workdir, writes)
+      if not old:
+        step = checkpoints.latest() if plan.tasks and not _BEST.value else step
+        run_expert_usage.write_after_evaluation(run, params, step, workdir)
+        rows = suite.evaluate(run.plan, run.data, predictor, step, workdir, writes)
+      if _MERGED.value:
+        print(merged_scores.evaluate(run.spec.model.spec, params, train_run.conditions(plan), run.data, plan, workdir))
   print(headline.table(rows))
   return 0
 

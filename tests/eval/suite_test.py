@@ -13,10 +13,12 @@ from uni_moe_jax.analysis import run_expert_usage
 from uni_moe_jax.config import metric_names
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.eval import example_scores, suite
+from uni_moe_jax.export import merged_scores
 from uni_moe_jax.reporting import html
 from uni_moe_jax.train import checkpoint, loop
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.workdir import load_config
+from uni_moe_jax.utils.errors import UsageError
 
 
 @pytest.fixture(scope='module')
@@ -77,6 +79,35 @@ def test_the_reported_values_are_weighted_means_of_the_scores_of_examples(finish
 def test_an_evaluation_has_the_step_of_its_checkpoint(finished, tmp_path):
   assert suite.evaluated_step(finished[0]) == 3
   assert suite.evaluated_step(tmp_path) is None
+
+
+def test_a_model_with_merged_experts_has_the_scores_of_the_trained_one(finished):
+  workdir, rows = finished
+  with checkpoint.Checkpoints(workdir, 1) as checkpoints:
+    run = train_run.build(load_config(workdir), jax.devices()[:1])
+    _, params = train_run.predictor(run, checkpoints)
+
+  def merged(params):
+    spec, conditions = run.spec.model.spec, train_run.conditions(run.plan)
+    sentence = merged_scores.evaluate(spec, params, conditions, run.data, run.plan, workdir)
+    report = json.loads((workdir / suite.MERGED_FILE).read_text())
+    assert sentence.endswith(f'that of {report["metric"]}')
+    return report['largest_difference']
+
+  assert merged(params) < 1e-5
+  assert len(json.loads((workdir / 'merged' / suite.EVALUATION_FILE).read_text())) == len(rows)
+  others = jax.tree_util.tree_map_with_path(
+      lambda path, x: -x if 'gate' in jax.tree_util.keystr(path) else x, params)
+  assert merged(others) > 1e-3  # other experts
+
+
+def test_the_largest_difference_is_relative_above_1():
+  row = lambda metric, value: {'evaluator': 'e', 'metric': metric, 'value': value}
+  rows, others = [row('a', .5), row('b', 110.)], [row('b', 100.), row('a', .45)]
+  difference, where = merged_scores.largest_difference(rows, others)
+  assert (difference, where) == (pytest.approx(.1), 'e, b')
+  with pytest.raises(UsageError, match='--force'):
+    merged_scores.largest_difference(rows, others[:1])
 
 
 def test_experts_have_two_coefficients_per_layer_router_and_condition(finished):

@@ -24,7 +24,7 @@ esac
 
 @pytest.fixture(name='install')
 def _install(tmp_path):
-  """Install with a stand-in: (exit code, output, what python was asked for)."""
+  """Install with a stand-in: (exit code, output, the arguments that python got)."""
   (tmp_path / 'python').write_text(_STAND_IN)
   (tmp_path / 'python').chmod(0o755)
 

@@ -17,6 +17,7 @@ from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.files import read_json, write_json
 
 EVALUATION_FILE = 'evaluation.json'
+MERGED_FILE = 'merged.json'  # how far the scores of a merged model are from these
 EVALUATORS: dict[str, Callable[[Query], list[Score]]] = {
     'classification': evaluators.classification,
     'retrieval': evaluators.retrieval,

@@ -51,6 +51,14 @@ def test_a_router_cell_has_the_commands_that_a_person_would_type():
   assert [s.name for s in cell.stages if s.needs] == ['evaluate', 'interference', 'experts', 'report']
 
 
+def test_models_whose_experts_merge_are_evaluated_merged_after_their_own_evaluation():
+  dense, task, token = (cell.stages[-1] for cell in _router_cells(
+      ['dense', 'task', 'token'], '1', measures=['evaluation', 'merged']))
+  assert (task.name, task.needs) == ('merged', 'evaluate')
+  assert task.command == ('evaluate', '--workdir=out/task-0', '--merged')
+  assert dense.name == token.name == 'evaluate'
+
+
 def test_all_variants_of_a_seed_come_first_and_a_dense_model_has_no_expert_usage():
   cells = _router_cells(['dense', 'token', 'dense'], '2')
   assert [(c.folder, c.variant, c.seed) for c in cells] == [

@@ -67,6 +67,7 @@ def _finish(workdir, variant, steps=6, data='print', seed=0, right=(1, 0, 0, 0),
       'interference_init.json': _interference(1, 'init'), 'interference.json': _interference(sign, 'step 6')}
   if variant != 'dense':
     contents['experts.json'] = _experts()
+    contents['merged.json'] = {'largest_difference': 10**(seed - 7), 'metric': 'class, top-1'}
   for name, content in contents.items():
     (path / name).write_text(json.dumps(content))
   np.savez(path / 'evaluation_examples.npz', **{'class/top-1': np.stack([right, np.ones(4)]).astype(np.float32)})
@@ -115,6 +116,11 @@ def test_every_number_can_be_traced_to_a_config_a_command_a_commit_and_data(repo
 def test_the_account_compares_the_examples_of_the_runs(report):
   [pair] = report['account']['paired']
   assert (pair['variant'], pair['evaluator'], pair['seeds'], pair['gain']) == ('task', 'class', 2, .25)
+
+
+def test_the_largest_difference_of_a_merged_model_is_on_the_page(report, tmp_path):
+  text = results.write(report, tmp_path)
+  assert '2 of the models were evaluated again: the largest' in text and 'is 1e-06 (task-1, class, top-1).' in text
 
 
 def test_a_diverged_run_is_reported_and_the_others_are_compared(tmp_path):

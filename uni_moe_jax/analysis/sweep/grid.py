@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from uni_moe_jax.analysis.sweep.variants import VARIANTS, PerVariant
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.tasks.router_names import DENSE
+from uni_moe_jax.tasks.router_names import DENSE, MERGED
 from uni_moe_jax.train import finetuning, workdir
 from uni_moe_jax.utils import cli, storage
 from uni_moe_jax.utils.errors import UsageError
@@ -19,7 +19,7 @@ from uni_moe_jax.utils.suggest import nearest
 ROUTERS, ADAPTATION = 'routers', 'adaptation'  # the sweeps
 TRAIN, EVALUATE = 'train', 'evaluate'  # stages
 ZERO_SHOT = 'zero-shot'  # the recipe that trains nothing
-MEASURES = ('evaluation', 'interference', 'experts', 'report')  # of a trained cell of a router sweep
+MEASURES = ('evaluation', 'interference', 'experts', 'report', 'merged')  # of a trained cell of a router sweep
 
 
 class Stage(NamedTuple):
@@ -67,16 +67,17 @@ def router_grid(
     with_router = f'{config}{"," if ":" in config else ":"}router={router}'
     own = fields(cli.config_from(with_router, overrides))
     own += (f'train.steps={steps_of[name]}',) if steps_of[name] else ()
-    configs[name] = with_router, own, _check(with_router, (*overrides, *own)).moe.router == DENSE
+    configs[name] = with_router, own, _check(with_router, (*overrides, *own)).moe.router
 
   def cell(name: str, seed: int) -> Cell:
-    (with_router, own, is_dense), path = configs[name], folder / f'{name}-{seed}'
+    (with_router, own, router), path = configs[name], folder / f'{name}-{seed}'
     workdir_flag, config_flags = f'--workdir={path}', _config_flags(with_router, seed, (*overrides, *own))
     measured = {
         'evaluation': Stage(EVALUATE, (EVALUATE, workdir_flag), TRAIN),
         'interference': Stage('interference', ('interference', workdir_flag, batches), TRAIN),
-        'experts': None if is_dense else Stage('experts', ('experts', workdir_flag), TRAIN),
-        'report': Stage('report', ('report', workdir_flag), TRAIN)}
+        'experts': None if router == DENSE else Stage('experts', ('experts', workdir_flag), TRAIN),
+        'report': Stage('report', ('report', workdir_flag), TRAIN),
+        'merged': Stage('merged', (EVALUATE, workdir_flag, '--merged'), EVALUATE) if router in MERGED else None}
     at_init = Stage('interference at init', ('interference', '--at_init', *config_flags, workdir_flag, batches))
     return Cell(path, name, '', seed, (
         *([at_init] if 'interference' in measures else []),

@@ -60,7 +60,18 @@ def _scores(results: Mapping[str, Any], variants: Sequence[str]) -> list[str]:
       "± 95 %: the error of the test examples and, with several seeds, the spread of seeds (Student's t). average: the "
       'mean of (score - reference) / (best - reference), with its bootstrap interval; best is the best variant, the '
       'reference the strongest of chance and baselines below all variants, or 0, and perplexity is taken in logarithms '
-      f'({references}). Baselines are fitted on all training examples.']
+      f'({references}). Baselines are fitted on all training examples.',
+      *_merged(results['cells'])]
+
+
+def _merged(cells: Cells) -> list[str]:
+  """How far the scores of merged models are from those of the runs."""
+  merged = [(c['merged']['largest_difference'], c['name'], c['merged']['metric']) for c in cells if c.get('merged')]
+  if not merged:
+    return []
+  difference, name, metric = max(merged)
+  return ['', f'With experts merged permanently, as they are exported, {len(merged)} of the models were evaluated '
+          f'again: the largest |difference| / max(1, |score|) of all metrics is {difference:.1g} ({name}, {metric}).']
 
 
 def _paired(results: Mapping[str, Any]) -> list[str]:

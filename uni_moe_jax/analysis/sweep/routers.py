@@ -8,6 +8,7 @@ import numpy as np
 
 from uni_moe_jax.analysis import expert_usage_file, interference_file, metric_curves
 from uni_moe_jax.analysis.sweep.grid import TRAIN, Cell
+from uni_moe_jax.eval import suite
 from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.train import workdir
 from uni_moe_jax.utils import storage
@@ -27,7 +28,7 @@ def measure(folder: storage.Path) -> dict[str, Any]:
   Returns:
     {'steps', 'seconds_per_step' (median), 'parameters' (see run.json), 'curves': see `_curves`, 'interference':
     {'init', 'final'}: that of all selected parameters as 'subset' and how it was measured, 'experts': what figures
-    show of experts.json}. Unknown values are None.
+    show of experts.json, 'merged': content of merged.json}. Unknown values are None.
   """
   file = folder / 'metrics.jsonl'
   metrics, _ = metric_curves.read(file.read_text() if file.exists() else '')
@@ -42,7 +43,8 @@ def measure(folder: storage.Path) -> dict[str, Any]:
       'steps': max((steps[-1] for steps, _ in metrics.values()), default=0),
       'seconds_per_step': 1 / float(np.median(rates)) if rates else None,
       'parameters': read_json(folder / workdir.RUN_FILE, {}).get('parameters'), 'curves': _curves(metrics),
-      'interference': interference, 'experts': experts and {k: experts[k] for k in _EXPERTS}}
+      'interference': interference, 'experts': experts and {k: experts[k] for k in _EXPERTS},
+      'merged': read_json(folder / suite.MERGED_FILE)}
 
 
 def _curves(metrics: metric_curves.Curves) -> dict[str, list[list[float]]]:

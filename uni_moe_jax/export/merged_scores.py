@@ -1,0 +1,58 @@
+"""Scores of a model whose experts are merged permanently, as it is exported: they are those of the trained model."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from uni_moe_jax.config.plan import Plan
+from uni_moe_jax.data.assemble import Data
+from uni_moe_jax.eval import suite
+from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.export.merge import merged
+from uni_moe_jax.model.spec import ModelSpec
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.tasks.attributes import Condition
+from uni_moe_jax.utils import files, storage
+from uni_moe_jax.utils.errors import UsageError
+
+FOLDER = 'merged'  # in a work directory: the evaluation of the merged model
+
+
+def evaluate(
+    spec: ModelSpec, params: Any, conditions: tuple[Condition, ...], data: Data, plan: Plan,
+    workdir: str | os.PathLike[str]) -> str:
+  """Merges an evaluated model for all its conditions, runs every evaluator on one device and compares the scores.
+
+  Writes the files of an evaluation to `FOLDER` and {'largest_difference', 'metric'} to `suite.MERGED_FILE`.
+
+  Returns:
+    A sentence about the largest difference.
+
+  Raises:
+    UsageError: the router is by token, or there are several processes, or the evaluators were others.
+  """
+  if jax.process_count() > 1:
+    raise UsageError('--merged evaluates in one process: run it once, without --distributed.')
+  folder, rows = storage.path(workdir), files.read_json(storage.path(workdir) / suite.EVALUATION_FILE)
+  spec, params = merged(spec, params, conditions)
+  sets = {s.name: (s, data.target_sets[s.name]) for s in (*plan.sets, *plan.probe_sets, *plan.answer_sets)}
+  predictor = Predictor(UniPerceiver(spec), params, sets, data.tokenizer)
+  storage.make_folder(folder / FOLDER)
+  difference, metric = largest_difference(
+      suite.evaluate(plan, data, predictor, rows[0]['step'], folder / FOLDER), rows)
+  files.write_json(folder / suite.MERGED_FILE, {'largest_difference': difference, 'metric': metric})
+  return f'merged: no score differs by more than {difference:.1g}, that of {metric}'
+
+
+def largest_difference(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
+  """The largest |a - b| / max(1, |b|) of two evaluations' metrics, and where it is.
+
+  Raises:
+    UsageError: they have different metrics.
+  """
+  one, other = ({f'{r["evaluator"]}, {r["metric"]}': r['value'] for r in x} for x in (rows, others))
+  if one.keys() != other.keys():
+    raise UsageError('the two evaluations have different metrics; evaluate the run again with --force.')
+  return max(((abs(one[key] - b) / max(1, abs(b)), key) for key, b in other.items()), default=(0., ''))

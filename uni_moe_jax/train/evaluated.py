@@ -1,0 +1,44 @@
+"""Which checkpoint an evaluation is about, and whether it was evaluated before."""
+
+import os
+from typing import Any
+
+import ml_collections
+
+from uni_moe_jax.config.plan import Plan
+from uni_moe_jax.eval import suite
+from uni_moe_jax.train import workdir as workdir_lib
+from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.utils import files, storage
+from uni_moe_jax.utils.errors import UsageError
+
+
+def find_step(config: ml_collections.ConfigDict, plan: Plan, checkpoints: Checkpoints, workdir: str, best: bool) -> int:
+  """The step of the parameters to evaluate; best: that with the best `train.best_metric` instead of the newest.
+
+  Of a plan without training, which is evaluated zero-shot, it is that of the run in `train.init`.
+
+  Raises:
+    UsageError: there is no such checkpoint.
+  """
+  source, missing = workdir, 'checkpoint yet; train it first'
+  if not plan.tasks:
+    source, step = config.train.init, workdir_lib.saved_step(config.train.init)
+  elif best:
+    step = checkpoints.best()
+    missing = 'best checkpoint; train it with --config.train.best_metric=loss/total, for example'
+  else:
+    step = checkpoints.latest()
+  if step is None:
+    raise UsageError(f'workdir {source} has no {missing}.')
+  return step
+
+
+def finished_rows(
+    workdir: str | os.PathLike[str], step: int, evaluators: ml_collections.ConfigDict) -> list[dict[str, Any]]:
+  """The rows of evaluation.json if it is about a step and these evaluators, else []."""
+  # An evaluated folder has a config; claim_workdir allows no other difference than the evaluators.
+  if step != suite.evaluated_step(workdir) or evaluators.to_dict() != (
+      workdir_lib.load_config(workdir).evaluators.to_dict()):
+    return []
+  return files.read_json(storage.path(workdir) / suite.EVALUATION_FILE)
