@@ -38,6 +38,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
       del c.evaluators[name]
     for evaluator in c.evaluators.values():
       evaluator.split, evaluator.num_examples = a.split, min(evaluator.num_examples, _VALIDATION_NAMES)
-  c.optim.update(dict(name='muon', learning_rate=2e-3, warmup_steps=60))
-  c.train.update(dict(steps=1000, log_every=20, checkpoint_every=250))
+  c.optim.update(dict(name='muon', learning_rate=8e-3, warmup_steps=60))
+  c.train.update(dict(steps=800, log_every=20, checkpoint_every=200))
   return c

@@ -42,7 +42,7 @@ _OWN_FLAGS = {
         flags.DEFINE_integer('num_batches', 16, 'For routers: batches per task for interference.', lower_bound=2),
         flags.DEFINE_string('steps', '', "For routers: train.steps, the config's by default, as in 600,token=214.")),
     'adaptation': (
-        flags.DEFINE_string('run', None, 'For adaptation: work directory of the trained run.'),
+        flags.DEFINE_list('run', [], 'For adaptation: work directory of the trained run, or several.'),
         flags.DEFINE_list('tasks', 'digits,video_caption,video_name', 'For adaptation: these, or tasks of the run.'),
         flags.DEFINE_list('recipes', 'zero-shot,prompts,finetune,finetune-all', 'For adaptation: which to compare.'))}
 

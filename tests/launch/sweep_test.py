@@ -237,6 +237,6 @@ def test_a_tiny_router_ablation(root, store, request):
   assert (pair['evaluator'], pair['seeds']) == ('shape', 1)
   assert pair['gain'] == pytest.approx(
       token['evaluation'][0]['value'] - dense['evaluation'][0]['value'], abs=1e-5)
-  typed = (results['command'], results['source'])  # both contain the temporary directory here
+  typed = (results['command'], results['sources'][0])  # both contain the temporary directory here
   text = (out / 'results.md').read_text()
   assert str(root) not in text.replace(typed[0], '').replace(typed[1], '')

@@ -13,6 +13,7 @@ from uni_moe_jax.config.schema import VARIANTS as SIZES
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir
 from uni_moe_jax.utils import cli
+from uni_moe_jax.utils.errors import UsageError
 
 _OUT = pathlib.Path('out')
 
@@ -137,16 +138,16 @@ def test_all_variants_of_a_seed_have_the_same_batches_and_another_seed_has_other
 
 def test_seeds_of_a_recipe_are_adjacent_and_zero_shot_evaluation_has_one(run):
   cells, settings = grid.adaptation_grid(
-      _OUT, str(run), ('digits', 'video_name'), ('zero-shot', 'prompts'), '', [])
+      _OUT, [str(run)], ('digits', 'video_name'), ('zero-shot', 'prompts'), '', [])
   assert [c.folder.name for c in cells] == [
       'digits-zero-shot', 'digits-prompts-0', 'digits-prompts-1', 'digits-prompts-2',
       'video_name-zero-shot', 'video_name-prompts-0', 'video_name-prompts-1', 'video_name-prompts-2']
-  assert settings == {'sweep': 'adaptation', 'run': str(run), 'step': None, 'overrides': []}
+  assert settings == {'sweep': 'adaptation', 'runs': [str(run)], 'steps': [None], 'overrides': []}
 
 
 def test_an_adaptation_cell_has_the_commands_that_a_person_would_type(run):
   recipes = ['zero-shot', 'finetune', 'finetune-all']
-  cells, _ = grid.adaptation_grid(_OUT, str(run), ['digits'], recipes, '2', ['train.steps=99'])
+  cells, _ = grid.adaptation_grid(_OUT, [str(run)], ['digits'], recipes, '2', ['train.steps=99'])
   zero_shot, _, finetune, _, finetune_all = cells
   for cell, recipe, amount in ((finetune, 'finetune', 'few'), (finetune_all, 'finetune-all', 'all')):
     workdir_flag = f'--workdir=out/digits-{recipe}-1'
@@ -158,3 +159,23 @@ def test_an_adaptation_cell_has_the_commands_that_a_person_would_type(run):
   assert _commands(zero_shot) == {'evaluate': (
       'evaluate', f'--config=zero_shot:run={run},task=digits', '--config.seed=0',
       '--config.train.steps=99', '--workdir=out/digits-zero-shot')}
+
+
+def test_each_of_several_runs_is_adapted_with_its_own_seed(tmp_path):
+  c = tiny.config('shape', data_dir=tiny.data_dir())
+  runs = [tmp_path / name for name in ('dense-0', 'dense-1', 'task-1', 'more/task-1')]
+  for path in runs:
+    c.seed = int(path.name[-1])
+    workdir.claim_workdir(path, c, 'print')
+  *runs, same_name = map(str, runs)
+  cells, settings = grid.adaptation_grid(_OUT, runs, ['digits'], ['zero-shot', 'prompts'], '', [])
+  assert [(c.folder.name, c.run, c.variant, c.seed) for c in cells] == [
+      (f'{run}-{seed}-digits-{recipe}', run, recipe, seed) for recipe in ('zero-shot', 'prompts')
+      for run, seed in (('dense', 0), ('dense', 1), ('task', 1))]
+  assert settings['runs'] == runs
+  assert _commands(cells[-1])['train'][1:3] == (
+      f'--config=prompt_tune:run={tmp_path}/task-1,task=digits,data=few', '--config.seed=1')
+  with pytest.raises(UsageError, match='two runs have one name, and both would be task-1-digits-prompts'):
+    grid.adaptation_grid(_OUT, [*runs, same_name], ['digits'], ['prompts'], '', [])
+  with pytest.raises(UsageError, match='--num_seeds=2: of several runs each is adapted with its own seed'):
+    grid.adaptation_grid(_OUT, runs, ['digits'], ['prompts'], '2', [])

@@ -15,8 +15,8 @@ from uni_moe_jax.train.checkpoint import Checkpoints
 
 
 def _row(value, seed, variant='prompts', metric='top-1', error=.03):
-  return {'task': 'digits', 'variant': variant, 'seed': seed, 'evaluator': 'digits', 'metric': metric, 'value': value,
-          'standard_error': error, 'chance': .1, 'baselines': {'nearest neighbor': .9}}
+  return {'task': 'digits', 'variant': variant, 'run': '', 'seed': seed, 'evaluator': 'digits', 'metric': metric,
+          'value': value, 'standard_error': error, 'chance': .1, 'baselines': {'nearest neighbor': .9}}
 
 
 def test_the_interval_has_the_spread_of_seeds_and_an_error_that_seeds_do_not_shrink():
@@ -68,7 +68,7 @@ def test_what_is_frozen_is_compared_bit_by_bit(changes, expected):
 def _cell(variant='prompts', **training):
   training = {'steps': 5, 'examples': 100, 'drawn': 160, 'parameters': 1000, 'trained': 19, 'share': .019,
               'identical': True, 'moved': True, **training}
-  return {'name': f'digits-{variant}-0', 'variant': variant, 'task': 'digits', 'seed': 0,
+  return {'name': f'digits-{variant}-0', 'variant': variant, 'run': '', 'task': 'digits', 'seed': 0,
           'training': None if variant == 'zero-shot' else training}
 
 
@@ -138,15 +138,44 @@ def test_a_cell_reports_what_its_work_directory_trained(tmp_path, config):
   path = cell.folder
   for folder, values, step in ((tmp_path / 'run', _BEFORE, 9), (path, {**_BEFORE, 'a': np.ones(3)}, 4)):
     workdir.claim_workdir(folder, c, 'print')
+    c.train.init = str(tmp_path / 'run')
     with Checkpoints(folder, 1) as checkpoints:
       checkpoints.save(step, {'params': {k: np.asarray(v, np.float32) for k, v in values.items()}, 'ema_params': None})
-  assert adaptation.measure(path, [], str(tmp_path / 'run')) == {'training': None}
+  assert adaptation.measure(path, []) == {'training': None}
   log = [{'stage': stage.name, 'exit_code': 0, 'seconds': 1., 'command': ''} for stage in cell.stages]
-  assert adaptation.measure(path, log, str(tmp_path / 'run'))['training'] == {
+  assert adaptation.measure(path, log)['training'] == {
       'steps': 4, 'examples': 6, 'drawn': 32, 'parameters': 4, 'trained': 3, 'share': .75, 'identical': True,
       'moved': True}
   (path / runner.LOG).write_text(json.dumps(log))
   (path / 'evaluation.json').write_text(json.dumps([_row(.5, 0)]))
-  report = results.collect('adaptation', [cell], str(tmp_path / 'run'), 'python launch/sweep.py')
+  report = results.collect('adaptation', [cell], [str(tmp_path / 'run')], 'python launch/sweep.py')
   assert report['cells'][0]['training']['examples'] == 6 and report['scores'][0]['mean'] == .5
   assert 'trains less than 2%' in report['errors'][0]
+
+
+def _adapted(run, seed, right, variant='prompts'):
+  """(cell, its examples): four answers of digits, some of them right."""
+  examples = {('digits', 'top-1'): np.array([right, np.ones(4)], np.float32)}
+  return {**_cell(variant), 'run': run, 'seed': seed, 'evaluation': [_row(np.mean(right), seed, variant)]}, examples
+
+
+def test_runs_with_experts_are_compared_with_dense_ones_by_recipe():
+  pairs = [_adapted(run, seed, right, recipe) for seed in (0, 1) for run, recipe, right in (
+      ('dense', 'prompts', (1, 0, 0, 0)), ('task', 'prompts', (1, 1, 1, 0)), ('dense', 'zero-shot', (0, 0, 0, 1)),
+      ('task', 'zero-shot', (0, 0, 0, 1)))]
+  compared = adaptation.compare(*zip(*pairs))
+  gains = {recipe: [(p['variant'], p['gain'], p['seeds']) for p in x['paired']] for recipe, x in compared.items()}
+  assert gains == {'prompts': [('task', .5, 2)], 'zero-shot': [('task', 0, 2)]}
+  cells = [cell for cell, _ in pairs]
+  text = '\n'.join(adaptation.sections({'cells': cells, 'accounts': compared}))
+  assert '| digits | prompts, task | 2 |' in text and '## prompts: against dense' in text and '0.500' in text
+  only_dense = [pair for pair in pairs if pair[0]['run'] == 'dense']
+  assert adaptation.compare(*zip(*only_dense)) == {}
+
+
+def test_scores_of_groups_of_runs_are_columns_of_their_own():
+  rows = [{**_row(v, 0), 'run': run} for run, v in (('dense', .4), ('task', .5))]
+  scores = results.summarize(rows)
+  assert [s['mean'] for s in scores] == [.4, .5]
+  lines = results.score_table(scores, ['prompts, dense', 'prompts, task'])
+  assert lines[-1] == '| digits | top-1 | 0.1 | nearest neighbor 0.900 | 0.400 ± 0.059 | 0.500 ± 0.059 |'

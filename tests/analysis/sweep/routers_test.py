@@ -88,7 +88,7 @@ def _workdir(tmp_path_factory):
 @pytest.fixture(name='report', scope='module')
 def _report(workdir):
   cells = [*_cells(workdir, 'dense', 'task', 'token', 'context'), *_cells(workdir, 'dense', 'task', seed=1)]
-  return results.collect('routers', cells, 'configs/c.py', 'python launch/sweep.py')
+  return results.collect('routers', cells, ['configs/c.py'], 'python launch/sweep.py')
 
 
 def test_every_run_is_reported_with_what_it_left(report):
@@ -130,7 +130,7 @@ def test_a_diverged_run_is_reported_and_the_others_are_compared(tmp_path):
   (tmp_path / 'token-0/evaluation.json').write_text(json.dumps([{**row, 'value': float('nan')}]))
   values = np.array([[1, np.nan, 0, 0], np.ones(4)], np.float32)
   np.savez(tmp_path / 'token-0/evaluation_examples.npz', **{'class/top-1': values})
-  report = results.collect('routers', _cells(tmp_path, 'dense', 'task', 'token'), 'c', 'p')
+  report = results.collect('routers', _cells(tmp_path, 'dense', 'task', 'token'), ['c'], 'p')
   assert report['errors'] == ['token-0: class has top-1 nan, which is left out.']
   assert [p['variant'] for p in report['account']['paired']] == ['task']
   results.write(report, tmp_path / 'out')
@@ -204,7 +204,7 @@ def test_runs_that_differ_in_more_than_their_variant_are_an_error(tmp_path, chan
   task = task._replace(fields=changes.pop('fields', ()))
   _finish(tmp_path, 'dense')
   _finish(tmp_path, 'task', **changes)
-  errors = results.collect('routers', [dense, task], 'c', 'p')['errors']
+  errors = results.collect('routers', [dense, task], ['c'], 'p')['errors']
   assert errors == [] if message is None else message in errors[0]
 
 

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from uni_moe_jax.analysis.sweep import markdown
+from uni_moe_jax.analysis.sweep import account, markdown, router_report
 from uni_moe_jax.analysis.sweep.grid import TRAIN, ZERO_SHOT
 from uni_moe_jax.analysis.sweep.runner import is_finished
 from uni_moe_jax.config.plan import make_plan
@@ -13,6 +13,7 @@ from uni_moe_jax.data import mirror, sources
 from uni_moe_jax.data.files import file_dataset_examples
 from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.pipeline import examples
+from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.train import optimizer, warm_start, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.utils import storage
@@ -21,8 +22,8 @@ PROMPTS, MAX_PROMPT_SHARE = 'prompts', 0.02  # prompt tuning trains less than th
 _CAPTION_METRIC = 'word F1'  # decides about captions: after few examples hardly any caption is an exact match
 
 
-def measure(folder: storage.Path, log: Sequence[Mapping[str, Any]], run: str) -> dict[str, Any]:
-  """What a cell trained, starting from a run. log: see `runner.read_log`.
+def measure(folder: storage.Path, log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """What a cell trained, starting from its run. log: see `runner.read_log`.
 
   Returns:
     {'training': None if the cell has not trained, else {'steps', 'examples' (distinct ones), 'drawn' (steps · batch
@@ -35,7 +36,7 @@ def measure(folder: storage.Path, log: Sequence[Mapping[str, Any]], run: str) ->
   with Checkpoints(folder, max_to_keep=None) as checkpoints:
     params, steps = checkpoints.restore_params(), checkpoints.latest()
   frozen = optimizer.frozen_paths(optimizer.match_param_groups(params, config.optim.param_groups))
-  changes = warm_start.compare_params(_run_params(run), params, frozen)
+  changes = warm_start.compare_params(_run_params(config.train.init), params, frozen)
   task = make_plan(config).tasks[0]
   records = sources.load(task.source, mirror.open_folder(config.data), task.split)
   example_ids = file_dataset_examples.example_ids if isinstance(records, FileDataset) else examples.example_ids
@@ -44,7 +45,7 @@ def measure(folder: storage.Path, log: Sequence[Mapping[str, Any]], run: str) ->
       **changes, 'share': changes['trained'] / changes['parameters']}}
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=8)
 def _run_params(run: str) -> Any:
   with Checkpoints(run, max_to_keep=None) as checkpoints:
     return checkpoints.restore_params()
@@ -64,25 +65,49 @@ def find_errors(cells: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
   # Prompt tuning must be better than zero-shot evaluation.
   by_evaluator = collections.defaultdict(lambda: collections.defaultdict(dict))
   for s in scores:
-    by_evaluator[s['task'], s['evaluator']][s['metric']][s['variant']] = s
-  for (task, evaluator), by_metric in by_evaluator.items():
+    by_evaluator[s['run'], s['task'], s['evaluator']][s['metric']][s['variant']] = s
+  for (run, task, evaluator), by_metric in by_evaluator.items():
     metric = _CAPTION_METRIC if _CAPTION_METRIC in by_metric else next(iter(by_metric))
     if {PROMPTS, ZERO_SHOT} <= by_metric[metric].keys():
       tuned, zero_shot = (by_metric[metric][variant]['mean'] for variant in (PROMPTS, ZERO_SHOT))
       if not (tuned > zero_shot if by_metric[metric][PROMPTS]['higher_is_better'] else tuned < zero_shot):
-        errors.append(f'{task}, {evaluator}: prompt tuning has {metric} {tuned:.3f}, no gain over {zero_shot:.3f} '
-                      'zero-shot.')
+        errors.append(f'{", ".join(filter(None, (run, task, evaluator)))}: prompt tuning has {metric} {tuned:.3f}, no '
+                      f'gain over {zero_shot:.3f} zero-shot.')
   return errors
+
+
+def compare(cells: Sequence[Mapping[str, Any]], examples: Sequence[account.Examples]) -> dict[str, Any]:
+  """{recipe: `account.compare` of groups of runs with dense}; {} unless dense runs and others are adapted."""
+  if not {DENSE} < {c['run'] for c in cells}:
+    return {}
+  by_recipe = collections.defaultdict(list)
+  for cell, of_cell in zip(cells, examples, strict=True):
+    unknown = {'seconds_per_step': None, 'parameters': None}
+    by_recipe[cell['variant']].append(({**cell, **unknown, 'variant': cell['run']}, of_cell))
+  return {recipe: account.compare(*zip(*pairs)) for recipe, pairs in by_recipe.items()}
+
+
+def sections(results: Mapping[str, Any]) -> list[str]:
+  """The page after its heading."""
+  lines = ['## Runs', '', *runs_table(results['cells']), '']
+  for recipe, compared in results['accounts'].items():
+    lines += [f'## {recipe}: against dense', '', *router_report.paired(compared), '']
+  return lines
+
+
+def label(row: Mapping[str, Any]) -> str:
+  """The column of a cell or score: its recipe, and which runs it adapts if there are several."""
+  return f'{row["variant"]}, {row["run"]}' if row['run'] else row['variant']
 
 
 def runs_table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
   """Lines of Markdown: what every recipe trained for every task, in how many seeds that have trained."""
   groups = collections.defaultdict(list)
   for c in cells:
-    groups[c['task'], c['variant']] += [c['training']] if c['training'] else []
+    groups[c['task'], label(c)] += [c['training']] if c['training'] else []
 
   def row(recipe: str, trained: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
-    if recipe == ZERO_SHOT:
+    if recipe.startswith(ZERO_SHOT):
       return 1, 0, 0, 0, 0, '0.00%', 'all'
     if not trained:
       return 0, *[None] * 6

@@ -37,6 +37,7 @@ class Cell(NamedTuple):
   seed: int
   stages: tuple[Stage, ...] = ()
   fields: tuple[str, ...] = ()  # 'field=value' of its config that other variants do not have
+  run: str = ''  # group of the run that a recipe adapts, such as its router, if several runs are adapted
 
 
 Grid = tuple[list[Cell], dict[str, Any]]  # cells, and the settings that all cells of a work directory have
@@ -92,35 +93,48 @@ def router_grid(
 
 
 def adaptation_grid(
-    folder: storage.Path, run: str | None, tasks: Sequence[str], recipes: Sequence[str], num_seeds: str,
+    folder: storage.Path, runs: Sequence[str], tasks: Sequence[str], recipes: Sequence[str], num_seeds: str,
     overrides: Sequence[str]) -> Grid:
-  """Adapts a trained run to every task with every recipe and seed.
+  """Adapts trained runs to every task with every recipe and seed.
 
-  Seeds, three by default, vary fastest, because cells of one task and recipe share a compiled step; a seed draws the
-  examples, their order and fresh parameters. Zero-shot evaluation has one seed. The arguments are flags of
-  uni-moe sweep.
+  Seeds vary fastest, because cells of one task and recipe share a compiled step; a seed draws the examples, their order
+  and fresh parameters. One run is adapted with three seeds by default, and evaluated zero-shot once. Of several runs
+  each is adapted with its own seed, and the part of its folder's name before that, 'dense' of dense-0, says with which
+  other runs it is averaged. The arguments are flags of uni-moe sweep.
 
   Raises:
     UsageError: no run, an unknown recipe or task, or a config that is not valid.
   """
-  if not run:
-    raise UsageError('--sweep=adaptation needs --run: the work directory of a trained run.')
+  if not any(runs):
+    raise UsageError('--sweep=adaptation needs --run: the work directory of a trained run, or several with commas.')
   if unknown := [r for r in recipes if r not in finetuning.RECIPES]:
     raise UsageError(f'--recipes={unknown[0]} is unknown; choices: {", ".join(finetuning.RECIPES)}.')
-  run, cells = str(storage.absolute(os.path.expanduser(run))), []
+  if several := len(runs) > 1:
+    if num_seeds:
+      raise UsageError(f'--num_seeds={num_seeds}: of several runs each is adapted with its own seed; remove it.')
+  runs, cells = [str(storage.absolute(os.path.expanduser(r))) for r in dict.fromkeys(runs)], []
   seeds = PerVariant('num_seeds', num_seeds, tuple(finetuning.RECIPES), 3)
+
+  def cell(run: str, task: str, recipe: str, seed: int) -> Cell:
+    config, run_name = finetuning.RECIPES[recipe].format(run=run, task=task), os.path.basename(run)
+    own, last = f'{run_name}-' if several else '', '' if several or recipe == ZERO_SHOT else f'-{seed}'
+    path = folder / f'{own}{task}-{recipe}{last}'
+    workdir_flag, config_flags = f'--workdir={path}', _config_flags(config, seed, overrides)
+    stages = (Stage(EVALUATE, (EVALUATE, *config_flags, workdir_flag)),) if recipe == ZERO_SHOT else (
+        Stage(TRAIN, (TRAIN, *config_flags, workdir_flag)), Stage(EVALUATE, (EVALUATE, workdir_flag), TRAIN))
+    return Cell(path, recipe, task, seed, stages, run=run_name.rpartition('-')[0] or run_name if several else '')
+
   for task in dict.fromkeys(tasks):
-    for name in dict.fromkeys(recipes):
-      config = finetuning.RECIPES[name].format(run=run, task=task)
-      _check(config, overrides)
-      for seed in range(1 if name == ZERO_SHOT else seeds[name]):
-        path = folder / (f'{task}-{name}' + ('' if name == ZERO_SHOT else f'-{seed}'))
-        workdir_flag, config_flags = f'--workdir={path}', _config_flags(config, seed, overrides)
-        stages = (Stage(EVALUATE, (EVALUATE, *config_flags, workdir_flag)),) if name == ZERO_SHOT else (
-            Stage(TRAIN, (TRAIN, *config_flags, workdir_flag)),
-            Stage(EVALUATE, (EVALUATE, workdir_flag), TRAIN))
-        cells.append(Cell(path, name, task, seed, stages))
-  return cells, {'sweep': ADAPTATION, 'run': run, 'step': workdir.saved_step(run), 'overrides': list(overrides)}
+    for recipe in dict.fromkeys(recipes):
+      for run in runs:
+        _check(finetuning.RECIPES[recipe].format(run=run, task=task), overrides)
+        of_run = [workdir.load_config(run).seed] if several else range(1 if recipe == ZERO_SHOT else seeds[recipe])
+        cells += [cell(run, task, recipe, seed) for seed in of_run]
+  names = [c.folder.name for c in cells]
+  if twice := [name for name in names if names.count(name) > 1]:
+    raise UsageError(f'--run={",".join(runs)}: two runs have one name, and both would be {twice[0]}; rename a folder.')
+  steps = [workdir.saved_step(run) for run in runs]
+  return cells, {'sweep': ADAPTATION, 'runs': runs, 'steps': steps, 'overrides': list(overrides)}
 
 
 def _check(config: str, overrides: Sequence[str]) -> Any:

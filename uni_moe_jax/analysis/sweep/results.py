@@ -37,16 +37,18 @@ _TITLES = {grid.ROUTERS: 'Router ablation', grid.ADAPTATION: 'Adaptation study'}
 _UPPER = 0.975  # quantile at the upper end of a 95 % interval
 
 
-def collect(sweep: str, cells: Sequence[Cell], source: str, command: str) -> dict[str, Any]:
-  """Reads the work directories of all cells. source: the config of a router sweep, or the run that is adapted.
+def collect(sweep: str, cells: Sequence[Cell], source: str | Sequence[str], command: str) -> dict[str, Any]:
+  """Reads the work directories of all cells. source: the config of a router sweep, or the runs that are adapted.
 
   Returns:
-    {'sweep', 'command', 'source', 'python', 'cores', 'config' (of the first cell that has one), 'cells': [{'name',
-    'variant', 'task', 'seed', 'status', 'exit_codes' and 'seconds' (by stage, over all attempts), 'commands' (by
+    {'sweep', 'command', 'sources', 'python', 'cores', 'config' (of the first cell that has one), 'cells': [{'name',
+    'variant', 'run', 'task', 'seed', 'status', 'exit_codes' and 'seconds' (by stage, over all attempts), 'commands' (by
     stage), 'commit', 'data' (its fingerprint), 'changed' (fields that differ from 'config'), 'evaluation' (rows of
     evaluation.json), and those of `routers.measure` or `adaptation.measure`}], 'scores': see `summarize`, 'account' of
-    a router sweep: see `account.compare`, 'errors': sentences}. Unknown values are None.
+    a router sweep: see `account.compare`, 'accounts' of an adaptation study: see `adaptation.compare`, 'errors':
+    sentences}. Unknown values are None.
   """
+  sources = [source] if isinstance(source, str) else list(source)
   if sweep == grid.ROUTERS:
     cells = sorted(cells, key=lambda c: (list(VARIANTS).index(c.variant), c.seed))
   configs = [files.read_json(c.folder / workdir.CONFIG_FILE, {}) for c in cells]
@@ -59,13 +61,13 @@ def collect(sweep: str, cells: Sequence[Cell], source: str, command: str) -> dic
     lost += [f'{cell.folder.name}: {r["evaluator"]} has {r["metric"]} {r["value"]}, which is left out.' for r in rows
              if not math.isfinite(r['value'])]
     records.append({
-        'name': cell.folder.name, 'variant': cell.variant, 'task': cell.task, 'seed': cell.seed,
-        **_history(log, {f'{cell.folder.parent}/': '', str(storage.absolute(source)): source}),
+        'name': cell.folder.name, 'variant': cell.variant, 'run': cell.run, 'task': cell.task, 'seed': cell.seed,
+        **_history(log, {f'{cell.folder.parent}/': '', **{str(storage.absolute(s)): s for s in sources}}),
         'commit': run.get('commit'), 'data': config.get('data'), 'changed': changed,
         'evaluation': [r for r in rows if math.isfinite(r['value'])],
-        **(routers.measure(cell.folder) if sweep == grid.ROUTERS else adaptation.measure(cell.folder, log, source))})
+        **(routers.measure(cell.folder) if sweep == grid.ROUTERS else adaptation.measure(cell.folder, log))})
   results = {
-      'sweep': sweep, 'command': command, 'source': source, 'python': platform.python_version(),
+      'sweep': sweep, 'command': command, 'sources': sources, 'python': platform.python_version(),
       'cores': os.cpu_count(), 'config': workdir.provenance(configured, 0)['config'] if configured else None,
       'cells': records,
       'scores': summarize([{**record, **row} for record in records for row in record['evaluation']]),
@@ -75,7 +77,9 @@ def collect(sweep: str, cells: Sequence[Cell], source: str, command: str) -> dic
     results['errors'] += routers.find_errors(cells, records, configs) + compared.pop('errors')
     return {**results, 'account': compared}
   results['errors'] += adaptation.find_errors(records, results['scores'])
-  return results
+  compared = adaptation.compare(records, [example_scores.read(c.folder) for c in cells])
+  results['errors'] += [sentence for of_recipe in compared.values() for sentence in of_recipe.pop('errors')]
+  return {**results, 'accounts': compared}
 
 
 def _history(log: Sequence[Mapping[str, Any]], paths: Mapping[str, str]) -> dict[str, Any]:
@@ -98,11 +102,11 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   n of seeds. The interval is ± sqrt((t · spread)² / n + (1.96 · error)²) with Student's t of n - 1 degrees of freedom.
 
   Returns:
-    One row per task, evaluator, metric and variant: 'mean', 'spread' (standard deviation over seeds, None for one
-    seed), 'error' (of the test examples, None if the metric has none), 'interval' (None if nothing is known), 'seeds'
-    (how many), 'chance', 'baselines', 'higher_is_better'.
+    One row per task, evaluator, metric, variant and group of runs: 'mean', 'spread' (standard deviation over seeds, None
+    for one seed), 'error' (of the test examples, None if the metric has none), 'interval' (None if nothing is known),
+    'seeds' (how many), 'chance', 'baselines', 'higher_is_better'.
   """
-  keys, groups = ('task', 'evaluator', 'metric', 'variant'), collections.defaultdict(list)
+  keys, groups = ('task', 'evaluator', 'metric', 'variant', 'run'), collections.defaultdict(list)
   for row in rows:
     groups[tuple(row[k] for k in keys)].append(row)
   scores = []
@@ -154,27 +158,27 @@ def redraw(path: storage.Path) -> str:
 def _report(results: Mapping[str, Any], captions: Mapping[str, str]) -> list[str]:
   cells, is_routers = results['cells'], results['sweep'] == grid.ROUTERS
   first = (router_report.sections(results, captions) if is_routers else
-           ['## Runs', '', *adaptation.runs_table(cells), ''])
+           adaptation.sections(results))
   seeds = sorted({c['seed'] for c in cells})
   commits = list(dict.fromkeys(c['commit'][:12] for c in cells if c['commit'])) or ['unknown']
-  source = f'{"config" if is_routers else "run"} `{results["source"]}`'
+  source = f'{"config" if is_routers else "run"} {", ".join(f"`{s}`" for s in results["sources"])}'
   return [
       f'# {_TITLES[results["sweep"]]}', '',
       f'`{results["command"]}`; {source}, seed{"s"[:len(seeds) - 1]} {", ".join(map(str, seeds))}, commit '
       f'{", ".join(commits)}, Python {results["python"]}, {results["cores"]} cores.', '',
       *(f'* {e}' for e in results['errors']), *([''] if results['errors'] else []),
       *first, '## All metrics' if is_routers else '## Evaluation', '',
-      *score_table(results['scores'], list(dict.fromkeys(c['variant'] for c in cells))), '',
+      *score_table(results['scores'], list(dict.fromkeys(map(adaptation.label, cells)))), '',
       '± 95 %: the error of the test examples, which BLEU-4 lacks, ' + (
           "and the spread of the seeds (Student's t)." if len(seeds) > 1 else
           'alone: one seed does not show how runs differ.') + ' Baselines are fitted on all training examples.']
 
 
-def score_table(scores: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list[str]:
-  """Lines of Markdown: a row per evaluator and metric with chance and baselines, a column per variant."""
+def score_table(scores: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
+  """Lines of Markdown: a row per evaluator and metric with chance and baselines, a column per `adaptation.label`."""
   by_metric = collections.defaultdict(dict)
   for s in scores:
-    by_metric[s['evaluator'], s['metric']][s['variant']] = s
+    by_metric[s['evaluator'], s['metric']][adaptation.label(s)] = s
   rows = []
   for key, by_variant in by_metric.items():
     first = next(iter(by_variant.values()))
@@ -182,5 +186,5 @@ def score_table(scores: Sequence[Mapping[str, Any]], variants: Sequence[str]) ->
         *key, None if first['chance'] is None else f'{first["chance"]:.4g}',
         ', '.join(f'{name} {value:.3f}' for name, value in first['baselines'].items()),
         *(s and f'{s["mean"]:.3f}' + ('' if s['interval'] is None else f' ± {s["interval"]:.3f}')
-          for s in map(by_variant.get, variants))])
-  return markdown.table(['evaluator', 'metric', 'chance', 'baselines', *variants], rows)
+          for s in map(by_variant.get, columns))])
+  return markdown.table(['evaluator', 'metric', 'chance', 'baselines', *columns], rows)

@@ -20,7 +20,7 @@ def sections(results: Mapping[str, Any], captions: Mapping[str, str]) -> list[st
   """The page after its heading. captions: of the figures beside it, see `router_figures.draw`."""
   cells = results['cells']
   variants = list(dict.fromkeys(c['variant'] for c in cells))
-  lines = ['## Scores', '', *_scores(results, variants), '', '## Against dense', '', *_paired(results), '']
+  lines = ['## Scores', '', *_scores(results, variants), '', '## Against dense', '', *paired(results['account']), '']
   if any(m for c in cells for m in c['interference'].values()):
     lines += ['## Interference', '', *_interference(cells, variants), '']
   if any(c['experts'] for c in cells):
@@ -74,10 +74,10 @@ def _merged(cells: Cells) -> list[str]:
           f'again: the largest |difference| / max(1, |score|) of all metrics is {difference:.1g} ({name}, {metric}).']
 
 
-def _paired(results: Mapping[str, Any]) -> list[str]:
+def paired(account_of_variants: Mapping[str, Any]) -> list[str]:
   """Wins, ties and losses of every variant, then its gain in every evaluator."""
-  summary = [v for v in results['account']['variants'] if v['variant'] != DENSE]
-  pairs = {(p['variant'], p['evaluator']): p for p in results['account']['paired']}
+  summary = [v for v in account_of_variants['variants'] if v['variant'] != DENSE]
+  pairs = {(p['variant'], p['evaluator']): p for p in account_of_variants['paired']}
   if not pairs:
     return ['Nothing to compare: dense and another variant must be evaluated with the same seed.']
   count = lambda v, end: ' / '.join(str(v[outcome + end]) for outcome in (WIN, TIE, LOSS))
@@ -100,7 +100,7 @@ def _paired(results: Mapping[str, Any]) -> list[str]:
       *markdown.table(
           ['evaluator', *names],
           [(f'{t["evaluator"]}, {t["metric"]}', *(gain(pairs.get((name, t['evaluator']))) for name in names))
-           for t in results['account']['tasks']])]
+           for t in account_of_variants['tasks']])]
 
 
 def _interference(cells: Cells, variants: Sequence[str]) -> list[str]:

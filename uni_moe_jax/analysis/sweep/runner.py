@@ -40,7 +40,7 @@ def claim(folder: storage.Path, settings: dict[str, Any], cells: Sequence[Cell])
   changed = [f'{k}: {old.get(k)!r} → {v!r}' for k, v in settings.items() if old.get(k) != v]
   for c in cells:
     before = earlier.setdefault(c.folder.name, {
-        'variant': c.variant, 'task': c.task, 'seed': c.seed, 'fields': list(c.fields)})['fields']
+        'variant': c.variant, 'task': c.task, 'seed': c.seed, 'run': c.run, 'fields': list(c.fields)})['fields']
     if before != list(c.fields):
       changed.append(f'{c.folder.name}: ' + ' → '.join(', '.join(x) or 'as the config' for x in (before, c.fields)))
   if changed:
@@ -48,7 +48,7 @@ def claim(folder: storage.Path, settings: dict[str, Any], cells: Sequence[Cell])
   storage.make_folder(folder)
   write_json(path, {**settings, 'cells': earlier})
   given = {c.folder.name: c for c in cells}
-  return [given.get(name) or Cell(folder / name, c['variant'], c['task'], c['seed'], fields=tuple(c['fields']))
+  return [given.get(name) or Cell(folder / name, c['variant'], c['task'], c['seed'], (), tuple(c['fields']), c['run'])
           for name, c in earlier.items()]
 
 
