@@ -102,9 +102,9 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   n of seeds. The interval is ± sqrt((t · spread)² / n + (1.96 · error)²) with Student's t of n - 1 degrees of freedom.
 
   Returns:
-    One row per task, evaluator, metric, variant and group of runs: 'mean', 'spread' (standard deviation over seeds, None
-    for one seed), 'error' (of the test examples, None if the metric has none), 'interval' (None if nothing is known),
-    'seeds' (how many), 'chance', 'baselines', 'higher_is_better'.
+    One row per task, evaluator, metric, variant and group of runs: 'mean', 'spread' (standard deviation over seeds,
+    None for one seed), 'error' (of the test examples, None if the metric has none), 'interval' (None if nothing is
+    known), 'seeds' (how many), 'chance', 'baselines', 'higher_is_better'.
   """
   keys, groups = ('task', 'evaluator', 'metric', 'variant', 'run'), collections.defaultdict(list)
   for row in rows:
