@@ -35,8 +35,8 @@ _OVERRIDE = flags.DEFINE_multi_string('override', [], 'Field of every config, su
 _OWN_FLAGS = {
     'routers': (
         flags.DEFINE_string('config', 'ablation', 'For routers: config with an argument router=ROUTER.'),
-        flags.DEFINE_list('variants', 'dense,modality,task,attribute,token,context', 'For routers: these, dense_wide '
-                          '(as many parameters as experts have), attribute_every_2, attribute_top_1, attribute_top_4.'),
+        flags.DEFINE_list('variants', 'dense,modality,task,attribute,token,context', 'For routers: these, dense_wide, '
+                          'attribute_every_2, attribute_top_1, attribute_top_4, token_in_4 (docs/guides/analysis.md).'),
         flags.DEFINE_list('measure', 'evaluation,interference,experts,report', 'For routers: what to do after training;'
                           ' interference is also before. merged: compares scores of the model with merged experts.'),
         flags.DEFINE_integer('num_batches', 16, 'For routers: batches per task for interference.', lower_bound=2),

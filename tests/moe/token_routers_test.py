@@ -11,6 +11,7 @@ from tests.helpers import small_model
 from uni_moe_jax.moe import dispatch, routers
 from uni_moe_jax.moe.token_routers import TokenRouter, token_noise
 from uni_moe_jax.moe.usage import Usage
+from uni_moe_jax.utils.tree_paths import by_path
 
 _KEY = jax.random.key(0)
 
@@ -23,7 +24,7 @@ def _decide(values, x, pool=None, key=None, **options):
   x = jnp.asarray(x, jnp.float32)
   B, S = x.shape[:2]
   ids, positions = jnp.arange(B, dtype=jnp.uint32), jnp.broadcast_to(jnp.arange(S), (B, S))
-  return _router(pool is not None, **options).apply({'params': values}, x, pool, key, ids, positions).output
+  return _router(pool is not None, **options).apply({'params': values}, x, None, pool, key, ids, positions).output
 
 
 _GATE = jnp.array([[math.log(2), 0., 0.], [0., 0., math.log(3)]])
@@ -43,6 +44,43 @@ def test_context_adds_the_pool_of_the_sequence_by_hand():
   choice = _decide(_CONTEXT, [[[1, 0], [0, 1]], [[1, 0], [0, 1]]], jnp.array([[1., 5.], [0., 5.]]))
   assert choice.expert.tolist() == [[[1, 0], [1, 2]], [[0, 1], [2, 0]]]
   np.testing.assert_allclose(choice.gates[0], [[3 / 4, 1 / 4], [2 / 3, 1 / 3]], rtol=1e-6)
+
+
+# The first bit chooses experts 0 and 1 with gates 3/4 and 1/4, the second one experts 2 and 1.
+_BITS = {'embed': {'kernel': jnp.array([[1., -1.], [-1., 1.], *[[0., 0.]] * 6]), 'bias': jnp.zeros(2)},
+         'norm': {'scale': jnp.ones(2), 'bias': jnp.zeros(2)},
+         'gate': jnp.array([[math.log(3), 0., -9.], [0., 0., 0.]])}
+
+
+def test_tokens_choose_among_the_experts_of_their_condition_by_hand():
+  def choose(bits):
+    ids, positions = jnp.zeros(1, jnp.uint32), jnp.arange(2)[None]
+    router = TokenRouter(False, 2, 3, 2, 0.0, experts_per_condition=2)
+    return router.apply(
+        {'params': {'gate': _GATE, 'condition': _BITS}}, jnp.array([[[1., 0.], [0., 1.]]]), bits, None, None, ids,
+        positions).output
+  first, second = choose((1, *[0] * 7)), choose((0, 1, *[0] * 6))
+  # x = (1, 0): (2, 1) times (3, 1) over 4. x = (0, 1) likes expert 2 best, which its condition does not have: (3, 1).
+  assert first.expert.tolist() == [[[0, 1], [0, 1]]]
+  np.testing.assert_allclose(first.gates, [[[6 / 7, 1 / 7], [3 / 4, 1 / 4]]], rtol=1e-4)
+  assert second.expert.tolist() == [[[2, 1], [2, 1]]]
+
+
+def test_a_condition_has_no_other_experts_in_any_layer_and_its_router_learns():
+  key, sequences = jax.random.key(0), [small_model.sequence(t, 6) for t in ('image_classification', 'text_mlm')]
+
+  def used(experts_per_condition):
+    spec = small_model.spec('token', top_k=1, experts_per_condition=experts_per_condition)
+    _, collected = small_model.run(spec, sequences, key, taps=True, all_rows=True)
+    last = collected['tail'][0]['token_routing']['mlp']
+    return [len(np.unique(routing.expert)) for sequence in last for routing in sequence]
+
+  assert max(used(2)) <= 2 < min(used(0))
+  spec = small_model.spec('token', experts_per_condition=3)
+  loss = lambda values: sum((x**2).sum() for x in small_model.encode(spec, sequences, values=values, key=key)[0])
+  gradient = jax.jit(jax.grad(loss))(small_model.params(spec))
+  norms = {path: float(jnp.abs(x).max()) for path, x in by_path(gradient).items() if '/condition/' in path}
+  assert len(norms) == 5 * 2 * 2 and min(norms.values()) > 1e-6, norms  # of two routers, scanned and in the tail
 
 
 def _pool(*arrays, valid=None):

@@ -132,6 +132,8 @@ class MoeConfig:
   placement: str | tuple[int, ...] = field('all', 'Layers with experts: all, every_2 (0, 2, 4, …), every_4, none, or a '
                                            'tuple of layer indices.', choices=('all', 'every_2', 'every_4', 'none'))
   sublayers: tuple[str, ...] = field(SUBLAYERS, 'Sublayers whose projections have experts.', choices=SUBLAYERS)
+  experts_per_condition: int = field(0, 'Token routers: tokens are routed among this many experts, chosen by attribute '
+                                     'bits; 0: among all.', at_least=0, off=0)
   capacity_factor: float = field(0.0, 'Token routers: in training, an expert takes ⌈factor · K · tokens / E⌉ tokens of '
                                  'an array.', at_least=0, off=0)
   gmm: str = field('auto', 'Grouped matrix multiplication of token routers: auto (by device), xla (as auto, but '

@@ -10,7 +10,8 @@ from uni_moe_jax.config.task_schema import TaskConfig
 from uni_moe_jax.tasks.router_names import DENSE, DISPATCHED
 from uni_moe_jax.tasks.task_types import TaskType
 
-_TOKEN_ROUTER_FIELDS = ('capacity_factor', 'balance_loss_weight', 'importance_loss_weight', 'z_loss_weight')
+_TOKEN_ROUTER_FIELDS = (
+    'experts_per_condition', 'capacity_factor', 'balance_loss_weight', 'importance_loss_weight', 'z_loss_weight')
 
 
 def check_sections(c: Config) -> None:
@@ -63,6 +64,9 @@ def _check_moe(c: Config) -> None:
             f"moe.{name}={value} needs config.moe.router='token' or 'context'; kernels of {moe.router!r} merge. Set it "
             'to 0.')
   fail_if(moe.top_k > moe.num_experts, f'moe.top_k={moe.top_k} must be in 1…config.moe.num_experts={moe.num_experts}.')
+  fail_if(moe.experts_per_condition and not moe.top_k <= moe.experts_per_condition <= moe.num_experts,
+          f'moe.experts_per_condition={moe.experts_per_condition} must be in config.moe.top_k={moe.top_k}…config.moe.'
+          f'num_experts={moe.num_experts}, or 0 for all.')
   fail_if(isinstance(moe.placement, tuple) and any(not 0 <= i <= last for i in moe.placement),
           f'moe.placement={moe.placement} has an index outside 0…{last}.')
 

@@ -64,7 +64,8 @@ class Sublayer(nn.Module):
       return None
     sizes = spec.width, spec.num_experts, spec.top_k, spec.noise_std
     if routers.routes_tokens(spec.router):
-      return TokenRouter(spec.router == 'context', *sizes, spec.capacity_factor, spec.gmm, self.mesh, name=name)
+      return TokenRouter(spec.router == 'context', *sizes, spec.capacity_factor, spec.gmm, self.mesh,
+                         spec.experts_per_condition, name=name)
     return ConditionRouter(spec.router, *sizes, spec.router_names, name=name)
 
   def make_projection(self, in_axes: dict[str, int], out_axes: dict[str, int], init: Callable) -> MoeDense:
@@ -99,7 +100,7 @@ class Sublayer(nn.Module):
       pool: dict[str, jax.Array], context: Context) -> Routing:
     """The routing of one segment [B, S, D]; merged, pool: see the methods above; tokens: see `TokenRouter`."""
     if merged is None:
-      return self.router(x, pool.get(self.SUBLAYER), self._noise_key(context), **tokens)
+      return self.router(x, condition.bits, pool.get(self.SUBLAYER), self._noise_key(context), **tokens)
     if not self.has_experts:
       return merged
     kernel = self.spec.kernel_of(condition) if self.spec.kernels else self._condition_index(condition, context)

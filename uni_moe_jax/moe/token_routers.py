@@ -2,6 +2,10 @@
 
 token: logits = W x. context: logits = W x + W_c pool, where the pool is a softmax average, by a learned query, of the
 tokens that every token of the sequence may see. x is the input of the projection itself, after the block's norm.
+
+With `experts_per_condition` P, an attribute router first keeps P experts for the condition of a segment. Its tokens are
+routed among these, with logits + log g, where g are the condition's gates: the gates of a token are proportional to the
+product of both.
 """
 
 import flax.linen as nn
@@ -12,9 +16,11 @@ from jax.sharding import Mesh
 from uni_moe_jax.moe import expert_parallel
 from uni_moe_jax.moe.layers import param
 from uni_moe_jax.moe.precision import EXACT
+from uni_moe_jax.moe.routers import ConditionRouter, RouterInput
 from uni_moe_jax.moe.routing import DispatchRouting
 
 _QUERY_STD = 0.02
+_NEVER = -1e9  # added to logits of experts that a condition does not use; -inf would have no gradient
 
 
 def token_noise(key: jax.Array, ids: jax.Array, positions: jax.Array, num_experts: int, noise_std: float) -> jax.Array:
@@ -35,6 +41,7 @@ class TokenRouter(nn.Module):
   capacity_factor: float = 0.0  # of training, 0: exact routing. Evaluation is exact: capacity is a means of training.
   backend: str = 'auto'  # of the grouped matmul, see `gmm.py`
   mesh: Mesh | None = None
+  experts_per_condition: int = 0  # 0: all
 
   def setup(self):
     axes, init = {'embed': self.width, 'gate_experts': self.num_experts}, nn.initializers.xavier_uniform()
@@ -42,6 +49,8 @@ class TokenRouter(nn.Module):
     if self.context:
       self.context_gate = param(self, 'context_gate', init, axes)
       self.query = param(self, 'query', nn.initializers.normal(_QUERY_STD), {'embed': self.width})
+    if self.experts_per_condition:
+      self.condition = ConditionRouter('attribute', self.width, self.num_experts, self.experts_per_condition, 0.0)
 
   def pool(self, segments: tuple[jax.Array, ...], valid: tuple[jax.Array | None, ...]) -> jax.Array:
     """f32 [B, D]: Σ softmax(query · x) x over the tokens of all segments f32 [B, S, D] that are valid (None: all)."""
@@ -60,16 +69,20 @@ class TokenRouter(nn.Module):
     return total
 
   def __call__(
-      self, x: jax.Array, pool: jax.Array | None, noise_key: jax.Array | None, ids: jax.Array, positions: jax.Array,
-      valid: jax.Array | None = None, groups: int = 1) -> DispatchRouting:
+      self, x: jax.Array, bits: RouterInput, pool: jax.Array | None, noise_key: jax.Array | None, ids: jax.Array,
+      positions: jax.Array, valid: jax.Array | None = None, groups: int = 1) -> DispatchRouting:
     """Routes the tokens x, f32 [B, S, D], of a segment; without a noise key (evaluation) no noise and no capacity.
 
     Args:
-      pool: [B, D], for a context router. ids, positions: see `token_noise`. valid, groups: see `dispatch.make_plan`.
+      bits: of the condition of all these tokens. pool: [B, D], for a context router. ids, positions: see
+        `token_noise`. valid, groups: see `dispatch.make_plan`.
     """
     logits = jnp.matmul(x, self.gate, precision=EXACT)
     if self.context:
       logits = logits + jnp.matmul(pool, self.context_gate, precision=EXACT)[:, None]
+    if self.experts_per_condition:
+      gates = self.condition((bits,), None).coef[None]  # [1, 1, E]
+      logits = logits + jnp.where(gates > 0, jnp.log(jnp.maximum(gates, 1e-20)), _NEVER)
     if noise_key is not None and self.noise_std > 0:
       logits = logits + token_noise(noise_key, ids, positions, self.num_experts, self.noise_std)
     output = expert_parallel.route(logits, self.top_k, self.mesh)

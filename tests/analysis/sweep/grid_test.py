@@ -88,9 +88,10 @@ def test_measurements_can_be_left_out():
 
 
 def test_variants_are_a_router_with_other_fields_of_any_config_that_takes_one():
-  names = ['attribute_every_2', 'attribute_top_1', 'attribute_top_4']
+  names = ['attribute_every_2', 'attribute_top_1', 'attribute_top_4', 'token_in_4']
   cells, _ = grid.router_grid(_OUT, 'pretrain:size=tiny', names, grid.MEASURES, 8, '', '', [])
-  assert [c.fields for c in cells] == [('moe.placement=every_2',), ('moe.top_k=1',), ('moe.top_k=4',)]
+  assert [c.fields for c in cells] == [
+      ('moe.placement=every_2',), ('moe.top_k=1',), ('moe.top_k=4',), ('moe.experts_per_condition=4',)]
   assert _commands(cells[0])['train'] == (
       'train', '--config=pretrain:size=tiny,router=attribute', '--config.seed=0', '--config.moe.placement=every_2',
       f'--workdir={_OUT}/attribute_every_2-0')

@@ -47,6 +47,7 @@ VARIANTS = {
     'attribute_every_2': Variant('attribute', _with('moe.placement=every_2')),
     'attribute_top_1': Variant('attribute', _with('moe.top_k=1')),
     'attribute_top_4': Variant('attribute', _with('moe.top_k=4')),
+    'token_in_4': Variant('token', _with('moe.experts_per_condition=4')),
 } | {router: Variant(router) for router in ROUTERS}  # the order of tables
 
 
