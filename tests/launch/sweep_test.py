@@ -171,7 +171,7 @@ def test_a_failed_recipe_is_reported_and_a_rerun_repeats_no_finished_cell(root, 
 
   _save(root / 'run', 3, step=4)
   assert in_process.run(*command) == 2
-  assert 'step: 2 → 4' in capfd.readouterr().err  # cells of two checkpoints cannot be compared
+  assert 'steps: [2] → [4]' in capfd.readouterr().err  # cells of two checkpoints cannot be compared
 
 
 @pytest.mark.parametrize('command, send', [
