@@ -1,6 +1,6 @@
 """Train and evaluate a grid of runs, and compare them.
 
-  uni-moe sweep --sweep=routers --workdir=runs/routers                                # 2 h 20 min on two CPU cores
+  uni-moe sweep --sweep=routers --workdir=runs/routers
   uni-moe sweep --sweep=routers --workdir=runs/routers --variants=dense,dense_wide --num_seeds=3,dense=5  # more runs
   uni-moe sweep --sweep=adaptation --run=runs/quickstart --workdir=runs/adaptation
   uni-moe sweep --redraw=runs/routers/results/results.json                            # the page and figures beside it
