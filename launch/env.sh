@@ -129,14 +129,13 @@ PY
 # pip_install -c FILE WHAT...: by uv, which needs a third of pip's time, or by pip where uv cannot. On Python 3.12, for
 # which nothing is pinned, falls back to inexact versions.
 pip_install() {
-  local pip=("$python" -m pip install --quiet --disable-pip-version-check) sources
+  local pip=("$python" -m pip install --quiet --disable-pip-version-check) sources code=0
   # uv does not read pip's settings: it gets what they say about where packages are.
   mapfile -t sources < <("$python" -m pip config list 2>/dev/null |
     sed -nE "s/^[^=]*\\.(index-url|extra-index-url|find-links)='(.*)'$/--\\1=\\2/p")
-  if "${pip[@]}" -c "$2" uv 2>/dev/null &&
-    "$python" -m uv pip install --quiet --python "$python" --compile-bytecode "${sources[@]}" "$@"; then
-    return
-  fi
+  { "${pip[@]}" -c "$2" uv 2>/dev/null &&
+    "$python" -m uv pip install --quiet --python "$python" --compile-bytecode "${sources[@]}" "$@"; } || code=$?
+  if ((code == 0 || code > 128)); then return "$code"; fi  # over 128: a signal, such as Ctrl-C
   echo 'uv did not install them, trying pip.'
   "${pip[@]}" "$@" && return
   "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || return 1

@@ -53,6 +53,11 @@ def test_pip_installs_where_uv_cannot(install, failure, num_commands):
   assert len(commands) == num_commands
 
 
+def test_nothing_is_installed_after_ctrl_c(install):
+  code, output, commands = install(UV_FAILS='130')
+  assert (code, output) == (130, '') and commands[-1].startswith('-m uv')
+
+
 def test_a_failed_installation_is_a_failure(install):
   code, _, commands = install(UV_FAILS='1', PIP_FAILS='1')
   assert code == 1 and len(commands) == 5
