@@ -5,8 +5,8 @@
   uni-moe train --config=ablation:router=dense --workdir=runs/dense
 
 Arguments: router=attribute (default), task, modality, token, context or dense; split=test (default), or validation, for
-choices that must not see the test examples. docs/results/routers has the scores of all variants, and how width, steps
-and learning rate were chosen.
+choices that must not see the test examples. docs/guides/analysis.md says how the learning rate was chosen. The scores
+in docs/results/routers are of an earlier config, of version 0.1.
 """
 
 import ml_collections

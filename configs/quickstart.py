@@ -1,4 +1,4 @@
-"""Joint training of the embedded tasks with the attribute router: nine minutes on two CPU cores.
+"""Joint training of the embedded tasks with the attribute router: about ten minutes on two CPU cores.
 
   uni-moe prepare-data
   uni-moe train --config=quickstart --workdir=runs/quickstart
