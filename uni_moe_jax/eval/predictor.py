@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from uni_moe_jax.config.plan import SetSpec, TaskSpec
+from uni_moe_jax.config.plan import Plan, SetSpec, TaskSpec
+from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.pipeline.target_sets import TargetSet
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.eval.batches import Fields
@@ -47,6 +48,12 @@ class Predictor:
     self._model, self._params, self._sets, self._tokenizer = model, params, sets, tokenizer
     self._features: dict[str, jax.Array] = {}
     self._tries: dict[str, Trie] = {}
+
+  @classmethod
+  def of(cls, model: UniPerceiver, params, plan: Plan, data: Data) -> 'Predictor':
+    """A predictor with every target set of a plan."""
+    specs = (*plan.sets, *plan.probe_sets, *plan.answer_sets)
+    return cls(model, params, {s.name: (s, data.target_sets[s.name]) for s in specs}, data.tokenizer)
 
   @property
   def mesh(self) -> Mesh | None:

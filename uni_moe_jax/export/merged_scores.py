@@ -37,8 +37,7 @@ def evaluate(
     raise UsageError('--merged evaluates in one process: run it once, without --distributed.')
   folder, rows = storage.path(workdir), files.read_json(storage.path(workdir) / suite.EVALUATION_FILE)
   spec, params = merged(spec, params, conditions)
-  sets = {s.name: (s, data.target_sets[s.name]) for s in (*plan.sets, *plan.probe_sets, *plan.answer_sets)}
-  predictor = Predictor(UniPerceiver(spec), params, sets, data.tokenizer)
+  predictor = Predictor.of(UniPerceiver(spec), params, plan, data)
   storage.make_folder(folder / FOLDER)
   difference, metric = largest_difference(
       suite.evaluate(plan, data, predictor, rows[0]['step'], folder / FOLDER), rows)

@@ -160,9 +160,7 @@ def predictor(run: Run, checkpoints: Checkpoints, step: int | None = None) -> tu
 
 def new_predictor(run: Run, params: Any) -> Predictor:
   """A predictor with these parameters and every target set."""
-  specs = (*run.plan.sets, *run.plan.probe_sets, *run.plan.answer_sets)
-  sets = {s.name: (s, run.data.target_sets[s.name]) for s in specs}
-  return Predictor(run.spec.model, params, sets, run.data.tokenizer)
+  return Predictor.of(run.spec.model, params, run.plan, run.data)
 
 
 def load_init_params(run: Run) -> Any:

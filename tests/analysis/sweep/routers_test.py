@@ -189,9 +189,10 @@ def test_everything_is_drawn_again_from_the_json_alone(report, workdir, tmp_path
   assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in (workdir / 'written').iterdir())
   with pytest.raises(ValueError, match='--redraw=.*none.json: the file does not exist'):
     results.redraw(tmp_path / 'none.json')
-  (tmp_path / 'old.json').write_text('{"sweep": "routers"}')
-  with pytest.raises(ValueError, match='an older version wrote it'):
-    results.redraw(tmp_path / 'old.json')
+  for sweep in ('routers', 'adaptation'):
+    (tmp_path / 'old.json').write_text(json.dumps({'sweep': sweep, 'source': 'x', 'cells': []}))
+    with pytest.raises(ValueError, match='an older version wrote it'):
+      results.redraw(tmp_path / 'old.json')
 
 
 @pytest.mark.parametrize('changes, message', [

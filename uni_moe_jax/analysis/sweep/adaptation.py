@@ -104,11 +104,12 @@ def runs_table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
   """Lines of Markdown: what every recipe trained for every task, in how many seeds that have trained."""
   groups = collections.defaultdict(list)
   for c in cells:
-    groups[c['task'], label(c)] += [c['training']] if c['training'] else []
+    groups[c['task'], label(c)].append(c)
 
-  def row(recipe: str, trained: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
-    if recipe.startswith(ZERO_SHOT):
-      return 1, 0, 0, 0, 0, '0.00%', 'all'
+  def row(cells: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+    if cells[0]['variant'] == ZERO_SHOT:
+      return len(cells), 0, 0, 0, 0, '0.00%', 'all'
+    trained = [c['training'] for c in cells if c['training']]
     if not trained:
       return 0, *[None] * 6
     t, identical = trained[0], all(t['identical'] for t in trained)
@@ -117,4 +118,4 @@ def runs_table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
   return markdown.table(
       ['task', 'recipe', 'seeds', 'steps', 'examples', 'drawn', 'trained', 'share', 'frozen parameters'],
-      [(task, recipe, *row(recipe, trained)) for (task, recipe), trained in groups.items()])
+      [(task, recipe, *row(of_group)) for (task, recipe), of_group in groups.items()])

@@ -109,10 +109,10 @@ def adaptation_grid(
     raise UsageError('--sweep=adaptation needs --run: the work directory of a trained run, or several with commas.')
   if unknown := [r for r in recipes if r not in finetuning.RECIPES]:
     raise UsageError(f'--recipes={unknown[0]} is unknown; choices: {", ".join(finetuning.RECIPES)}.')
-  if several := len(runs) > 1:
-    if num_seeds:
-      raise UsageError(f'--num_seeds={num_seeds}: of several runs each is adapted with its own seed; remove it.')
   runs, cells = [str(storage.absolute(os.path.expanduser(r))) for r in dict.fromkeys(runs)], []
+  several = len(runs) > 1
+  if several and num_seeds:
+    raise UsageError(f'--num_seeds={num_seeds}: of several runs each is adapted with its own seed; remove it.')
   seeds = PerVariant('num_seeds', num_seeds, tuple(finetuning.RECIPES), 3)
 
   def cell(run: str, task: str, recipe: str, seed: int) -> Cell:
