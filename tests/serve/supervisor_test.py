@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import threading
+import time
 
 import pytest
 
@@ -123,6 +125,28 @@ def test_workers_that_die_while_they_compile_are_replaced_more_and_more_slowly_i
       await asyncio.sleep(0.01)
     assert started._backoff == 2 and not started.ready and not started.failure.done()
   _run(check, str(tmp_path / 'warm'))
+
+
+def test_a_service_that_closes_while_it_starts_another_worker_ends_that_too(monkeypatch):
+  async def check(started):
+    await started.start()
+    assert await _send(started, 'a') == ['a']
+    start, first, entered, children = started._context.Process.start, started.pid, threading.Event(), []
+
+    def start_slowly(process):
+      entered.set()
+      time.sleep(0.3)
+      start(process)
+      children.append(process)
+
+    monkeypatch.setattr(started._context.Process, 'start', start_slowly)
+    os.kill(first, signal.SIGKILL)
+    assert await asyncio.to_thread(entered.wait, 10) and not children
+    await started.close()
+    assert children[0].pid != first
+    children[0].join(10)
+    assert children[0].exitcode == -signal.SIGKILL
+  _run(check)
 
 
 @pytest.mark.parametrize('folder, message', [('broken', 'the folder is broken'), ('dead', 'ended with exit code 3')])

@@ -55,12 +55,21 @@ class Supervisor:
   async def start(self) -> None:
     """Starts the worker and waits until it has loaded the model, which it then compiles. Raises RunError: it cannot."""
     loop, loaded = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
-    self._connection, theirs = self._context.Pipe()
     self.sizes, self._warm = {}, False
-    self._process = self._context.Process(
+    connection, theirs = self._context.Pipe()
+    process = self._context.Process(
         target=worker_lib.main, args=(theirs, self._folder, self._limits, self._cache), daemon=True)
-    await loop.run_in_executor(None, self._process.start)
-    theirs.close()
+    started = loop.run_in_executor(None, process.start)
+    try:
+      await asyncio.shield(started)
+    except asyncio.CancelledError:
+      await started  # a thread cannot be stopped, and nobody else would end what it starts
+      process.kill()
+      connection.close()
+      raise
+    finally:
+      theirs.close()
+    self._process, self._connection = process, connection
     self._receiver = threading.Thread(
         target=self._receive, args=(loop, self._process, self._connection, loaded), daemon=True)
     self._receiver.start()
@@ -97,6 +106,7 @@ class Supervisor:
     self._closing = True
     if self._restarting:
       self._restarting.cancel()
+      await asyncio.wait([self._restarting])
     self._idle.clear()
     if self._receiver:
       self._process.kill()
