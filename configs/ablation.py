@@ -39,5 +39,5 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     for evaluator in c.evaluators.values():
       evaluator.split, evaluator.num_examples = a.split, min(evaluator.num_examples, _VALIDATION_NAMES)
   c.optim.update(dict(name='muon', learning_rate=8e-3, warmup_steps=60))
-  c.train.update(dict(steps=800, log_every=20, checkpoint_every=200))
+  c.train.update(dict(steps=800, log_every=20, checkpoint_every=200, keep_every=200))  # interference over training
   return c
