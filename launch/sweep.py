@@ -38,7 +38,7 @@ _OWN_FLAGS = {
         flags.DEFINE_list('variants', 'dense,modality,task,attribute,token,context', 'For routers: these, dense_wide, '
                           'attribute_every_2, attribute_top_1, attribute_top_4, token_in_4 (docs/guides/analysis.md).'),
         flags.DEFINE_list('measure', 'evaluation,interference,experts,report', 'For routers: what to do after training;'
-                          ' interference is also before. merged: compares scores of the model with merged experts.'),
+                          ' interference is also before; along: at kept checkpoints; merged: scores of merged models.'),
         flags.DEFINE_integer('num_batches', 16, 'For routers: batches per task for interference.', lower_bound=2),
         flags.DEFINE_string('steps', '', "For routers: train.steps, the config's by default, as in 600,token=214.")),
     'adaptation': (

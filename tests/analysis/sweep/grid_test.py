@@ -16,9 +16,10 @@ from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 _OUT = pathlib.Path('out')
+_MEASURES = tuple(m for m in grid.MEASURES if m != 'along')
 
 
-def _router_cells(variants, num_seeds, steps='', measures=grid.MEASURES):
+def _router_cells(variants, num_seeds, steps='', measures=_MEASURES):
   cells, settings = grid.router_grid(
       _OUT, 'ablation', variants, measures, 8, steps, num_seeds, ['train.steps=99'])
   assert settings == {
@@ -80,6 +81,16 @@ def test_seeds_and_steps_have_a_default_and_exceptions():
   assert [(c.folder.name, c.fields) for c in by_exception] == [('task-0', ()), ('token-0', ('train.steps=20',))]
 
 
+def test_interference_is_measured_at_the_checkpoints_that_are_kept_before_the_last():
+  overrides = ['train.steps=600', 'train.keep_every=200']
+  [cell], _ = grid.router_grid(_OUT, 'ablation', ['token'], ['along'], 8, '', '', overrides)
+  assert {s.name: s.command[1:] for s in cell.stages[2:]} == {
+      f'interference at step {n}': ('--workdir=out/token-0', f'--step={n}', '--num_batches=8') for n in (200, 400)}
+  for without in ('train.keep_every=0', 'train.keep_every=600'):
+    with pytest.raises(UsageError, match='--measure=along needs checkpoints between .*: set train.keep_every below'):
+      grid.router_grid(_OUT, 'ablation', ['token'], ['along'], 8, '', '', [overrides[0], without])
+
+
 def test_measurements_can_be_left_out():
   [cell] = _router_cells(['token'], '1', measures=['evaluation'])
   assert [s.name for s in cell.stages] == ['compile', 'train', 'evaluate']
@@ -89,7 +100,7 @@ def test_measurements_can_be_left_out():
 
 def test_variants_are_a_router_with_other_fields_of_any_config_that_takes_one():
   names = ['attribute_every_2', 'attribute_top_1', 'attribute_top_4', 'token_in_4']
-  cells, _ = grid.router_grid(_OUT, 'pretrain:size=tiny', names, grid.MEASURES, 8, '', '', [])
+  cells, _ = grid.router_grid(_OUT, 'pretrain:size=tiny', names, _MEASURES, 8, '', '', [])
   assert [c.fields for c in cells] == [
       ('moe.placement=every_2',), ('moe.top_k=1',), ('moe.top_k=4',), ('moe.experts_per_condition=4',)]
   assert _commands(cells[0])['train'] == (

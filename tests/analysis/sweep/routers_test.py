@@ -64,7 +64,8 @@ def _finish(workdir, variant, steps=6, data='print', seed=0, right=(1, 0, 0, 0),
       runner.LOG: [_attempt('train', 75, 2.5), *(_attempt(s.name, command=command) for s in cell.stages)],
       'evaluation.json': [row], 'run.json': {
           'parameters': {'total': 3200, 'active': 1600}, 'seed': 0, 'commit': 'c' * 40},
-      'interference_init.json': _interference(1, 'init'), 'interference.json': _interference(sign, 'step 6')}
+      'interference_init.json': _interference(1, 'init'), 'interference_step_4.json': _interference(sign, 'step 4'),
+      'interference.json': _interference(sign, 'step 6')}
   if variant != 'dense':
     contents['experts.json'] = _experts()
     contents['merged.json'] = {'largest_difference': 10**(seed - 7), 'metric': 'class, top-1'}
@@ -160,8 +161,8 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
   out = workdir / results.FOLDER
   text = results.write(report, out)
   assert sorted(p.name for p in out.iterdir()) == [
-      'curves.png', 'experts_task.png', 'interference_dense.png', 'interference_task.png', 'results.json', 'results.md',
-      'scores.png']
+      'curves.png', 'experts_task.png', 'interference.png', 'interference_dense.png', 'interference_task.png',
+      'results.json', 'results.md', 'scores.png']
   assert (out / 'results.md').read_text() == text + '\n'
   for line in (
       '# Router ablation', '| variant | class, top-1 | average | s / step | parameters | active | seeds |',
@@ -171,14 +172,18 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
       'Equal time: `--steps=6,task=6`', '| task | 0 / 1 / 0 | 0 / 1 / 0 |', '| class, top-1 | 0.250 (',
       '| evaluator | metric | chance | baselines | dense | task | token | context |',
       '| class | top-1 | 0.1 | neighbor 0.700 | 0.500 ± 0.196 | 0.500 ± 0.196 |  |  |',
-      '| task | 0.25 (0.15 … 0.35) | 0.00 (0.00 … 1.00) | 0.25 (0.15 … 0.35) | 0.00 (0.00 … 1.00) |',
-      '| token |  |  |  |  |', '| variant | attention experts | mlp experts | overlap |',
+      '| mean of pairs at | init | step 4 | final |',
+      '| dense | 0.25 (0.15 … 0.35) | -0.25 (-0.35 … -0.15) | -0.25 (-0.35 … -0.15) |',
+      '| dense | 0.00 (0.00 … 1.00) | 1.00 (0.00 … 1.00) | 1.00 (0.00 … 1.00) |', '| token |  |  |  |',
+      '| variant | attention experts | mlp experts | overlap |',
       '| task | 1.75 | 2.00 | 0.25 |',
       # A step on motion hurts names in dense; the row of motion has no base.
-      '| a step on | for | dense | task | token | context |', '| motion | names | -0.25 (2/2) | 0.25 (0/2) |  |  |',
+      '| at | a step on | for | dense | task | token | context |',
+      '| step 4 | motion | names | -0.25 (2/2) | 0.25 (0/2) |  |  |',
+      '| final | motion | names | -0.25 (2/2) | 0.25 (0/2) |  |  |',
       '![experts by condition, task-0](experts_task.png)', 'seeds 0, 1, commit cccccccccccc,'):
     assert line in text, line
-  assert text.count('(2/2)') == 1
+  assert text.count('(2/2)') == 2
   assert str(workdir) not in text + (out / 'results.json').read_text()
 
 
@@ -209,6 +214,21 @@ def test_runs_that_differ_in_more_than_their_variant_are_an_error(tmp_path, chan
   assert errors == [] if message is None else message in errors[0]
 
 
+def test_interference_over_training_is_in_the_order_of_steps_and_averaged_over_the_seeds_that_have_it():
+  def cell(**values):
+    none = dict.fromkeys(('value', 'low', 'high'))
+    subset = lambda x: dict.fromkeys(('mean_of_pairs', 'negative_share'), none if x is None else dict.fromkeys(none, x))
+    measured = {k.replace('_', ' '): {'subset': subset(x)} for k, x in values.items()}
+    return {'variant': 'dense', 'interference': measured}
+
+  cells = [cell(final=1., step_1000=.5, step_200=.25, init=None), cell(final=3.)]
+  cells += [{'variant': 'task', 'interference': {}}]
+  assert routers.checkpoints(cells) == ['init', 'step 200', 'step 1000', 'final']
+  means = routers.mean_interference(cells, 'dense')  # no row has a base at init
+  assert {k: m['mean_of_pairs']['low'] for k, m in means.items()} == {'step 200': .25, 'step 1000': .5, 'final': 2.}
+  assert routers.mean_interference(cells, 'task') == {}
+
+
 def test_pairs_conflict_if_most_seeds_of_dense_are_certainly_below_0_with_a_base():
   def cell(variant, value, high, own_low=.1):
     """A run in which a step on b has I = value for a; the interval of a's own effect begins at own_low."""
@@ -218,7 +238,7 @@ def test_pairs_conflict_if_most_seeds_of_dense_are_certainly_below_0_with_a_base
 
   def conflicts(*dense):
     others = [cell('task', .2, .3), cell('task', -.4, -.3), cell('task', .9, 1, own_low=-.1)]
-    return router_report._conflicts([*dense, *others], ['dense', 'task', 'token'])
+    return router_report._conflicts([*dense, *others], ['dense', 'task', 'token'], 'final')
 
   certain, uncertain, without_base = cell('dense', -.2, -.1), cell('dense', -.2, .1), cell('dense', -.8, -.1, -.1)
   # Of task, the third run has no base: the mean of .2 and -.4, of which one of three runs is certainly below 0.

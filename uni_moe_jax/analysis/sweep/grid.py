@@ -8,6 +8,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import ml_collections
+
 from uni_moe_jax.analysis.sweep.variants import VARIANTS, PerVariant
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.tasks.router_names import DENSE, MERGED
@@ -19,7 +21,7 @@ from uni_moe_jax.utils.suggest import nearest
 ROUTERS, ADAPTATION = 'routers', 'adaptation'  # the sweeps
 TRAIN, EVALUATE = 'train', 'evaluate'  # stages
 ZERO_SHOT = 'zero-shot'  # the recipe that trains nothing
-MEASURES = ('evaluation', 'interference', 'experts', 'report', 'merged')  # of a trained cell of a router sweep
+MEASURES = ('evaluation', 'interference', 'along', 'experts', 'report', 'merged')  # of a trained cell of a router sweep
 
 
 class Stage(NamedTuple):
@@ -68,24 +70,30 @@ def router_grid(
     with_router = f'{config}{"," if ":" in config else ":"}router={router}'
     own = fields(cli.config_from(with_router, overrides))
     own += (f'train.steps={steps_of[name]}',) if steps_of[name] else ()
-    configs[name] = with_router, own, _check(with_router, (*overrides, *own)).moe.router
+    parsed = _check(with_router, (*overrides, *own))
+    if 'along' in measures and not _kept(parsed.train):
+      raise UsageError('--measure=along needs checkpoints between the first step and the last: set train.keep_every '
+                       f'below train.steps={parsed.train.steps}, as in --override=train.keep_every=200.')
+    configs[name] = with_router, own, parsed.moe.router, _kept(parsed.train)
 
   def cell(name: str, seed: int) -> Cell:
-    (with_router, own, router), path = configs[name], folder / f'{name}-{seed}'
+    (with_router, own, router, kept), path = configs[name], folder / f'{name}-{seed}'
     workdir_flag, config_flags = f'--workdir={path}', _config_flags(with_router, seed, (*overrides, *own))
     measured = {
-        'evaluation': Stage(EVALUATE, (EVALUATE, workdir_flag), TRAIN),
-        'interference': Stage('interference', ('interference', workdir_flag, batches), TRAIN),
-        'experts': None if router == DENSE else Stage('experts', ('experts', workdir_flag), TRAIN),
-        'report': Stage('report', ('report', workdir_flag), TRAIN),
-        'merged': Stage('merged', (EVALUATE, workdir_flag, '--merged'), EVALUATE) if router in MERGED else None}
+        'evaluation': [Stage(EVALUATE, (EVALUATE, workdir_flag), TRAIN)],
+        'interference': [Stage('interference', ('interference', workdir_flag, batches), TRAIN)],
+        'along': [Stage(f'interference at step {s}', ('interference', workdir_flag, f'--step={s}', batches), TRAIN)
+                  for s in kept],
+        'experts': [Stage('experts', ('experts', workdir_flag), TRAIN)] if router != DENSE else [],
+        'report': [Stage('report', ('report', workdir_flag), TRAIN)],
+        'merged': [Stage('merged', (EVALUATE, workdir_flag, '--merged'), EVALUATE)] if router in MERGED else []}
     at_init = Stage('interference at init', ('interference', '--at_init', *config_flags, workdir_flag, batches))
     return Cell(path, name, '', seed, (
         *([at_init] if 'interference' in measures else []),
         # A process that has compiled trains more slowly, see `train.loop.compile_steps`.
         Stage('compile', (TRAIN, *config_flags, workdir_flag, '--compile_only')),
         Stage(TRAIN, (TRAIN, *config_flags, workdir_flag)),
-        *(stage for measure, stage in measured.items() if stage and measure in measures)), own)
+        *(stage for measure, stages in measured.items() if measure in measures for stage in stages)), own)
 
   cells = [cell(name, seed) for seed in range(max(seeds[name] for name in configs)) for name in configs
            if seed < seeds[name]]
@@ -141,6 +149,11 @@ def _check(config: str, overrides: Sequence[str]) -> Any:
   parsed = cli.config_from(config, overrides)
   make_plan(parsed)
   return parsed
+
+
+def _kept(train: ml_collections.ConfigDict) -> range:
+  """Steps of the checkpoints that a run keeps before its last one."""
+  return range(train.keep_every, train.steps, train.keep_every) if train.keep_every else range(0)
 
 
 def _config_flags(config: str, seed: int, overrides: Sequence[str]) -> tuple[str, ...]:

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.analysis import expert_usage_file, interference_file
+from uni_moe_jax.analysis.sweep import routers
 from uni_moe_jax.eval import headline, metrics
 from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.files import save_figure
 
-SCORES, CURVES = 'scores.png', 'curves.png'
+SCORES, CURVES, INTERFERENCE = 'scores.png', 'curves.png', 'interference.png'
 _COLUMNS, _DPI = 4, 110
 
 
@@ -26,12 +27,16 @@ def draw(results: Mapping[str, Any], out: storage.Path) -> dict[str, str]:
   if any(c['curves'] for c in cells):
     _draw_curves(out / CURVES, cells, variants)
     captions[CURVES] = 'training losses, means over seeds'
+  if len(routers.checkpoints(cells)) > 1:
+    _draw_interference(out / INTERFERENCE, cells, variants)
+    captions[INTERFERENCE] = 'interference of different tasks over training, means over seeds'
   for variant in variants:
     of_variant = [c for c in cells if c['variant'] == variant]
-    if c := next((c for c in of_variant if any(c['interference'].values())), None):
-      name, measured = f'interference_{variant}.png', {k: m for k, m in c['interference'].items() if m}
-      subsets = [{**m['subset'], 'subset': f'{c["name"]}, {m["checkpoint"]}'} for m in measured.values()]
-      content = next(iter(measured.values()))
+    ends = lambda c: [m for k in (routers.INIT, routers.FINAL) if (m := c['interference'][k])]
+    if c := next(filter(ends, of_variant), None):
+      name, measured = f'interference_{variant}.png', ends(c)
+      subsets = [{**m['subset'], 'subset': f'{c["name"]}, {m["checkpoint"]}'} for m in measured]
+      content = measured[0]
       interference_file.draw(out / name, [subsets], content['tasks'], f'I(i, j), {content["parameters"]}')
       captions[name] = f'interference before and after training, {c["name"]}'
     if c := next((c for c in of_variant if c['experts']), None):
@@ -103,7 +108,32 @@ def _draw_curves(path: storage.Path, cells: Sequence[Mapping[str, Any]], variant
     axes.set_ylim(min(lowest) * 0.95, max(lowest) * 1.05)  # without the first steps, which would flatten the rest
     axes.set_title(task, fontsize=8)
     axes.set_xlabel('minutes' if by_time else 'step', fontsize=7)
+  _add_legend(figure, panels)
+  save_figure(figure, path, dpi=_DPI)
+
+
+def _draw_interference(path: storage.Path, cells: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> None:
+  """Two panels over checkpoints: the mean of pairs of tasks, and the share below 0, with their intervals."""
+  checkpoints, colors = routers.checkpoints(cells), _colors(variants)
+  figure, panels = _panels(2, 5.0, 3.2)
+  for key, title, axes in zip(('mean_of_pairs', 'negative_share'), ('mean of pairs', 'share of pairs below 0'), panels,
+                              strict=True):
+    for number, variant in enumerate(variants):
+      if means := routers.mean_interference(cells, variant):
+        bounds = [m[key] for m in means.values()]
+        value, low, high = (np.array([b[k] for b in bounds]) for k in ('value', 'low', 'high'))
+        x = np.array([checkpoints.index(c) for c in means]) + 0.5 * (number / len(variants) - 0.5)  # side by side
+        axes.errorbar(x, value, np.maximum([value - low, high - value], 0), color=colors[variant], linewidth=1.1,
+                      elinewidth=0.8, capsize=2, label=variant)
+    axes.axhline(0, color='grey', linewidth=0.6)
+    axes.set_xticks(range(len(checkpoints)), checkpoints)
+    axes.set_title(title, fontsize=8)
+  _add_legend(figure, panels)
+  save_figure(figure, path, dpi=_DPI)
+
+
+def _add_legend(figure: Any, panels: Sequence[Any]) -> None:
+  """One entry per variant, below all panels."""
   handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
   figure.legend(handles.values(), handles, loc='outside lower center', ncols=min(6, len(handles)), fontsize=8,
                 frameon=False)
-  save_figure(figure, path, dpi=_DPI)

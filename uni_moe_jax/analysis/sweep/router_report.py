@@ -12,7 +12,7 @@ from uni_moe_jax.analysis.sweep.grid import TRAIN
 from uni_moe_jax.eval import headline, metrics
 from uni_moe_jax.tasks.router_names import DENSE
 
-_MAX_PAIRS = 12  # of tasks that hurt each other
+_MAX_PAIRS = 8  # of tasks that hurt each other, per checkpoint
 Cells = Sequence[Mapping[str, Any]]
 
 
@@ -105,38 +105,35 @@ def paired(account_of_variants: Mapping[str, Any]) -> list[str]:
 
 def _interference(cells: Cells, variants: Sequence[str]) -> list[str]:
   """Means over pairs of tasks, and the pairs that are certainly below 0 in dense."""
-  def mean(variant: str, checkpoint: str, key: str) -> str | None:
-    measured = [m['subset'][key] for c in cells if c['variant'] == variant and (m := c['interference'][checkpoint])]
-    measured = [m for m in measured if m['value'] is not None]
-    return _bounds({k: float(np.mean([m[k] for m in measured])) for k in measured[0]}, 'value') if measured else None
-
-  keys = [(checkpoint, key) for checkpoint in ('init', 'final') for key in ('mean_of_pairs', 'negative_share')]
+  means = {v: routers.mean_interference(cells, v) for v in variants}
+  checkpoints = routers.checkpoints(cells)
   lines = ['I(i, j): how much a short step on task j lowers the loss of task i, relative to a step on i itself. Over '
-           'pairs of different tasks, in rows whose own step has a certain effect: the mean, and the share of pairs '
-           'below 0, with 95 % bootstrap intervals over batches; means over seeds.', '', *markdown.table(
-               ['variant', 'mean at init', 'below 0 at init', 'mean after training', 'below 0 after training'],
-               [(v, *(mean(v, *key) for key in keys)) for v in variants]), '']
-  rows = _conflicts(cells, variants)
+           'pairs of different tasks, in rows whose own step has a certain effect, with 95 % bootstrap intervals over '
+           'batches, means over seeds:', '']
+  for key, text in (('mean_of_pairs', 'mean of pairs'), ('negative_share', 'share of pairs below 0')):
+    lines += [*markdown.table([f'{text} at', *checkpoints], [
+        (v, *((m := means[v].get(c)) and _bounds(m[key], 'value') for c in checkpoints)) for v in variants]), '']
+  rows = [(c, *row) for c in checkpoints for row in _conflicts(cells, variants, c)]
   if not rows:
-    return [*lines, 'No pair of tasks is certainly below 0 in most seeds of dense after training.']
-  return [*lines, 'The pairs that are certainly below 0, in a row with a base, in most seeds of dense after training, '
-          'and the same pairs in other variants: the mean over seeds with a base, and in how many seeds the pair is '
-          'certainly below 0.', '', *markdown.table(['a step on', 'for', *variants], rows)]
+    return [*lines, 'No pair of tasks is certainly below 0 in most seeds of dense.']
+  return [*lines, 'The pairs that are certainly below 0, in a row with a base, in most seeds of dense, and the same '
+          'pairs in other variants: the mean over seeds with a base, and in how many seeds the pair is certainly below '
+          '0.', '', *markdown.table(['at', 'a step on', 'for', *variants], rows)]
 
 
-def _conflicts(cells: Cells, variants: Sequence[str]) -> list[tuple[Any, ...]]:
+def _conflicts(cells: Cells, variants: Sequence[str], checkpoint: str) -> list[tuple[Any, ...]]:
   """Rows of the pairs of tasks that hurt each other in dense: both names, then a text per variant."""
-  final = {v: [m for c in cells if c['variant'] == v and (m := c['interference']['final'])] for v in variants}
-  if not final.get(DENSE):
+  measured = {v: [m for c in cells if c['variant'] == v and (m := c['interference'].get(checkpoint))] for v in variants}
+  if not measured.get(DENSE):
     return []
-  tasks, rows = final[DENSE][0]['tasks'], []
+  tasks, rows = measured[DENSE][0]['tasks'], []
 
   def read(variant: str, i: int, j: int) -> tuple[float | None, int, int]:
     """(mean, seeds certainly below 0, seeds) of a pair."""
-    based = [m['subset']['ratio_of_means'] for m in final[variant] if interference_file.has_base(m['subset'])[i]]
+    based = [m['subset']['ratio_of_means'] for m in measured[variant] if interference_file.has_base(m['subset'])[i]]
     values = [r['value'][i][j] for r in based if r['value'][i][j] is not None]
     below = sum(r['high'][i][j] is not None and r['high'][i][j] < 0 for r in based)
-    return float(np.mean(values)) if values else None, below, len(final[variant])
+    return float(np.mean(values)) if values else None, below, len(measured[variant])
 
   for i in range(len(tasks)):
     for j in range(len(tasks)):

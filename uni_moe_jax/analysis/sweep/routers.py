@@ -15,7 +15,7 @@ from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.exit_codes import FINISHED
 from uni_moe_jax.utils.files import read_json
 
-_INTERFERENCE = {'init': 'interference_init.json', 'final': interference_file.FILE}
+INIT, FINAL = 'init', 'final'  # checkpoints whose interference is measured, besides 'step N'
 _EXPERTS = ('router', 'checkpoint', 'num_batches', 'layers', 'sublayers', 'conditions', 'tasks', 'coefficients',
             'effective_experts', 'mean_task_overlap')  # of experts.json
 _MAY_DIFFER = ('moe.router', 'seed')
@@ -27,14 +27,14 @@ def measure(folder: storage.Path) -> dict[str, Any]:
 
   Returns:
     {'steps', 'seconds_per_step' (median), 'parameters' (see run.json), 'curves': see `_curves`, 'interference':
-    {'init', 'final'}: that of all selected parameters as 'subset' and how it was measured, 'experts': what figures
-    show of experts.json, 'merged': content of merged.json}. Unknown values are None.
+    {'init', 'step N', …, 'final'}: that of all selected parameters as 'subset' and how it was measured, 'experts': what
+    figures show of experts.json, 'merged': content of merged.json}. Unknown values are None.
   """
   file = folder / 'metrics.jsonl'
   metrics, _ = metric_curves.read(file.read_text() if file.exists() else '')
   _, rates = metrics.get('steps_per_second', ([], []))
   interference = {}
-  for checkpoint, file in _INTERFERENCE.items():
+  for checkpoint, file in _interference_files(folder).items():
     content = interference[checkpoint] = read_json(folder / file)
     if content:
       content['subset'] = content.pop('subsets')[0]
@@ -47,6 +47,14 @@ def measure(folder: storage.Path) -> dict[str, Any]:
       'merged': read_json(folder / suite.MERGED_FILE)}
 
 
+def _interference_files(folder: storage.Path) -> dict[str, str]:
+  """{checkpoint: name of its file}, whether it exists or not, in the order of training."""
+  stem = interference_file.FILE.removesuffix('.json')
+  steps = sorted(int(p.stem.rpartition('_')[2]) for p in folder.glob(f'{stem}_step_*.json'))
+  return {INIT: f'{stem}_{INIT}.json', **{f'step {n}': f'{stem}_step_{n}.json' for n in steps},
+          FINAL: interference_file.FILE}
+
+
 def _curves(metrics: metric_curves.Curves) -> dict[str, list[list[float]]]:
   """{task: [steps, losses]}: means over equal parts of the run."""
   curves = {}
@@ -55,6 +63,26 @@ def _curves(metrics: metric_curves.Curves) -> dict[str, list[list[float]]]:
       parts = np.array_split(np.array(curve), min(_MAX_POINTS, len(curve[0])), axis=1)
       curves[name.removeprefix('loss/')] = np.array([part.mean(1) for part in parts]).T.round(4).tolist()
   return curves
+
+
+def checkpoints(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Those at which interference was measured, in the order of training. cells: of `results.collect`."""
+  names = {name for c in cells for name, measured in c['interference'].items() if measured}
+  return sorted(names, key=lambda name: (name == FINAL, name != INIT, len(name), name))
+
+
+def mean_interference(cells: Sequence[Mapping[str, Any]], variant: str) -> dict[str, dict[str, dict[str, float]]]:
+  """{checkpoint: {'mean_of_pairs' and 'negative_share': {'value', 'low', 'high'}}}: means over the seeds of a variant.
+
+  cells: of `results.collect`. Checkpoints without any pair in a row with a base are left out.
+  """
+  means = {}
+  for checkpoint in checkpoints(cells):
+    measured = [m['subset'] for c in cells if c['variant'] == variant and (m := c['interference'].get(checkpoint))]
+    if measured := [m for m in measured if m['mean_of_pairs']['value'] is not None]:
+      means[checkpoint] = {key: {bound: float(np.mean([m[key][bound] for m in measured])) for bound in measured[0][key]}
+                           for key in ('mean_of_pairs', 'negative_share')}
+  return means
 
 
 def find_errors(
