@@ -52,6 +52,7 @@ def test_a_worker_that_hangs_or_dies_is_replaced(capfd, text, message):
     with pytest.raises(Refused, match=message) as refused:
       await _send(started, text)
     assert refused.value.status == 503
+    assert not started.sizes  # no batch is made for a worker that has not compiled its program yet
     assert await _send(started, 'next') == ['next']
     assert started.pid != first and started.restarts == 1
     with pytest.raises(ProcessLookupError):
@@ -146,6 +147,61 @@ def test_a_service_that_closes_while_it_starts_another_worker_ends_that_too(monk
     assert children[0].pid != first
     children[0].join(10)
     assert children[0].exitcode == -signal.SIGKILL
+  _run(check)
+
+
+def test_a_worker_for_which_the_machine_has_no_process_is_started_later(monkeypatch, capfd):
+  async def check(started):
+    await started.start()
+    assert await _send(started, 'a') == ['a']
+    start, failures = started._context.Process.start, [OSError(11, 'no process')]
+
+    def fail_once(process):
+      if failures:
+        raise failures.pop()
+      start(process)
+
+    monkeypatch.setattr(started._context.Process, 'start', fail_once)
+    os.kill(started.pid, signal.SIGKILL)
+    await asyncio.sleep(0)
+    while started.restarts < 2:
+      await asyncio.sleep(0.01)
+    assert await _send(started, 'b') == ['b'] and not failures
+  _run(check)
+  assert 'no process' in capfd.readouterr().err
+
+
+def test_a_job_waits_again_if_the_worker_died_before_it_woke():
+  async def check(started):
+    await started.start()
+    assert await _send(started, 'a') == ['a']
+    started._idle.clear()
+    waiting = asyncio.get_running_loop().create_task(_send(started, 'b'))
+    await asyncio.sleep(0)
+    started._idle.set()  # loaded,
+    started._idle.clear()  # and dead
+    await asyncio.sleep(0.05)
+    assert not started._jobs
+    started._handle(('done', 99, []), asyncio.Future())  # late, of a job that was given up
+    assert not started._idle.is_set() and not waiting.done()
+    started._idle.set()
+    assert await waiting == ['b']
+  _run(check)
+
+
+def test_the_connection_of_a_dead_worker_is_not_closed_while_something_is_sent():
+  async def check(started):
+    await started.start()
+    assert await _send(started, 'a') == ['a']
+    old, sent = started._connection, threading.Event()
+    started._sender.submit(sent.wait, 10)
+    os.kill(started.pid, signal.SIGKILL)
+    while not started.restarts:
+      await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
+    assert not old.closed
+    sent.set()
+    assert await _send(started, 'b') == ['b'] and old.closed
   _run(check)
 
 

@@ -55,7 +55,7 @@ class Supervisor:
   async def start(self) -> None:
     """Starts the worker and waits until it has loaded the model, which it then compiles. Raises RunError: it cannot."""
     loop, loaded = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
-    self.sizes, self._warm = {}, False
+    self._warm = False
     connection, theirs = self._context.Pipe()
     process = self._context.Process(
         target=worker_lib.main, args=(theirs, self._folder, self._limits, self._cache), daemon=True)
@@ -83,19 +83,21 @@ class Supervisor:
     Raises:
       Refused: the worker died, or took too long and was killed.
     """
-    await self._idle.wait()
+    while not self._idle.is_set():  # a worker that was loaded may have died before this task woke
+      await self._idle.wait()
     self._idle.clear()
     job, future = self._next, asyncio.get_running_loop().create_future()
     self._next += 1
     self._jobs[job] = future, on_part
-    connection = self._connection
+    process, connection = self._process, self._connection
     try:
       async with asyncio.timeout(self._limits.timeout):
         with contextlib.suppress(OSError):  # then it has died, which `_receive` reports
           await asyncio.get_running_loop().run_in_executor(self._sender, connection.send, (job, task, program, items))
         return await future
     except TimeoutError:
-      self._process.kill()
+      self.sizes = {}  # before another batch is taken
+      process.kill()
       raise Refused(503, f'The model took longer than {self._limits.timeout:g} s for this input and was stopped; send '
                          'a smaller one, or raise --timeout.') from None
     finally:
@@ -149,12 +151,10 @@ class Supervisor:
         self._idle.set()
         if not future.done():
           future.set_result(rest[1])
-    else:
-      self._idle.set()
 
   def _handle_end(self, loaded: asyncio.Future) -> None:
     """The worker has died: fails its jobs and starts another, or ends the service if none has been warm."""
-    idle = self._idle.is_set()
+    idle, self.sizes = self._idle.is_set(), {}
     self._idle.clear()
     for future, _ in self._jobs.values():
       if not future.done():
@@ -176,14 +176,13 @@ class Supervisor:
         self._backoff = min(2 * self._backoff, _MAX_BACKOFF)
       self.restarts += 1
       print('The worker stopped; starting another.', file=sys.stderr, flush=True)
-      with contextlib.suppress(OSError):
-        self._connection.close()
       self._process.kill()
-      try:
+      try:  # the sender may still write to the old one
+        await asyncio.get_running_loop().run_in_executor(self._sender, self._connection.close)
         return await self.start()
-      except RunError as e:
+      except (RunError, OSError) as e:  # such as of a machine without memory for a process
         if not self._once_warm:
-          return self._fail(e, self.failure)
+          return self._fail(RunError(str(e)), self.failure)
         print(f'error: {e}', file=sys.stderr, flush=True)
 
   @staticmethod
