@@ -336,9 +336,54 @@ def test_files_are_fetched_in_the_order_in_which_they_are_needed(bucket, tmp_pat
   monkeypatch.setattr(files, 'get_file', lambda remote, local, **o: (fetched.append(remote[-1]), fetch(remote, local)))
   data = Mirror(bucket, tmp_path / 'receiver')
   _shards(data, 5).prefetch(np.array([17, 2, 15, 11, 3]))
+  while data._num_lanes:
+    time.sleep(.01)
   data._later.shutdown()
   assert fetched == ['3', '0', '2', '1', '4']
   assert f'data: fetched 5 files, 0.7 MB of {bucket} in' in capsys.readouterr().out
+
+
+def test_a_process_ends_without_the_files_that_may_wait(bucket, tmp_path):
+  _upload_shards(bucket, tmp_path / 'sender', 6)
+  script = f'''
+import time
+from uni_moe_jax.data import mirror
+from uni_moe_jax.utils import storage
+mirror._NUM_FETCHES = 1
+data = mirror.Mirror({bucket!r}, {str(tmp_path / "receiver")!r})
+data.sync('x')
+files = storage.filesystem({bucket!r})
+fetch = files.get_file
+files.get_file = lambda *x: (print('fetch', flush=True), time.sleep(.3), fetch(*x))
+data.prefetch(sorted(n for n in data._files if 'array_record' in n))
+time.sleep(.1)'''
+  done = processes.python('-c', script)
+  assert done.returncode == 0 and done.stdout.count('fetch\n') == 1 and not done.stderr, done
+  assert len(list((tmp_path / 'receiver').rglob('x.array_record-*'))) == 1  # the one that had begun
+
+
+def test_what_a_dead_process_had_reserved_gives_way_and_what_is_being_fetched_does_not(bucket, tmp_path):
+  _upload_shards(bucket, tmp_path / 'sender', 2)
+  size = _object(bucket, _name(0)).stat().length
+  data = Mirror(bucket, tmp_path / 'receiver', max_bytes=int(1.5 * size))
+  data.sync('x')
+  own, other = (data.root / 'x' / f'.{_name(i)[2:]}.part' for i in range(2))
+
+  def leave(*parts):
+    for part in parts:
+      part.touch()
+      os.truncate(part, size)
+
+  leave(own, other)
+  assert data.fetch(_name(0)).exists() and not other.exists()
+  (data.root / _name(0)).unlink()
+  leave(other)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with data._locked(data.root / _name(1).replace('x/', 'x/.')):
+      fetched = pool.submit(data.fetch, _name(0))
+      time.sleep(.3)
+      assert other.exists() and not fetched.done()
+    assert fetched.result(30).exists() and not other.exists()
 
 
 def test_two_processes_of_a_host_fetch_a_file_once(bucket, tmp_path):

@@ -6,6 +6,7 @@ needed, after its bytes were compared with their digest. The processes of a host
 files that were used longest ago are removed.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import fcntl
@@ -33,7 +34,8 @@ _LAZY = ('.array_record', '.npz', '.npy', '.texts')
 _NUM_FETCHES = 8  # at once, and again as many in the background
 _NUM_INPUT_FETCHES = 32
 _ATTEMPTS, _PAUSE = 4, 1.0  # of a request beyond those of the library, and seconds before the second one
-_WAIT, _ABANDONED = 0.05, 3600  # seconds between looks for free space, and until a part of a file is of a dead process
+_WAIT = 0.05  # seconds between looks for free space
+_PART, _LOCK = '.part', '.lock'  # ends of names beside a file that is being fetched
 
 
 class Mirror(os.PathLike):
@@ -47,7 +49,9 @@ class Mirror(os.PathLike):
     self.root.mkdir(parents=True, exist_ok=True)
     self._files: dict[str, tuple[int, str]] = {}  # name → size in bytes, hex sha256
     self._mutex = threading.Lock()
-    self._pending: dict[str, tuple[concurrent.futures.Future, bool]] = {}  # name → its file, whether it is urgent
+    self._pending: dict[str, concurrent.futures.Future] = {}  # name → its file
+    self._queue: collections.deque[str] = collections.deque()  # what may wait
+    self._num_lanes = 0  # that work on the queue
     self._now, self._later = (concurrent.futures.ThreadPoolExecutor(_NUM_FETCHES, f'fetch data {when}')
                               for when in ('now', 'later'))
     self._start, self.num_fetched, self.bytes_fetched = time.monotonic(), 0, 0
@@ -119,7 +123,8 @@ class Mirror(os.PathLike):
       content = _repeat((storage.path(self.address) / name).read_bytes, f'{self.address}/{name}')
       path = self.root / name
       path.parent.mkdir(parents=True, exist_ok=True)
-      storage.write_bytes(path, content)
+      with self._locked(path):
+        storage.write_bytes(path, content)
 
   def is_complete(self, folder: pathlib.Path) -> bool:
     """Whether the bucket has the dataset of a folder. If not, what is left of it on this host is removed."""
@@ -143,49 +148,81 @@ class Mirror(os.PathLike):
 
   def prefetch(self, names: Iterable[str]) -> None:
     """Fetches files in the background, in order, until the bound is reached."""
-    total = self._total()
-    missing = [n for n in dict.fromkeys(names) if not (self.root / n).exists()]
-    for name in missing:
-      total += self._files[name][0]
-      if self._max_bytes and total > self._max_bytes:
-        break
-      last = self._request(name, urgent=False)
-      if name == missing[-1]:
-        last.add_done_callback(lambda _: print(f'data: fetched {self.describe()}', flush=True))
-
-  def _request(self, name: str, urgent: bool = True) -> concurrent.futures.Future:
-    """Begins to fetch a file unless it is there; what is needed now overtakes what may wait."""
-    path = self.root / name
+    total, missing = self._total(), []
+    for name in dict.fromkeys(names):
+      if not (self.root / name).exists():
+        total += self._files[name][0]
+        if self._max_bytes and total > self._max_bytes:
+          break
+        missing.append(name)
     with self._mutex:
-      pending, is_urgent = self._pending.get(name, (None, True))
-      if pending is None or urgent and not is_urgent and pending.cancel():
-        with contextlib.suppress(FileNotFoundError):
-          os.utime(path)  # the time of the last use
-          done = concurrent.futures.Future()
-          done.set_result(path)
-          return done
-        pending = (self._now if urgent else self._later).submit(self._fetch, name)
-        self._pending[name] = pending, urgent
-    return pending
+      self._queue.extend(missing)
+      num_new = min(_NUM_FETCHES - self._num_lanes, len(self._queue))
+      self._num_lanes += num_new
+    for _ in range(num_new):
+      self._later.submit(self._fetch_next)
 
-  def _fetch(self, name: str) -> pathlib.Path:
+  def _fetch_next(self) -> None:
+    """Fetches one file of the queue, and has the next one fetched, unless the process ends, which waits for this one."""
+    with self._mutex:
+      name = self._queue.popleft() if self._queue else None
+      self._num_lanes -= name is None
+      is_done = name is None and not self._num_lanes
+    if is_done:
+      print(f'data: fetched {self.describe()}', flush=True)
+    if name is not None:
+      file, is_new = self._begin(name)
+      if is_new:
+        self._fetch(name, file)
+      with contextlib.suppress(RuntimeError):  # the process ends
+        self._later.submit(self._fetch_next)
+
+  def _request(self, name: str) -> concurrent.futures.Future:
+    """Begins to fetch a file unless it is there."""
+    file, is_new = self._begin(name)
+    if is_new:
+      self._now.submit(self._fetch, name, file)
+    return file
+
+  def _begin(self, name: str) -> tuple[concurrent.futures.Future, bool]:
+    """The path of a file as a future, and whether the caller has to fetch it."""
+    with self._mutex:
+      if name in self._pending:
+        return self._pending[name], False
+      file, path = concurrent.futures.Future(), self.root / name
+      with contextlib.suppress(FileNotFoundError):
+        os.utime(path)  # the time of the last use
+        file.set_result(path)
+        return file, False
+      self._pending[name] = file
+      return file, True
+
+  def _fetch(self, name: str, file: concurrent.futures.Future) -> None:
     try:
-      return self._fetch_verified(name)
+      path, error = self._fetch_verified(name), None
     except OSError as e:  # any other error than this one would count as a corrupt example
-      raise RunError(f'{self.address}/{name} cannot be fetched into {self.root} ({e}; {free_space(self.root)}).') from e
-    finally:
-      with self._mutex:
-        self._pending.pop(name, None)
+      path, error = None, RunError(
+          f'{self.address}/{name} cannot be fetched into {self.root} ({e}; {free_space(self.root)}).')
+      error.__cause__ = e
+    except Exception as e:
+      path, error = None, e
+    with self._mutex:
+      del self._pending[name]
+    if error:
+      file.set_exception(error)  # of a file that may wait nobody asks for it: who needs the file tries again
+    else:
+      file.set_result(path)
 
   def _fetch_verified(self, name: str) -> pathlib.Path:
     size, digest = self._files[name]
     path = self.root / name
-    temporary = path.with_name(f'.{path.name}.part')
+    temporary = path.with_name(f'.{path.name}{_PART}')
     path.parent.mkdir(parents=True, exist_ok=True)
     with self._locked(path.with_name(f'.{path.name}')), contextlib.ExitStack() as stack:
       if path.exists():  # another process has fetched it
         return path
       stack.callback(temporary.unlink, missing_ok=True)
+      temporary.unlink(missing_ok=True)  # of a process that has died
       self._free_space(temporary, size)
       for attempt in (1, 2):
         _repeat(lambda: storage.filesystem(self.address).get_file(f'{self.address}/{name}', str(temporary)),
@@ -206,7 +243,7 @@ class Mirror(os.PathLike):
     entries = []
     for folder, _, names in os.walk(self._cache):
       for name in names:
-        if any(part in name for part in _LAZY):
+        if any(part in name for part in _LAZY) and not name.endswith(_LOCK):
           with contextlib.suppress(FileNotFoundError):
             status = os.stat(path := os.path.join(folder, name))
             entries.append((status.st_mtime, status.st_size, pathlib.Path(path)))
@@ -221,8 +258,8 @@ class Mirror(os.PathLike):
       with self._locked(self._cache / '.space'):
         entries = self._cached() if self._max_bytes else []
         excess = sum(bytes_ for _, bytes_, _ in entries) + size - self._max_bytes if self._max_bytes else 0
-        for used, bytes_, path in entries:
-          if excess > 0 and (not path.name.startswith('.') or used < time.time() - _ABANDONED):
+        for _, bytes_, path in entries:
+          if excess > 0 and not _is_fetched(path):
             path.unlink(missing_ok=True)
             excess -= bytes_
         if excess <= 0:
@@ -234,9 +271,21 @@ class Mirror(os.PathLike):
   @contextlib.contextmanager
   def _locked(self, path: pathlib.Path) -> Iterator[None]:
     """Excludes other threads and processes of this host."""
-    with open(path.with_name(f'{path.name}.lock'), 'w') as file:
+    with open(path.with_name(path.name + _LOCK), 'w') as file:
       fcntl.flock(file, fcntl.LOCK_EX)
       yield
+
+
+def _is_fetched(path: pathlib.Path) -> bool:
+  """Whether this is a part of a file that a process is fetching."""
+  if not path.name.endswith(_PART):
+    return False
+  with open(path.with_name(path.name.removesuffix(_PART) + _LOCK), 'w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return True
+  return False
 
 
 def open_folder(c: DataConfig) -> str | Mirror:
