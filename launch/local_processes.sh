@@ -74,15 +74,17 @@ fi
 
 # Each process has its own group (set -m), so that it gets a signal exactly once, through the trap.
 set -m
-pids=()
+pids=() stopped=''
 send() { # send SIGNAL
   for pid in "${pids[@]}"; do kill "-$1" -- "-$pid" 2>/dev/null || true; done
 }
-trap 'send TERM' INT TERM HUP
+trap 'stopped=yes; send TERM' INT TERM HUP
 for ((i = 0; i < processes; i++)); do
   command_of "$i" "$@"
   "${command[@]}" </dev/null 2> >(trap '' INT TERM; exec sed -u "s/^/[$i] /" >&2) &
   pids+=("$!")
+  # A signal that came before the line above did not reach this process.
+  [[ -z "$stopped" ]] || send TERM
 done
 
 code=0 left=("${pids[@]}")

@@ -18,7 +18,7 @@ import sys
 from absl import flags
 
 from uni_moe_jax.serve.limits import Limits
-from uni_moe_jax.utils import cli, exit_codes, storage
+from uni_moe_jax.utils import cli, exit_codes, signals, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _MODEL = flags.DEFINE_string('model', None, 'Folder of uni-moe export, or hf:OWNER/NAME@REVISION.')
@@ -69,7 +69,7 @@ def _exported(workdir: pathlib.Path) -> pathlib.Path:
     command = [sys.executable, str(pathlib.Path(__file__).with_name('export.py')), f'--workdir={workdir}',
                f'--output={folder}', f'--num_examples={_NUM_EXAMPLES}']
     with cli.exit_on_signals(exit_codes.PREEMPTED):
-      if code := subprocess.run(command, check=False).returncode:
+      if code := subprocess.run(command, check=False, preexec_fn=signals.terminate_with_parent()).returncode:
         sys.exit(code)
   return folder
 

@@ -10,6 +10,7 @@ import uvicorn
 from uni_moe_jax.serve import server
 from uni_moe_jax.serve.guard import Guard, Metrics
 from uni_moe_jax.serve.limits import Limits
+from uni_moe_jax.utils.errors import UsageError
 
 
 async def _echo(scope, receive, send):
@@ -158,6 +159,14 @@ def test_a_head_that_never_ends_closes_the_connection(first):
 def test_small_answers_are_sent_at_once():
   with server.bind('127.0.0.1', 0) as bound:
     assert bound.proto == socket.IPPROTO_TCP  # otherwise asyncio does not set TCP_NODELAY
+
+
+def test_an_address_belongs_to_the_first_service_also_before_it_answers():
+  with server.bind('127.0.0.1', 0) as bound:
+    port = bound.getsockname()[1]
+    with pytest.raises(UsageError, match=f'--host=127.0.0.1 --port={port} cannot be used: Address already in use'):
+      server.bind('127.0.0.1', port)
+  server.bind('127.0.0.1', port).close()
 
 
 def test_requests_are_counted_by_path_and_status():

@@ -283,6 +283,8 @@ def test_a_killed_worker_is_replaced_and_requests_are_answered_or_get_503(servic
     thread.start()
   time.sleep(0.2)
   os.kill(pid, signal.SIGKILL)
+  while service.metric('unimoe_worker_restarts') != 1:  # until the service has seen it
+    time.sleep(0.05)
   service.wait_ready()
   stop.set()
   for thread in threads:

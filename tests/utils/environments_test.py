@@ -1,12 +1,16 @@
 """An environment is made once per list of packages; a package that cannot be installed is one sentence."""
 
+import os
 import pathlib
 import subprocess
+import sys
+import time
 import types
 import venv
 
 import pytest
 
+from tests.helpers import processes, stand_in
 from uni_moe_jax.utils import environments
 from uni_moe_jax.utils.errors import RunError
 
@@ -38,3 +42,19 @@ def test_a_package_that_cannot_be_installed_is_one_sentence_and_the_next_attempt
     with pytest.raises(RunError, match=r'for Tool could not be made in .*, see above; check that pip can'):
       environments.python('tool', 'Tool', '1 GB', ['broken'])
   assert len(commands) == 4
+
+
+def test_sigterm_ends_the_program_too(tmp_path):
+  setup = f'import os, time; open({str(tmp_path / "started")!r}, "w").write(str(os.getpid()))'
+  script = f"""
+import sys
+from uni_moe_jax.utils import environments
+sys.exit(environments.run(sys.executable, 'timeit', '-n1', '-r1', '-s', {setup!r}, 'time.sleep(60)'))"""
+  started = subprocess.Popen([sys.executable, '-c', script], env={**os.environ, 'PYTHONPATH': str(processes.ROOT)})
+  stand_in.wait_for(tmp_path / 'started', started, seconds=60)
+  while not (pid := (tmp_path / 'started').read_text()):
+    time.sleep(.01)
+  started.terminate()
+  assert started.wait(30) == 75
+  with pytest.raises(ProcessLookupError):
+    os.kill(int(pid), 0)

@@ -163,7 +163,7 @@ class Mirror(os.PathLike):
       self._later.submit(self._fetch_next)
 
   def _fetch_next(self) -> None:
-    """Fetches one file of the queue, and has the next one fetched, unless the process ends, which waits for this one."""
+    """Fetches one file of the queue and has the next one fetched, unless the process ends, which waits for this one."""
     with self._mutex:
       name = self._queue.popleft() if self._queue else None
       self._num_lanes -= name is None

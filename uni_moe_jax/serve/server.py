@@ -87,6 +87,7 @@ def bind(host: str, port: int) -> socket.socket:
     bound = socket.socket(family, socket_type, proto)  # without `proto` asyncio leaves a delay of 40 ms
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind(address)
+    bound.listen()  # at once: two that only bind share an address, and the later one fails when its model is loaded
     return bound
   except OSError as e:
     raise UsageError(f'--host={host} --port={port} cannot be used: {e.strerror}; give another one.') from None
@@ -127,8 +128,10 @@ async def serve(
         access_log=False, server_header=False, timeout_keep_alive=5, timeout_graceful_shutdown=int(limits.timeout) + 1,
         limit_concurrency=max(_MIN_CONNECTIONS, 4 * limits.max_queue)))
     serving = loop.create_task(server.serve([bound]))
-    while not server.started:
+    while not (server.started or serving.done()):
       await asyncio.sleep(0.01)
+    if serving.done():
+      return await serving
     print(f'Open http://{f"[{host}]" if ":" in host else host}:{bound.getsockname()[1]} (Ctrl-C ends the service)',
           flush=True)
     if host not in _LOOPBACK and not token:

@@ -106,11 +106,16 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
       run.plan.check_trains()
       multihost.check_same_data(run.data.inputs_fingerprint)
       is_primary = distributed.is_primary()
-      claim_workdir(workdir, run.config, run.data.fingerprint, is_primary, run.data.inputs_fingerprint, extends=True)
+      claim = functools.partial(claim_workdir, workdir, run.config, run.data.fingerprint,
+                                inputs=run.data.inputs_fingerprint, extends=True)
+      claim(writes=False)
+      if is_primary:
+        storage.make_folder(storage.path(workdir))
       owner = locks.lock(workdir, stack) if is_primary else None
       if multihost.broadcast_from_primary(owner is not None):
         raise UsageError(f'{owner or "another process"} trains in {workdir}: wait until it has ended, or give another '
                          '--workdir.')
+      claim(writes=is_primary)  # not before the lock: a start that is refused changes nothing
       check_versions(workdir)
       copy_tokenizer(workdir, run.data.tokenizer_file, is_primary)
       if is_primary:

@@ -4,13 +4,15 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import venv
 from collections.abc import Sequence
 
-from uni_moe_jax.utils import locks
+from uni_moe_jax.utils import locks, signals
 from uni_moe_jax.utils.errors import RunError
+from uni_moe_jax.utils.exit_codes import PREEMPTED
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -45,8 +47,15 @@ def python(name: str, title: str, size: str, *installs: Sequence[str]) -> str:
 
 
 def run(interpreter: str, module: str, *arguments: str) -> int:
-  """Run a module of this package as a program of an environment; return its exit code."""
+  """Run a module of this package as a program of an environment; return its exit code.
+
+  SIGTERM ends it, and then this process with exit code 75. Call it from the main thread.
+  """
   path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get('PYTHONPATH'))))
   command = [interpreter, '-P', '-m', module, *arguments]  # -P: not from the current folder, which may be a clone
-  done = subprocess.run(command, check=False, env={**os.environ, 'PYTHONPATH': path})
-  return done.returncode
+  child, received = subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': path}), []
+  with signals.handled(lambda number, _: (received.append(number), child.terminate()), signal.SIGTERM):
+    code = child.wait()
+  if received:
+    sys.exit(PREEMPTED)
+  return code

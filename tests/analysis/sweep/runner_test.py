@@ -98,7 +98,8 @@ if __file__.endswith('b.py') and not (folder / 'started').exists():
   (folder / 'started').touch()
   while not received:
     time.sleep(.01)
-  time.sleep(1)  # as if it saved a checkpoint
+  while not (folder / 'saved').exists():
+    time.sleep(.01)
   with open(folder / 'log', 'a') as log:
     log.write('!')
 '''
@@ -114,7 +115,10 @@ def test_after_sigkill_a_sweep_waits_for_the_stage_that_was_running_and_repeats_
   stand_in.wait_for(tmp_path / 'started', killed, seconds=60)
   killed.send_signal(signal.SIGKILL)
   killed.wait()
-  again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
-  assert 'waiting for another process that works on' in again.stdout
+  with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as again:
+    first = again.stdout.readline()  # before the stage that was running ends
+    (tmp_path / 'saved').touch()
+    again.communicate(timeout=60)
+  assert 'waiting for another process that works on' in first and again.returncode == 0
   assert (tmp_path / 'log').read_text() == 'ab!b'  # the second b began when the first had ended
   assert [(t['stage'], t['exit_code']) for t in runner.read_log(tmp_path / 'cell')] == [('a', 0), ('b', 0)]

@@ -52,6 +52,16 @@ for which in (None, compiled_programs.EVALUATION):
 """
 
 
+@pytest.mark.parametrize('text, is_complete', [
+    ('HloModule m\n\n%c (x: f32[]) -> f32[] {\n}\n\nENTRY %e () -> f32[] {\n  constant(1)\n}\n\n', True),
+    ('HloModule m\n\n%c (x: f32[]) -> f32[] {\n}\n', False), ('HloModule m\n\nENTRY %e () -> f32[] {', False),
+    ('HloModule m\n\nENTRY %e () -> f32[] {\n  ROOT %r = f32[] add(a, b), metadata={op_name="x"}', False)])
+def test_a_plan_is_complete_with_its_entry(tmp_path, text, is_complete):
+  assert not libtpu_plan._is_complete(tmp_path)
+  (tmp_path / libtpu_plan._PLAN.replace('*', 'module.')).write_text(text)
+  assert libtpu_plan._is_complete(tmp_path) == is_complete
+
+
 @pytest.mark.slow
 def test_libtpu_plans_what_it_compiles():
   pytest.importorskip('libtpu')

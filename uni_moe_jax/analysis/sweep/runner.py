@@ -22,7 +22,7 @@ from uni_moe_jax.utils.files import read_json, write_json
 
 SETTINGS = 'settings.json'  # in the work directory of the sweep
 LOG = 'stages.json'  # in the work directory of a cell
-_LOCK = '.sweep'  # in the work directory of a cell
+_LOCK = '.sweep'  # in the work directory of a cell, and in that of the sweep while it is claimed
 
 
 def claim(folder: storage.Path, settings: dict[str, Any], cells: Sequence[Cell]) -> list[Cell]:
@@ -34,6 +34,12 @@ def claim(folder: storage.Path, settings: dict[str, Any], cells: Sequence[Cell])
   Raises:
     UsageError: it has cells with other settings, or one of these cells with other fields.
   """
+  storage.make_folder(folder)
+  with _locked(folder):
+    return _claim(folder, settings, cells)
+
+
+def _claim(folder: storage.Path, settings: dict[str, Any], cells: Sequence[Cell]) -> list[Cell]:
   path = folder / SETTINGS
   old = read_json(path, settings)
   earlier = old.pop('cells', {})
@@ -45,7 +51,6 @@ def claim(folder: storage.Path, settings: dict[str, Any], cells: Sequence[Cell])
       changed.append(f'{c.folder.name}: ' + ' → '.join(', '.join(x) or 'as the config' for x in (before, c.fields)))
   if changed:
     raise UsageError(f'{folder} has a sweep with other settings ({first_few(changed)}); give another --workdir.')
-  storage.make_folder(folder)
   write_json(path, {**settings, 'cells': earlier})
   given = {c.folder.name: c for c in cells}
   return [given.get(name) or Cell(folder / name, c['variant'], c['task'], c['seed'], (), tuple(c['fields']), c['run'])

@@ -106,7 +106,8 @@ def _is_complete(folder: pathlib.Path) -> bool:
   for file in folder.glob(_PLAN):
     with file.open('rb') as f:
       f.seek(max(0, file.stat().st_size - 16))
-      return f.read().rstrip().endswith(b'}')
+      # Every computation ends with a brace; the last one is the entry.
+      return f.read().rstrip().endswith(b'\n}') and b'\nENTRY ' in file.read_bytes()
   return False
 
 
