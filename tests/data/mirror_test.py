@@ -1,6 +1,7 @@
 """Prepared data in a bucket: the same records as on a disk, verified, within a bound, shared by processes."""
 
 import concurrent.futures
+import contextlib
 import errno
 import functools
 import os
@@ -270,9 +271,14 @@ def test_the_cache_keeps_its_bound_and_what_was_used_last(bucket, tmp_path):
   ids = np.random.default_rng(0).permutation(30)
   assert shards.__getitems__(ids) == [records[i] for i in ids]
   assert len(present()) == 3
-  removed_open_files = lambda: [
-      name for name in (os.readlink(p) for p in pathlib.Path('/proc/self/fd').iterdir() if p.is_symlink())
-      if str(data.root) in name and name.endswith('(deleted)')]
+
+  def removed_open_files():
+    names = []
+    for path in pathlib.Path('/proc/self/fd').iterdir():
+      with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+        names.append(os.readlink(path))
+    return [name for name in names if str(data.root) in name and name.endswith('(deleted)')]
+
   assert not removed_open_files()  # they would keep their place on the disk
   other = Mirror(bucket, tmp_path / 'receiver')  # as of another process
   other.sync('x')

@@ -101,7 +101,7 @@ def s3_server() -> Iterator[Store]:
   """The API of S3 on a free port; it checks no signatures."""
   endpoint = f'http://{processes.free_address()}'
   host, port = endpoint.removeprefix('http://').split(':')
-  with server([sys.executable, '-m', 'moto.server', '-H', host, '-p', port], endpoint):
+  with server([sys.executable, '-m', 'tests.helpers.s3_server', '-H', host, '-p', port], endpoint):
     urllib.request.urlopen(urllib.request.Request(f'{endpoint}/{BUCKET}', method='PUT')).close()
     yield Store(f's3://{BUCKET}', endpoint)
 

@@ -93,7 +93,7 @@ def test_requests_that_arrive_within_the_wait_join():
     await asyncio.sleep(0.01)
     await asyncio.gather(first, batcher.submit('a', 'encode', Item(text='y')))
     assert supervisor.batches == [('a', 'encode', ['x', 'y'])]
-  _run(check, batch_wait_ms=1000 / 5)
+  _run(check, size=2, batch_wait_ms=3000)  # a full batch leaves at once
 
 
 def test_a_long_queue_does_not_keep_others_from_their_turn():
@@ -141,7 +141,7 @@ def test_who_waits_too_long_is_refused_and_is_not_computed():
   async def check(supervisor, batcher):
     first = asyncio.create_task(batcher.submit('a', 'encode', Item(text='first')))
     await asyncio.sleep(0.02)
-    with pytest.raises(Refused, match='No answer within 0.1 s') as error:
+    with pytest.raises(Refused, match='No answer within 1 s') as error:
       await batcher.submit('a', 'encode', Item(text='late'))
     assert error.value.status == 503
     supervisor.release.set()
@@ -149,7 +149,7 @@ def test_who_waits_too_long_is_refused_and_is_not_computed():
       await first
     assert await batcher.submit('a', 'encode', Item(text='next')) == 'next'
     assert [texts for *_, texts in supervisor.batches] == [['first'], ['next']]
-  _run(check, timeout=0.1)
+  _run(check, timeout=1)
 
 
 def test_a_request_that_gave_up_among_others_is_not_computed():

@@ -136,7 +136,7 @@ def test_answers_have_headers_that_bind_the_browser():
 @pytest.mark.parametrize('first', ['', 'GET / HTTP/1.1\r\nHost: localhost\r\n\r\n'])
 def test_a_head_that_never_ends_closes_the_connection(first):
   async def main():
-    config = uvicorn.Config(_guard(), port=0, http=server.protocol(0.2), lifespan='off', log_level='error')
+    config = uvicorn.Config(_guard(), port=0, http=server.protocol(1.0), lifespan='off', log_level='error')
     service = uvicorn.Server(config)
     running = asyncio.create_task(service._serve())
     while not service.started:

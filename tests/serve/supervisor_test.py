@@ -136,7 +136,8 @@ def test_a_service_that_closes_while_it_starts_another_worker_ends_that_too(monk
 
     def start_slowly(process):
       entered.set()
-      time.sleep(0.3)
+      while not started._closing:
+        time.sleep(0.01)
       start(process)
       children.append(process)
 

@@ -24,6 +24,7 @@ from typing import Any
 import hypothesis
 from hypothesis import strategies as st
 
+from tests.helpers.same_examples import same_examples
 from tests.stress.trainer import ROOT
 from uni_moe_jax import __version__
 from uni_moe_jax import config as config_lib
@@ -95,7 +96,7 @@ def check(prop: Property, num_examples: int, seed: int, folder: pathlib.Path,
     assert result != ACCEPTED or not case.bad, 'accepted, although it is bad'
     counts[result] += 1
 
-  with _silent_libraries():
+  with _silent_libraries(), same_examples():
     process()
   return counts
 

@@ -39,6 +39,7 @@ def test_bad_commands_end_in_one_sentence(tmp_path):
      r'5 rows are good, [34] were kept'),
 ], ids=['an image that TensorFlow cannot decode', 'a video without frames', 'a good row that is lost'])
 def test_a_defect_in_reading_data_is_detected(tmp_path, monkeypatch, name, function, replacement, message):
+  bad_files._load_libraries()
   monkeypatch.setattr(f'uni_moe_jax.data.{function}', replacement)
   with pytest.raises(AssertionError, match=message):
     bad_input.check(bad_files.PROPERTIES[name], 60, 0, tmp_path)
@@ -81,7 +82,11 @@ def test_allowed_outcomes_are_counted(tmp_path, main, outcome):
   assert bad_input.check(lambda draw, folder: Case(main), 1, 0, tmp_path) == {outcome: 1}
 
 
-@pytest.mark.parametrize('content', [{'uni_moe_jax': None}, {'config': {'a.b': 1}}], ids=['null version', 'dot'])
+@pytest.mark.parametrize('content', [
+    {'uni_moe_jax': None}, {'config': {'a.b': 1}}, {'config': {}},
+    *({'config': bad_input._changed(*x)} for x in (
+        (('model', 'variant'), 'B/17'), (('model', 'variant'), []), (('compat',), 'public')))],
+    ids=['null version', 'dot', 'empty', 'unknown variant', 'list', 'unknown compat'])
 def test_a_damaged_config_file_is_refused(tmp_path, content):
   bad_input._write_config(tmp_path, content)
   assert bad_input.outcome(Case(lambda: bad_input._load_config(tmp_path))) == REFUSED

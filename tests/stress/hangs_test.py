@@ -33,7 +33,7 @@ class _StandIn(Trainer):
 
 @pytest.mark.parametrize('output, code, seconds, finding', [
     (_OUTPUT, 1, .1, None), (_OUTPUT, 134, .1, 'exit code 134 instead of exit code 1'),
-    (_OUTPUT, 1, 1.5, 'ended 2 s later, at most 1'),
+    (_OUTPUT, 1, 2., 'ended 2 s later, at most 1'),
     ('Traceback (most recent call last):', 1, .1, 'does not report it in one sentence'),
     ('', 1, .1, 'does not report it in one sentence')])
 def test_a_process_must_end_soon_with_one_sentence_when_another_dies(

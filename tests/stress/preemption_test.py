@@ -48,11 +48,10 @@ class _StandIn(trainer.Trainer):
 
 _IMPORTS_FOREVER = 'import time; time.sleep(60)'
 _SAVES_FOREVER = """
-import pathlib, shutil, sys, time
+import pathlib, sys, time
 path = pathlib.Path(sys.argv[1])
 if path.exists():
-  shutil.rmtree(path)
-  time.sleep(.1)
+  path.rename(path.with_name('old'))  # a new folder could get the inode of one that is removed
 path.mkdir(parents=True)
 time.sleep(60)
 """

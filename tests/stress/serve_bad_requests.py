@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.helpers import served
+from tests.helpers.same_examples import same_examples
 from uni_moe_jax.utils import cli
 
 _TIMEOUT = 60.0  # seconds until a request counts as one that hangs
@@ -171,7 +172,8 @@ def check(service: served.Running, num_requests: int, seed: int = 0) -> collecti
     if status >= 400 and body and status != 400:
       assert list(json.loads(body)) == ['error'], body[:300]
 
-  one()
+  with same_examples():
+    one()
   return counts
 
 

@@ -27,7 +27,7 @@ _WARM_UP = 0.25  # fraction of the time whose samples are ignored
 _INTERVALS = 15  # of the remaining time
 DATA, CONSTANT = 'data', 'constant_batch'
 _MIN_TURN = {DATA: 150., CONSTANT: 40.}  # seconds
-_MIN_LINES = 3  # log lines of a turn that count
+_MIN_LINES = 4  # log lines of a turn
 MAX_SLOPE, MAX_RATIO = 20.0, 1.05  # MB per hour; step on the data / step on a constant batch
 _MAX_SLOPE_ERROR = MAX_SLOPE / 2  # so that MAX_SLOPE is two errors away from 0
 _MAX_RATIO_ERROR = (MAX_RATIO - 1) / 2  # so that MAX_RATIO is two errors away from 1
@@ -93,7 +93,7 @@ class Turns:
   def turn(self, min_seconds: float, until: float = float('inf')) -> bool:
     """Let the command run for `min_seconds` and some log lines, or until its total run time is `until`.
 
-    The first log line of a turn does not count, because it includes the pause. Returns False once the command has
+    The first two log lines of a turn do not count: one of them includes the pause. Returns False once the command has
     ended.
     """
     old_lines, began, already = len(log_lines(self._workdir)), time.monotonic(), self.ran
@@ -107,7 +107,7 @@ class Turns:
       time.sleep(_SAMPLE_EVERY)
     if not self._has_ended():
       self._process.send_signal(signal.SIGSTOP)
-    lines = log_lines(self._workdir)[old_lines + 1:]
+    lines = log_lines(self._workdir)[old_lines + 2:]
     self.observed.turns.append([1 / line['steps_per_second'] for line in lines])
     return not self._has_ended()
 

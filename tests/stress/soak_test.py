@@ -153,7 +153,7 @@ def test_a_run_is_suspended_between_its_turns_and_stopped_at_the_end(tmp_path, m
   [(when, size)] = observed.after_saves
   assert size == 281.5 and when < .3
   assert len(observed.turns) == 3
-  assert all(len(turn) >= 3 and max(turn) < .3 for turn in observed.turns[:2])  # without the pauses
+  assert all(len(turn) >= 3 and max(turn) < .45 for turn in observed.turns[:2])  # without the pauses
   assert .8 <= observed.seconds[-1] < 5 and observed.seconds == sorted(observed.seconds)
   assert len(observed.seconds) == len(observed.megabytes) > 8
   assert min(observed.megabytes) > 3 and min(observed.load) >= 0

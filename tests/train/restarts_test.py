@@ -92,7 +92,7 @@ def test_each_restart_reports_how_the_command_ended_and_its_progress(tmp_path):
 def test_a_start_that_falls_back_to_an_older_checkpoint_makes_no_progress(tmp_path):
   _, output, _ = _run(tmp_path, 'save:7,save:9,1 drop:9,75 save:8,1 1 1', '--max_restarts=3', '--backoff=0')
   assert re.findall(r'(\d) of 3 starts', output) == ['0', '1', '0', '1', '2']
-  assert 'stopped by a signal after 0 s, no checkpoint after that of step 7' in output
+  assert re.search(r'stopped by a signal after \d+ s, no checkpoint after that of step 7', output)
 
 
 def test_without_a_workdir_progress_is_unknown(tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 
 from uni_moe_jax import __version__
-from uni_moe_jax.config.schema import PATHS, apply_choices
+from uni_moe_jax.config.schema import PATHS, apply_choices, parse_config
 from uni_moe_jax.data.pipeline import class_names
 from uni_moe_jax.train import manifest
 from uni_moe_jax.utils import hub, storage
@@ -126,9 +126,10 @@ def claim_workdir(
       is constant, else with one whose `optim.decay_steps` says where the schedule ends.
 
   Raises:
-    UsageError: it belongs to a run with another config or other data; names the fields.
+    UsageError: it belongs to a run with another config or other data; names the fields. Or a field is wrong.
   """
   path = storage.path(workdir) / CONFIG_FILE
+  parse_config(config)
   plain = json.loads(json.dumps(apply_choices(config).to_dict()))  # as JSON stores it: tuples become lists
   new = {'config': plain, 'data': fingerprint, 'inputs': inputs}
   if path.exists():

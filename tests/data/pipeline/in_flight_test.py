@@ -79,7 +79,7 @@ def test_after_an_error_of_the_consumer_no_queued_batch_is_made_and_no_thread_is
     return i
 
   def fail(_):
-    threading.Timer(0.5, go.set).start()  # when the queued batches are canceled
+    threading.Timer(3, go.set).start()  # when the queued batches are canceled
     raise error
 
   batches = in_flight.make_ahead(lambda _, i: _call(read, i), [np.arange(1000)])
