@@ -8,7 +8,7 @@ import sys
 from absl import flags
 
 from tests.helpers import fast_compile
-from tests.helpers.object_stores import gcs, object_stores, s3, store  # noqa: F401 (fixtures)
+from tests.helpers.object_stores import bucket, gcs, object_stores, s3, store  # noqa: F401 (fixtures)
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 

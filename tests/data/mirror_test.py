@@ -1,22 +1,17 @@
-"""Prepared data in a bucket: the same records as on a disk, verified, within a bound, shared by processes."""
+"""Prepared data in a bucket: the same records as on a disk, verified."""
 
 import concurrent.futures
-import contextlib
 import errno
 import functools
-import os
 import pathlib
-import time
-import types
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from tests.data import own_files
-from tests.helpers import processes, tiny
+from tests.data.bucket_shards import instructions, object_in, open_shards, shard_name, upload_shards, write_shards
+from tests.helpers import tiny
 from uni_moe_jax.config.schema import DataConfig
 from uni_moe_jax.data import mirror, sources
 from uni_moe_jax.data.files import file_dataset, prepare, tfds_prepare
@@ -25,52 +20,6 @@ from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.shards import Shards
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError
-
-_PER_SHARD, _BYTES = 5, 10_000
-
-
-@pytest.fixture(params=['gcs', pytest.param('s3', marks=pytest.mark.slow)])
-def bucket(request):
-  """A data directory in a bucket that no other test uses."""
-  return f'{request.getfixturevalue(request.param).address}/{abs(hash(request.node.nodeid))}'
-
-
-def _upload_shards(bucket: str, folder: pathlib.Path, count: int, seed: int = 0) -> list[bytes]:
-  """Write a dataset 'x' of array records of 10 kB; five to a file. Return them."""
-  sender = Mirror(bucket, folder)
-  records = _write_shards(sender.root, count, seed)
-  sender.upload(sender.root / 'x')
-  return records
-
-
-def _write_shards(root: pathlib.Path, count: int, seed: int = 0) -> list[bytes]:
-  rng = np.random.default_rng(seed)
-  (root / 'x').mkdir(parents=True)
-  records = [rng.bytes(_BYTES) for _ in range(_PER_SHARD * count)]
-  for shard in range(count):
-    writer = ArrayRecordWriter(str(root / _name(shard)), 'group_size:1')
-    for record in records[_PER_SHARD * shard:_PER_SHARD * (shard + 1)]:
-      writer.write(record)
-    writer.close()
-  return records
-
-
-def _name(shard: int) -> str:
-  return f'x/x.array_record-{shard:05}'
-
-
-def _shards(data: Mirror, count: int) -> Shards:
-  data.sync('x')
-  return Shards(data, _instructions(data.root, count))
-
-
-def _instructions(root: pathlib.Path, count: int, skip: int = 0) -> list[types.SimpleNamespace]:
-  return [types.SimpleNamespace(filename=str(root / _name(i)), skip=skip, take=_PER_SHARD - skip)
-          for i in range(count)]
-
-
-def _object(bucket: str, name: str) -> storage.Path:
-  return storage.path(bucket) / name
 
 
 def _flip(path: storage.Path) -> None:
@@ -133,8 +82,8 @@ def test_a_bucket_has_the_records_of_a_folder(bucket, tmp_path, source):
 
 
 def test_threads_read_the_records_of_a_folder_in_the_order_of_the_request(tmp_path):
-  records, rng = _write_shards(tmp_path, 3), np.random.default_rng(0)
-  shards, rest = Shards(tmp_path, _instructions(tmp_path, 3)), Shards(tmp_path, _instructions(tmp_path, 3, skip=2))
+  records, rng = write_shards(tmp_path, 3), np.random.default_rng(0)
+  shards, rest = Shards(tmp_path, instructions(tmp_path, 3)), Shards(tmp_path, instructions(tmp_path, 3, skip=2))
   assert (len(shards), len(rest)) == (15, 9)
   assert rest.__getitems__([8, 0, 3]) == [records[14], records[2], records[7]]
   requests = [rng.integers(0, 15, 20) for _ in range(200)]
@@ -167,7 +116,7 @@ def test_a_dataset_whose_upload_was_interrupted_does_not_exist(bucket, tmp_path,
 
   monkeypatch.setattr(files, 'put_file', interrupted)
   with pytest.raises(KeyboardInterrupt):
-    _upload_shards(bucket, tmp_path / 'sender', 4)
+    upload_shards(bucket, tmp_path / 'sender', 4)
   with pytest.raises(MissingFileError, match=f'{bucket}/x has no files.json: nothing was prepared there'):
     Mirror(bucket, tmp_path / 'receiver').sync('x')
 
@@ -177,7 +126,7 @@ def test_what_exists_in_a_bucket_is_not_prepared_again(bucket, tmp_path):
   prepare.prepare(root, Mirror(bucket, tmp_path / '1'), 'texts')
   with pytest.raises(UsageError, match='already exists'):
     prepare.prepare(root, Mirror(bucket, tmp_path / '2'), 'texts')
-  _object(bucket, 'own/texts/1.0.0/files.json').unlink()  # as if the first one had been killed
+  object_in(bucket, 'own/texts/1.0.0/files.json').unlink()  # as if the first one had been killed
   with pytest.raises(MissingFileError, match=r'own/texts has no files\.json: nothing was prepared there'):
     sources.load('own:texts', Mirror(bucket, tmp_path / '3'), 'train')
   prepare.prepare(root, Mirror(bucket, tmp_path / '1'), 'texts')
@@ -190,48 +139,48 @@ def test_of_two_versions_the_newest_is_read_and_a_removed_one_is_forgotten(bucke
     prepare.prepare(own_files.write_text_pairs(tmp_path / version, num_test), sender, 'texts', version)
   sizes = lambda: sources.load('own:texts', Mirror(bucket, tmp_path / 'receiver'), 'train').size
   assert sizes() == 28
-  storage.remove_folder(_object(bucket, 'own/texts/1.10.0'))
+  storage.remove_folder(object_in(bucket, 'own/texts/1.10.0'))
   assert sizes() == 29
 
 
 def test_a_bit_that_flips_in_transit_is_noticed_and_the_file_fetched_again(bucket, tmp_path, monkeypatch, capsys):
-  records = _upload_shards(bucket, tmp_path / 'sender', 2)
+  records = upload_shards(bucket, tmp_path / 'sender', 2)
   files = storage.filesystem(bucket)
   fetch, flipped = files.get_file, []
 
   def flip_once(remote, local, **options):
     fetch(remote, local, **options)
-    if remote.endswith(_name(1)) and not flipped:
+    if remote.endswith(shard_name(1)) and not flipped:
       flipped.append(remote)
       _flip(pathlib.Path(local))
 
   monkeypatch.setattr(files, 'get_file', flip_once)
   data = Mirror(bucket, tmp_path / 'receiver')
-  assert _shards(data, 2).__getitems__(range(10)) == records
+  assert open_shards(data, 2).__getitems__(range(10)) == records
   assert flipped and data.num_fetched == 3
-  assert f'{bucket}/{_name(1)} arrived with other bytes than were prepared' in capsys.readouterr().out
+  assert f'{bucket}/{shard_name(1)} arrived with other bytes than were prepared' in capsys.readouterr().out
 
 
 def test_an_object_with_a_flipped_bit_is_named_and_no_example_is_replaced_for_it(bucket, tmp_path):
-  _upload_shards(bucket, tmp_path / 'sender', 2)
-  _flip(_object(bucket, _name(1)))
-  shards = _shards(Mirror(bucket, tmp_path / 'receiver'), 2)
+  upload_shards(bucket, tmp_path / 'sender', 2)
+  _flip(object_in(bucket, shard_name(1)))
+  shards = open_shards(Mirror(bucket, tmp_path / 'receiver'), 2)
   dataset = file_dataset.FileDataset('x', 10, shards.__getitems__, {}, {}, {}, '')
   assert len(dataset.read_valid(np.arange(5))) == 5
   for _ in range(2):  # it is not remembered as good, either
-    with pytest.raises(RunError, match=rf'{bucket}/{_name(1)} is damaged: its bytes were not those that were prepared'):
+    with pytest.raises(RunError, match=f'{bucket}/{shard_name(1)} is damaged: its bytes were not those that were'):
       dataset.read_valid(np.arange(10))
-  _upload_shards(bucket, tmp_path / 'second', 2)  # the same bytes again
+  upload_shards(bucket, tmp_path / 'second', 2)  # the same bytes again
   assert len(dataset.read_valid(np.arange(10))) == 10
 
 
 def test_an_object_that_is_gone_and_a_full_disk_end_the_run_and_cost_no_example(bucket, tmp_path, monkeypatch):
-  _upload_shards(bucket, tmp_path / 'sender', 2)
-  shards = _shards(Mirror(bucket, tmp_path / 'receiver'), 2)
+  upload_shards(bucket, tmp_path / 'sender', 2)
+  shards = open_shards(Mirror(bucket, tmp_path / 'receiver'), 2)
   dataset = file_dataset.FileDataset('x', 10, shards.__getitems__, {}, {}, {}, '')
-  _object(bucket, _name(1)).unlink()
+  object_in(bucket, shard_name(1)).unlink()
   assert len(dataset.read_valid(np.arange(5))) == 5
-  with pytest.raises(RunError, match=f'{bucket}/{_name(1)} cannot be fetched into'):
+  with pytest.raises(RunError, match=f'{bucket}/{shard_name(1)} cannot be fetched into'):
     dataset.read_valid(np.arange(10))
 
   def full(*_):
@@ -249,172 +198,20 @@ def test_a_bucket_that_does_not_exist_is_reported_at_once(bucket, tmp_path):
 
 
 def test_a_dataset_that_was_replaced_is_fetched_again_and_only_what_has_changed(bucket, tmp_path):
-  _upload_shards(bucket, tmp_path / 'sender', 2)
-  _shards(Mirror(bucket, tmp_path / 'receiver'), 2).__getitems__(range(10))
-  records = _upload_shards(bucket, tmp_path / 'other', 3, seed=1)
+  upload_shards(bucket, tmp_path / 'sender', 2)
+  open_shards(Mirror(bucket, tmp_path / 'receiver'), 2).__getitems__(range(10))
+  records = upload_shards(bucket, tmp_path / 'other', 3, seed=1)
   data = Mirror(bucket, tmp_path / 'receiver')
-  assert _shards(data, 3).__getitems__(range(15)) == records
+  assert open_shards(data, 3).__getitems__(range(15)) == records
   again = Mirror(bucket, tmp_path / 'receiver')
-  assert _shards(again, 3).__getitems__(range(15)) == records
+  assert open_shards(again, 3).__getitems__(range(15)) == records
   assert (data.num_fetched, again.num_fetched) == (3, 0)
-
-
-def test_the_cache_keeps_its_bound_and_what_was_used_last(bucket, tmp_path):
-  records = _upload_shards(bucket, tmp_path / 'sender', 6)
-  size = _object(bucket, _name(0)).stat().length
-  data = Mirror(bucket, tmp_path / 'receiver', max_bytes=int(3.5 * size))
-  shards = _shards(data, 6)
-  present = lambda: {p.name[-1] for p in (data.root / 'x').glob('x.array_record-*')}
-  for shard in (0, 1, 2, 0, 3):
-    assert shards.__getitems__([5 * shard]) == [records[5 * shard]]
-  assert present() == {'0', '2', '3'}
-  ids = np.random.default_rng(0).permutation(30)
-  assert shards.__getitems__(ids) == [records[i] for i in ids]
-  assert len(present()) == 3
-
-  def removed_open_files():
-    names = []
-    for path in pathlib.Path('/proc/self/fd').iterdir():
-      with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-        names.append(os.readlink(path))
-    return [name for name in names if str(data.root) in name and name.endswith('(deleted)')]
-
-  assert not removed_open_files()  # they would keep their place on the disk
-  other = Mirror(bucket, tmp_path / 'receiver')  # as of another process
-  other.sync('x')
-  shards.__getitems__([15])
-  (data.root / _name(3)).unlink()
-  other.fetch(_name(3))
-  assert removed_open_files()
-  assert shards.__getitems__([15]) == [records[15]] and not removed_open_files()
-  shards.prefetch(ids)  # it would only remove what is needed first
-  assert len(present()) == 3
-  with pytest.raises(UsageError, match=r'config\.data\.cache_gb=1e-05 is less than the largest file of .*/x'):
-    Mirror(bucket, tmp_path / 'small', max_bytes=10_000).sync('x')
-
-
-def test_threads_that_need_more_than_the_bound_read_what_they_need_within_it(bucket, tmp_path, monkeypatch):
-  records = _upload_shards(bucket, tmp_path / 'sender', 4)
-  size = _object(bucket, _name(0)).stat().length
-  data = Mirror(bucket, tmp_path / 'receiver', max_bytes=int(1.5 * size))
-  shards = _shards(data, 4)
-  files, peaks = storage.filesystem(bucket), []
-  fetch, walk = files.get_file, os.walk
-
-  def measured(remote, local):
-    peaks.append(data._total())
-    fetch(remote, local)
-
-  def slow_walk(*args, **kwargs):
-    for entry in walk(*args, **kwargs):
-      if any(name.endswith('.part') for name in entry[2]):
-        time.sleep(.1)  # a file that gets its final name now is counted, too
-      yield entry
-
-  monkeypatch.setattr(files, 'get_file', measured)
-  monkeypatch.setattr(mirror.os, 'walk', slow_walk)
-  orders = [np.random.default_rng(i).permutation(20) for i in range(3)]
-  with concurrent.futures.ThreadPoolExecutor(3) as pool:
-    for ids, read in zip(orders, pool.map(shards.__getitems__, orders), strict=True):
-      assert read == [records[i] for i in ids]
-  assert max(peaks) <= 1.5 * size
-
-
-def test_a_file_that_is_removed_while_it_is_opened_is_read(bucket, tmp_path, monkeypatch):
-  records = _upload_shards(bucket, tmp_path / 'sender', 1)
-  data = Mirror(bucket, tmp_path / 'receiver')
-  shards, reader = _shards(data, 1), array_record_module.ArrayRecordReader
-
-  def removed_before(*args, **kwargs):
-    (data.root / _name(0)).unlink()
-    return reader(*args, **kwargs)
-
-  monkeypatch.setattr(array_record_module, 'ArrayRecordReader', removed_before)
-  assert shards.__getitems__(range(5)) == records
-  assert data.num_fetched == 1
-
-
-def test_files_are_fetched_in_the_order_in_which_they_are_needed(bucket, tmp_path, monkeypatch, capsys):
-  _upload_shards(bucket, tmp_path / 'sender', 5)
-  monkeypatch.setattr(mirror, '_NUM_FETCHES', 1)
-  files, fetched = storage.filesystem(bucket), []
-  fetch = files.get_file
-  monkeypatch.setattr(files, 'get_file', lambda remote, local, **o: (fetched.append(remote[-1]), fetch(remote, local)))
-  data = Mirror(bucket, tmp_path / 'receiver')
-  _shards(data, 5).prefetch(np.array([17, 2, 15, 11, 3]))
-  while data._num_lanes:
-    time.sleep(.01)
-  data._later.shutdown()
-  assert fetched == ['3', '0', '2', '1', '4']
-  assert f'data: fetched 5 files, 0.7 MB of {bucket} in' in capsys.readouterr().out
-
-
-def test_a_process_ends_without_the_files_that_may_wait(bucket, tmp_path):
-  _upload_shards(bucket, tmp_path / 'sender', 6)
-  script = f'''
-import time
-from uni_moe_jax.data import mirror
-from uni_moe_jax.utils import storage
-mirror._NUM_FETCHES = 1
-data = mirror.Mirror({bucket!r}, {str(tmp_path / "receiver")!r})
-data.sync('x')
-files = storage.filesystem({bucket!r})
-fetch = files.get_file
-files.get_file = lambda *x: (print('fetch', flush=True), time.sleep(.3), fetch(*x))
-data.prefetch(sorted(n for n in data._files if 'array_record' in n))
-time.sleep(.1)'''
-  done = processes.python('-c', script)
-  assert done.returncode == 0 and done.stdout.count('fetch\n') == 1 and not done.stderr, done
-  assert len(list((tmp_path / 'receiver').rglob('x.array_record-*'))) == 1  # the one that had begun
-
-
-def test_what_a_dead_process_had_reserved_gives_way_and_what_is_being_fetched_does_not(bucket, tmp_path):
-  _upload_shards(bucket, tmp_path / 'sender', 2)
-  size = _object(bucket, _name(0)).stat().length
-  data = Mirror(bucket, tmp_path / 'receiver', max_bytes=int(1.5 * size))
-  data.sync('x')
-  own, other = (data.root / 'x' / f'.{_name(i)[2:]}.part' for i in range(2))
-
-  def leave(*parts):
-    for part in parts:
-      part.touch()
-      os.truncate(part, size)
-
-  leave(own, other)
-  assert data.fetch(_name(0)).exists() and not other.exists()
-  (data.root / _name(0)).unlink()
-  leave(other)
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    with data._locked(data.root / _name(1).replace('x/', 'x/.')):
-      fetched = pool.submit(data.fetch, _name(0))
-      time.sleep(.3)
-      assert other.exists() and not fetched.done()
-    assert fetched.result(30).exists() and not other.exists()
-
-
-def test_two_processes_of_a_host_fetch_a_file_once(bucket, tmp_path):
-  _upload_shards(bucket, tmp_path / 'sender', 6)
-  script = f'''
-import hashlib, types, sys
-from uni_moe_jax.data.mirror import Mirror
-from uni_moe_jax.data.shards import Shards
-data = Mirror({bucket!r}, {str(tmp_path / "receiver")!r})
-data.sync('x')
-names = sorted(n for n in data._files)
-shards = Shards(data, [types.SimpleNamespace(filename=str(data.root / n), skip=0, take=5) for n in names])
-content = b''.join(shards.__getitems__(range(30)))
-print(data.num_fetched, hashlib.sha256(content).hexdigest())'''
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    done = list(pool.map(lambda _: processes.python('-c', script), range(2)))
-  assert [p.returncode for p in done] == [0, 0], done
-  counts, digests = zip(*(p.stdout.split() for p in done))
-  assert sum(map(int, counts)) == 6 and len({*digests}) == 1
 
 
 def test_input_in_a_bucket_is_prepared_as_a_folder_is(bucket, tmp_path):
   root = own_files.write_captioned_images(tmp_path / 'in')
   for path in root.rglob('*.*'):
-    storage.write_bytes(_object(bucket, f'in/{path.relative_to(root)}'), path.read_bytes())
+    storage.write_bytes(object_in(bucket, f'in/{path.relative_to(root)}'), path.read_bytes())
   local = prepare.prepare(root, tmp_path / 'data', 'images')
   for name in ('in', 'in/data.jsonl'):
     with mirror.local_input(f'{bucket}/{name}', '--input', str(tmp_path / 'cache')) as source:
@@ -427,7 +224,7 @@ def test_input_in_a_bucket_is_prepared_as_a_folder_is(bucket, tmp_path):
 
 def test_class_names_come_from_the_bucket(bucket, tmp_path):
   from uni_moe_jax.data.pipeline import class_names
-  storage.write_bytes(_object(bucket, 'names/x.tsv'), b'a\tcat\nb\tdog\n')
+  storage.write_bytes(object_in(bucket, 'names/x.tsv'), b'a\tcat\nb\tdog\n')
   data = Mirror(bucket, tmp_path)
   assert class_names.read_entries('file:names/x.tsv', data, 'target_sets.x') == (('a', ('cat',)), ('b', ('dog',)))
   with pytest.raises(MissingFileError, match='gone'):

@@ -209,7 +209,7 @@ class Mirror(os.PathLike):
     with self._mutex:
       del self._pending[name]
     if error:
-      file.set_exception(error)  # of a file that may wait nobody asks for it: who needs the file tries again
+      file.set_exception(error)  # who needs a file that could wait tries again
     else:
       file.set_result(path)
 

@@ -1,0 +1,170 @@
+"""The folder of a host with files of a bucket: its bound, what is fetched first, and several threads and processes."""
+
+import concurrent.futures
+import contextlib
+import os
+import pathlib
+import time
+
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+
+from tests.data.bucket_shards import object_in, open_shards, shard_name, upload_shards
+from tests.helpers import processes
+from uni_moe_jax.data import mirror
+from uni_moe_jax.data.mirror import Mirror
+from uni_moe_jax.utils import storage
+from uni_moe_jax.utils.errors import UsageError
+
+
+def test_the_cache_keeps_its_bound_and_what_was_used_last(bucket, tmp_path):
+  records = upload_shards(bucket, tmp_path / 'sender', 6)
+  size = object_in(bucket, shard_name(0)).stat().length
+  data = Mirror(bucket, tmp_path / 'receiver', max_bytes=int(3.5 * size))
+  shards = open_shards(data, 6)
+  present = lambda: {p.name[-1] for p in (data.root / 'x').glob('x.array_record-*')}
+  for shard in (0, 1, 2, 0, 3):
+    assert shards.__getitems__([5 * shard]) == [records[5 * shard]]
+  assert present() == {'0', '2', '3'}
+  ids = np.random.default_rng(0).permutation(30)
+  assert shards.__getitems__(ids) == [records[i] for i in ids]
+  assert len(present()) == 3
+
+  def removed_open_files():
+    names = []
+    for path in pathlib.Path('/proc/self/fd').iterdir():
+      with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+        names.append(os.readlink(path))
+    return [name for name in names if str(data.root) in name and name.endswith('(deleted)')]
+
+  assert not removed_open_files()  # they would keep their place on the disk
+  other = Mirror(bucket, tmp_path / 'receiver')  # as of another process
+  other.sync('x')
+  shards.__getitems__([15])
+  (data.root / shard_name(3)).unlink()
+  other.fetch(shard_name(3))
+  assert removed_open_files()
+  assert shards.__getitems__([15]) == [records[15]] and not removed_open_files()
+  shards.prefetch(ids)  # it would only remove what is needed first
+  assert len(present()) == 3
+  with pytest.raises(UsageError, match=r'config\.data\.cache_gb=1e-05 is less than the largest file of .*/x'):
+    Mirror(bucket, tmp_path / 'small', max_bytes=10_000).sync('x')
+
+
+def test_threads_that_need_more_than_the_bound_read_what_they_need_within_it(bucket, tmp_path, monkeypatch):
+  records = upload_shards(bucket, tmp_path / 'sender', 4)
+  size = object_in(bucket, shard_name(0)).stat().length
+  data = Mirror(bucket, tmp_path / 'receiver', max_bytes=int(1.5 * size))
+  shards = open_shards(data, 4)
+  files, peaks = storage.filesystem(bucket), []
+  fetch, walk = files.get_file, os.walk
+
+  def measured(remote, local):
+    peaks.append(data._total())
+    fetch(remote, local)
+
+  def slow_walk(*args, **kwargs):
+    for entry in walk(*args, **kwargs):
+      if any(name.endswith('.part') for name in entry[2]):
+        time.sleep(.1)  # a file that gets its final name now is counted, too
+      yield entry
+
+  monkeypatch.setattr(files, 'get_file', measured)
+  monkeypatch.setattr(mirror.os, 'walk', slow_walk)
+  orders = [np.random.default_rng(i).permutation(20) for i in range(3)]
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    for ids, read in zip(orders, pool.map(shards.__getitems__, orders), strict=True):
+      assert read == [records[i] for i in ids]
+  assert max(peaks) <= 1.5 * size
+
+
+def test_a_file_that_is_removed_while_it_is_opened_is_read(bucket, tmp_path, monkeypatch):
+  records = upload_shards(bucket, tmp_path / 'sender', 1)
+  data = Mirror(bucket, tmp_path / 'receiver')
+  shards, reader = open_shards(data, 1), array_record_module.ArrayRecordReader
+
+  def removed_before(*args, **kwargs):
+    (data.root / shard_name(0)).unlink()
+    return reader(*args, **kwargs)
+
+  monkeypatch.setattr(array_record_module, 'ArrayRecordReader', removed_before)
+  assert shards.__getitems__(range(5)) == records
+  assert data.num_fetched == 1
+
+
+def test_files_are_fetched_in_the_order_in_which_they_are_needed(bucket, tmp_path, monkeypatch, capsys):
+  upload_shards(bucket, tmp_path / 'sender', 5)
+  monkeypatch.setattr(mirror, '_NUM_FETCHES', 1)
+  files, fetched = storage.filesystem(bucket), []
+  fetch = files.get_file
+  monkeypatch.setattr(files, 'get_file', lambda remote, local, **o: (fetched.append(remote[-1]), fetch(remote, local)))
+  data = Mirror(bucket, tmp_path / 'receiver')
+  open_shards(data, 5).prefetch(np.array([17, 2, 15, 11, 3]))
+  while data._num_lanes:
+    time.sleep(.01)
+  data._later.shutdown()
+  assert fetched == ['3', '0', '2', '1', '4']
+  assert f'data: fetched 5 files, 0.7 MB of {bucket} in' in capsys.readouterr().out
+
+
+def test_a_process_ends_without_the_files_that_may_wait(bucket, tmp_path):
+  upload_shards(bucket, tmp_path / 'sender', 6)
+  script = f'''
+import time
+from uni_moe_jax.data import mirror
+from uni_moe_jax.utils import storage
+mirror._NUM_FETCHES = 1
+data = mirror.Mirror({bucket!r}, {str(tmp_path / "receiver")!r})
+data.sync('x')
+files = storage.filesystem({bucket!r})
+fetch = files.get_file
+files.get_file = lambda *x: (print('fetch', flush=True), time.sleep(.3), fetch(*x))
+data.prefetch(sorted(n for n in data._files if 'array_record' in n))
+time.sleep(.1)'''
+  done = processes.python('-c', script)
+  assert done.returncode == 0 and done.stdout.count('fetch\n') == 1 and not done.stderr, done
+  assert len(list((tmp_path / 'receiver').rglob('x.array_record-*'))) == 1  # the one that had begun
+
+
+def test_parts_of_files_of_a_dead_process_are_removed_and_those_that_are_being_fetched_are_not(bucket, tmp_path):
+  upload_shards(bucket, tmp_path / 'sender', 2)
+  size = object_in(bucket, shard_name(0)).stat().length
+  data = Mirror(bucket, tmp_path / 'receiver', max_bytes=int(1.5 * size))
+  data.sync('x')
+  own, other = (data.root / 'x' / f'.{shard_name(i)[2:]}.part' for i in range(2))
+
+  def leave(*parts):
+    for part in parts:
+      part.touch()
+      os.truncate(part, size)
+
+  leave(own, other)
+  assert data.fetch(shard_name(0)).exists() and not other.exists()
+  (data.root / shard_name(0)).unlink()
+  leave(other)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with data._locked(data.root / shard_name(1).replace('x/', 'x/.')):
+      fetched = pool.submit(data.fetch, shard_name(0))
+      time.sleep(.3)
+      assert other.exists() and not fetched.done()
+    assert fetched.result(30).exists() and not other.exists()
+
+
+def test_two_processes_of_a_host_fetch_a_file_once(bucket, tmp_path):
+  upload_shards(bucket, tmp_path / 'sender', 6)
+  script = f'''
+import hashlib, types, sys
+from uni_moe_jax.data.mirror import Mirror
+from uni_moe_jax.data.shards import Shards
+data = Mirror({bucket!r}, {str(tmp_path / "receiver")!r})
+data.sync('x')
+names = sorted(n for n in data._files)
+shards = Shards(data, [types.SimpleNamespace(filename=str(data.root / n), skip=0, take=5) for n in names])
+content = b''.join(shards.__getitems__(range(30)))
+print(data.num_fetched, hashlib.sha256(content).hexdigest())'''
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    done = list(pool.map(lambda _: processes.python('-c', script), range(2)))
+  assert [p.returncode for p in done] == [0, 0], done
+  counts, digests = zip(*(p.stdout.split() for p in done))
+  assert sum(map(int, counts)) == 6 and len({*digests}) == 1
