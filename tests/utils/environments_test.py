@@ -45,15 +45,18 @@ def test_a_package_that_cannot_be_installed_is_one_sentence_and_the_next_attempt
 
 
 def test_sigterm_ends_the_program_too(tmp_path):
-  setup = f'import os, time; open({str(tmp_path / "started")!r}, "w").write(str(os.getpid()))'
+  written = 'f"{os.getpid()} {sys.flags.safe_path}"'  # whether it imports nothing from the current folder
+  setup = f'import os, sys, time; open({str(tmp_path / "started")!r}, "w").write({written})'
   script = f"""
 import sys
 from uni_moe_jax.utils import environments
 sys.exit(environments.run(sys.executable, 'timeit', '-n1', '-r1', '-s', {setup!r}, 'time.sleep(60)'))"""
   started = subprocess.Popen([sys.executable, '-c', script], env={**os.environ, 'PYTHONPATH': str(processes.ROOT)})
   stand_in.wait_for(tmp_path / 'started', started, seconds=60)
-  while not (pid := (tmp_path / 'started').read_text()):
+  while not (text := (tmp_path / 'started').read_text()):
     time.sleep(.01)
+  pid, is_safe = text.split()
+  assert is_safe == 'True'
   started.terminate()
   assert started.wait(30) == 75
   with pytest.raises(ProcessLookupError):

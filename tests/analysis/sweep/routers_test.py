@@ -204,7 +204,7 @@ def test_everything_is_drawn_again_from_the_json_alone(report, workdir, tmp_path
     ({}, None),
     (dict(learning_rate=.5), 'task-0 and dense-0 differ in more than their variant: optim.learning_rate: 0.01 → 0.5.'),
     (dict(data='other'), 'the data (its fingerprint)'), (dict(steps=5), 'task-0 has 5 of 6 steps.'),
-    (dict(weight_decay=.5, fields=('optim.weight_decay=0.5',)), None)])
+    (dict(b2=.5, fields=('optim.b2=0.5',)), None)])
 def test_runs_that_differ_in_more_than_their_variant_are_an_error(tmp_path, changes, message):
   dense, task = _cells(tmp_path, 'dense', 'task')
   task = task._replace(fields=changes.pop('fields', ()))

@@ -2,8 +2,6 @@
 
 import functools
 import operator
-import subprocess
-import types
 
 import pytest
 
@@ -13,7 +11,7 @@ from uni_moe_jax.data import sources
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.data.mirror import Mirror
 from uni_moe_jax.data.preparation import input_shards, on_beam
-from uni_moe_jax.utils import storage
+from uni_moe_jax.utils import environments, storage
 from uni_moe_jax.utils.errors import RunError
 
 _OPTIONS = ('--runner=DirectRunner', '--direct_running_mode=multi_processing', '--direct_num_workers=2')
@@ -22,12 +20,11 @@ _OPTIONS = ('--runner=DirectRunner', '--direct_running_mode=multi_processing', '
 def test_the_pipeline_finds_each_task(tmp_path, monkeypatch):
   commands = []
   monkeypatch.setattr(on_beam, '_python', lambda: 'python')
-  monkeypatch.setattr(subprocess, 'run', lambda command, **_: commands.append(command) or types.SimpleNamespace(
-      returncode=len(commands) - 1))
+  monkeypatch.setattr(environments, 'run', lambda *command: commands.append(command) or len(commands) - 1)
   tasks = [functools.partial(operator.mul, 7, i) for i in range(3)]
   on_beam.run(iter(tasks), 3, 'read', tmp_path / 'tasks', ['--runner=X', '--y'])
-  assert commands == [['python', '-P', '-m', 'uni_moe_jax.data.preparation.on_beam', f'{tmp_path}/tasks/read', '3',
-                       '--runner=X', '--y']]
+  assert commands == [
+      ('python', 'uni_moe_jax.data.preparation.on_beam', f'{tmp_path}/tasks/read', '3', '--runner=X', '--y')]
   assert [on_beam._run_task(i, f'{tmp_path}/tasks/read') for i in range(3)] == [0, 7, 14]
   on_beam.run(iter(()), 0, 'written', tmp_path / 'tasks', [])
   assert len(commands) == 1
