@@ -280,11 +280,12 @@ def _is_fetched(path: pathlib.Path) -> bool:
   """Whether this is a part of a file that a process is fetching."""
   if not path.name.endswith(_PART):
     return False
-  with open(path.with_name(path.name.removesuffix(_PART) + _LOCK), 'w') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      return True
+  with contextlib.suppress(FileNotFoundError):  # the folder of a dataset that was removed meanwhile
+    with open(path.with_name(path.name.removesuffix(_PART) + _LOCK), 'w') as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        return True
   return False
 
 
