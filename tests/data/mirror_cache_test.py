@@ -127,6 +127,31 @@ time.sleep(.1)'''
   assert len(list((tmp_path / 'receiver').rglob('x.array_record-*'))) == 1  # the one that had begun
 
 
+def test_any_error_reaches_who_waits_and_the_file_can_be_fetched_again(bucket, tmp_path, monkeypatch):
+  upload_shards(bucket, tmp_path / 'sender', 1)
+  data = Mirror(bucket, tmp_path / 'receiver')
+  data.sync('x')
+
+  def fail(_):
+    raise OSError(116, 'Stale file handle')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(data, '_fetch_verified', fail)
+    patch.setattr(mirror, 'free_space', fail)  # of the same disk
+    with pytest.raises(OSError, match='Stale'):
+      data._request(shard_name(0)).result(20)
+    data.prefetch([shard_name(0)])
+    end = time.monotonic() + 20
+    while data._num_lanes:
+      assert time.monotonic() < end
+      time.sleep(.01)
+  with monkeypatch.context() as patch:
+    patch.setattr(data._now, 'submit', lambda *_: exec('raise RuntimeError("shutdown")'))  # as when the process ends
+    with pytest.raises(RuntimeError, match='shutdown'):
+      data._request(shard_name(0)).result(20)
+  assert data.fetch(shard_name(0)).exists()
+
+
 def test_parts_of_files_of_a_dead_process_are_removed_and_those_that_are_being_fetched_are_not(bucket, tmp_path):
   upload_shards(bucket, tmp_path / 'sender', 2)
   size = object_in(bucket, shard_name(0)).stat().length

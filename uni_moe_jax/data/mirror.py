@@ -171,9 +171,10 @@ class Mirror(os.PathLike):
     if is_done:
       print(f'data: fetched {self.describe()}', flush=True)
     if name is not None:
-      file, is_new = self._begin(name)
-      if is_new:
-        self._fetch(name, file)
+      with contextlib.suppress(OSError):  # of the local file: who needs it reports that
+        file, is_new = self._begin(name)
+        if is_new:
+          self._fetch(name, file)
       with contextlib.suppress(RuntimeError):  # the process ends
         self._later.submit(self._fetch_next)
 
@@ -181,7 +182,10 @@ class Mirror(os.PathLike):
     """Begins to fetch a file unless it is there."""
     file, is_new = self._begin(name)
     if is_new:
-      self._now.submit(self._fetch, name, file)
+      try:
+        self._now.submit(self._fetch, name, file)
+      except RuntimeError as e:  # the process ends; others may wait for the file
+        self._complete(name, file, error=e)
     return file
 
   def _begin(self, name: str) -> tuple[concurrent.futures.Future, bool]:
@@ -197,21 +201,29 @@ class Mirror(os.PathLike):
       self._pending[name] = file
       return file, True
 
-  def _fetch(self, name: str, file: concurrent.futures.Future) -> None:
-    try:
-      path, error = self._fetch_verified(name), None
-    except OSError as e:  # any other error than this one would count as a corrupt example
-      path, error = None, RunError(
-          f'{self.address}/{name} cannot be fetched into {self.root} ({e}; {free_space(self.root)}).')
-      error.__cause__ = e
-    except Exception as e:
-      path, error = None, e
+  def _complete(
+      self, name: str, file: concurrent.futures.Future, path: pathlib.Path | None = None,
+      error: BaseException | None = None) -> None:
     with self._mutex:
       del self._pending[name]
     if error:
       file.set_exception(error)  # who needs a file that could wait tries again
     else:
       file.set_result(path)
+
+  def _fetch(self, name: str, file: concurrent.futures.Future) -> None:
+    try:
+      path = self._fetch_explained(name)
+    except BaseException as e:  # whatever it is, others wait for the file
+      self._complete(name, file, error=e)
+    else:
+      self._complete(name, file, path)
+
+  def _fetch_explained(self, name: str) -> pathlib.Path:
+    try:
+      return self._fetch_verified(name)
+    except OSError as e:  # any other error than this one would count as a corrupt example
+      raise RunError(f'{self.address}/{name} cannot be fetched into {self.root} ({e}; {free_space(self.root)}).') from e
 
   def _fetch_verified(self, name: str) -> pathlib.Path:
     size, digest = self._files[name]

@@ -115,8 +115,8 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
       if multihost.broadcast_from_primary(owner is not None):
         raise UsageError(f'{owner or "another process"} trains in {workdir}: wait until it has ended, or give another '
                          '--workdir.')
-      claim(writes=is_primary)  # not before the lock: a start that is refused changes nothing
       check_versions(workdir)
+      claim(writes=is_primary)  # last: a start that is refused changes nothing
       copy_tokenizer(workdir, run.data.tokenizer_file, is_primary)
       if is_primary:
         write_json(storage.path(workdir) / RUN_FILE, _run_facts(run))
