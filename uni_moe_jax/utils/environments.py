@@ -55,7 +55,12 @@ def run(interpreter: str, module: str, *arguments: str) -> int:
   command = [interpreter, '-P', '-m', module, *arguments]  # -P: not from the current folder, which may be a clone
   child, received = subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': path}), []
   with signals.handled(lambda number, _: (received.append(number), child.terminate()), signal.SIGTERM):
-    code = child.wait()
+    try:
+      code = child.wait()
+    except BaseException:  # such as Ctrl-C
+      child.kill()
+      child.wait()
+      raise
   if received:
     sys.exit(PREEMPTED)
   return code

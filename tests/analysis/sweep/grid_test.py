@@ -86,9 +86,12 @@ def test_interference_is_measured_at_the_checkpoints_that_are_kept_before_the_la
   [cell], _ = grid.router_grid(_OUT, 'ablation', ['token'], ['along'], 8, '', '', overrides)
   assert {s.name: s.command[1:] for s in cell.stages[2:]} == {
       f'interference at step {n}': ('--workdir=out/token-0', f'--step={n}', '--num_batches=8') for n in (200, 400)}
+  overrides = ['train.steps=900', 'train.keep_every=300', 'train.checkpoint_every=200']  # saved at 200, 400, 600, 800
+  [cell], _ = grid.router_grid(_OUT, 'ablation', ['token'], ['along'], 8, '', '', overrides)
+  assert [s.name for s in cell.stages[2:]] == ['interference at step 600']
   for without in ('train.keep_every=0', 'train.keep_every=600'):
-    with pytest.raises(UsageError, match='--measure=along needs checkpoints between .*: set train.keep_every below'):
-      grid.router_grid(_OUT, 'ablation', ['token'], ['along'], 8, '', '', [overrides[0], without])
+    with pytest.raises(UsageError, match='--measure=along needs checkpoints .*: set train.keep_every to a multiple'):
+      grid.router_grid(_OUT, 'ablation', ['token'], ['along'], 8, '', '', ['train.steps=600', without])
 
 
 def test_measurements_can_be_left_out():

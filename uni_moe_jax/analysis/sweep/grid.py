@@ -4,6 +4,7 @@ Every command can be typed by hand, so that each cell can be repeated without th
 anything runs.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -73,7 +74,8 @@ def router_grid(
     parsed = _check(with_router, (*overrides, *own))
     if 'along' in measures and not _kept(parsed.train):
       raise UsageError('--measure=along needs checkpoints between the first step and the last: set train.keep_every '
-                       f'below train.steps={parsed.train.steps}, as in --override=train.keep_every=200.')
+                       f'to a multiple of train.checkpoint_every={parsed.train.checkpoint_every} below '
+                       f'train.steps={parsed.train.steps}.')
     configs[name] = with_router, own, parsed.moe.router, _kept(parsed.train)
 
   def cell(name: str, seed: int) -> Cell:
@@ -153,7 +155,8 @@ def _check(config: str, overrides: Sequence[str]) -> Any:
 
 def _kept(train: ml_collections.ConfigDict) -> range:
   """Steps of the checkpoints that a run keeps before its last one."""
-  return range(train.keep_every, train.steps, train.keep_every) if train.keep_every else range(0)
+  every = math.lcm(train.keep_every, train.checkpoint_every)  # 0: none are kept
+  return range(every, train.steps, every) if every else range(0)
 
 
 def _config_flags(config: str, seed: int, overrides: Sequence[str]) -> tuple[str, ...]:
