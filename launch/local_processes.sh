@@ -84,7 +84,7 @@ for ((i = 0; i < processes; i++)); do
   "${command[@]}" </dev/null 2> >(trap '' INT TERM; exec sed -u "s/^/[$i] /" >&2) &
   pids+=("$!")
   # A signal that came before the line above did not reach this process.
-  [[ -z "$stopped" ]] || send TERM
+  [[ -z "$stopped" ]] || kill -TERM -- "-$!" 2>/dev/null || true
 done
 
 code=0 left=("${pids[@]}")

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -44,7 +45,8 @@ def test_a_package_that_cannot_be_installed_is_one_sentence_and_the_next_attempt
   assert len(commands) == 4
 
 
-def test_sigterm_ends_the_program_too(tmp_path):
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 75), (signal.SIGINT, 1)])  # timeit ends with 1 itself
+def test_a_signal_ends_the_program_too(tmp_path, number, code):
   written = 'f"{os.getpid()} {sys.flags.safe_path}"'  # whether it imports nothing from the current folder
   setup = f'import os, sys, time; open({str(tmp_path / "started")!r}, "w").write({written})'
   script = f"""
@@ -57,7 +59,7 @@ sys.exit(environments.run(sys.executable, 'timeit', '-n1', '-r1', '-s', {setup!r
     time.sleep(.01)
   pid, is_safe = text.split()
   assert is_safe == 'True'
-  started.terminate()
-  assert started.wait(30) == 75
+  started.send_signal(number)
+  assert started.wait(30) == code
   with pytest.raises(ProcessLookupError):
     os.kill(int(pid), 0)

@@ -123,7 +123,7 @@ class Mirror(os.PathLike):
       content = _repeat((storage.path(self.address) / name).read_bytes, f'{self.address}/{name}')
       path = self.root / name
       path.parent.mkdir(parents=True, exist_ok=True)
-      with self._locked(path):
+      with self._locked(path.with_name(f'.{path.name}')):
         storage.write_bytes(path, content)
 
   def is_complete(self, folder: pathlib.Path) -> bool:

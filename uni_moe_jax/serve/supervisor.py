@@ -53,7 +53,12 @@ class Supervisor:
     return self._process and self._process.pid
 
   async def start(self) -> None:
-    """Starts the worker and waits until it has loaded the model, which it then compiles. Raises RunError: it cannot."""
+    """Starts the worker and waits until it has loaded the model, which it then compiles.
+
+    Raises:
+      RunError: it cannot load the model.
+      OSError: the machine has no process for it.
+    """
     loop, loaded = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
     self._warm = False
     connection, theirs = self._context.Pipe()

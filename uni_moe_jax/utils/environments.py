@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import venv
@@ -49,18 +48,11 @@ def python(name: str, title: str, size: str, *installs: Sequence[str]) -> str:
 def run(interpreter: str, module: str, *arguments: str) -> int:
   """Run a module of this package as a program of an environment; return its exit code.
 
-  SIGTERM ends it, and then this process with exit code 75. Call it from the main thread.
+  A signal ends it, and then this process with exit code 75; see `signals.wait`.
   """
   path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get('PYTHONPATH'))))
   command = [interpreter, '-P', '-m', module, *arguments]  # -P: not from the current folder, which may be a clone
-  child, received = subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': path}), []
-  with signals.handled(lambda number, _: (received.append(number), child.terminate()), signal.SIGTERM):
-    try:
-      code = child.wait()
-    except BaseException:  # such as Ctrl-C
-      child.kill()
-      child.wait()
-      raise
-  if received:
-    sys.exit(PREEMPTED)
+  code = signals.wait(subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': path}, start_new_session=True))
+  if code == PREEMPTED:
+    sys.exit(code)
   return code

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
@@ -21,6 +22,18 @@ def handled(handler: Callable, *numbers: signal.Signals) -> Iterator[None]:
   finally:
     for number, previous in old.items():
       signal.signal(number, previous)
+
+
+def wait(child: subprocess.Popen) -> int:
+  """Wait for a child, and pass SIGINT and SIGTERM on to it; return its exit code, 75 if one of them ended it.
+
+  The child needs a session of its own: a terminal's Ctrl-C would reach it twice. Call it from the main thread.
+  """
+  received = []
+  pass_on = lambda number, _: (received.append(number), child.send_signal(number))
+  with handled(pass_on, signal.SIGINT, signal.SIGTERM):
+    code = child.wait()
+  return PREEMPTED if received and code <= 0 else code
 
 
 def terminate_with_parent() -> Callable[[], None]:

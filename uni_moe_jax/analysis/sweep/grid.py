@@ -72,11 +72,12 @@ def router_grid(
     own = fields(cli.config_from(with_router, overrides))
     own += (f'train.steps={steps_of[name]}',) if steps_of[name] else ()
     parsed = _check(with_router, (*overrides, *own))
-    if 'along' in measures and not _kept(parsed.train):
+    kept = _kept(parsed.train)
+    if 'along' in measures and not kept:
       raise UsageError('--measure=along needs checkpoints between the first step and the last: set train.keep_every '
                        f'to a multiple of train.checkpoint_every={parsed.train.checkpoint_every} below '
                        f'train.steps={parsed.train.steps}.')
-    configs[name] = with_router, own, parsed.moe.router, _kept(parsed.train)
+    configs[name] = with_router, own, parsed.moe.router, kept
 
   def cell(name: str, seed: int) -> Cell:
     (with_router, own, router, kept), path = configs[name], folder / f'{name}-{seed}'

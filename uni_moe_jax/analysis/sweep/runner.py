@@ -7,7 +7,6 @@ killed, the command that it runs stops too, and until then no other sweep runs a
 import contextlib
 import fcntl
 import pathlib
-import signal
 import subprocess
 import sys
 import time
@@ -120,13 +119,8 @@ def starter(folder: pathlib.Path) -> Callable[[Sequence[str], Sequence[int]], in
   """
   def start(command: Sequence[str], inherited: Sequence[int]) -> int:
     print('$ uni-moe', *command, flush=True)
-    received = []
-    child = subprocess.Popen(
+    return signals.wait(subprocess.Popen(
         [sys.executable, folder / f'{command[0]}.py', *command[1:]], start_new_session=True, pass_fds=inherited,
-        preexec_fn=signals.terminate_with_parent())
-    pass_on = lambda number, _: (received.append(number), child.send_signal(number))
-    with signals.handled(pass_on, signal.SIGINT, signal.SIGTERM):
-      code = child.wait()
-    return PREEMPTED if received and code <= 0 else code
+        preexec_fn=signals.terminate_with_parent()))
 
   return start
