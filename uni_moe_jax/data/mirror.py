@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -185,7 +185,7 @@ class Mirror(os.PathLike):
       try:
         self._now.submit(self._fetch, name, file)
       except RuntimeError as e:  # the process ends; others may wait for the file
-        self._complete(name, file, error=e)
+        self._complete(name, file.set_exception, e)
     return file
 
   def _begin(self, name: str) -> tuple[concurrent.futures.Future, bool]:
@@ -201,23 +201,18 @@ class Mirror(os.PathLike):
       self._pending[name] = file
       return file, True
 
-  def _complete(
-      self, name: str, file: concurrent.futures.Future, path: pathlib.Path | None = None,
-      error: BaseException | None = None) -> None:
+  def _complete(self, name: str, finish: Callable[[Any], None], outcome: Any) -> None:
     with self._mutex:
-      del self._pending[name]
-    if error:
-      file.set_exception(error)  # who needs a file that could wait tries again
-    else:
-      file.set_result(path)
+      del self._pending[name]  # who needs a file whose fetch has failed tries again
+    finish(outcome)
 
   def _fetch(self, name: str, file: concurrent.futures.Future) -> None:
     try:
       path = self._fetch_explained(name)
     except BaseException as e:  # whatever it is, others wait for the file
-      self._complete(name, file, error=e)
+      self._complete(name, file.set_exception, e)
     else:
-      self._complete(name, file, path)
+      self._complete(name, file.set_result, path)
 
   def _fetch_explained(self, name: str) -> pathlib.Path:
     try:
