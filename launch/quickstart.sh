@@ -78,15 +78,12 @@ phase() {
 
 phase '1 environment' install_environment
 phase '2 data' "$python" launch/prepare_data.py --data_dir="$UNI_MOE_DATA"
-train=("$python" launch/train.py --config=configs/quickstart.py --workdir="$workdir"
-  --config.data.dir="$UNI_MOE_DATA" "$@")
-# On CPU, a process that has compiled trains more slowly, see `compile_steps`: compile in a process of its own.
-phase '3 compile' "${train[@]}" --compile_only
-phase '4 train' "${train[@]}"
-phase '5 evaluate' "$python" launch/evaluate.py --workdir="$workdir"
-phase '6 report' "$python" launch/report.py --workdir="$workdir"
+phase '3 train' "$python" launch/train.py --config=configs/quickstart.py --workdir="$workdir" \
+  --config.data.dir="$UNI_MOE_DATA" --compile_separately "$@"
+phase '4 evaluate' "$python" launch/evaluate.py --workdir="$workdir"
+phase '5 report' "$python" launch/report.py --workdir="$workdir"
 if [[ "$workdir" != *://* ]]; then  # the page reads a model from a disk
-  phase '7 export' "$python" launch/serve.py --workdir="$workdir" --export_only
+  phase '6 export' "$python" launch/serve.py --workdir="$workdir" --export_only
 fi
 printf '\nDone in %d s. Report: %s\nDraw, and the model answers: %s launch/serve.py --workdir=%s\n' \
   "$SECONDS" "$workdir/report.html" "${python#"$PWD/"}" "$workdir"

@@ -8,18 +8,24 @@ slurm.sbatch and gke.sh in the folder launch of the repository do.
 Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 error, 2 wrong usage.
 """
 
+import contextlib
+import sys
+
 from absl import flags
 
 from uni_moe_jax.parallel import distributed, shared_folder
 from uni_moe_jax.utils import cli, storage
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import PREEMPTED
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder for checkpoints and metrics; a run in it continues.', required=True)
 _COMPILE_ONLY = flags.DEFINE_bool(
-    'compile_only', False, 'Compile the step into the folder JAX_COMPILATION_CACHE_DIR (environment) and stop; on CPU '
-    'the run is then faster.')
+    'compile_only', False, 'Compile the step into the folder JAX_COMPILATION_CACHE_DIR (environment) and stop.')
+_COMPILE_SEPARATELY = flags.DEFINE_bool(
+    'compile_separately', False, 'On CPU, compile into that folder in another process: steps of a process that has '
+    'compiled are slower. Ignored with accelerators.')
 _CLUSTER = distributed.define_flags()
 _ALLOW_VERSION_MISMATCH = flags.DEFINE_bool(
     'allow_version_mismatch', False, 'Continue a run with other package versions than it was started with.')
@@ -27,7 +33,7 @@ flags.mark_flag_as_required('config')
 
 
 def main() -> int:
-  with cli.exit_on_signals(PREEMPTED):  # until the loop handles them
+  with contextlib.ExitStack() as stack, cli.exit_on_signals(PREEMPTED):  # until the loop handles them
     from uni_moe_jax.config.plan import make_plan
     from uni_moe_jax.data.pipeline import npz_records
     from uni_moe_jax.train import workdir
@@ -43,11 +49,18 @@ def main() -> int:
       workdir.claim_workdir(_WORKDIR.value, config, extends=True)
       workdir.check_versions(_WORKDIR.value, _ALLOW_VERSION_MISMATCH.value)
       npz_records.check_directory(config.data.dir)
+    compiler = None
+    if _COMPILE_SEPARATELY.value and not _COMPILE_ONLY.value:
+      if cluster is not None:
+        raise UsageError('--compile_separately is for a run of one process: remove it, or --distributed.')
+      from uni_moe_jax.train import compiler_process
+      if compiler := compiler_process.start([sys.executable, __file__, '--compile_only', *sys.argv[1:]]):
+        stack.enter_context(compiler)
     from uni_moe_jax.analysis.interference_hook import interference_hook
     from uni_moe_jax.train import loop
     if _COMPILE_ONLY.value:
       return loop.compile_steps(config, _WORKDIR.value)
-    return loop.train(config, _WORKDIR.value, hooks=(interference_hook,))
+    return loop.train(config, _WORKDIR.value, hooks=(interference_hook,), compiler=compiler)
 
 
 if __name__ == '__main__':

@@ -13,10 +13,10 @@ from tests.helpers import stand_in
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-# train.py --compile_only is called `compile` here. Appends its arguments to `log`, then follows the file with its name:
-# an exit code, 'sleep', or 'wait' (like training: exit code 75 on SIGTERM).
+# Appends its arguments to `log`, then follows the file with its name: an exit code, 'sleep', or 'wait' (like training:
+# exit code 75 on SIGTERM).
 _STAND_IN = stand_in.END + '''
-name = 'compile' if '--compile_only' in sys.argv else pathlib.Path(sys.argv[0]).stem
+name = pathlib.Path(sys.argv[0]).stem
 with open('log', 'a') as log:
   log.write(' '.join([name, *sys.argv[1:]]) + '\\n')
 end(pathlib.Path(name).read_text() if pathlib.Path(name).exists() else 0)
@@ -59,16 +59,15 @@ def _run(root, *arguments, **environment):
 def test_runs_every_phase_in_order_and_names_the_report(root):
   code, output, errors = _run(root, '--config.seed=3')
   train = ('--config=configs/quickstart.py --workdir=runs/quickstart '
-           f'--config.data.dir={root}/.cache/uni_moe_jax --config.seed=3')
+           f'--config.data.dir={root}/.cache/uni_moe_jax --compile_separately --config.seed=3')
   assert (code, errors) == (0, '')
   assert (root / 'log').read_text().splitlines() == [
-      f'prepare_data --data_dir={root}/.cache/uni_moe_jax', f'compile {train} --compile_only', f'train {train}',
+      f'prepare_data --data_dir={root}/.cache/uni_moe_jax', f'train {train}',
       'evaluate --workdir=runs/quickstart', 'report --workdir=runs/quickstart',
       'serve --workdir=runs/quickstart --export_only']
   durations = [line for line in output.splitlines() if line.endswith(' s')]
   assert [line.split(':')[0] for line in durations] == [
-      '== 1 environment', '== 2 data', '== 3 compile', '== 4 train', '== 5 evaluate', '== 6 report',
-      '== 7 export']
+      '== 1 environment', '== 2 data', '== 3 train', '== 4 evaluate', '== 5 report', '== 6 export']
   *_, report, page = output.splitlines()
   assert report.endswith('Report: runs/quickstart/report.html')
   assert page == f'Draw, and the model answers: {sys.executable} launch/serve.py --workdir=runs/quickstart'
@@ -78,12 +77,11 @@ def test_folders_come_from_the_environment(root):
   _run(root, UNI_MOE_DATA='/some where', WORKDIR='my run')
   log = (root / 'log').read_text()
   parts = ('data_dir=/some where\n', 'data.dir=/some where', '--workdir=my run')
-  assert [log.count(part) for part in parts] == [1, 2, 5]
+  assert [log.count(part) for part in parts] == [1, 1, 4]
 
 
 @pytest.mark.parametrize('name, code, phase', [
-    ('prepare_data', 1, '2 data'), ('compile', 2, '3 compile'), ('train', 2, '4 train'),
-    ('evaluate', 1, '5 evaluate')])
+    ('prepare_data', 1, '2 data'), ('train', 2, '3 train'), ('evaluate', 1, '4 evaluate')])
 def test_a_failed_phase_ends_the_run_with_its_exit_code(root, name, code, phase):
   (root / name).write_text(str(code))
   got, _, errors = _run(root)
@@ -93,7 +91,7 @@ def test_a_failed_phase_ends_the_run_with_its_exit_code(root, name, code, phase)
 
 def test_preempted_training_is_reported_as_resumable(root):
   (root / 'train').write_text('75')
-  assert _run(root)[::2] == (75, 'Stopped in phase 4 train; the same command continues from here.\n')
+  assert _run(root)[::2] == (75, 'Stopped in phase 3 train; the same command continues from here.\n')
 
 
 @pytest.mark.parametrize('number, name', [
@@ -106,7 +104,7 @@ def test_a_signal_reaches_training_once_and_waits_for_it(root, number, name, sen
   send(process.pid, number)
   _, errors = process.communicate(timeout=30)
   assert process.returncode == 75
-  assert errors == f'Stopped by {name} in phase 4 train; the same command continues from here.\n'
+  assert errors == f'Stopped by {name} in phase 3 train; the same command continues from here.\n'
   assert (root / 'signals').read_text() == '1'
   assert 'evaluate' not in (root / 'log').read_text()
 

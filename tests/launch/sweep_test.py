@@ -22,7 +22,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 # exits with the code in the file that has its name; 'wait' there means: until a signal comes.
 _STAND_IN = stand_in.END + '''
 import json
-name = 'compile' if '--compile_only' in sys.argv else pathlib.Path(sys.argv[0]).stem
+name = pathlib.Path(sys.argv[0]).stem
 root = pathlib.Path(sys.argv[0]).parents[1].absolute()
 with open(root / 'log', 'a') as log:
   log.write(' '.join([name, *sys.argv[1:]]) + '\\n')
@@ -109,8 +109,8 @@ def test_a_failed_router_is_reported_the_others_continue_and_a_rerun_repairs_it(
   assert in_process.run(*command) == 1
   output, errors = capfd.readouterr()
   assert errors == ''.join(f'error: {r}-0: evaluate failed with exit code 3.\n' for r in ('dense', 'task'))
-  stages = ['interference', 'compile', 'train', 'evaluate', 'interference', 'report']
-  expected = [*(f'{s} dense-0' for s in stages), *(f'{s} task-0' for s in (*stages[:5], 'experts', 'report'))]
+  stages = ['interference', 'train', 'evaluate', 'interference', 'report']
+  expected = [*(f'{s} dense-0' for s in stages), *(f'{s} task-0' for s in (*stages[:4], 'experts', 'report'))]
   assert _stages(root) == expected
   assert '| task-0 | 0 |' in output and 'evaluate failed with exit code 3' in output
 
@@ -130,7 +130,7 @@ def test_a_sweep_continues_with_more_variants_and_seeds_and_reports_all_cells(ro
   capfd.readouterr()
   begun = len(_log(root))
   code = in_process.run(*_routers(root, '--variants=task', '--measure=evaluation', '--num_seeds=task=2'))
-  assert code == 1 and _stages(root)[begun:] == ['compile task-1', 'train task-1', 'evaluate task-1']
+  assert code == 1 and _stages(root)[begun:] == ['train task-1', 'evaluate task-1']
   output, errors = capfd.readouterr()
   assert errors == 'error: dense-0: train failed with exit code 3.\n'  # it stays, though this call does not run it
   cells = json.loads((root / 'out/results/results.json').read_text())['cells']

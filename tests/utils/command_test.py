@@ -143,7 +143,7 @@ def test_words_are_completed(words, expected):
 
 @pytest.mark.parametrize('line, expected', [
     ('uni-moe prep', ['prepare-data']),
-    ('uni-moe train --comp', ['--compile_only']),
+    ('uni-moe train --compile_o', ['--compile_only']),
     ('uni-moe train --config=qu', ['quickstart']),  # bash replaces what follows the =
     ('uni-moe export --workdir=r --dtype=', ['float32', 'bfloat16']),
     ('uni-moe preflight --to', ['--topology=']),

@@ -23,10 +23,11 @@ from uni_moe_jax.data.pipeline.mixtures import Batch, batch_sizes
 from uni_moe_jax.moe import products
 from uni_moe_jax.parallel import distributed, multihost, peaks
 from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.train.compiler_process import CompilerProcess
 from uni_moe_jax.train.hang_detection import BATCH, RESTORE, SAVE, START, STEP, HangDetector
 from uni_moe_jax.train.metrics_log import MetricsLog
 from uni_moe_jax.train.run import Run, build, conditions, initial_state
-from uni_moe_jax.train.step import Step, TrainState
+from uni_moe_jax.train.step import TrainState
 from uni_moe_jax.train.validation import Validation
 from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, copy_tokenizer, saved_step
 from uni_moe_jax.utils import cli, locks, signals, storage
@@ -86,13 +87,16 @@ def _run_facts(run: Run) -> dict[str, Any]:
 StepHook = Callable[[int, Any, Any, Any], dict[str, jax.Array]]
 
 
-def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], StepHook | None]] = ()) -> int:
+def train(
+    config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], StepHook | None]] = (),
+    compiler: CompilerProcess | None = None) -> int:
   """Trains to `config.train.steps`, from the newest checkpoint of `workdir` if there is one. Returns an exit code.
 
   Args:
     config, workdir: of the run.
     devices: of the mesh; default: all.
     hooks: called with the run before the first step; each returns a `StepHook`, or None if the config disables it.
+    compiler: compiles the steps meanwhile, by `compile_steps`; the first step waits for it.
 
   Raises:
     UsageError: another process trains in `workdir`, or what `build`, `claim_workdir`, `check_versions`,
@@ -124,7 +128,7 @@ def train(config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], St
       checkpoints = Checkpoints(workdir, config.train.max_to_keep, config.train.best_metric, config.train.keep_every)
     stack.push(functools.partial(_close, checkpoints, detector))
     with multihost.exit_with_peers():
-      return _loop(run, workdir, checkpoints, stop, detector, started, hooks)
+      return _loop(run, workdir, checkpoints, stop, detector, started, hooks, compiler)
 
 
 def _buckets(workdir: str, data_dir: str) -> dict[str, str]:
@@ -140,11 +144,7 @@ def _close(checkpoints: Checkpoints, detector: HangDetector, *error) -> None:
 
 
 def compile_steps(config, workdir: str, devices=None) -> int:
-  """Compiles the steps of a run into JAX's compilation cache, and trains nothing.
-
-  On CPU, compiling fragments the heap of a process, and its steps take 1.5 times as long as those of a process that
-  reads them from the cache. A long run is faster as two processes.
-  """
+  """Compiles the steps of a run into JAX's compilation cache, and trains nothing; see `CompilerProcess`."""
   started = time.perf_counter()
   if (saved_step(workdir) or 0) >= config.train.steps:
     print(f'{workdir} is finished: nothing to compile.')
@@ -163,7 +163,8 @@ def compile_steps(config, workdir: str, devices=None) -> int:
 
 
 def _loop(
-    run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, detector: HangDetector, started: float, hooks) -> int:
+    run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, detector: HangDetector, started: float, hooks,
+    compiler: CompilerProcess | None) -> int:
   saved, last = checkpoints.latest(), run.config.train.steps
   first = saved or 0
   if first >= last:
@@ -178,7 +179,7 @@ def _loop(
     if saved is None:
       state = initial_state(run)
     log = MetricsLog(workdir, first, last, distributed.is_primary())
-    trainer = _Trainer(run, checkpoints, detector, log, hooks)
+    trainer = _Trainer(run, checkpoints, detector, log, hooks, compiler)
   print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
   with log:
     done = trainer.train(state, first, stop, started)
@@ -194,14 +195,17 @@ def _loop(
 class _Trainer:
   """Takes the steps of a run, logs their metrics, evaluates and saves checkpoints; each phase has a time limit."""
 
-  def __init__(self, run: Run, checkpoints: Checkpoints, detector: HangDetector, log: MetricsLog, hooks):
+  def __init__(
+      self, run: Run, checkpoints: Checkpoints, detector: HangDetector, log: MetricsLog, hooks,
+      compiler: CompilerProcess | None):
+    self._compiler = compiler
     self._run, self._checkpoints, self._phase, self._log = run, checkpoints, detector.phase, log
     self._config, self._mixture, self._target_sets = run.config.train, run.mixture(), run.target_sets()
     self._validation = Validation(run, detector.phase)
     self._hooks = [hook for make in hooks if (hook := make(run))]
-    self._step_fns: dict[str | None, Step] = {}  # by task; each compiles when it is first called
-    self._peak = peaks.of_mesh(run.mesh, products.matmul_rounded if run.uses_amx else jax.numpy.matmul)
-    self._ideal_seconds: dict[str | None, float] = {}  # by task, of a step's products at the peak of the devices
+    self._step_fn = functools.cache(run.step_fn)  # by task
+    self._begun: set[str | None] = set()  # tasks whose step was called, and so compiled
+    self._flops: dict[str | None, int] = {}  # by task, of the products of a step
     self._pending: dict[str, jax.Array] | None = None  # metrics of the running step, read when the next one is queued
     self._means: dict[str, float] = {}  # as logged at the newest step; {} if that step is not logged
 
@@ -229,8 +233,16 @@ class _Trainer:
       with self._phase(START if step == first else BATCH, step + 1):  # the first batch opens files
         task, batch, sizes = batches.take()
       input_wait = time.perf_counter() - waits_since if step > first else 0.0
+      if step == first and self._compiler is not None:
+        with self._phase(START, step + 1):
+          self._step_fn(task).lower(state, batch, self._target_sets)  # JAX keeps what it has traced
+          self._count_flops(task, batch)
+          self._compiler.wait(lambda: stop.requested)
+        if stop.requested:
+          break
       state, metrics = self._take(step, task, state, batch)
-      self._log.add_work(input_wait=input_wait, ideal_seconds=self._ideal_seconds[task], **sizes)
+      ideal_seconds = self._flops[task] / self._peak if self._peak else 0.0
+      self._log.add_work(input_wait=input_wait, ideal_seconds=ideal_seconds, **sizes)
       if step == first:
         print(f'first step after {time.perf_counter() - started:.0f} s', flush=True)
       done = step + 1
@@ -260,19 +272,26 @@ class _Trainer:
 
   def _take(self, step: int, task: str | None, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
     """(state, metrics with those of the hooks) after step `step + 1`; donates the buffers of the state."""
-    compiles = task not in self._step_fns
-    if compiles:
-      self._step_fns[task] = self._run.step_fn(task)
+    compiles = task not in self._begun
+    self._begun.add(task)
     with self._phase(START, step + 1):  # hooks compile, too
       # Hooks run before the step, which donates the buffers of the state.
       extra = {k: v for hook in self._hooks for k, v in hook(step, state.params, batch, self._target_sets).items()}
     with self._phase(START if compiles else STEP, step + 1):
-      state, metrics = self._step_fns[task](state, batch, self._target_sets)
+      state, metrics = self._step_fn(task)(state, batch, self._target_sets)
       if compiles:
-        self._ideal_seconds[task] = (
-            self._run.step_flops(task, batch, self._target_sets) / self._peak if self._peak else 0.0)
+        self._count_flops(task, batch)  # while the devices work
         jax.block_until_ready(metrics)
     return state, {**metrics, **extra}
+
+  def _count_flops(self, task: str | None, batch: Batch) -> None:
+    if task not in self._flops:
+      self._flops[task] = self._run.step_flops(task, batch, self._target_sets)
+
+  @functools.cached_property
+  def _peak(self) -> float | None:
+    """FLOP/s of the devices; of a CPU, measured when it is first needed: no other process compiles any more."""
+    return peaks.of_mesh(self._run.mesh, products.matmul_rounded if self._run.uses_amx else jax.numpy.matmul)
 
   def _add_metrics(self, done: int, metrics: dict[str, Any]) -> bool:
     """Queues the metrics of step `done`; logs means every `log_every` steps. Returns as `_read` does."""

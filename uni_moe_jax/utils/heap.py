@@ -17,16 +17,20 @@ _OPTIONS = {
 _ACCELERATORS = ('jax_plugins', 'libtpu')  # packages by which JAX finds accelerators
 
 
+def only_cpu() -> bool:
+  """Whether JAX can only use the CPU, by its settings and the installed packages; imports no JAX."""
+  platforms = os.environ.get('JAX_PLATFORMS')
+  return platforms == 'cpu' if platforms else not any(importlib.util.find_spec(name) for name in _ACCELERATORS)
+
+
 def configure() -> None:
   """Let all threads share one arena, and keep freed memory, if JAX can only use the CPU.
 
   Environment variables of glibc take precedence. With an accelerator, XLA's buffers are not in the heap, and threads
   that read data would contend for the arena. Call this before threads start, because glibc reads the limit once.
   """
-  platforms = os.environ.get('JAX_PLATFORMS')
-  on_cpu = platforms == 'cpu' if platforms else not any(importlib.util.find_spec(name) for name in _ACCELERATORS)
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-  if on_cpu and mallopt is not None:
+  if only_cpu() and mallopt is not None:
     for variable, (option, value) in _OPTIONS.items():
       if variable not in os.environ:
         mallopt(option, value)

@@ -43,12 +43,10 @@ def test_a_router_cell_has_the_commands_that_a_person_would_type():
   commands = _commands(cell)
   config_flags = ('--config=ablation:router=token', '--config.seed=1', '--config.train.steps=99')
   workdir_flag = '--workdir=out/token-1'
-  assert list(commands) == [
-      'interference at init', 'compile', 'train', 'evaluate', 'interference', 'experts', 'report']
+  assert list(commands) == ['interference at init', 'train', 'evaluate', 'interference', 'experts', 'report']
   assert commands['interference at init'] == (
       'interference', '--at_init', *config_flags, workdir_flag, '--num_batches=8')
-  assert commands['compile'] == (*commands['train'], '--compile_only') == (
-      'train', *config_flags, workdir_flag, '--compile_only')
+  assert commands['train'] == ('train', *config_flags, workdir_flag, '--compile_separately')
   assert commands['interference'] == ('interference', workdir_flag, '--num_batches=8')
   assert [s.name for s in cell.stages if s.needs] == ['evaluate', 'interference', 'experts', 'report']
 
@@ -84,11 +82,11 @@ def test_seeds_and_steps_have_a_default_and_exceptions():
 def test_interference_is_measured_at_the_checkpoints_that_are_kept_before_the_last():
   overrides = ['train.steps=600', 'train.keep_every=200']
   [cell], _ = grid.router_grid(_OUT, 'ablation', ['token'], ['along'], 8, '', '', overrides)
-  assert {s.name: s.command[1:] for s in cell.stages[2:]} == {
+  assert {s.name: s.command[1:] for s in cell.stages[1:]} == {
       f'interference at step {n}': ('--workdir=out/token-0', f'--step={n}', '--num_batches=8') for n in (200, 400)}
   overrides = ['train.steps=900', 'train.keep_every=300', 'train.checkpoint_every=200']  # saved at 200, 400, 600, 800
   [cell], _ = grid.router_grid(_OUT, 'ablation', ['token'], ['along'], 8, '', '', overrides)
-  assert [s.name for s in cell.stages[2:]] == ['interference at step 600']
+  assert [s.name for s in cell.stages[1:]] == ['interference at step 600']
   for without in ('train.keep_every=0', 'train.keep_every=600'):
     with pytest.raises(UsageError, match='--measure=along needs checkpoints .*: set train.keep_every to a multiple'):
       grid.router_grid(_OUT, 'ablation', ['token'], ['along'], 8, '', '', ['train.steps=600', without])
@@ -96,9 +94,9 @@ def test_interference_is_measured_at_the_checkpoints_that_are_kept_before_the_la
 
 def test_measurements_can_be_left_out():
   [cell] = _router_cells(['token'], '1', measures=['evaluation'])
-  assert [s.name for s in cell.stages] == ['compile', 'train', 'evaluate']
+  assert [s.name for s in cell.stages] == ['train', 'evaluate']
   [cell] = _router_cells(['token'], '1', measures=['interference'])
-  assert [s.name for s in cell.stages] == ['interference at init', 'compile', 'train', 'interference']
+  assert [s.name for s in cell.stages] == ['interference at init', 'train', 'interference']
 
 
 def test_variants_are_a_router_with_other_fields_of_any_config_that_takes_one():
@@ -108,7 +106,7 @@ def test_variants_are_a_router_with_other_fields_of_any_config_that_takes_one():
       ('moe.placement=every_2',), ('moe.top_k=1',), ('moe.top_k=4',), ('moe.experts_per_condition=4',)]
   assert _commands(cells[0])['train'] == (
       'train', '--config=pretrain:size=tiny,router=attribute', '--config.seed=0', '--config.moe.placement=every_2',
-      f'--workdir={_OUT}/attribute_every_2-0')
+      f'--workdir={_OUT}/attribute_every_2-0', '--compile_separately')
 
 
 def _config(name, *overrides):

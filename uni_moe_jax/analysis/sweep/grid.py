@@ -93,9 +93,7 @@ def router_grid(
     at_init = Stage('interference at init', ('interference', '--at_init', *config_flags, workdir_flag, batches))
     return Cell(path, name, '', seed, (
         *([at_init] if 'interference' in measures else []),
-        # A process that has compiled trains more slowly, see `train.loop.compile_steps`.
-        Stage('compile', (TRAIN, *config_flags, workdir_flag, '--compile_only')),
-        Stage(TRAIN, (TRAIN, *config_flags, workdir_flag)),
+        Stage(TRAIN, (TRAIN, *config_flags, workdir_flag, '--compile_separately')),
         *(stage for measure, stages in measured.items() if measure in measures for stage in stages)), own)
 
   cells = [cell(name, seed) for seed in range(max(seeds[name] for name in configs)) for name in configs
