@@ -42,7 +42,12 @@ def test_uv_installs_from_where_pip_would(install):
   assert (code, output) == (0, '')
   assert commands[-1].startswith('-m uv pip install') and len(commands) == 3
   assert commands[-1].endswith('--index-url=https://a/simple --find-links=/wheels -c pins.txt -e .')
-  assert '--compile-bytecode' in commands[-1]  # each process would compile what it imports where it cannot be kept
+
+
+@pytest.mark.parametrize('unwritten', ['', '1'])
+def test_all_byte_code_is_compiled_only_where_python_does_not_write_what_it_imports(install, unwritten):
+  _, _, commands = install(PYTHONDONTWRITEBYTECODE=unwritten)
+  assert ('--compile-bytecode' in commands[-1]) == bool(unwritten)
 
 
 @pytest.mark.parametrize('failure, num_commands', [('NO_UV', 3), ('UV_FAILS', 4)])

@@ -6,7 +6,6 @@ import os
 import pathlib
 
 import ml_collections
-import numpy as np
 
 from uni_moe_jax.config.plan import Plan, SetSpec, TaskSpec
 from uni_moe_jax.data import mirror, sources
@@ -135,7 +134,7 @@ class Data:
       if not path.is_file():
         raise MissingFileError(f'config.tokenizer.path={file!r} does not exist; give the tokenizer.model of a run.')
       return (tokenizer := SentencePieceTokenizer(path)), path, tokenizer.fingerprint
-    texts = np.unique([text for r in records for text in _texts(r)]).tolist()
+    texts = sorted({text for r in records for text in _texts(r)})
     size = f'{c.vocab_size} or fewer' if c.allow_smaller_vocab else str(c.vocab_size)
     digest = hashlib.sha256('\0'.join([size, *texts]).encode()).hexdigest()[:24]
     path = expand(self.dir) / 'tokenizers' / f'{digest}.model'
@@ -151,4 +150,4 @@ def _texts(records: Records | FileDataset) -> list[str]:
   """The texts that a tokenizer is trained on: all of those in memory, a sample of those in files."""
   if isinstance(records, FileDataset):
     return records.sample_texts(_MAX_MEDIA_RECORDS if records.media_column() else _MAX_TEXT_RECORDS)
-  return [text for c in records.columns.values() if c.dtype.kind == 'U' for text in np.unique(c).tolist()]
+  return [text for c in records.columns.values() if c.dtype.kind == 'U' for text in set(c.tolist())]
