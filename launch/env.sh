@@ -118,7 +118,7 @@ PY
     stamp="$venv/installed-$name"
     [[ -f "$stamp" && "$(<"$stamp")" == "$want" ]] && return
   done
-  echo 'Installing the dependencies into .venv (about half a minute and 2.4 GB)'
+  echo 'Installing the dependencies into .venv (about half a minute and 2.3 GB)'
   rm -f "$venv"/installed-*
   pip_install -c "$(constraints)" -e ".[${extra:-serve}]" || return 1  # `test` has what `serve` has
   # TensorFlow's C++ headers, 287 MB, are for building extensions of it.

@@ -24,8 +24,8 @@ _WORKDIR = flags.DEFINE_string(
 _COMPILE_ONLY = flags.DEFINE_bool(
     'compile_only', False, 'Compile the step into the folder JAX_COMPILATION_CACHE_DIR (environment) and stop.')
 _COMPILE_SEPARATELY = flags.DEFINE_bool(
-    'compile_separately', False, 'On CPU, compile into that folder in another process: steps of a process that has '
-    'compiled are slower. Ignored with accelerators.')
+    'compile_separately', False, 'On CPU, compile in another process: steps of one that has compiled are slower. '
+    'Ignored with accelerators.')
 _CLUSTER = distributed.define_flags()
 _ALLOW_VERSION_MISMATCH = flags.DEFINE_bool(
     'allow_version_mismatch', False, 'Continue a run with other package versions than it was started with.')
@@ -33,7 +33,7 @@ flags.mark_flag_as_required('config')
 
 
 def main() -> int:
-  with contextlib.ExitStack() as stack, cli.exit_on_signals(PREEMPTED):  # until the loop handles them
+  with cli.exit_on_signals(PREEMPTED), contextlib.ExitStack() as stack:  # signals: until the loop handles them
     from uni_moe_jax.config.plan import make_plan
     from uni_moe_jax.data.pipeline import npz_records
     from uni_moe_jax.train import workdir
@@ -41,7 +41,9 @@ def main() -> int:
     # Mistakes are reported before the slow libraries below are imported.
     config = cli.config_of(_CONFIG)
     make_plan(config).check_trains()
-    cluster = _CLUSTER()
+    cluster, separately = _CLUSTER(), _COMPILE_SEPARATELY.value and not _COMPILE_ONLY.value
+    if separately and cluster is not None:
+      raise UsageError('--compile_separately is for a run of one process; remove it.')
     distributed.initialize(cluster)
     buckets = {START: _WORKDIR.value} if storage.is_remote(_WORKDIR.value) else {}
     with HangDetector(config.train.hang_timeout, buckets) as detector, detector.phase(START):  # a disk may hang
@@ -49,12 +51,11 @@ def main() -> int:
       workdir.claim_workdir(_WORKDIR.value, config, extends=True)
       workdir.check_versions(_WORKDIR.value, _ALLOW_VERSION_MISMATCH.value)
       npz_records.check_directory(config.data.dir)
+      is_finished = (workdir.saved_step(_WORKDIR.value) or 0) >= config.train.steps
     compiler = None
-    if _COMPILE_SEPARATELY.value and not _COMPILE_ONLY.value:
-      if cluster is not None:
-        raise UsageError('--compile_separately is for a run of one process: remove it, or --distributed.')
+    if separately and not is_finished:
       from uni_moe_jax.train import compiler_process
-      if compiler := compiler_process.start([sys.executable, __file__, '--compile_only', *sys.argv[1:]]):
+      if compiler := compiler_process.start([sys.executable, __file__, *sys.argv[1:], '--compile_only']):
         stack.enter_context(compiler)
     from uni_moe_jax.analysis.interference_hook import interference_hook
     from uni_moe_jax.train import loop

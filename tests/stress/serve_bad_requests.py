@@ -36,7 +36,9 @@ folder = os.environ.get('UNI_MOE_AUDIT')
 if folder:
   log = os.open(folder + '/opened', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   def hook(event, arguments):
-    if event in ('open', 'os.remove', 'os.rename', 'os.mkdir', 'subprocess.Popen', 'socket.connect') and armed():
+    # A number is a descriptor: what it refers to was opened before, by its name.
+    if event in ('open', 'os.remove', 'os.rename', 'os.mkdir', 'subprocess.Popen', 'socket.connect') and not isinstance(
+        arguments[0], int) and armed():
       os.write(log, (event + ' ' + repr(arguments[0]) + '\\n').encode())
   def armed():
     try:

@@ -1,18 +1,20 @@
 """A run whose steps another process compiles."""
 
+import os
+import pathlib
 import signal
 import sys
 
 import jax
 import pytest
 
-from tests.helpers import saved_run, tiny
-from uni_moe_jax.train import compiler_process, loop
-from uni_moe_jax.train import run as train_run
+from tests.helpers import in_process, processes, saved_run, tiny
+from uni_moe_jax.train import compiler_process, loop, workdir
 from uni_moe_jax.train import step as step_lib
 from uni_moe_jax.train.compiler_process import CompilerProcess
 from uni_moe_jax.utils import heap
-from uni_moe_jax.utils.errors import UsageError
+
+_SCRIPT = processes.ROOT / 'launch/train.py'
 
 
 def _python(code):
@@ -26,39 +28,65 @@ def _config():
   return c
 
 
-def test_waiting_ends_with_the_process_and_reports_its_failure(capsys):
+def test_waiting_ends_with_the_process(capsys):
   with CompilerProcess(_python('import time; time.sleep(0.5)')) as compiler:
     compiler.wait(lambda: False)
     assert compiler._child.returncode == 0
   assert capsys.readouterr().err == ''
-  with CompilerProcess(_python('raise SystemExit(3)')) as compiler:
+
+
+@pytest.mark.parametrize('code, printed', [(1, 'Traceback'), (2, '')])
+def test_a_failure_is_shown_but_for_a_mistake_of_the_user_which_this_process_reports(capfd, code, printed):
+  with CompilerProcess(_python(f'import sys; sys.stderr.write("Traceback\\n"); sys.exit({code})')) as compiler:
     compiler.wait(lambda: False)
-  assert capsys.readouterr().err == 'the process that compiles ended with exit code 3; this one compiles instead\n'
+  assert capfd.readouterr().err.splitlines() == [
+      *[printed][:bool(printed)], f'the process that compiles ended with exit code {code}; this one compiles instead']
 
 
-def test_a_stop_ends_the_process(capsys):
-  with CompilerProcess(_python('import time; time.sleep(60)')) as compiler:
+def test_a_failure_is_not_shown_when_the_run_stops(capfd):
+  with CompilerProcess(_python('raise SystemExit(75)')) as compiler:
+    compiler._child.wait()
     compiler.wait(lambda: True)
-    assert compiler._child.returncode == -signal.SIGTERM
-  assert capsys.readouterr().err == ''
+  assert capfd.readouterr().err == ''
+
+
+# Like a command in XLA's compiler: Python's handler of SIGTERM does not run.
+_BUSY = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)'
+
+
+def test_a_stop_ends_the_process_at_once(capfd):
+  with CompilerProcess(_python(_BUSY)) as compiler:
+    compiler.wait(lambda: capfd.readouterr().out == '1\n')
+    assert compiler._child.returncode == -signal.SIGKILL
+  assert capfd.readouterr().err == ''
 
 
 def test_an_error_meanwhile_ends_the_process():
   with pytest.raises(ZeroDivisionError), CompilerProcess(_python('import time; time.sleep(60)')) as compiler:
     1 / 0  # noqa: B018
-  assert compiler._child.returncode == -signal.SIGTERM
+  assert compiler._child.returncode == -signal.SIGKILL
 
 
-def test_it_starts_where_jax_has_a_cache_and_no_accelerator(monkeypatch):
-  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', '/some/folder')
+def test_it_starts_where_jax_can_find_no_accelerator(monkeypatch):
   monkeypatch.setattr(heap, 'only_cpu', lambda: True)
   with compiler_process.start(_python('')) as compiler:
     compiler.wait(lambda: False)
-  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
-  with pytest.raises(UsageError, match='--compile_separately: set the environment variable JAX_COMPILATION_CACHE_DIR'):
-    compiler_process.start(_python(''))
   monkeypatch.setattr(heap, 'only_cpu', lambda: False)
   assert compiler_process.start(_python('')) is None
+
+
+def test_without_a_cache_both_processes_use_a_folder_that_is_removed(monkeypatch, capfd):
+  printed = 'import os; print(os.environ["JAX_COMPILATION_CACHE_DIR"])'
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', '/some/folder')
+  with CompilerProcess(_python(printed)) as compiler:
+    compiler.wait(lambda: False)
+  assert capfd.readouterr().out == '/some/folder\n' and os.environ['JAX_COMPILATION_CACHE_DIR'] == '/some/folder'
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
+  with CompilerProcess(_python(printed)) as compiler:
+    compiler.wait(lambda: False)
+    folder = os.environ['JAX_COMPILATION_CACHE_DIR']
+    assert capfd.readouterr().out == f'{folder}\n' and pathlib.Path(folder).is_dir()
+  assert 'JAX_COMPILATION_CACHE_DIR' not in os.environ and not pathlib.Path(folder).exists()
 
 
 @pytest.mark.parametrize('platforms, only_cpu', [('cpu', True), ('cuda,cpu', False), ('tpu', False)])
@@ -103,10 +131,52 @@ def test_a_stop_while_the_run_waits_takes_no_step(tmp_path, capsys):
   assert [line['step'] for line in saved_run.lines(tmp_path)] == [1, 2]
 
 
-def test_the_program_of_the_process_is_that_of_the_run(tmp_path):
-  """What `compile_steps` lowers, from shapes of the state, is what the loop lowers, from the state."""
-  run = train_run.build(_config(), jax.devices()[:1])
-  task, batch = next(run.mixture().iterate(0, 1))
-  step, arguments = run.step_fn(task), (run.put_batch(batch), run.target_sets())
-  texts = [step.lower(state, *arguments).as_text() for state in (run.abstract_state(), run.init())]
-  assert texts[0] == texts[1]
+@pytest.fixture(name='config_flag')
+def _config_flag(tmp_path):
+  file = tmp_path / 'c.py'
+  file.write_text(f'import sys\nsys.path.insert(0, {str(processes.ROOT)!r})\nfrom tests.helpers import tiny\n\n\n'
+                  f"def get_config():\n  return tiny.config('shape', data_dir={tiny.data_dir()!r})\n")
+  return f'--config={file}'
+
+
+@pytest.fixture(name='started')
+def _started(monkeypatch):
+  """Commands that would compile; the loop takes no step."""
+  commands = []
+  monkeypatch.setattr(compiler_process, 'start', commands.append)
+  monkeypatch.setattr(loop, 'train', lambda *_, **options: commands.append(options['compiler']) or loop.FINISHED)
+  return commands
+
+
+def test_another_process_gets_the_command_of_the_run_and_compiles_only(started, config_flag, tmp_path):
+  flags = config_flag, f'--workdir={tmp_path / "run"}'
+  assert in_process.run(_SCRIPT, *flags, '--compile_separately') == loop.FINISHED
+  assert started == [[sys.executable, str(_SCRIPT), *flags, '--compile_separately', '--compile_only'], None]
+  started.clear()
+  assert in_process.run(_SCRIPT, *flags) == loop.FINISHED and started == [None]
+
+
+def test_a_finished_run_and_one_that_compiles_only_start_no_process(started, config_flag, tmp_path, monkeypatch):
+  flags = config_flag, f'--workdir={tmp_path / "run"}', '--compile_separately'
+  monkeypatch.setattr(loop, 'compile_steps', lambda *_: loop.FINISHED)
+  assert in_process.run(_SCRIPT, *flags, '--compile_only') == loop.FINISHED and started == []
+  monkeypatch.setattr(workdir, 'saved_step', lambda _: 6)
+  assert in_process.run(_SCRIPT, *flags) == loop.FINISHED and started == [None]
+
+
+def test_several_processes_are_refused_before_they_meet(started, config_flag, tmp_path, capfd):
+  flags = config_flag, f'--workdir={tmp_path / "run"}', '--compile_separately', '--distributed=auto'
+  assert in_process.run(_SCRIPT, *flags) == 2
+  assert capfd.readouterr().err == 'error: --compile_separately is for a run of one process; remove it.\n'
+  assert not started and not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+def test_a_run_reads_the_program_that_the_other_process_has_compiled(config_flag, tmp_path):
+  cache = tmp_path / 'cache'
+  output = processes.run([
+      'env', f'JAX_COMPILATION_CACHE_DIR={cache}', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0', sys.executable,
+      str(_SCRIPT), config_flag, '--compile_separately', f'--workdir={tmp_path / "run"}'], devices=1)
+  assert output.index('compiled after') < output.index('first step after') and 'trained 6 steps' in output
+  steps = [file.name for file in cache.iterdir() if file.name.startswith('jit_step-') and file.name.endswith('-cache')]
+  assert len(steps) == 1

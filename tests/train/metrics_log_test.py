@@ -75,6 +75,14 @@ def test_evaluations_have_a_line_of_their_own_and_cost_no_speed(tmp_path, capsys
   assert capsys.readouterr().out.splitlines()[1] == 'step 1  photos/top-1 0.250  masked/perplexity 7.000'
 
 
+def test_the_time_before_a_restart_of_the_clock_costs_no_speed(tmp_path):
+  with mock.patch('time.perf_counter', side_effect=[0., 100., 104.]), MetricsLog(tmp_path, 0, 4) as log:
+    log.restart_clock()
+    log.add({'loss/total': 1.})
+    log.add({'loss/total': 1.})
+    assert log.write(2)['steps_per_second'] == 0.5
+
+
 @contextlib.contextmanager
 def _terminal():
   """The progress bar that a terminal gets."""

@@ -6,58 +6,71 @@ A process that reads compiled programs from JAX's cache has no such heap. docs/r
 """
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 
 from uni_moe_jax.utils import heap, signals
-from uni_moe_jax.utils.errors import UsageError
-from uni_moe_jax.utils.exit_codes import FINISHED
+from uni_moe_jax.utils.exit_codes import FINISHED, USAGE
 
 _CACHE = 'JAX_COMPILATION_CACHE_DIR'
 _POLL = 0.2  # seconds
+_SHOWN = 2000  # last characters of what a process that fails has printed
 
 
 class CompilerProcess:
-  """A process that compiles into JAX's cache and ends; it is stopped when this process ends."""
+  """A process that compiles into JAX's cache and ends; it ends with this one, too.
+
+  Create it before JAX is imported, which reads there where its cache is; without one, programs are kept until the end.
+  """
 
   def __init__(self, command: Sequence[str]):
-    # A session of its own: Ctrl-C reaches this process only, which then ends the other one.
+    self._errors = tempfile.TemporaryFile('w+', errors='replace')
+    self._folder = None if os.environ.get(_CACHE) else tempfile.TemporaryDirectory()
+    if self._folder:
+      os.environ[_CACHE] = self._folder.name
+    # A session of its own: Ctrl-C reaches this process only. SIGKILL, because Python handles no signal while XLA works.
     self._child = subprocess.Popen(
-        command, start_new_session=True, preexec_fn=signals.terminate_with_parent())
+        command, stderr=self._errors, start_new_session=True, preexec_fn=signals.end_with_parent(signal.SIGKILL))
 
   def wait(self, stops: Callable[[], bool]) -> None:
-    """Wait until the programs are in the cache, or `stops()`, which ends the process; without it, this one compiles."""
+    """Wait until the process has ended, or end it as soon as `stops()`. If it fails, the caller compiles."""
     while True:
       try:
         code = self._child.wait(timeout=_POLL)
       except subprocess.TimeoutExpired:
         if not stops():
           continue
-        self._child.terminate()
-        self._child.wait()
+        self._end()
         return
-      if code != FINISHED:
-        print(f'the process that compiles ended with exit code {code}; this one compiles instead', file=sys.stderr,
-              flush=True)
+      if code != FINISHED and not stops():
+        self._report(code)
       return
+
+  def _report(self, code: int) -> None:
+    """Print how the process failed. A mistake of the user is this process's, too, which reports it."""
+    self._errors.seek(0)
+    printed = '' if code == USAGE else self._errors.read()[-_SHOWN:]
+    print(f'{printed}the process that compiles ended with exit code {code}; this one compiles instead',
+          file=sys.stderr, flush=True)
+
+  def _end(self) -> None:
+    self._child.kill()
+    self._child.wait()
 
   def __enter__(self) -> 'CompilerProcess':
     return self
 
   def __exit__(self, *_) -> None:
-    self._child.terminate()
-    self._child.wait()
+    self._end()
+    self._errors.close()
+    if self._folder:
+      del os.environ[_CACHE]
+      self._folder.cleanup()
 
 
 def start(command: Sequence[str]) -> CompilerProcess | None:
-  """Start a command that compiles; None where JAX may find an accelerator, which only one process can open.
-
-  Raises:
-    UsageError: JAX has no cache, which is what the processes share.
-  """
-  if not heap.only_cpu():
-    return None
-  if not os.environ.get(_CACHE):
-    raise UsageError(f'--compile_separately: set the environment variable {_CACHE} to a folder for compiled programs.')
-  return CompilerProcess(command)
+  """Start a command that compiles; None where JAX may find an accelerator, which only one process can open."""
+  return CompilerProcess(command) if heap.only_cpu() else None

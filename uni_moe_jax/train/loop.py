@@ -180,7 +180,8 @@ def _loop(
       state = initial_state(run)
     log = MetricsLog(workdir, first, last, distributed.is_primary())
     trainer = _Trainer(run, checkpoints, detector, log, hooks, compiler)
-  print(f'ready after {time.perf_counter() - started:.0f} s; the first step compiles', flush=True)
+  print(f'ready after {time.perf_counter() - started:.0f} s; {"another process" if compiler else "the first step"} '
+        'compiles', flush=True)
   with log:
     done = trainer.train(state, first, stop, started)
   if done is None:
@@ -205,7 +206,7 @@ class _Trainer:
     self._hooks = [hook for make in hooks if (hook := make(run))]
     self._step_fn = functools.cache(run.step_fn)  # by task
     self._begun: set[str | None] = set()  # tasks whose step was called, and so compiled
-    self._flops: dict[str | None, int] = {}  # by task, of the products of a step
+    self._flops: dict[str | None, int] = {}  # by task, of the products of a step; 0 without a peak
     self._pending: dict[str, jax.Array] | None = None  # metrics of the running step, read when the next one is queued
     self._means: dict[str, float] = {}  # as logged at the newest step; {} if that step is not logged
 
@@ -240,8 +241,9 @@ class _Trainer:
           self._compiler.wait(lambda: stop.requested)
         if stop.requested:
           break
+        self._log.restart_clock()
       state, metrics = self._take(step, task, state, batch)
-      ideal_seconds = self._flops[task] / self._peak if self._peak else 0.0
+      ideal_seconds = self._flops[task] / self._peak if self._flops[task] else 0.0
       self._log.add_work(input_wait=input_wait, ideal_seconds=ideal_seconds, **sizes)
       if step == first:
         print(f'first step after {time.perf_counter() - started:.0f} s', flush=True)
@@ -286,7 +288,8 @@ class _Trainer:
 
   def _count_flops(self, task: str | None, batch: Batch) -> None:
     if task not in self._flops:
-      self._flops[task] = self._run.step_flops(task, batch, self._target_sets)
+      is_known = peaks.is_known(self._run.mesh)
+      self._flops[task] = self._run.step_flops(task, batch, self._target_sets) if is_known else 0
 
   @functools.cached_property
   def _peak(self) -> float | None:

@@ -49,6 +49,10 @@ class MetricsLog:
     if self._bar:
       self._bar.close()
 
+  def restart_clock(self) -> None:
+    """Leaves the time since the last write, or since the start, out of the speed of steps."""
+    self._since = time.perf_counter()
+
   def add(self, metrics: dict[str, float]) -> None:
     """Adds one step's scalars."""
     for k, v in metrics.items():

@@ -67,7 +67,7 @@ class _Child:
   def run(self, command: Sequence[str]) -> int:
     """Exit code of the command; minus the number of the signal that killed it."""
     # In our process group a terminal's Ctrl-C would reach it a second time, which means: stop at once, without saving.
-    self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=signals.terminate_with_parent())
+    self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=signals.end_with_parent())
     if self.signaled.is_set() and not self._passed_on:  # just before it started
       self._process.terminate()
     return self._process.wait()

@@ -36,13 +36,13 @@ def wait(child: subprocess.Popen) -> int:
   return PREEMPTED if received and code <= 0 else code
 
 
-def terminate_with_parent() -> Callable[[], None]:
-  """Return the `preexec_fn` of a child that gets SIGTERM when this process dies, even by SIGKILL. Linux only."""
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], None]:
+  """Return the `preexec_fn` of a child that gets a signal when this process dies, even by SIGKILL. Linux only."""
   prctl, parent = getattr(ctypes.CDLL(None), 'prctl', None) if sys.platform == 'linux' else None, os.getpid()
 
   def set_signal() -> None:
     if prctl is not None:
-      prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+      prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
       if os.getppid() != parent:  # it has died already
         os._exit(PREEMPTED)
 

@@ -121,6 +121,6 @@ def starter(folder: pathlib.Path) -> Callable[[Sequence[str], Sequence[int]], in
     print('$ uni-moe', *command, flush=True)
     return signals.wait(subprocess.Popen(
         [sys.executable, folder / f'{command[0]}.py', *command[1:]], start_new_session=True, pass_fds=inherited,
-        preexec_fn=signals.terminate_with_parent()))
+        preexec_fn=signals.end_with_parent()))
 
   return start
