@@ -33,7 +33,7 @@ def test_an_installed_wheel_prepares_trains_evaluates_exports_and_serves_the_qui
   assert 'configs' in run('uni-moe', '--help').lower()
   run('uni-moe', 'prepare-data')
   assert 'trained 30 steps' in run('uni-moe', 'train', '--config=quickstart', '--workdir=runs/quickstart',
-                                   '--config.train.steps=30')
+                                   '--config.train.steps=30', '--compile_separately')
   assert 'top-1' in run('uni-moe', 'evaluate', '--workdir=runs/quickstart')
   assert run('uni-moe', 'report', '--workdir=runs/quickstart').endswith('report.html\n')
   assert 'step 30' in run('uni-moe', 'export', '--workdir=runs/quickstart', '--output=exported', '--num_examples=2')
