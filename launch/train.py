@@ -41,7 +41,8 @@ def main() -> int:
     # Mistakes are reported before the slow libraries below are imported.
     config = cli.config_of(_CONFIG)
     make_plan(config).check_trains()
-    cluster, separately = _CLUSTER(), _COMPILE_SEPARATELY.value and not _COMPILE_ONLY.value
+    cluster = _CLUSTER()
+    separately = _COMPILE_SEPARATELY.value and not _COMPILE_ONLY.value
     if separately and cluster is not None:
       raise UsageError('--compile_separately is for a run of one process; remove it.')
     distributed.initialize(cluster)
@@ -51,9 +52,9 @@ def main() -> int:
       workdir.claim_workdir(_WORKDIR.value, config, extends=True)
       workdir.check_versions(_WORKDIR.value, _ALLOW_VERSION_MISMATCH.value)
       npz_records.check_directory(config.data.dir)
-      is_finished = (workdir.saved_step(_WORKDIR.value) or 0) >= config.train.steps
+      separately = separately and not workdir.is_finished(_WORKDIR.value, config.train.steps)
     compiler = None
-    if separately and not is_finished:
+    if separately:
       from uni_moe_jax.train import compiler_process
       if compiler := compiler_process.start([sys.executable, __file__, *sys.argv[1:], '--compile_only']):
         stack.enter_context(compiler)

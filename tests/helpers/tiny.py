@@ -4,6 +4,7 @@ Importing this module does not import jax, so a command line can name its config
 """
 
 import functools
+import pathlib
 import tempfile
 
 import ml_collections
@@ -63,6 +64,16 @@ def config(*tasks: str, data_dir: str = '') -> ml_collections.ConfigDict:
     if task.target_set:
       c.target_sets[task.target_set] = sets[task.target_set]
   return c
+
+
+def write_config(file: pathlib.Path, *tasks: str, steps: int = 6) -> str:
+  """Write a config file for commands, `config` over `data_dir`. Return the flag that names it."""
+  root = str(pathlib.Path(__file__).parents[2])
+  file.write_text(
+      f'import sys\nsys.path.insert(0, {root!r})\nfrom tests.helpers import tiny\n\n\n'
+      f'def get_config():\n  c = tiny.config(*{tasks!r}, data_dir={data_dir()!r})\n  c.train.steps = {steps}\n'
+      '  return c\n')
+  return f'--config={file}'
 
 
 def _sentences(rng: np.random.Generator, count: int, words: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from tests.helpers import in_process, processes, saved_run, tiny
+from uni_moe_jax.parallel import peaks
 from uni_moe_jax.train import compiler_process, loop, workdir
 from uni_moe_jax.train import step as step_lib
 from uni_moe_jax.train.compiler_process import CompilerProcess
@@ -108,16 +109,17 @@ class _Compiler:
       assert stops()
 
 
-def test_the_first_step_is_traced_once_before_the_run_waits(tmp_path, monkeypatch):
+def test_the_first_step_is_traced_once_before_the_run_waits_and_the_cores_are_measured_after_it(tmp_path, monkeypatch):
   events, train_step, take = [], step_lib.train_step, loop._Trainer._take
+  monkeypatch.setattr(peaks, 'of_mesh', lambda *_: events.append('measured') or 1e9)
   monkeypatch.setattr(step_lib, 'train_step', lambda *a, **k: events.append('traced') or train_step(*a, **k))
   monkeypatch.setattr(loop._Trainer, '_take', lambda *a: events.append('step') or take(*a))
   compiler = _Compiler(events)
   assert loop.train(_config(), str(tmp_path / 'separately'), jax.devices()[:1], compiler=compiler) == loop.FINISHED
-  assert events == ['traced', 'waited', 'step', 'step']
+  assert events == ['traced', 'waited', 'measured', 'step', 'step']
   events.clear()
   assert loop.train(_config(), str(tmp_path / 'alone'), jax.devices()[:1]) == loop.FINISHED
-  assert events == ['step', 'traced', 'step']
+  assert events == ['measured', 'step', 'traced', 'step']
   assert saved_run.lines(tmp_path / 'separately') == saved_run.lines(tmp_path / 'alone')
 
 
@@ -133,10 +135,7 @@ def test_a_stop_while_the_run_waits_takes_no_step(tmp_path, capsys):
 
 @pytest.fixture(name='config_flag')
 def _config_flag(tmp_path):
-  file = tmp_path / 'c.py'
-  file.write_text(f'import sys\nsys.path.insert(0, {str(processes.ROOT)!r})\nfrom tests.helpers import tiny\n\n\n'
-                  f"def get_config():\n  return tiny.config('shape', data_dir={tiny.data_dir()!r})\n")
-  return f'--config={file}'
+  return tiny.write_config(tmp_path / 'c.py', 'shape')
 
 
 @pytest.fixture(name='started')

@@ -223,14 +223,10 @@ def test_losses_that_stay_nonfinite_stop_the_run_and_are_named(tmp_path, capsys,
 
 @pytest.mark.nightly
 def test_a_real_signal_exits_75_and_the_same_command_ends_like_an_uninterrupted_run(tmp_path):
-  config = tmp_path / 'signalled.py'
-  config.write_text(
-      f'import sys\nsys.path.insert(0, {str(processes.ROOT)!r})\nfrom tests.helpers import tiny\n\n\n'
-      f"def get_config():\n  c = tiny.config('shape', data_dir={tiny.data_dir()!r})\n"
-      '  c.train.steps = 400\n  return c\n')
+  config_flag = tiny.write_config(tmp_path / 'signalled.py', 'shape', steps=400)
 
   def command(name):
-    return [sys.executable, 'launch/train.py', f'--config={config}', f'--workdir={tmp_path / name}']
+    return [sys.executable, 'launch/train.py', config_flag, f'--workdir={tmp_path / name}']
 
   processes.run(command('uninterrupted'), devices=1)
   assert 'the same command continues' in processes.stop(command('stopped'), tmp_path / 'stopped', 20, devices=1)

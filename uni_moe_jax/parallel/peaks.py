@@ -36,11 +36,6 @@ def of_kind(device_kind: str) -> float | None:
   return next((rate for pattern, rate in PEAKS.items() if re.fullmatch(pattern, device_kind)), None)
 
 
-def is_known(mesh: Mesh) -> bool:
-  """Whether `of_mesh` returns a rate, without measuring it."""
-  return sharding.platform(mesh) == 'cpu' or of_kind(mesh.devices.flat[0].device_kind) is not None
-
-
 def of_mesh(mesh: Mesh, matmul: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul) -> float | None:
   """The peak of all devices together; of CPU cores, what each process measures on its own for `matmul` of float32."""
   if sharding.platform(mesh) == 'cpu':

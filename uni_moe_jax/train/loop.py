@@ -29,7 +29,7 @@ from uni_moe_jax.train.metrics_log import MetricsLog
 from uni_moe_jax.train.run import Run, build, conditions, initial_state
 from uni_moe_jax.train.step import TrainState
 from uni_moe_jax.train.validation import Validation
-from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, copy_tokenizer, saved_step
+from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, copy_tokenizer, is_finished
 from uni_moe_jax.utils import cli, locks, signals, storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED, PREEMPTED
@@ -146,7 +146,7 @@ def _close(checkpoints: Checkpoints, detector: HangDetector, *error) -> None:
 def compile_steps(config, workdir: str, devices=None) -> int:
   """Compiles the steps of a run into JAX's compilation cache, and trains nothing; see `CompilerProcess`."""
   started = time.perf_counter()
-  if (saved_step(workdir) or 0) >= config.train.steps:
+  if is_finished(workdir, config.train.steps):
     print(f'{workdir} is finished: nothing to compile.')
     return FINISHED
   run = build(config, devices)
@@ -205,8 +205,8 @@ class _Trainer:
     self._validation = Validation(run, detector.phase)
     self._hooks = [hook for make in hooks if (hook := make(run))]
     self._step_fn = functools.cache(run.step_fn)  # by task
-    self._begun: set[str | None] = set()  # tasks whose step was called, and so compiled
-    self._flops: dict[str | None, int] = {}  # by task, of the products of a step; 0 without a peak
+    self._peak = self._measure_peak() if compiler is None else None  # its process uses the cores: after it
+    self._ideal_seconds: dict[str | None, float] = {}  # by task, of a step's products at the peak of the devices
     self._pending: dict[str, jax.Array] | None = None  # metrics of the running step, read when the next one is queued
     self._means: dict[str, float] = {}  # as logged at the newest step; {} if that step is not logged
 
@@ -237,14 +237,13 @@ class _Trainer:
       if step == first and self._compiler is not None:
         with self._phase(START, step + 1):
           self._step_fn(task).lower(state, batch, self._target_sets)  # JAX keeps what it has traced
-          self._count_flops(task, batch)
           self._compiler.wait(lambda: stop.requested)
+          self._peak = self._measure_peak()
         if stop.requested:
           break
         self._log.restart_clock()
       state, metrics = self._take(step, task, state, batch)
-      ideal_seconds = self._flops[task] / self._peak if self._flops[task] else 0.0
-      self._log.add_work(input_wait=input_wait, ideal_seconds=ideal_seconds, **sizes)
+      self._log.add_work(input_wait=input_wait, ideal_seconds=self._ideal_seconds[task], **sizes)
       if step == first:
         print(f'first step after {time.perf_counter() - started:.0f} s', flush=True)
       done = step + 1
@@ -274,26 +273,19 @@ class _Trainer:
 
   def _take(self, step: int, task: str | None, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
     """(state, metrics with those of the hooks) after step `step + 1`; donates the buffers of the state."""
-    compiles = task not in self._begun
-    self._begun.add(task)
+    compiles = task not in self._ideal_seconds
     with self._phase(START, step + 1):  # hooks compile, too
       # Hooks run before the step, which donates the buffers of the state.
       extra = {k: v for hook in self._hooks for k, v in hook(step, state.params, batch, self._target_sets).items()}
     with self._phase(START if compiles else STEP, step + 1):
       state, metrics = self._step_fn(task)(state, batch, self._target_sets)
       if compiles:
-        self._count_flops(task, batch)  # while the devices work
+        self._ideal_seconds[task] = (
+            self._run.step_flops(task, batch, self._target_sets) / self._peak if self._peak else 0.0)
         jax.block_until_ready(metrics)
     return state, {**metrics, **extra}
 
-  def _count_flops(self, task: str | None, batch: Batch) -> None:
-    if task not in self._flops:
-      is_known = peaks.is_known(self._run.mesh)
-      self._flops[task] = self._run.step_flops(task, batch, self._target_sets) if is_known else 0
-
-  @functools.cached_property
-  def _peak(self) -> float | None:
-    """FLOP/s of the devices; of a CPU, measured when it is first needed: no other process compiles any more."""
+  def _measure_peak(self) -> float | None:
     return peaks.of_mesh(self._run.mesh, products.matmul_rounded if self._run.uses_amx else jax.numpy.matmul)
 
   def _add_metrics(self, done: int, metrics: dict[str, Any]) -> bool:

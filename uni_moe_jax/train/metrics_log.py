@@ -115,7 +115,7 @@ class MetricsLog:
     self.record(step, metrics)
     text = f'step {step}  ' + '  '.join(f'{k.removeprefix("eval/")} {v:.3f}' for k, v in metrics.items())
     self._bar.write(text) if self._bar else print(text, flush=True)
-    self._since = time.perf_counter()
+    self.restart_clock()
 
   def record(self, step: int, scalars: dict[str, float]) -> None:
     """Writes scalars unchanged."""

@@ -62,6 +62,11 @@ def saved_step(workdir: str | os.PathLike[str]) -> int | None:
   return max(saved_steps(workdir), default=None)
 
 
+def is_finished(workdir: str | os.PathLike[str], steps: int) -> bool:
+  """Whether a work directory has a checkpoint of so many steps, not verified."""
+  return (saved_step(workdir) or 0) >= steps
+
+
 def versions() -> dict[str, str]:
   """Installed versions of the packages that a checkpoint depends on."""
   out = {}
