@@ -18,7 +18,7 @@ Usage: uni-moe COMMAND [--FLAG=VALUE ...]
        uni-moe help NAME                    flags of a command, or arguments of a config
        uni-moe completion bash|zsh|fish     completion of commands, flags and configs; eval "$(uni-moe completion bash)"
 """
-_EXAMPLE = """A first run, in a quarter of an hour on two CPU cores:
+_EXAMPLE = """A first run, in about twenty minutes on two CPU cores:
   uni-moe prepare-data
   uni-moe train --config=quickstart --workdir=runs/quickstart
   uni-moe evaluate --workdir=runs/quickstart
