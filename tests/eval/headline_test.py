@@ -8,7 +8,7 @@ from uni_moe_jax.eval.metrics import Score
 CLASSES = Score.proportion('top-1', .5, 2500, .02, {'majority': .14, 'pixels': .63})  # ± .01: 13 errors below
 TOP5 = Score.proportion('top-5', .64, 2500, .1, {'majority': .63})  # ± .0096: level
 WORDS = Score('accuracy', .1, 18000, .01, {'unigram': .06}, .002)
-PERPLEXITY = Score('perplexity', 63.2, 18000, 2000., {'unigram': 70., 'bigram': 65.}, None, False)
+PERPLEXITY = Score('perplexity', 63.2, 18000, 2000., {'unigram': 70., 'bigram': 65.})
 EXACT, F1 = (Score(name, .3, 100, baselines={'neighbor': .3}) for name in ('exact_match', 'word F1'))
 CHANCE = Score.proportion('top-1', .5, 100, .1)
 ALONE = Score('BLEU-4', .2, 100)

@@ -255,7 +255,7 @@ def test_the_card_describes_model_and_provenance(trained, exported):
   config = json.loads((trained[0] / 'config.json').read_text())
   for part in ('Trained with router attribute, 4 experts', 'merged permanently', '4 kernels', '2 layers, width 16',
                'products are full float32', 'with products in bfloat16 (here float32', '### shape', '### pair',
-               '`classify`: pixels uint8[b, 1, 16, 16, 1]', 'bar, disc, star', 'captions   exact_match', '0.625',
+               '`classify`: pixels uint8[b, 1, 16, 16, 1]', 'bar, disc, star', '| captions | exact_match | 0.625 |',
                config['data'], 'seed: 0', 'step: 2', 'trained by commit',
                hashlib.sha256((folder / 'params.safetensors').read_bytes()).hexdigest()):
     assert part in text, part

@@ -9,6 +9,7 @@ import yaml
 
 from tests.helpers import small_model
 from uni_moe_jax.config.plan import Evaluation
+from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.export import description, merge, model_card
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import ExportedTask
@@ -95,9 +96,22 @@ def test_metrics_are_those_of_the_exported_tasks():
   rows = [_row('captions'), _row('classes')]
   card = _card(*model, rows=rows, evaluators=[_evaluation('captions')])
   assert "Of the trained model at this step, by training's evaluators:" in card
-  assert 'captions   exact_match' in card and 'classes' not in card and 'allows only' not in card
+  assert '| captions | exact_match | ' in card and 'classes' not in card and 'allows only' not in card
   assert 'The run has no evaluator of these tasks.' in _card(*model, rows=rows)
   assert 'This step was not evaluated.' in _card(*model, evaluators=[_evaluation('captions')])
+
+
+def test_the_table_marks_every_reference():
+  rows = [Score.proportion('top-1', .5, 2500, .02, {'majority': .14, 'pixels': .63}).row('a|b', 7),
+          Score('perplexity', 63.2, 18000, None, {'unigram': 63.2}).row('words', 7)]
+  card = _card(small_model.spec('dense'), 'image_caption', rows=rows,
+               evaluators=[_evaluation(r['evaluator']) for r in rows])
+  assert '''
+| evaluator | metric | value | ± s.e. | examples | chance | baselines |
+| --- | --- | --- | --- | --- | --- | --- |
+| a\\|b | top-1 | 0.500 | 0.010 | 2,500 | 0.020 + | majority 0.140 +, pixels 0.630 - |
+| words | perplexity (lower is better) | 63.2 | — | 18,000 | — | unigram 63.2 = |
+''' in card
 
 
 def test_differences_from_the_evaluators_protocol_are_reported():

@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from tests.helpers import small_model
+from tests.helpers import flops_formula, small_model
 from uni_moe_jax.model import flops
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.tools.bench import flops as formula
 
 A, B = jnp.ones((2, 3)), jnp.ones((3, 5))  # 2 · 2 · 3 · 5 = 60
 
@@ -49,4 +48,5 @@ def test_a_model_costs_what_its_formula_gives():
 
   def run(params, sequence):
     return UniPerceiver(spec).apply({'params': params}, method=lambda m: m.features(m.encode(sequence).hidden))
-  assert flops.count(run, params, sequence) == pytest.approx(2 * formula.sequence(spec, 17, visual=True), rel=0.01)
+  expected = 2 * flops_formula.sequence(spec, 17, visual=True)
+  assert flops.count(run, params, sequence) == pytest.approx(expected, rel=0.01)

@@ -30,7 +30,7 @@ def _workdir(tmp_path):
   contents = {
       'evaluation.json': [
           metrics.Score.proportion('top1', .4, 2400, .02, {'majority': .14, 'pixels': .63}).row('g', 9),
-          metrics.Score('perplexity', 63.2, 90, None, {'unigram': 118.4}, None, False).row('mlm', 9)],
+          metrics.Score('perplexity', 63.2, 90, None, {'unigram': 118.4}).row('mlm', 9)],
       'samples.json': {
           'captions': [{'image': _DOT, 'reference': 'full block', 'prediction': 'Full block'},
                        {'image': _DOT, 'reference': 'arrow', 'prediction': '<script>'}],

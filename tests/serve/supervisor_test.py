@@ -48,13 +48,13 @@ def test_a_worker_answers_with_parts_and_reports_its_batch_sizes():
 def test_a_worker_that_hangs_or_dies_is_replaced(capfd, text, message):
   async def check(started):
     await started.start()
-    first = started.pid
+    first = started._process.pid
     with pytest.raises(Refused, match=message) as refused:
       await _send(started, text)
     assert refused.value.status == 503
     assert not started.sizes  # no batch is made for a worker that has not compiled its program yet
     assert await _send(started, 'next') == ['next']
-    assert started.pid != first and started.restarts == 1
+    assert started._process.pid != first and started.restarts == 1
     with pytest.raises(ProcessLookupError):
       os.kill(first, 0)
   _run(check, timeout=2)
@@ -65,7 +65,7 @@ def test_an_idle_worker_that_dies_is_replaced():
   async def check(started):
     await started.start()
     assert await _send(started, 'a') == ['a']
-    os.kill(started.pid, signal.SIGKILL)
+    os.kill(started._process.pid, signal.SIGKILL)
     while not started.restarts:
       await asyncio.sleep(0.01)
     assert not started.ready and await _send(started, 'a') == ['a'] and started.ready
@@ -121,7 +121,7 @@ def test_workers_that_die_while_they_compile_are_replaced_more_and_more_slowly_i
   async def check(started):
     await started.start()
     assert await _send(started, 'a') == ['a']
-    os.kill(started.pid, signal.SIGKILL)
+    os.kill(started._process.pid, signal.SIGKILL)
     while started.restarts < 2 and not started.failure.done():
       await asyncio.sleep(0.01)
     assert started._backoff == 2 and not started.ready and not started.failure.done()
@@ -132,7 +132,7 @@ def test_a_service_that_closes_while_it_starts_another_worker_ends_that_too(monk
   async def check(started):
     await started.start()
     assert await _send(started, 'a') == ['a']
-    start, first, entered, children = started._context.Process.start, started.pid, threading.Event(), []
+    start, first, entered, children = started._context.Process.start, started._process.pid, threading.Event(), []
 
     def start_slowly(process):
       entered.set()
@@ -163,7 +163,7 @@ def test_a_worker_for_which_the_machine_has_no_process_is_started_later(monkeypa
       start(process)
 
     monkeypatch.setattr(started._context.Process, 'start', fail_once)
-    os.kill(started.pid, signal.SIGKILL)
+    os.kill(started._process.pid, signal.SIGKILL)
     await asyncio.sleep(0)
     while started.restarts < 2:
       await asyncio.sleep(0.01)
@@ -196,7 +196,7 @@ def test_the_connection_of_a_dead_worker_is_not_closed_while_something_is_sent()
     assert await _send(started, 'a') == ['a']
     old, sent = started._connection, threading.Event()
     started._sender.submit(sent.wait, 10)
-    os.kill(started.pid, signal.SIGKILL)
+    os.kill(started._process.pid, signal.SIGKILL)
     while not started.restarts:
       await asyncio.sleep(0.01)
     await asyncio.sleep(0.05)

@@ -27,5 +27,5 @@ def is_measured(metric: str, num_targets: int) -> bool:
 
 
 def lower_is_better(metric: str) -> bool:
-  """Whether the best value of a logged metric is its lowest: of losses and perplexities."""
-  return metric.startswith('loss/') or metric.endswith('/perplexity')
+  """Whether the best value of a metric is its lowest: of losses and perplexities, also under their names in the log."""
+  return metric.startswith('loss/') or metric.endswith('perplexity')

@@ -302,4 +302,4 @@ def masked_language_modeling(q: Query) -> list[Score]:
   per_example = lambda values: np.where(counted, values, 0).sum(1) / np.maximum(times, 1)
   return [Score.proportion('accuracy', float(right[counted].mean()), n, 1 / V, unigram[0], per_example(right), times),
           Score('perplexity', metrics.perplexity(float(-log_p[counted].sum()), n), n, V, unigram[1],
-                higher_is_better=False, per_example=per_example(log_p), weights=times)]
+                per_example=per_example(log_p), weights=times)]

@@ -32,7 +32,7 @@ class Line:
   def cells(self) -> tuple[str, ...]:
     """Evaluator, metric, model, baseline, verdict."""
     name, value = self.baseline or ('', None)
-    direction = '' if metrics.higher_is_better(self.row) else ' (lower is better)'
+    direction = '' if self.row['higher_is_better'] else ' (lower is better)'
     return (self.row['evaluator'], self.row['metric'] + direction, metrics.format_number(self.row['value']),
             f'{metrics.format_number(value)} {name}'.strip(), f'{_ARROWS.get(self.verdict, "")} {self.verdict}'.strip())
 
@@ -40,7 +40,7 @@ class Line:
 def strongest_baseline(row: Mapping[str, Any]) -> tuple[str, float] | None:
   """(name, value) of the strongest baseline of a row of evaluation.json; chance counts as one where no other is."""
   chance = {} if row.get('chance') is None else {'chance': row['chance']}
-  best = max if metrics.higher_is_better(row) else min
+  best = max if row['higher_is_better'] else min
   return best((row.get('baselines') or chance).items(), key=lambda item: item[1], default=None)
 
 

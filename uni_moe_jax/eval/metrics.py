@@ -9,11 +9,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from uni_moe_jax.config.metric_names import lower_is_better
 from uni_moe_jax.data.pipeline import vqa_answers
 from uni_moe_jax.utils.errors import UsageError
 
@@ -23,8 +24,6 @@ SIGNIFICANT = 3.0
 _RANKED_AT_ONCE = 1024  # queries whose similarities to every target are in memory together
 
 BETTER, LEVEL, WORSE = 'better', 'level', 'worse'
-_MARKS = {BETTER: '+', LEVEL: '=', WORSE: '-'}
-_HEADER = ('evaluator', 'metric', 'value', '± s.e.', 'count', 'chance', 'baselines')
 
 
 def best_positive_rank(similarity: np.ndarray, positives: np.ndarray) -> np.ndarray:
@@ -197,7 +196,6 @@ class Score:
   chance: float | None = None  # what a blind guess scores; None where the notion is empty
   baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)  # name -> value
   standard_error: float | None = None
-  higher_is_better: bool = True
   # Where the value is a mean over examples: that of each [N], and its weight [N], None: all 1.
   # Perplexity is exp of minus the mean; its values are log p.
   per_example: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
@@ -232,37 +230,18 @@ class Score:
     return dict(evaluator=evaluator, metric=self.name, value=float(self.value), chance=self.chance,
                 baselines={name: float(value) for name, value in self.baselines.items()},
                 standard_error=self.standard_error, count=int(self.count), step=int(step),
-                higher_is_better=self.higher_is_better)
+                higher_is_better=not lower_is_better(self.name))
 
 
 def verdict(row: Mapping[str, Any], reference: float) -> str:
   """Returns 'better', 'level' or 'worse': how a row's value compares with chance or a baseline.
 
   Level means nearer than three standard errors, or equal where the row has no standard error.
-  If `higher_is_better` is absent, the name decides.
   """
-  gain = (row['value'] - reference) * (1 if higher_is_better(row) else -1)
+  gain = (row['value'] - reference) * (1 if row['higher_is_better'] else -1)
   if gain == 0 or abs(gain) < SIGNIFICANT * (row.get('standard_error') or 0.0):
     return LEVEL
   return BETTER if gain > 0 else WORSE  # NaN is not better than anything
-
-
-def higher_is_better(row: Mapping[str, Any]) -> bool:
-  """Returns whether a larger value of this row is the better one."""
-  return row.get('higher_is_better', not any(word in row['metric'] for word in ('perplexity', 'loss', 'error')))
-
-
-def evaluation_table(rows: Iterable[Mapping[str, Any]]) -> str:
-  """Returns rows of evaluation.json as an aligned plain-text table, with a legend line under it."""
-  cells = [_cells(row) for row in rows]
-  if not cells:
-    return 'no evaluation rows'
-  widths = [max(map(len, column)) for column in zip(_HEADER, *cells)]
-  table = [_HEADER, tuple('-' * width for width in widths), *cells]
-  lines = ['  '.join(f'{cell:{side}{width}}' for cell, side, width in zip(line, '<<>>>><', widths)) for line in table]
-  lines.append(f'+ better than it by at least {SIGNIFICANT:.0f} standard errors, = level, - worse; '
-               'without a standard error: better, equal, worse')
-  return '\n'.join(line.rstrip() for line in lines)
 
 
 def format_number(value: float | None) -> str:
@@ -279,17 +258,6 @@ def format_number(value: float | None) -> str:
 def format_error(error: float | None) -> str:
   """Returns a standard error to the digits its value is shown with; an em dash for None."""
   return f'{error:.3f}' if error is not None and 0.001 <= error < 0.01 else format_number(error)
-
-
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-  def marked(reference: float) -> str:
-    return f'{format_number(reference)} {_MARKS[verdict(row, reference)]}'
-
-  chance = row.get('chance')
-  return (row['evaluator'], row['metric'] + ('' if higher_is_better(row) else ' (lower is better)'),
-          format_number(row['value']), format_error(row.get('standard_error')), f'{row["count"]:,}',
-          '—' if chance is None else marked(chance),
-          ', '.join(f'{name} {marked(value)}' for name, value in row.get('baselines', {}).items()))
 
 
 def each_score(

@@ -3,7 +3,7 @@
 import collections
 from typing import Any
 
-from uni_moe_jax.eval.metrics import evaluation_table
+from uni_moe_jax.eval import metrics
 from uni_moe_jax.moe import routers
 
 _MOST_SHOWN = 8  # entries of a set
@@ -149,8 +149,23 @@ def _metrics(manifest: dict[str, Any], evaluation: list[dict[str, Any]]) -> list
   other = '' if then == now else f' with products in {then} (here {now}, so answers may differ)'
   remarks = [remark for name, e in manifest['evaluators'].items()
              for remark in _protocol_remarks(name, e, manifest['tasks'][e['task']])]
-  return [f"Of the trained model at this step{other}, by training's evaluators:", '', '```', evaluation_table(rows),
-          '```', *(['', *remarks] if remarks else [])]
+  return [f"Of the trained model at this step{other}, by training's evaluators:", '',
+          '| evaluator | metric | value | ± s.e. | examples | chance | baselines |', '| --- ' * 7 + '|',
+          *map(_metric, rows), '',
+          f'+ better than it by at least {metrics.SIGNIFICANT:.0f} standard errors, = level, - worse; without a '
+          'standard error: better, equal, worse.', *(['', *remarks] if remarks else [])]
+
+
+def _metric(row: dict[str, Any]) -> str:
+  """A row of evaluation.json as one of a table."""
+  marks = {metrics.BETTER: '+', metrics.LEVEL: '=', metrics.WORSE: '-'}
+  marked = lambda value: f'{metrics.format_number(value)} {marks[metrics.verdict(row, value)]}'
+  direction = '' if row['higher_is_better'] else ' (lower is better)'
+  cells = (row['evaluator'], row['metric'] + direction, metrics.format_number(row['value']),
+           metrics.format_error(row['standard_error']), f'{row["count"]:,}',
+           '—' if row['chance'] is None else marked(row['chance']),
+           ', '.join(f'{name} {marked(value)}' for name, value in row['baselines'].items()))
+  return '| ' + ' | '.join(cell.replace('|', r'\|') for cell in cells) + ' |'
 
 
 def _protocol_remarks(name: str, evaluator: dict[str, Any], task: dict[str, Any]) -> list[str]:

@@ -186,7 +186,7 @@ def _all_metrics(rows: Sequence[Mapping[str, Any]]) -> str:
 def _score(row: Mapping[str, Any]) -> list[str]:
   """Cells of one row of evaluation.json."""
   error, chance, baselines = row.get('standard_error'), row.get('chance'), row.get('baselines', {})
-  higher = metrics.higher_is_better(row)
+  higher = row['higher_is_better']
   # A blind guess at something that is better low (perplexity) would flatten the bar.
   references = {'chance': chance, **baselines} if chance is not None and higher else baselines
   return [

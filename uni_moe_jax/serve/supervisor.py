@@ -47,11 +47,6 @@ class Supervisor:
     """Whether a worker is alive that has compiled every program."""
     return self._warm and (self._idle.is_set() or bool(self._jobs))
 
-  @property
-  def pid(self) -> int | None:
-    """Of the worker."""
-    return self._process and self._process.pid
-
   async def start(self) -> None:
     """Starts the worker and waits until it has loaded the model, which it then compiles.
 

@@ -16,7 +16,8 @@ from uni_moe_jax.train.checkpoint import Checkpoints
 
 def _row(value, seed, variant='prompts', metric='top-1', error=.03):
   return {'task': 'digits', 'variant': variant, 'run': '', 'seed': seed, 'evaluator': 'digits', 'metric': metric,
-          'value': value, 'standard_error': error, 'chance': .1, 'baselines': {'nearest neighbor': .9}}
+          'value': value, 'standard_error': error, 'chance': .1, 'baselines': {'nearest neighbor': .9},
+          'higher_is_better': metric != 'perplexity'}
 
 
 def test_the_interval_has_the_spread_of_seeds_and_an_error_that_seeds_do_not_shrink():

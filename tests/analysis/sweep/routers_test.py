@@ -58,7 +58,8 @@ def _finish(workdir, variant, steps=6, data='print', seed=0, right=(1, 0, 0, 0),
   losses = ((2, 1., 4), (4, 2., 9), (4, 2., 3), (steps, 4., 2))  # step 4 again after a restart
   lines = [{'step': s, 'steps_per_second': r, 'loss/names': x, 'loss/total': x} for s, r, x in losses]
   (path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
-  row = dict(evaluator='class', metric='top-1', value=.5, standard_error=.1, chance=.1, baselines={'neighbor': .7})
+  row = dict(evaluator='class', metric='top-1', value=.5, standard_error=.1, chance=.1, baselines={'neighbor': .7},
+             higher_is_better=True)
   command = f'uni-moe train --workdir={path}'
   contents = {
       runner.LOG: [_attempt('train', 75, 2.5), *(_attempt(s.name, command=command) for s in cell.stages)],

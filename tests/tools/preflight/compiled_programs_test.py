@@ -11,10 +11,9 @@ from unittest import mock
 import jax
 import pytest
 
-from tests.helpers import processes, tiny
+from tests.helpers import flops_formula, processes, tiny
 from uni_moe_jax import config
 from uni_moe_jax.model.flops import TRAIN
-from uni_moe_jax.tools.bench import flops
 from uni_moe_jax.tools.preflight import compiled_programs, findings, preflight, remedies, topology
 from uni_moe_jax.tools.preflight.compiled_programs import EVALUATION, Compiler, Program
 
@@ -58,7 +57,7 @@ def test_every_device_has_all_parameters_and_two_moments_of_each():
 def test_flops_are_those_of_the_formula():
   spec = compiled_programs.prepare(_config(), jax.devices()[:2]).spec.model.spec
   # A device has half of the 32 images, and two of the three names.
-  images, names = flops.sequence(spec, _TOKENS, visual=True), flops.sequence(spec, 8 + 1, visual=False)
+  images, names = flops_formula.sequence(spec, _TOKENS, visual=True), flops_formula.sequence(spec, 8 + 1, visual=False)
   formula = TRAIN * (16 * images + 2 * names)
   assert _step().cost.flops == pytest.approx(formula, rel=0.1)
   assert _step().cost.unknown_loops == 0
@@ -276,8 +275,8 @@ def test_libtpu_evaluates_a_token_model_on_the_selected_experts_alone():
   pytest.importorskip('libtpu')
   script = """
 import dataclasses
+from tests.helpers import flops_formula
 from tests.tools.preflight import compiled_programs_test
-from uni_moe_jax.tools.bench import flops
 from uni_moe_jax.tools.preflight import compiled_programs, preflight
 config = compiled_programs_test.small_config({
     'model.num_layers': 4, 'model.width': 128, 'model.num_heads': 2, 'model.mlp_dim': 256, 'model.image_size': 128,
@@ -285,7 +284,7 @@ config = compiled_programs_test.small_config({
 run = compiled_programs.prepare(preflight.for_tpu(config), topology.devices(target))
 spec, program = run.spec.model.spec, compiled_programs.compile_program(run, compiled_programs.EVALUATION)
 dense = dataclasses.replace(spec, router='dense')
-formula = 64 // 4 * flops.sequence(dense, spec.patches + 1, visual=True)
+formula = 64 // 4 * flops_formula.sequence(dense, spec.patches + 1, visual=True)
 print(program.cost.flops / formula, program.cost.unknown_kernels)
 """
   ratio, unknown = map(float, processes.printed(script, 'v5e:2x2').split())
@@ -308,5 +307,6 @@ def test_libtpu_compiles_the_step_for_absent_devices(tmp_path):
   assert step['unknown_loops'] == 0
   # A device has two of eight images of 32 pixels, and three of ten names. Five of six layers are scanned.
   spec = compiled_programs.prepare(small_config(fields), jax.devices()[:4]).spec.model.spec
-  formula = TRAIN * (2 * flops.sequence(spec, 4 + 1, visual=True) + 3 * flops.sequence(spec, 8 + 1, visual=False))
+  images, names = flops_formula.sequence(spec, 4 + 1, visual=True), flops_formula.sequence(spec, 8 + 1, visual=False)
+  formula = TRAIN * (2 * images + 3 * names)
   assert step['flops_per_device'] == pytest.approx(formula, rel=0.1)

@@ -26,7 +26,7 @@ from uni_moe_jax.analysis.sweep import (
 )
 from uni_moe_jax.analysis.sweep.grid import Cell
 from uni_moe_jax.analysis.sweep.variants import VARIANTS
-from uni_moe_jax.eval import example_scores, metrics, suite
+from uni_moe_jax.eval import example_scores, suite
 from uni_moe_jax.train import workdir
 from uni_moe_jax.utils import files, storage
 from uni_moe_jax.utils.errors import UsageError
@@ -120,7 +120,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     scores.append({
         **{k: first[k] for k in keys}, 'mean': float(np.mean(values)), 'spread': spread, 'error': error,
         'interval': math.hypot(*known) if known else None, 'seeds': len(values), 'chance': first['chance'],
-        'baselines': first['baselines'], 'higher_is_better': metrics.higher_is_better(first)})
+        'baselines': first['baselines'], 'higher_is_better': first['higher_is_better']})
   return scores
 
 

@@ -42,13 +42,12 @@ class Merged:
     bounds: index of the first row of each shard, and the number of rows.
     columns: name → 'image', 'video', 'texts', 'text' or 'class'. classes: class column → names in order.
     class_counts: class column → {(name, split index): rows}.
-    dropped: index of a signature → fields that its rows lose. signatures: of each row, an index.
+    dropped: index of a signature → fields that its rows lose.
     sizes, num_captions, rewritten, dropped_fields: how often each occurs in examples.
   """
   rows: Column
   splits: Column
   bounds: np.ndarray
-  signatures: Column
   names_splits: bool = False
   columns: dict[str, str] = dataclasses.field(default_factory=dict)
   classes: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -79,8 +78,7 @@ class Merge:
       self._rows.append(records)
       bounds.append(self._rows.size)
     self._reasons = self._column('reasons', 'i4')  # codes of words; 0 for none
-    self._result = Merged(
-        self._rows, self._column('splits', 'i1'), np.array(bounds), self._column('signatures', 'i4'))
+    self._result = Merged(self._rows, self._column('splits', 'i1'), np.array(bounds))
 
   def __call__(self, test_fraction: float, max_corrupt_fraction: float, source: object) -> Merged:
     """Raises UsageError: more than `max_corrupt_fraction` of the rows are skipped, or all."""
@@ -141,7 +139,6 @@ class Merge:
     for ids, rows, reasons in self._pieces():
       verdict = codes[rows['signature']]
       self._skip(ids, reasons, np.where(verdict == 0, rows['reason'], verdict))
-      self._result.signatures.write(int(ids[0]), rows['signature'])
       affected = np.flatnonzero(changed[rows['signature']])
       for i, (header, _) in zip(affected, self._contents(ids[affected]), strict=True):
         texts, labels = (without(header[name], verdicts[rows['signature'][i]][1]) for name in ('texts', 'labels'))
@@ -285,7 +282,7 @@ class Merge:
     num_splits, dropped = len(SPLITS), result.dropped
     for i, shard in enumerate(self._shards):
       bounds = result.bounds[i:i + 2]
-      splits, signatures = result.splits.read(*bounds), result.signatures.read(*bounds)
+      splits, signatures = result.splits.read(*bounds), result.rows.read(*bounds)['signature']
       for name, (values, codes) in shard.labels().items():
         counter = counts.setdefault(name, collections.Counter())
         without_field = [j for j, names in dropped.items() if name in names]

@@ -80,7 +80,7 @@ def attempt(name: str, measure: gpu_sections.Measure) -> list[Row]:
     return measure()
   except Exception as e:  # pylint: disable=broad-exception-caught
     missing = {ImportError: 'not installed', NotAvailableError: 'not available'}
-    reason = next((text for error, text in missing.items() if isinstance(e, error)), FAILED)
+    reason = next((text for error, text in missing.items() if isinstance(e.__cause__ or e, error)), FAILED)
     if reason == FAILED:
       traceback.print_exc()
     return [row(name, None, '', note=gpu_sections.describe(e, _MESSAGE), missing=reason)]

@@ -16,7 +16,7 @@ from uni_moe_jax.model.flops import TRAIN
 from uni_moe_jax.moe import gmm, gmm_triton
 from uni_moe_jax.parallel import peaks
 from uni_moe_jax.tasks.router_names import DENSE, ROUTERS
-from uni_moe_jax.tools.bench import caption_rate, flops
+from uni_moe_jax.tools.bench import caption_rate
 from uni_moe_jax.tools.bench.cases import Context, RepeatedStep
 from uni_moe_jax.tools.bench.results_table import Budget, Row
 from uni_moe_jax.tools.bench.settings import GpuSizes
@@ -62,9 +62,10 @@ def _step(context: Context, router: str, deterministic: bool = False) -> Repeate
 def _model(context: Context, router: str, dense: Callable[[], RepeatedStep]) -> list[Row]:
   s, device = context.sizes, context.devices[0].device_kind
   steps = {DENSE: dense()} if router == DENSE else {DENSE: dense(), router: _step(context, router)}
-  work = s.batch_size * flops.image_and_name(steps[router].run.spec.model.spec, s.name_tokens)
+  step = steps[router]
+  work = step.run.step_flops(None, step.batch, step.sets) / TRAIN
   note = (f'base/16, bfloat16, B {s.batch_size}, {s.image_size} px, a name of {s.name_tokens} tokens per image, no '
-          'remat; FLOPs: useful matrix products; ')
+          'remat; FLOPs: matrix products; ')
   rate = peaks.of_kind(device)
   note += f'peak of {device}: {rate / 1e12:.0f} TFLOP/s' if rate else f'the peak of {device!r} is unknown'
   rows = []
@@ -206,20 +207,10 @@ def _tune(
   return [row(f'{name}, fastest tiles: {label}', figure, 'ms', note='; '.join(notes))]
 
 
-def _tokamax(x, kernel, sizes):
-  import tokamax  # pylint: disable=g-import-not-at-top
-  return tokamax.ragged_dot(x, kernel, sizes)
-
-
-def _transformer_engine(x, kernel, sizes):
-  from transformer_engine.jax.dense import grouped_dense  # pylint: disable=g-import-not-at-top
-  return grouped_dense(x, kernel, sizes)
-
-
 IMPLEMENTATIONS = {
     'Triton': gmm_triton.grouped_matmul, 'batched': functools.partial(gmm.grouped_matmul, backend='batched'),
-    'ragged_dot': functools.partial(gmm.grouped_matmul, backend='ragged'), 'tokamax': _tokamax,
-    'Transformer Engine': _transformer_engine}
+    'ragged_dot': functools.partial(gmm.grouped_matmul, backend='ragged'),
+    'tokamax': functools.partial(gmm.grouped_matmul, backend='tokamax')}
 
 
 def _grouped(

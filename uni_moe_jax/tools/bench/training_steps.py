@@ -11,9 +11,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.model.flops import TRAIN
 from uni_moe_jax.tasks.router_names import DENSE, ROUTERS
-from uni_moe_jax.tools.bench import flops
 from uni_moe_jax.tools.bench.cases import RECORDED_PEAK, Context, RepeatedStep
 from uni_moe_jax.tools.bench.results_table import Budget, Row
 from uni_moe_jax.tools.bench.timing import Estimate, Rounds, estimate, interleaved
@@ -64,11 +62,9 @@ def routers(context: Context) -> list[Row]:
 
 def _share_of_peak(context: Context, dense: RepeatedStep, train: Rounds) -> Row:
   """Useful FLOPs of the dense training step as a share of the peak."""
-  s = context.sizes
-  work = TRAIN * s.batch_size * flops.image_and_name(dense.run.spec.model.spec, s.name_tokens)
+  work = dense.run.step_flops(None, dense.batch, dense.sets)
   return Row('routers', 'dense train, share of GEMM peak', train.figure(100 * work / context.peak / train[DENSE]), '%',
-             _SHARE,
-             'FLOPs by formula: matrix products of 3 forward passes, without remat; peak: fastest round, float32')
+             _SHARE, 'FLOPs: matrix products of 3 forward passes, without remat; peak: fastest round, float32')
 
 
 def mixed(context: Context) -> list[Row]:
