@@ -188,6 +188,17 @@ def test_choices_for_the_ablation_see_no_test_example():
   assert all(k.startswith('evaluators') for k in {*one, *other} if one.get(k) != other.get(k))
 
 
+def test_the_ablation_of_some_tasks_is_that_of_all_without_the_others():
+  some, every = (_config('ablation', f'router=dense,tasks={tasks}') for tasks in ('package+text', 'all'))
+  assert (set(some.tasks), set(some.target_sets)) == ({'package', 'text'}, {'packages', 'vocabulary'})
+  assert set(some.evaluators) == {'package', 'masked words'}
+  make_plan(some)
+  one, other = (traverse_util.flatten_dict(c.to_dict()) for c in (some, every))
+  assert one.items() <= other.items()
+  with pytest.raises(UsageError, match=r"tasks=packages: 'packages' is unknown; did you mean 'package'"):
+    _config('ablation', 'tasks=packages')
+
+
 @pytest.mark.parametrize('router', ['modality', 'task'])
 def test_routers_by_name_differ_from_attribute_in_one_field_and_in_their_embeddings(router):
   one, other = _flat(_quickstart('attribute')), _flat(_quickstart(router))
