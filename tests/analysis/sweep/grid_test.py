@@ -39,14 +39,15 @@ def _commands(cell):
 
 
 def test_a_router_cell_has_the_commands_that_a_person_would_type():
-  cell = _router_cells(['token'], '2')[1]
+  first, cell = _router_cells(['token'], '2')
   commands = _commands(cell)
   config_flags = ('--config=ablation:router=token', '--config.seed=1', '--config.train.steps=99')
   workdir_flag = '--workdir=out/token-1'
   assert list(commands) == ['interference at init', 'train', 'evaluate', 'interference', 'experts', 'report']
   assert commands['interference at init'] == (
       'interference', '--at_init', *config_flags, workdir_flag, '--num_batches=8')
-  assert commands['train'] == ('train', *config_flags, workdir_flag, '--compile_separately')
+  assert commands['train'] == ('train', *config_flags, workdir_flag)
+  assert _commands(first)['train'][-1] == '--compile_separately'  # whose program is cached
   assert commands['interference'] == ('interference', workdir_flag, '--num_batches=8')
   assert [s.name for s in cell.stages if s.needs] == ['evaluate', 'interference', 'experts', 'report']
 

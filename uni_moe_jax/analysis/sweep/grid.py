@@ -90,10 +90,11 @@ def router_grid(
         'experts': [Stage('experts', ('experts', workdir_flag), TRAIN)] if router != DENSE else [],
         'report': [Stage('report', ('report', workdir_flag), TRAIN)],
         'merged': [Stage('merged', (EVALUATE, workdir_flag, '--merged'), EVALUATE)] if router in MERGED else []}
+    compiles = ['--compile_separately'] if seed == 0 else []  # later seeds find the program in JAX's cache
     at_init = Stage('interference at init', ('interference', '--at_init', *config_flags, workdir_flag, batches))
     return Cell(path, name, '', seed, (
         *([at_init] if 'interference' in measures else []),
-        Stage(TRAIN, (TRAIN, *config_flags, workdir_flag, '--compile_separately')),
+        Stage(TRAIN, (TRAIN, *config_flags, workdir_flag, *compiles)),
         *(stage for measure, stages in measured.items() if measure in measures for stage in stages)), own)
 
   cells = [cell(name, seed) for seed in range(max(seeds[name] for name in configs)) for name in configs
