@@ -11,8 +11,8 @@ def _row(evaluator, metric='top-1', chance=.1, **baselines):
           'baselines': baselines, 'higher_is_better': metric != 'perplexity'}
 
 
-def _cell(variant, seed, rows, seconds=1., parameters=None):
-  return {'variant': variant, 'seed': seed, 'evaluation': rows, 'seconds_per_step': seconds,
+def _cell(variant, seed, rows, seconds=1., parameters=None, loss=None):
+  return {'variant': variant, 'seed': seed, 'evaluation': rows, 'seconds_per_step': seconds, 'final_loss': loss,
           'parameters': parameters or {'total': 8, 'active': 2}}
 
 
@@ -71,6 +71,17 @@ def test_only_common_seeds_are_compared():
   report = _compare(values)
   assert report['paired'][0]['seeds'] == 2 and report['paired'][0]['gain'] == pytest.approx(.25)
   assert [v['seeds'] for v in report['variants']] == [5, 2]
+
+
+def test_training_losses_are_paired_by_seed():
+  losses = {('dense', 0): 9., ('dense', 1): 7., ('dense', 2): 1., ('task', 0): 8., ('task', 1): 6., ('token', 0): 1.}
+  cells = [_cell(v, s, [], loss=loss) for (v, s), loss in losses.items()] + [_cell('task', 2, [])]
+  dense, task, token = account.compare(cells, [{} for _ in cells])['variants']
+  assert tuple(v['training_loss'] for v in (dense, task, token)) == (pytest.approx(17 / 3), 7, 1)
+  # 1 in both seeds, without any spread.
+  assert [task[f'training_loss_{k}'] for k in ('gain', 'low', 'high')] == [1, 1, 1]
+  assert task['training_loss_p'] < .001
+  assert dense['training_loss_gain'] is None and token['training_loss_gain'] is None  # one seed has no spread
 
 
 def test_examples_are_resampled_by_hand_once_for_all_runs():

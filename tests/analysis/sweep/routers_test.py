@@ -99,6 +99,7 @@ def test_every_run_is_reported_with_what_it_left(report):
   assert (dense['status'], dense['steps'], dense['seconds_per_step']) == ('finished', 6, .5)
   assert dense['seconds']['train'] == 12.5 and dense['exit_codes']['train'] == [75, 0]
   assert dense['experts'] is None and dense['curves'] == {'names': [[2, 4, 6], [4, 3, 2]]}
+  assert (dense['final_loss'], token['final_loss']) == (2, None)
   assert task['experts'] == {k: x for k, x in _experts().items() if k != 'entropy'}
   assert token['status'] == 'train failed with exit code 1' and token['seconds'] == {'train': 6}
   assert token['evaluation'] == [] and token['interference'] == {'init': None, 'final': None}
@@ -166,7 +167,8 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
       'results.json', 'results.md', 'scores.png']
   assert (out / 'results.md').read_text() == text + '\n'
   for line in (
-      '# Router ablation', '| variant | class, top-1 | average | s / step | parameters | active | seeds |',
+      '# Router ablation',
+      '| variant | class, top-1 | average | training loss | s / step | parameters | active | seeds |',
       '| strongest baseline | 0.700 neighbor |', '| dense | 0.500 ± 0.196 |', '| 0.50 | 3,200 | 1,600 | 2 |',
       '| dense-0 | 6 | 0.50 | 12 | 52 | cccccccccccc | print | finished |',
       '| token-0 | 0 |  | 6 | 6 |  |  | train failed with exit code 1 |', '* context-0: not started.',

@@ -28,7 +28,8 @@ def compare(cells: Sequence[Mapping[str, Any]], examples: Sequence[Examples]) ->
   """The account of a router sweep.
 
   Args:
-    cells: of `results.collect`, with 'variant', 'seed', 'evaluation', 'seconds_per_step' and 'parameters'.
+    cells: of `results.collect`, with 'variant', 'seed', 'evaluation', 'final_loss', 'seconds_per_step' and
+      'parameters'.
     examples: of the same cells.
 
   Returns:
@@ -37,8 +38,9 @@ def compare(cells: Sequence[Mapping[str, Any]], examples: Sequence[Examples]) ->
      'paired': [{'variant', 'evaluator', 'metric', 'seeds' (how many), 'gain' over dense, 'low', 'high' (95 %), 'p',
        'p_holm', 'outcome', 'outcome_holm'}],
      'variants': [{'variant', 'seeds', WIN, TIE, LOSS and these with '_holm' (numbers of evaluators), 'average' with
-       'average_low' and 'average_high', 'gain', 'low', 'high', 'p' of the average over dense, 'seconds_per_step',
-       'total', 'active' parameters}]}. Unknown values are None.
+       'average_low' and 'average_high', 'gain', 'low', 'high', 'p' of the average over dense, 'training_loss' (final),
+       'training_loss_gain', … '_low', '_high', '_p' (below that of dense), 'seconds_per_step', 'total', 'active'
+       parameters}]}. Unknown values are None.
 
   The average is that of (score - reference) / (best - reference) over evaluators: best is the score of the best
   variant, the reference the strongest of chance and baselines that is below all variants, or 0 without one. With a
@@ -80,7 +82,7 @@ def compare(cells: Sequence[Mapping[str, Any]], examples: Sequence[Examples]) ->
   mean = lambda key: np.mean(averages[key], 0) if number and len(averages[key]) == number else None
   return {'errors': errors, 'tasks': tasks, 'paired': paired, 'variants': [
       _summary(v, [c for c in cells if c['variant'] == v], [p for p in paired if p['variant'] == v], mean(v),
-               mean((v, DENSE))) for v in variants]}
+               mean((v, DENSE))) | _losses(v, cells) for v in variants]}
 
 
 def _main_rows(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -167,3 +169,14 @@ def _summary(
           **(dict.fromkeys(('gain', 'low', 'high', 'p')) if gain is None else _interval(gain)),
           'seconds_per_step': float(np.median(steps)) if steps else None,
           'total': counts.get('total'), 'active': counts.get('active')}
+
+
+def _losses(variant: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+  """The final training loss of a variant, and how far it is below that of dense in the same seeds."""
+  by_run = {(c['variant'], c['seed']): loss for c in cells if (loss := c.get('final_loss')) is not None}
+  own = {s: loss for (v, s), loss in by_run.items() if v == variant}
+  gains = [by_run[DENSE, s] - loss for s, loss in own.items() if variant != DENSE and (DENSE, s) in by_run]
+  keys = 'gain', 'low', 'high', 'p'
+  interval = _interval(_over_seeds(np.tile(gains, (1 + RESAMPLES, 1)))) if len(gains) > 1 else dict.fromkeys(keys)
+  return {'training_loss': float(np.mean([*own.values()])) if own else None,
+          **{f'training_loss_{k}': interval[k] for k in keys}}

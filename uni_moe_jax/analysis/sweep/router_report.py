@@ -47,20 +47,22 @@ def _scores(results: Mapping[str, Any], variants: Sequence[str]) -> list[str]:
     return best and f'{metrics.format_number(best[1])} {best[0]}'
 
   count = lambda n: None if n is None else f'{n:,}'
-  rows = [('strongest baseline', *map(reference, tasks), *[None] * 5)]
+  rows = [('strongest baseline', *map(reference, tasks), *[None] * 6)]
   for variant in variants:
     v = summary[variant]
     rows.append((variant, *(score(t, variant) for t in tasks), _bounds(v, 'average', 'average_low', 'average_high'),
-                 v['seconds_per_step'], count(v['total']), count(v['active']), str(v['seeds'])))
+                 v['training_loss'], v['seconds_per_step'], count(v['total']), count(v['active']), str(v['seeds'])))
   lower = {s['metric'] for s in results['scores'] if not s['higher_is_better']}
   columns = [f'{t["evaluator"]}, {t["metric"]}' + (' (lower is better)' if t['metric'] in lower else '') for t in tasks]
   references = '; '.join(f'{t["evaluator"]}: {t["reference"]}' for t in tasks if t['reference'] is not None)
   return [
-      *markdown.table(['variant', *columns, 'average', 's / step', 'parameters', 'active', 'seeds'], rows), '',
+      *markdown.table(
+          ['variant', *columns, 'average', 'training loss', 's / step', 'parameters', 'active', 'seeds'], rows), '',
       "± 95 %: the error of the test examples and, with several seeds, the spread of seeds (Student's t). average: the "
       'mean of (score - reference) / (best - reference), with its bootstrap interval; best is the best variant, the '
       'reference the strongest of chance and baselines below all variants, or 0, and perplexity is taken in logarithms '
-      f'({references}). Baselines are fitted on all training examples.',
+      f'({references}). Training loss: the weighted sum of all tasks, in the last eighth of the run. Baselines are '
+      'fitted on all training examples.',
       *_merged(results['cells'])]
 
 
@@ -94,9 +96,10 @@ def paired(account_of_variants: Mapping[str, Any]) -> list[str]:
       'and examples; one seed shows nothing about how runs differ. A win (▲) or loss (▼) has p < 0.05, all else is a '
       "tie; with *, also after Holm's correction over the evaluators of the variant.", '',
       *markdown.table(
-          ['variant', 'win / tie / loss', 'after Holm', 'gain of the average', 'p'],
-          [(v['variant'], count(v, ''), count(v, '_holm'), _bounds(v, 'gain', digits=3),
-            None if v['p'] is None else _p(v['p'])) for v in summary]), '',
+          ['variant', 'win / tie / loss', 'after Holm', 'gain of the average', 'p', 'training loss below dense', 'p'],
+          [(v['variant'], count(v, ''), count(v, '_holm'), _bounds(v, 'gain', digits=3), _p(v['p']),
+            _bounds(v, *(f'training_loss_{k}' for k in ('gain', 'low', 'high'))), _p(v['training_loss_p']))
+           for v in summary]), '',
       *markdown.table(
           ['evaluator', *names],
           [(f'{t["evaluator"]}, {t["metric"]}', *(gain(pairs.get((name, t['evaluator']))) for name in names))
@@ -187,5 +190,5 @@ def _bounds(row: Mapping[str, Any], value: str, low: str = 'low', high: str = 'h
   return f'{row[value]:.{digits}f} ({row[low]:.{digits}f} … {row[high]:.{digits}f})'
 
 
-def _p(p: float) -> str:
-  return '< 0.001' if p < 0.001 else f'{p:.3f}' if p < 0.1 else f'{p:.2f}'
+def _p(p: float | None) -> str | None:
+  return None if p is None else '< 0.001' if p < 0.001 else f'{p:.3f}' if p < 0.1 else f'{p:.2f}'

@@ -20,19 +20,21 @@ _EXPERTS = ('router', 'checkpoint', 'num_batches', 'layers', 'sublayers', 'condi
             'effective_experts', 'mean_task_overlap')  # of experts.json
 _MAY_DIFFER = ('moe.router', 'seed')
 _MAX_POINTS = 40  # of a learning curve
+_LAST = 8  # the last eighth of a run gives its final loss
 
 
 def measure(folder: storage.Path) -> dict[str, Any]:
   """What the run of a work directory measured.
 
   Returns:
-    {'steps', 'seconds_per_step' (median), 'parameters' (see run.json), 'curves': see `_curves`, 'interference':
-    {'init', 'step N', …, 'final'}: that of all selected parameters as 'subset' and how it was measured, 'experts': what
-    figures show of experts.json, 'merged': content of merged.json}. Unknown values are None.
+    {'steps', 'seconds_per_step' (median), 'parameters' (see run.json), 'curves': see `_curves`, 'final_loss': mean of
+    the weighted sum of all losses over the last eighth of the run, 'interference': {'init', 'step N', …, 'final'}: that
+    of all selected parameters as 'subset' and how it was measured, 'experts': what figures show of experts.json,
+    'merged': content of merged.json}. Unknown values are None.
   """
   file = folder / 'metrics.jsonl'
   metrics, _ = metric_curves.read(file.read_text() if file.exists() else '')
-  _, rates = metrics.get('steps_per_second', ([], []))
+  (_, rates), (_, losses) = (metrics.get(name, ([], [])) for name in ('steps_per_second', 'loss/total'))
   interference = {}
   for checkpoint, file in _interference_files(folder).items():
     content = interference[checkpoint] = read_json(folder / file)
@@ -43,6 +45,7 @@ def measure(folder: storage.Path) -> dict[str, Any]:
       'steps': max((steps[-1] for steps, _ in metrics.values()), default=0),
       'seconds_per_step': 1 / float(np.median(rates)) if rates else None,
       'parameters': read_json(folder / workdir.RUN_FILE, {}).get('parameters'), 'curves': _curves(metrics),
+      'final_loss': float(np.mean(losses[-max(1, len(losses) // _LAST):])) if losses else None,
       'interference': interference, 'experts': experts and {k: experts[k] for k in _EXPERTS},
       'merged': read_json(folder / suite.MERGED_FILE)}
 
