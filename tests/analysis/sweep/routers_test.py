@@ -197,8 +197,9 @@ def test_everything_is_drawn_again_from_the_json_alone(report, workdir, tmp_path
   assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in (workdir / 'written').iterdir())
   with pytest.raises(ValueError, match='--redraw=.*none.json: the file does not exist'):
     results.redraw(tmp_path / 'none.json')
-  for sweep in ('routers', 'adaptation'):
-    (tmp_path / 'old.json').write_text(json.dumps({'sweep': sweep, 'source': 'x', 'cells': []}))
+  for old in ({'sweep': 'routers', 'source': 'x', 'cells': []}, {'sweep': 'adaptation', 'source': 'x', 'cells': []},
+              {**json.loads((tmp_path / 'results.json').read_text()), 'account': {'variants': [{'variant': 'dense'}]}}):
+    (tmp_path / 'old.json').write_text(json.dumps(old))
     with pytest.raises(ValueError, match='an older version wrote it'):
       results.redraw(tmp_path / 'old.json')
 

@@ -147,7 +147,8 @@ def redraw(path: storage.Path) -> str:
   results, out = files.read_json(path), path.parent
   if results is None:
     raise UsageError(f'--redraw={path}: the file does not exist; give the results.json of a sweep.')
-  if 'sources' not in results:
+  variants = results.get('account', {}).get('variants', ())
+  if 'sources' not in results or any('training_loss' not in v for v in variants):
     raise UsageError(f'--redraw={path}: an older version wrote it; draw it with that version, or rerun its command.')
   captions = router_figures.draw(results, out) if results['sweep'] == grid.ROUTERS else {}
   report = '\n'.join(_report(results, captions)).rstrip()
