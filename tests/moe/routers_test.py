@@ -41,6 +41,13 @@ def test_the_gradient_reaches_the_kept_experts_only():
   np.testing.assert_allclose(gradient, [[0, 0, -12 / 49, 12 / 49]], atol=1e-6)
 
 
+@pytest.mark.parametrize('top_k, learns', [(1, False), (2, True)])
+def test_a_router_that_keeps_one_expert_has_no_gradient(top_k, learns):
+  loss = lambda logits: routers.route(logits, top_k).coef[0] @ jnp.arange(4.)
+  gradient = jnp.abs(jax.grad(loss)(jnp.asarray(_LOGITS, jnp.float32))).max()
+  assert (gradient > .1) == learns and (gradient < 1e-6) != learns
+
+
 def test_a_single_condition_needs_its_axis():
   with pytest.raises(AssertionError, match='rank'):
     routers.route(jnp.zeros(4), 2)

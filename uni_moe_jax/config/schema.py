@@ -127,7 +127,8 @@ class MoeConfig:
   router: str = field('attribute', 'Router input: attribute, task or modality (of the condition; kernels merge), token '
                       'or context (of the token; tokens are dispatched), or dense: no experts.', choices=ROUTERS)
   num_experts: int = field(8, 'E, experts per layer.', at_least=1)
-  top_k: int = field(2, 'K, experts kept per router input; their gates are renormalized to sum to 1.', at_least=1)
+  top_k: int = field(2, 'K, experts kept per router input; their gates are renormalized to sum to 1, so that a '
+                       'router with K = 1 has no gradient and does not learn.', at_least=1)
   noise_std: float = field(1.0, 'Standard deviation of the training noise of gate logits, divided by E.', at_least=0)
   placement: str | tuple[int, ...] = field('all', 'Layers with experts: all, every_2 (0, 2, 4, …), every_4, none, or a '
                                            'tuple of layer indices.', choices=('all', 'every_2', 'every_4', 'none'))
