@@ -1,7 +1,6 @@
-"""FLOPs of the model's matrix products, by formula (XLA's own count takes the body of a scan once).
+"""FLOPs of the model's matrix products by formula, independent of `model.flops`, which counts them where it traces.
 
-Multiply and add count as two. Elementwise work, normalization and rematerialized products are left out, so a share of
-the peak is one of useful products. A training step is `model.flops.TRAIN` forward passes.
+Multiply and add count as two. Elementwise work, normalization and rematerialized products are left out.
 """
 
 from uni_moe_jax.model.spec import ModelSpec
@@ -28,8 +27,3 @@ def sequence(spec: ModelSpec, tokens: int, visual: bool) -> int:
   patches = 2 * (tokens - 1) * spec.patch_size**2 * spec.channels * D if visual else 0
   return sum(layer(spec, tokens, experts=experts) for experts in layers) + layer(spec, tokens, 1, last) + (
       patches + 2 * D * D)
-
-
-def image_and_name(spec: ModelSpec, name_tokens: int) -> int:
-  """FLOPs of a forward pass of an image and its name, each with a prefix."""
-  return sequence(spec, spec.patches + 1, visual=True) + sequence(spec, name_tokens + 1, visual=False)

@@ -169,6 +169,7 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
   for line in (
       '# Router ablation',
       '| variant | class, top-1 | average | training loss | s / step | parameters | active | seeds |',
+      'training loss below dense | p |',
       '| strongest baseline | 0.700 neighbor |', '| dense | 0.500 ± 0.196 |', '| 0.50 | 3,200 | 1,600 | 2 |',
       '| dense-0 | 6 | 0.50 | 12 | 52 | cccccccccccc | print | finished |',
       '| token-0 | 0 |  | 6 | 6 |  |  | train failed with exit code 1 |', '* context-0: not started.',
@@ -198,7 +199,7 @@ def test_everything_is_drawn_again_from_the_json_alone(report, workdir, tmp_path
   with pytest.raises(ValueError, match='--redraw=.*none.json: the file does not exist'):
     results.redraw(tmp_path / 'none.json')
   for old in ({'sweep': 'routers', 'source': 'x', 'cells': []}, {'sweep': 'adaptation', 'source': 'x', 'cells': []},
-              {**json.loads((tmp_path / 'results.json').read_text()), 'account': {'variants': [{'variant': 'dense'}]}}):
+              {**json.loads((tmp_path / 'results.json').read_text()), 'format': 1}):
     (tmp_path / 'old.json').write_text(json.dumps(old))
     with pytest.raises(ValueError, match='an older version wrote it'):
       results.redraw(tmp_path / 'old.json')

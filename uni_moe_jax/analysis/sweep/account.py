@@ -82,7 +82,7 @@ def compare(cells: Sequence[Mapping[str, Any]], examples: Sequence[Examples]) ->
   mean = lambda key: np.mean(averages[key], 0) if number and len(averages[key]) == number else None
   return {'errors': errors, 'tasks': tasks, 'paired': paired, 'variants': [
       _summary(v, [c for c in cells if c['variant'] == v], [p for p in paired if p['variant'] == v], mean(v),
-               mean((v, DENSE))) | _losses(v, cells) for v in variants]}
+               mean((v, DENSE))) | _training_losses(v, cells) for v in variants]}
 
 
 def _main_rows(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -171,7 +171,7 @@ def _summary(
           'total': counts.get('total'), 'active': counts.get('active')}
 
 
-def _losses(variant: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def _training_losses(variant: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
   """The final training loss of a variant, and how far it is below that of dense in the same seeds."""
   by_run = {(c['variant'], c['seed']): loss for c in cells if (loss := c.get('final_loss')) is not None}
   own = {s: loss for (v, s), loss in by_run.items() if v == variant}

@@ -34,6 +34,7 @@ from uni_moe_jax.utils.exit_codes import FINISHED
 
 FOLDER, RESULTS, TABLE = 'results', 'results.json', 'results.md'
 _TITLES = {grid.ROUTERS: 'Router ablation', grid.ADAPTATION: 'Adaptation study'}
+_FORMAT = 2  # of results.json; others cannot be drawn again
 _UPPER = 0.975  # quantile at the upper end of a 95 % interval
 
 
@@ -41,12 +42,12 @@ def collect(sweep: str, cells: Sequence[Cell], source: str | Sequence[str], comm
   """Reads the work directories of all cells. source: the config of a router sweep, or the runs that are adapted.
 
   Returns:
-    {'sweep', 'command', 'sources', 'python', 'cores', 'config' (of the first cell that has one), 'cells': [{'name',
-    'variant', 'run', 'task', 'seed', 'status', 'exit_codes' and 'seconds' (by stage, over all attempts), 'commands' (by
-    stage), 'commit', 'data' (its fingerprint), 'changed' (fields that differ from 'config'), 'evaluation' (rows of
-    evaluation.json), and those of `routers.measure` or `adaptation.measure`}], 'scores': see `summarize`, 'account' of
-    a router sweep: see `account.compare`, 'accounts' of an adaptation study: see `adaptation.compare`, 'errors':
-    sentences}. Unknown values are None.
+    {'format', 'sweep', 'command', 'sources', 'python', 'cores', 'config' (of the first cell that has one), 'cells':
+    [{'name', 'variant', 'run', 'task', 'seed', 'status', 'exit_codes' and 'seconds' (by stage, over all attempts),
+    'commands' (by stage), 'commit', 'data' (its fingerprint), 'changed' (fields that differ from 'config'),
+    'evaluation' (rows of evaluation.json), and those of `routers.measure` or `adaptation.measure`}], 'scores': see
+    `summarize`, 'account' of a router sweep: see `account.compare`, 'accounts' of an adaptation study: see
+    `adaptation.compare`, 'errors': sentences}. Unknown values are None.
   """
   sources = [source] if isinstance(source, str) else list(source)
   if sweep == grid.ROUTERS:
@@ -67,7 +68,7 @@ def collect(sweep: str, cells: Sequence[Cell], source: str | Sequence[str], comm
         'evaluation': [r for r in rows if math.isfinite(r['value'])],
         **(routers.measure(cell.folder) if sweep == grid.ROUTERS else adaptation.measure(cell.folder, log))})
   results = {
-      'sweep': sweep, 'command': command, 'sources': sources, 'python': platform.python_version(),
+      'format': _FORMAT, 'sweep': sweep, 'command': command, 'sources': sources, 'python': platform.python_version(),
       'cores': os.cpu_count(), 'config': workdir.provenance(configured, 0)['config'] if configured else None,
       'cells': records,
       'scores': summarize([{**record, **row} for record in records for row in record['evaluation']]),
@@ -147,8 +148,7 @@ def redraw(path: storage.Path) -> str:
   results, out = files.read_json(path), path.parent
   if results is None:
     raise UsageError(f'--redraw={path}: the file does not exist; give the results.json of a sweep.')
-  variants = results.get('account', {}).get('variants', ())
-  if 'sources' not in results or any('training_loss' not in v for v in variants):
+  if results.get('format') != _FORMAT:
     raise UsageError(f'--redraw={path}: an older version wrote it; draw it with that version, or rerun its command.')
   captions = router_figures.draw(results, out) if results['sweep'] == grid.ROUTERS else {}
   report = '\n'.join(_report(results, captions)).rstrip()

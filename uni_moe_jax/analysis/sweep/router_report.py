@@ -89,6 +89,8 @@ def paired(account_of_variants: Mapping[str, Any]) -> list[str]:
     return p and f'{_bounds(p, "gain", digits=3)}, p {_p(p["p"])}{marks[p["outcome"]]}' + (
         '' if p['outcome_holm'] == TIE else ' *')
 
+  losses = any(v['training_loss_p'] is not None for v in summary)  # not of adapted runs
+  below = lambda v: (_bounds(v, *(f'training_loss_{k}' for k in ('gain', 'low', 'high'))), _p(v['training_loss_p']))
   names = [v['variant'] for v in summary]
   return [
       'Gain: the mean difference from dense, paired by seed and example; above 0 is better, also for perplexity, which '
@@ -96,10 +98,10 @@ def paired(account_of_variants: Mapping[str, Any]) -> list[str]:
       'and examples; one seed shows nothing about how runs differ. A win (▲) or loss (▼) has p < 0.05, all else is a '
       "tie; with *, also after Holm's correction over the evaluators of the variant.", '',
       *markdown.table(
-          ['variant', 'win / tie / loss', 'after Holm', 'gain of the average', 'p', 'training loss below dense', 'p'],
+          ['variant', 'win / tie / loss', 'after Holm', 'gain of the average', 'p',
+           *(['training loss below dense', 'p'] if losses else [])],
           [(v['variant'], count(v, ''), count(v, '_holm'), _bounds(v, 'gain', digits=3), _p(v['p']),
-            _bounds(v, *(f'training_loss_{k}' for k in ('gain', 'low', 'high'))), _p(v['training_loss_p']))
-           for v in summary]), '',
+            *(below(v) if losses else ())) for v in summary]), '',
       *markdown.table(
           ['evaluator', *names],
           [(f'{t["evaluator"]}, {t["metric"]}', *(gain(pairs.get((name, t['evaluator']))) for name in names))

@@ -171,7 +171,7 @@ def _write(merged: Merged, shards: Sequence[storage.Path], target: storage.Path,
         yield Write(
             str(target), file, str(done), SPLITS.index(split), start, tuple(map(str, shards[first:last])),
             merged.splits.read(*bounds),
-            merged.rows.read(*bounds)['signature'] if merged.dropped else np.empty(0, np.int32),
+            merged.rows.read_field('signature', *bounds) if merged.dropped else np.empty(0, np.int32),
             merged.columns, merged.classes, merged.dropped)
 
   run(tasks(), len(set(names) - finished), 'written')

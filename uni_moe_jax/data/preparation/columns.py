@@ -29,6 +29,10 @@ class Column:
   def read(self, start: int, stop: int) -> np.ndarray:
     return np.fromfile(self._path, self._dtype, int(stop - start), offset=int(start) * self._dtype.itemsize)
 
+  def read_field(self, name: str, start: int, stop: int) -> np.ndarray:
+    """One field of records, of which no other is in memory."""
+    return np.array(np.memmap(self._path, self._dtype, 'r')[start:stop][name])
+
   def write(self, start: int, values: np.ndarray) -> None:
     with open(self._path, 'r+b') as file:
       file.seek(start * self._dtype.itemsize)

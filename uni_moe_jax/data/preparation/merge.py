@@ -282,7 +282,7 @@ class Merge:
     num_splits, dropped = len(SPLITS), result.dropped
     for i, shard in enumerate(self._shards):
       bounds = result.bounds[i:i + 2]
-      splits, signatures = result.splits.read(*bounds), result.rows.read(*bounds)['signature']
+      splits, signatures = result.splits.read(*bounds), result.rows.read_field('signature', *bounds)
       for name, (values, codes) in shard.labels().items():
         counter = counts.setdefault(name, collections.Counter())
         without_field = [j for j, names in dropped.items() if name in names]
