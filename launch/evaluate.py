@@ -35,6 +35,8 @@ def main() -> int:
   from uni_moe_jax.train import workdir as workdir_lib
   workdir = _WORKDIR.value
   cluster = _CLUSTER()
+  if _MERGED.value and cluster is not None:
+    raise UsageError('--merged evaluates in one process: run it once, without --distributed.')
   writes = distributed.initialize(cluster)
   shared_folder.check(cluster, workdir, create=_CONFIG.present)
   # Mistakes are reported before the slow libraries below are imported.

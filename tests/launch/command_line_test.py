@@ -24,6 +24,7 @@ _NO_RUN = 'holds no run (config.json is missing)'
      'config.model.width=128 must be a multiple of config.model.num_heads=5'),
     ('preflight', (_QUICKSTART, '--topology=cpu:2', '--output=/no/where.json'),
      '--output=/no/where.json: its folder does not exist'),
+    ('evaluate', (_NONE, '--merged', '--distributed=auto'), '--merged evaluates in one process'),
     ('export', (_NONE, '--output={folder}/out'), _NO_RUN),
     ('export', ('--workdir={folder}',), 'output'),
     ('export', ('--output={folder}/out',), 'workdir'),

@@ -4,8 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from uni_moe_jax.config.plan import Plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.eval import suite
@@ -31,10 +29,8 @@ def evaluate(
     A sentence about the largest difference.
 
   Raises:
-    UsageError: the router is by token, or there are several processes, or the evaluators were others.
+    UsageError: the router is by token, or the evaluators were others.
   """
-  if jax.process_count() > 1:
-    raise UsageError('--merged evaluates in one process: run it once, without --distributed.')
   folder, rows = storage.path(workdir), files.read_json(storage.path(workdir) / suite.EVALUATION_FILE)
   spec, params = merged(spec, params, conditions)
   predictor = Predictor.of(UniPerceiver(spec), params, plan, data)

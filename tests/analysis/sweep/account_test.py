@@ -74,7 +74,8 @@ def test_only_common_seeds_are_compared():
 
 
 def test_training_losses_are_paired_by_seed():
-  losses = {('dense', 0): 9., ('dense', 1): 7., ('dense', 2): 1., ('task', 0): 8., ('task', 1): 6., ('token', 0): 1.}
+  losses = {('dense', 0): 9., ('dense', 1): 7., ('dense', 2): 1., ('task', 0): 8., ('task', 1): 6., ('token', 0): 1.,
+            ('token', 3): 1.}
   cells = [_cell(v, s, [], loss=loss) for (v, s), loss in losses.items()] + [_cell('task', 2, [])]
   dense, task, token = account.compare(cells, [{} for _ in cells])['variants']
   assert tuple(v['training_loss'] for v in (dense, task, token)) == (pytest.approx(17 / 3), 7, 1)
