@@ -73,6 +73,12 @@ def test_only_common_seeds_are_compared():
   assert [v['seeds'] for v in report['variants']] == [5, 2]
 
 
+def test_a_run_that_is_adapted_to_two_tasks_is_one_seed():
+  cells = [_cell('dense', 0, [_row(evaluator)]) for evaluator in 'ab']
+  [dense] = account.compare(cells, [{(e, 'top-1'): np.ones((2, 4), np.float32)} for e in 'ab'])['variants']
+  assert dense['seeds'] == 1
+
+
 def test_training_losses_are_paired_by_seed():
   losses = {('dense', 0): 9., ('dense', 1): 7., ('dense', 2): 1., ('task', 0): 8., ('task', 1): 6., ('token', 0): 1.,
             ('token', 3): 1.}

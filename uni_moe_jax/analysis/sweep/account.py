@@ -163,7 +163,7 @@ def _summary(
   outcomes = {f'{outcome}{end}': sum(p[f'outcome{end}'] == outcome for p in paired)
               for end in ('', '_holm') for outcome in (WIN, TIE, LOSS)}
   mean = dict.fromkeys(('average', 'low', 'high')) if average is None else _interval(average, 'average')
-  return {'variant': variant, 'seeds': sum(bool(c['evaluation']) for c in cells),
+  return {'variant': variant, 'seeds': len({c['seed'] for c in cells if c['evaluation']}),
           **(outcomes if variant != DENSE else {}),
           'average': mean['average'], 'average_low': mean['low'], 'average_high': mean['high'],
           **(dict.fromkeys(('gain', 'low', 'high', 'p')) if gain is None else _interval(gain)),

@@ -57,13 +57,14 @@ def collect(sweep: str, cells: Sequence[Cell], source: str | Sequence[str], comm
   records, lost = [], []
   for cell, config in zip(cells, configs, strict=True):
     log, run = runner.read_log(cell.folder), files.read_json(cell.folder / workdir.RUN_FILE, {})
-    changed = workdir.differences(first['config'], config['config']) if config else None
+    paths = {f'{cell.folder.parent}/': '', **{str(storage.absolute(s)): s for s in sources}}
+    changed = [_named(d, paths) for d in workdir.differences(first['config'], config['config'])] if config else None
     rows = files.read_json(cell.folder / suite.EVALUATION_FILE, [])
     lost += [f'{cell.folder.name}: {r["evaluator"]} has {r["metric"]} {r["value"]}, which is left out.' for r in rows
              if not math.isfinite(r['value'])]
     records.append({
         'name': cell.folder.name, 'variant': cell.variant, 'run': cell.run, 'task': cell.task, 'seed': cell.seed,
-        **_history(log, {f'{cell.folder.parent}/': '', **{str(storage.absolute(s)): s for s in sources}}),
+        **_history(log, paths),
         'commit': run.get('commit'), 'data': config.get('data'), 'changed': changed,
         'evaluation': [r for r in rows if math.isfinite(r['value'])],
         **(routers.measure(cell.folder) if sweep == grid.ROUTERS else adaptation.measure(cell.folder, log))})
@@ -84,16 +85,21 @@ def collect(sweep: str, cells: Sequence[Cell], source: str | Sequence[str], comm
 
 
 def _history(log: Sequence[Mapping[str, Any]], paths: Mapping[str, str]) -> dict[str, Any]:
-  """{'status', 'exit_codes', 'seconds', 'commands'} of a cell. paths: of this machine, and what replaces them."""
+  """{'status', 'exit_codes', 'seconds', 'commands'} of a cell. paths: see `_named`."""
   attempts = {stage: [a for a in log if a['stage'] == stage] for stage in dict.fromkeys(a['stage'] for a in log)}
   codes = {stage: [a['exit_code'] for a in of_stage] for stage, of_stage in attempts.items()}
   seconds = {stage: round(sum(a['seconds'] for a in of_stage), 1) for stage, of_stage in attempts.items()}
   failed = [f'{stage} failed with exit code {c[-1]}' for stage, c in codes.items() if FINISHED not in c]
   status = '; '.join(failed) or ('finished' if log else 'not started')
-  commands = {stage: of_stage[-1]['command'] for stage, of_stage in attempts.items()}
-  for path, replacement in paths.items():
-    commands = {stage: command.replace(path, replacement) for stage, command in commands.items()}
+  commands = {stage: _named(of_stage[-1]['command'], paths) for stage, of_stage in attempts.items()}
   return {'status': status, 'exit_codes': codes, 'seconds': seconds, 'commands': commands}
+
+
+def _named(text: str, paths: Mapping[str, str]) -> str:
+  """A text without the paths of this machine. paths: these, and what replaces them."""
+  for path, replacement in paths.items():
+    text = text.replace(path, replacement)
+  return text
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
