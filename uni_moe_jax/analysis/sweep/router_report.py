@@ -21,8 +21,8 @@ def sections(results: Mapping[str, Any], captions: Mapping[str, str]) -> list[st
   cells = results['cells']
   variants = list(dict.fromkeys(c['variant'] for c in cells))
   lines = ['## Scores', '', *_scores(results, variants), '', '## Against dense', '', *paired(results['account']), '']
-  if any(m for c in cells for m in c['interference'].values()):
-    lines += ['## Interference', '', *_interference(cells, variants), '']
+  if measured := [v for v in variants if any(any(c['interference'].values()) for c in cells if c['variant'] == v)]:
+    lines += ['## Interference', '', *_interference(cells, measured), '']
   if any(c['experts'] for c in cells):
     lines += ['## Experts', '', *_experts(cells, variants), '']
   lines += ['## Runs', '', *_runs(cells), '']
