@@ -68,6 +68,19 @@ def test_an_extra_field_that_cannot_be_a_column_is_dropped_and_reported(images):
   assert not any(r['color'] for r in extra) and all(r['source_location'].startswith('data.jsonl:') for r in extra)
 
 
+def test_a_field_is_dropped_from_the_unusual_rows_of_each_file(tmp_path):
+  # Tags are a list in most rows. Two rows of the second file have a single value, which makes no class.
+  for file, tags in (('train_0', [['a'], ['b'], ['c']]), ('train_1', [['d', 'e'], 'single', 'single'])):
+    own_files.write_jsonl(tmp_path / f'in/{file}.jsonl', [
+        {'text': f'{file} {i}', 'tags': x, 'split': 'train'} for i, x in enumerate(tags)])
+  summary = prepare.prepare(tmp_path / 'in', tmp_path, 'texts')
+  assert summary['dropped_fields'] == {"'tags'": 2} and summary['splits'] == {'train': 6}
+  assert summary['columns'] == {'tags': 'texts', 'text': 'text'}
+  rows = {r['text']: r['tags'] for r in _read_all(tmp_path, source='own:texts')[1]}
+  assert rows == {'train_0 0': ('a',), 'train_0 1': ('b',), 'train_0 2': ('c',), 'train_1 0': ('d', 'e'),
+                  'train_1 1': (), 'train_1 2': ()}
+
+
 def test_a_row_of_extra_fields_alone_is_skipped(tmp_path):
   rows = [{'tags': ['one', 'two']}, {'text': 'a text', 'tags': 'three'}, {'text': 'a text', 'tags': 'four'}]
   summary = _prepare(tmp_path, rows, 'texts', max_corrupt_fraction=0.5)

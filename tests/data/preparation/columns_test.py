@@ -26,3 +26,10 @@ def test_a_column_is_read_and_written_anywhere(tmp_path):
   column.write(1, np.array([8, 9]))
   column.put(np.array([6, 0]), np.array([-1, 7]))
   assert column.read(0, 7).tolist() == [7, 8, 9, 0, 0, 1, -1] and column.take(np.array([6, 1])).tolist() == [-1, 8]
+
+
+def test_one_field_of_records_is_read_from_a_row_to_another(tmp_path):
+  column = Column(tmp_path / 'x', [('size', 'i8'), ('code', 'i4')])
+  column.append(np.array([(10 * i, i) for i in range(5)], [('size', 'i8'), ('code', 'i4')]))
+  code = column.read_field('code', 2, 4)
+  assert code.tolist() == [2, 3] and type(code) is np.ndarray
