@@ -33,8 +33,7 @@ _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder of the prepared data, 
 def main() -> int:
   from uni_moe_jax.config.plan import make_plan
   from uni_moe_jax.train import workdir as workdir_lib
-  workdir = _WORKDIR.value
-  cluster = _CLUSTER()
+  workdir, cluster = _WORKDIR.value, _CLUSTER()
   if _MERGED.value and cluster is not None:
     raise UsageError('--merged evaluates in one process: run it once, without --distributed.')
   writes = distributed.initialize(cluster)
