@@ -173,7 +173,7 @@ def _summary(
 
 def _training_losses(variant: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
   """The final training loss of a variant, and how far it is below that of dense in the same seeds."""
-  by_run = {(c['variant'], c['seed']): loss for c in cells if (loss := c.get('final_loss')) is not None}
+  by_run = {(c['variant'], c['seed']): loss for c in cells if (loss := c['final_loss']) is not None}
   own = {s: loss for (v, s), loss in by_run.items() if v == variant}
   gains = [by_run[DENSE, s] - loss for s, loss in own.items() if variant != DENSE and (DENSE, s) in by_run]
   keys = 'gain', 'low', 'high', 'p'

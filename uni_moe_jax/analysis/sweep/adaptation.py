@@ -82,7 +82,7 @@ def compare(cells: Sequence[Mapping[str, Any]], examples: Sequence[account.Examp
     return {}
   by_recipe = collections.defaultdict(list)
   for cell, of_cell in zip(cells, examples, strict=True):
-    unknown = {'seconds_per_step': None, 'parameters': None}
+    unknown = {'seconds_per_step': None, 'parameters': None, 'final_loss': None}
     by_recipe[cell['variant']].append(({**cell, **unknown, 'variant': cell['run']}, of_cell))
   return {recipe: account.compare(*zip(*pairs)) for recipe, pairs in by_recipe.items()}
 

@@ -54,10 +54,10 @@ def collect(sweep: str, cells: Sequence[Cell], source: str | Sequence[str], comm
     cells = sorted(cells, key=lambda c: (list(VARIANTS).index(c.variant), c.seed))
   configs = [files.read_json(c.folder / workdir.CONFIG_FILE, {}) for c in cells]
   configured, first = next(((c.folder, x) for c, x in zip(cells, configs, strict=True) if x), (None, {}))
-  records, lost = [], []
+  records, lost, typed = [], [], {str(storage.absolute(s)): s for s in sources}
   for cell, config in zip(cells, configs, strict=True):
     log, run = runner.read_log(cell.folder), files.read_json(cell.folder / workdir.RUN_FILE, {})
-    paths = {f'{cell.folder.parent}/': '', **{str(storage.absolute(s)): s for s in sources}}
+    paths = {f'{cell.folder.parent}/': '', **typed}
     changed = [_named(d, paths) for d in workdir.differences(first['config'], config['config'])] if config else None
     rows = files.read_json(cell.folder / suite.EVALUATION_FILE, [])
     lost += [f'{cell.folder.name}: {r["evaluator"]} has {r["metric"]} {r["value"]}, which is left out.' for r in rows

@@ -21,7 +21,7 @@ def sections(results: Mapping[str, Any], captions: Mapping[str, str]) -> list[st
   cells = results['cells']
   variants = list(dict.fromkeys(c['variant'] for c in cells))
   lines = ['## Scores', '', *_scores(results, variants), '', '## Against dense', '', *paired(results['account']), '']
-  if measured := [v for v in variants if any(any(c['interference'].values()) for c in cells if c['variant'] == v)]:
+  if measured := list(dict.fromkeys(c['variant'] for c in cells if any(c['interference'].values()))):
     lines += ['## Interference', '', *_interference(cells, measured), '']
   if any(c['experts'] for c in cells):
     lines += ['## Experts', '', *_experts(cells, variants), '']
