@@ -68,28 +68,33 @@ def _share_of_peak(context: Context, dense: RepeatedStep, train: Rounds) -> Row:
 
 
 def mixed(context: Context) -> list[Row]:
-  """Measure the step of all tasks of the config, every router against dense, and its products against float32."""
+  """Measure the step of all tasks of the config, every router against dense, and its products against float32.
+
+  Only the steps that are compared are in memory: a compiled kernel takes three memory maps on CPU, a program of all
+  tasks up to 10,000, and seven such programs more than the 65,530 that Linux allows by default.
+  """
   def step(router: str, cpu_bfloat16: bool = True) -> RepeatedStep:
     c = context.own_config()
     c.moe.router, c.train.mixture = router, 'all_tasks'
     c.train.cpu_bfloat16 &= cpu_bfloat16
     return RepeatedStep(context.build(c))
 
-  steps = {r: step(r) for r in context.sizes.mixed_routers or ROUTERS}
-  run = steps[DENSE].run
-  if run.uses_amx:
-    compared = next(r for r in steps if r != DENSE)
-    steps[_FLOAT32] = step(compared, cpu_bfloat16=False)
-  seconds = interleaved(steps, context.sizes.rounds)
-  note = 'tasks: ' + ', '.join(f'{t.name} {t.batch_size}' for t in run.plan.tasks)
-  if run.uses_amx:
+  dense = step(DENSE)
+  note = 'tasks: ' + ', '.join(f'{t.name} {t.batch_size}' for t in dense.run.plan.tasks)
+  if dense.run.uses_amx:
     note += '; products of layers in bfloat16 by AMX'
-  rows = [Row('mixed', 'dense step', seconds.figure(seconds[DENSE]), 's', note=note)] + [
-      Row('mixed', f'{r} / dense', seconds.figure(seconds[r] / seconds[DENSE]), 'x', _MIXED.get(r), note)
-      for r in steps if r not in (DENSE, _FLOAT32)]
-  if run.uses_amx:
-    ratio = seconds.figure(seconds[compared] / seconds[_FLOAT32])
-    rows.append(Row('mixed', f'{compared}, bfloat16 / float32 products', ratio, 'x', note=note))
+  rounds, rows = context.sizes.rounds, []
+  others = [r for r in context.sizes.mixed_routers or ROUTERS if r != DENSE]
+  for router in others:
+    seconds = interleaved({DENSE: dense, router: step(router)}, rounds)
+    if not rows:
+      rows.append(Row('mixed', 'dense step', seconds.figure(seconds[DENSE]), 's', note=note))
+    ratio = seconds.figure(seconds[router] / seconds[DENSE])
+    rows.append(Row('mixed', f'{router} / dense', ratio, 'x', _MIXED.get(router), note))
+  if dense.run.uses_amx:
+    seconds = interleaved({others[0]: step(others[0]), _FLOAT32: step(others[0], cpu_bfloat16=False)}, rounds)
+    ratio = seconds.figure(seconds[others[0]] / seconds[_FLOAT32])
+    rows.append(Row('mixed', f'{others[0]}, bfloat16 / float32 products', ratio, 'x', note=note))
   return rows
 
 
