@@ -12,7 +12,6 @@ dataset is downloaded by TFDS and becomes 'tfds:coco_captions'.
 
 import os
 import shlex
-import time
 
 from absl import flags
 
@@ -34,14 +33,16 @@ _TEST_FRACTION = flags.DEFINE_float(
     'test_fraction', 0.1, 'Fraction that becomes the test split if the data names no splits.', 0, 1)
 _MAX_CORRUPT_FRACTION = flags.DEFINE_float(
     'max_corrupt_fraction', 0.1, 'Largest fraction of rows that may be skipped; more are an error.', 0, 1)
-_NUM_WORKERS = flags.DEFINE_integer('num_workers', cores.available(), 'Processes for your own data.', 1)
+_NUM_WORKERS = flags.DEFINE_integer(
+    'num_workers', cores.available(), 'Processes for the embedded and your own data.', 1)
 _RUNNER = flags.DEFINE_enum('runner', 'local', ['local', 'beam'], 'What prepares your own data: processes, or Beam.')
 _BEAM_OPTIONS = flags.DEFINE_string('beam_options', '', 'Options of Apache Beam, such as "--runner=DataflowRunner …".')
 
 
 def main() -> int:
   storage.path(_DATA_DIR.value, '--data_dir')
-  directory = mirror.open_folder(DataConfig(dir=os.path.expanduser(_DATA_DIR.value), cache_dir=_CACHE_DIR.value))
+  config = DataConfig(dir=os.path.expanduser(_DATA_DIR.value), cache_dir=_CACHE_DIR.value)
+  directory = mirror.open_folder(config)
   if (_INPUT.value is None) != (_NAME.value is None):
     raise UsageError('--input and --name belong together: the path of your data, and its name.')
   if _TFDS.value is not None:
@@ -57,11 +58,8 @@ def main() -> int:
           shlex.split(_BEAM_OPTIONS.value) if _RUNNER.value == 'beam' else None)
     print(summary.describe(prepared))
   else:
-    from uni_moe_jax.data.embedded import docstring_texts, glyph_videos, glyphs
-    for source in (glyphs, glyph_videos, docstring_texts):
-      start = time.perf_counter()
-      source.build(directory)
-      print(f'{source.__name__.rpartition(".")[2]}: {time.perf_counter() - start:.0f} s', flush=True)
+    from uni_moe_jax.data.embedded import build
+    build.build(config, _NUM_WORKERS.value)
   return 0
 
 

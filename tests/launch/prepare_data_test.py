@@ -167,7 +167,8 @@ def test_where_folders_cannot_be_renamed_nothing_is_prepared(tmp_path, capsys, m
   injected_faults.no_folder_renames(monkeypatch.setattr)
   (tmp_path / 'texts').mkdir()
   script, data_dir = _ROOT / 'launch/prepare_data.py', f'--data_dir={tmp_path / "data"}'
-  for arguments in (), ('--tfds=tiny_reviews',), (f'--input={tmp_path}/texts', '--name=mine'):  # of no readable rows
+  unreadable = f'--input={tmp_path}/texts', '--name=mine'
+  for arguments in ('--num_workers=1',), ('--tfds=tiny_reviews',), unreadable:
     assert in_process.run(script, data_dir, *arguments) == exit_codes.USAGE
     error = capsys.readouterr().err
     assert error.startswith(f'error: {data_dir}: folders cannot be renamed there') and error.count('\n') == 1

@@ -14,13 +14,13 @@ _PERIOD = 10.0  # seconds between lines of progress
 _PENDING = 4  # tasks per process that wait
 
 
-def run(tasks: Iterable[Task], num_tasks: int, what: str, num_workers: int) -> None:
+def run(tasks: Iterable[Task], num_tasks: int, what: str | None, num_workers: int) -> None:
   """Runs tasks; with one worker in this process.
 
   Args:
     tasks: that can be pickled.
     num_tasks: how many there are.
-    what: 'read', for progress.
+    what: 'read', for progress; None: without, for tasks that print their own.
   """
   progress = _Progress(num_tasks, what)
   num_workers = min(num_workers, num_tasks)
@@ -56,7 +56,7 @@ def _end_with_parent() -> None:
 class _Progress:
   """A line now and then."""
 
-  def __init__(self, num_tasks: int, what: str):
+  def __init__(self, num_tasks: int, what: str | None):
     self._num_tasks, self._what = num_tasks, what
     self._start = self._shown = time.monotonic()
     self._num_done = self._num_rows = 0
@@ -65,7 +65,7 @@ class _Progress:
     """Counts a task that is done."""
     self._num_done, self._num_rows = self._num_done + 1, self._num_rows + num_rows
     now = time.monotonic()
-    if now - self._shown >= _PERIOD:
+    if self._what and now - self._shown >= _PERIOD:
       self._shown, elapsed = now, now - self._start
       left = elapsed / self._num_done * (self._num_tasks - self._num_done)
       print(f'{self._what} {self._num_rows:,} rows, {self._num_rows / elapsed:,.0f} rows/s, part {self._num_done:,} of '
