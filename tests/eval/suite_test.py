@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+import types
 
 import jax
 import numpy as np
@@ -12,7 +14,8 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.analysis import run_expert_usage
 from uni_moe_jax.config import metric_names
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.eval import example_scores, suite
+from uni_moe_jax.eval import example_scores, samples, suite
+from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.export import merged_scores
 from uni_moe_jax.reporting import html
 from uni_moe_jax.train import checkpoint, loop
@@ -124,3 +127,47 @@ def test_the_report_shows_the_run(finished):
   page = html.write_report(finished[0]).read_text()
   for shown in ('my caption', 'loss', 'Experts', '<svg', 'data:image/png'):
     assert shown in page
+
+
+def _evaluate(monkeypatch, tmp_path, num_cores, scores):
+  """Rows of two evaluators of one task and one of another, whose scores are made by a function of the name."""
+  named = [types.SimpleNamespace(name=name, task=types.SimpleNamespace(name=name[0])) for name in ('a1', 'a2', 'b1')]
+  plan, predictor = types.SimpleNamespace(evaluations=named), types.SimpleNamespace(mesh=None)
+  monkeypatch.setattr(suite.cores, 'available', lambda: num_cores)
+
+  def with_sample(e, data, predictor, shown):
+    shown[e.name] = [e.name]
+    return [Score('top-1', scores(e.name), 1)]
+  monkeypatch.setattr(suite, 'scores', with_sample)
+  return suite.evaluate(plan, None, predictor, 1, tmp_path)
+
+
+def test_on_one_cpu_two_tasks_are_evaluated_at_once_and_written_in_order(monkeypatch, tmp_path):
+  both, threads = threading.Barrier(2, timeout=60), {}
+
+  def meet(name):
+    threads[name] = threading.get_ident()
+    if name != 'a2':
+      both.wait()  # 'a1' waits for 'b1'
+    return float(name[1])
+  rows = _evaluate(monkeypatch, tmp_path, 2, meet)
+  assert [(r['evaluator'], r['value']) for r in rows] == [('a1', 1.), ('a2', 2.), ('b1', 1.)]
+  assert threads['a1'] == threads['a2'] != threads['b1']  # a task's evaluators share programs
+  assert list(json.loads((tmp_path / samples.FILE).read_text())) == ['a1', 'a2', 'b1']
+
+
+def test_on_one_core_evaluators_run_in_their_order(monkeypatch, tmp_path):
+  names = []
+  _evaluate(monkeypatch, tmp_path, 1, lambda name: names.append(name) or 0.)
+  assert names == ['a1', 'a2', 'b1']
+
+
+def test_the_first_error_ends_an_evaluation(monkeypatch, tmp_path):
+  names = []
+
+  def fail(name):
+    names.append(name)
+    raise ValueError(name)
+  with pytest.raises(ValueError, match='a1'):
+    _evaluate(monkeypatch, tmp_path, 1, fail)
+  assert 'a2' not in names and suite.evaluated_step(tmp_path) is None
