@@ -70,8 +70,8 @@ def _share_of_peak(context: Context, dense: RepeatedStep, train: Rounds) -> Row:
 def mixed(context: Context) -> list[Row]:
   """Measure the step of all tasks of the config, every router against dense, and its products against float32.
 
-  Only the steps that are compared are in memory: a compiled kernel takes three memory maps on CPU, a program of all
-  tasks up to 10,000, and seven such programs more than the 65,530 that Linux allows by default.
+  Only the steps that are compared are in memory: on CPU a compiled kernel takes three memory maps and a step of all
+  tasks 7,000 or more, and Linux allows a process 65,530 by default.
   """
   def step(router: str, cpu_bfloat16: bool = True) -> RepeatedStep:
     c = context.own_config()
@@ -83,18 +83,18 @@ def mixed(context: Context) -> list[Row]:
   note = 'tasks: ' + ', '.join(f'{t.name} {t.batch_size}' for t in dense.run.plan.tasks)
   if dense.run.uses_amx:
     note += '; products of layers in bfloat16 by AMX'
-  rounds, rows = context.sizes.rounds, []
-  others = [r for r in context.sizes.mixed_routers or ROUTERS if r != DENSE]
-  for router in others:
-    seconds = interleaved({DENSE: dense, router: step(router)}, rounds)
-    if not rows:
-      rows.append(Row('mixed', 'dense step', seconds.figure(seconds[DENSE]), 's', note=note))
-    ratio = seconds.figure(seconds[router] / seconds[DENSE])
-    rows.append(Row('mixed', f'{router} / dense', ratio, 'x', _MIXED.get(router), note))
+  rounds = context.sizes.rounds
+  routers = [r for r in context.sizes.mixed_routers or ROUTERS if r != DENSE]
+  compared = {r: interleaved({DENSE: dense, r: step(r)}, rounds) for r in routers}
+  first = compared[routers[0]]
+  rows = [Row('mixed', 'dense step', first.figure(first[DENSE]), 's', note=note)] + [
+      Row('mixed', f'{r} / dense', seconds.figure(seconds[r] / seconds[DENSE]), 'x', _MIXED.get(r), note)
+      for r, seconds in compared.items()]
   if dense.run.uses_amx:
-    seconds = interleaved({others[0]: step(others[0]), _FLOAT32: step(others[0], cpu_bfloat16=False)}, rounds)
-    ratio = seconds.figure(seconds[others[0]] / seconds[_FLOAT32])
-    rows.append(Row('mixed', f'{others[0]}, bfloat16 / float32 products', ratio, 'x', note=note))
+    r = routers[0]
+    seconds = interleaved({r: step(r), _FLOAT32: step(r, cpu_bfloat16=False)}, rounds)
+    ratio = seconds.figure(seconds[r] / seconds[_FLOAT32])
+    rows.append(Row('mixed', f'{r}, bfloat16 / float32 products', ratio, 'x', note=note))
   return rows
 
 
