@@ -13,11 +13,11 @@ import numpy as np
 
 from uni_moe_jax.analysis import expert_usage, expert_usage_file
 from uni_moe_jax.analysis.run_interference import file_stem, load_state
-from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.model.sequences import Sequence
 from uni_moe_jax.moe import precision, routers
 from uni_moe_jax.train.forward import Batch, StepSpec, TargetSets, sample_synonyms, sample_vocabularies, step_inputs
 from uni_moe_jax.train.run import Run, build, conditions
+from uni_moe_jax.utils import splitmix
 from uni_moe_jax.utils.errors import UsageError
 
 
@@ -77,7 +77,7 @@ def _sum_batches(
     run: Run, params: Any, by_task: expert_usage.Conditions, num_conditions: int, num_batches: int, seed: int
 ) -> expert_usage.GateSums:
   """Sums over batches that the training mixture draws with another seed. Routing is exact and without noise."""
-  seed = hashing.mix(run.config.seed, 'experts', seed)
+  seed = splitmix.mix(run.config.seed, 'experts', seed)
   mixture = dataclasses.replace(run.mixture(), seed=seed, mode='all_tasks')
   step = jax.jit(functools.partial(step_sums, spec=run.spec, by_task=by_task, num_conditions=num_conditions))
   sets, total = run.target_sets(), None
@@ -85,7 +85,7 @@ def _sum_batches(
     batch = run.put_batch(batch)
     for i in range(run.spec.grad_accum_steps):
       micro_batch = batch if run.spec.grad_accum_steps == 1 else jax.tree.map(lambda x, i=i: x[i], batch)
-      sums = step(params, micro_batch, sets, jax.random.key(hashing.mix(seed, number, i) & 0x7FFFFFFF))
+      sums = step(params, micro_batch, sets, jax.random.key(splitmix.mix(seed, number, i) & 0x7FFFFFFF))
       total = sums if total is None else jax.tree.map(jnp.add, total, sums)
   return total
 

@@ -15,11 +15,11 @@ import jax
 
 from uni_moe_jax.analysis import param_subsets
 from uni_moe_jax.analysis.param_subsets import ParamSlice
-from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.mixtures import UNBATCHED_FIELDS
 from uni_moe_jax.train.forward import Batch, StepSpec, TargetSets
 from uni_moe_jax.train.run import Run
 from uni_moe_jax.train.step import gradients
+from uni_moe_jax.utils import splitmix
 
 
 def quiet_spec(spec: StepSpec, task: str, share: int = 1) -> StepSpec:
@@ -47,7 +47,7 @@ class TaskGradients:
 
   def __init__(self, run: Run, params: Any, slices: Sequence[ParamSlice], num_batches: int, seed: int):
     self._run, self._params, self._num_batches, self._sets = run, params, num_batches, run.target_sets()
-    self._seed = hashing.mix(run.config.seed, 'interference', seed)
+    self._seed = splitmix.mix(run.config.seed, 'interference', seed)
     self._mixture = dataclasses.replace(run.mixture(), seed=self._seed, mode='all_tasks')
     self._functions = {t.name: jax.jit(functools.partial(
         task_gradient, spec=quiet_spec(run.spec, t.name), slices=tuple(slices))) for t in run.plan.tasks}
@@ -62,7 +62,7 @@ class TaskGradients:
     _, fields = next(batches)
     if batch + 1 < self._num_batches:
       self._iterators[task] = batch + 1, batches
-    key = jax.random.key(hashing.mix(self._seed, task, batch) & 0x7FFFFFFF)
+    key = jax.random.key(splitmix.mix(self._seed, task, batch) & 0x7FFFFFFF)
     return self._functions[task](self._params, self._run.put_batch(fields), self._sets, key)[0]
 
   def epochs(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.data import own_files
 from uni_moe_jax.data.files import video, video_pixels
-from uni_moe_jax.data.pipeline import hashing
+from uni_moe_jax.utils import splitmix
 
 
 def _numbered(N):
@@ -65,7 +65,7 @@ def test_a_reader_takes_frames_by_stride_or_by_segments():
     return video_pixels.VideoReader(4, 2, 'resize_crop', False, training, **options)(_numbered(100), h)[..., 0, 0, 0]
   assert levels(False, frame_stride=32.0, num_views=2).tolist() == [[0, 32], [16, 48]]
   assert levels(False, num_views=2).tolist() == [[12, 62], [37, 87]]  # quarters of segments of 50
-  made = np.array([levels(True, hashing.mix(i), frame_stride=32.0) for i in range(300)])
+  made = np.array([levels(True, splitmix.mix(i), frame_stride=32.0) for i in range(300)])
   assert (made[:, 1] - made[:, 0] == 32).all()
   # 100 - 33 possible first frames: all but a few of 300 draws, and none beyond.
   assert len(set(made[:, 0].tolist())) > 60 and made[:, 0].max() <= 66
@@ -93,7 +93,7 @@ def test_training_draws_frames_positions_and_mirroring_from_the_hash():
   frames = np.broadcast_to(np.arange(8, dtype=np.uint8)[None, None, :, None] * 10, (6, 4, 8, 3)).copy()
   frames[..., 1] = np.arange(6)[:, None, None]
   reader = video_pixels.VideoReader(4, 3, 'resize_crop', True, True)
-  made = [reader(own_files.npy_bytes(frames), hashing.mix(i)) for i in (*range(80), 0)]
+  made = [reader(own_files.npy_bytes(frames), splitmix.mix(i)) for i in (*range(80), 0)]
   np.testing.assert_array_equal(made.pop(), made[0])
   seen = {tuple(m[:, 0, 0, 1]) for m in made}
   assert seen == {(a, b, c) for a in (0, 1) for b in (2, 3) for c in (4, 5)}
@@ -107,7 +107,7 @@ def test_a_jittered_crop_shows_224_to_280_of_a_short_side_of_320():
   reader = video_pixels.VideoReader(224, 1, 'jittered_crop', False, True)
   widths = []
   for i in range(200):
-    left, top, right, bottom = reader._random_box(hashing.mix(i), 320, 400)
+    left, top, right, bottom = reader._random_box(splitmix.mix(i), 320, 400)
     assert 0 <= left and right <= 400 and 0 <= top and bottom <= 320
     widths.append(right - left)
   # 320 · 224 / 320 = 224 to 320 · 224 / 256 = 280.
@@ -117,7 +117,7 @@ def test_a_jittered_crop_shows_224_to_280_of_a_short_side_of_320():
 def test_random_resized_crops_keep_their_bounds():
   reader = video_pixels.VideoReader(8, 1, 'random_resized_crop', False, True)
   for i in range(200):
-    left, top, right, bottom = reader._random_box(hashing.mix(i), 60, 80)
+    left, top, right, bottom = reader._random_box(splitmix.mix(i), 60, 80)
     share, ratio = (right - left) * (bottom - top) / 4800, (right - left) / (bottom - top)
     assert 0.0799 <= share <= 1 and 0.749 < ratio < 1.334
   # A video of 10 × 1000: no draw fits, then 10 high and 13.3 wide.

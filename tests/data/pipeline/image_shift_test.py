@@ -3,7 +3,8 @@
 import numpy as np
 import tensorflow as tf
 
-from uni_moe_jax.data.pipeline import hashing, image_shift
+from uni_moe_jax.data.pipeline import image_shift
+from uni_moe_jax.utils import splitmix
 
 IMAGE = np.arange(1, 17, dtype=np.uint8).reshape(4, 4)
 # The image under every shift by at most one pixel, by (down, right); zeros enter.
@@ -21,7 +22,7 @@ SHIFTED = {
 
 
 def _hashes(count):
-  return tf.constant(np.array([hashing.mix(0, i) for i in range(count)], np.uint64))
+  return tf.constant(np.array([splitmix.mix(0, i) for i in range(count)], np.uint64))
 
 
 def _shift_copies(n, max_shift):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from uni_moe_jax.data.pipeline import hashing, masking
+from uni_moe_jax.data.pipeline import masking
+from uni_moe_jax.utils import splitmix
 
 SPE, EOT = 2, 3
 STARTS, INSIDE = range(4, 12), range(12, 20)  # pieces that start a word, and that continue one
@@ -16,7 +17,7 @@ SPECIAL = {0, 1, SPE, EOT}
 
 
 def _hashes(count, seed=0):
-  return tf.constant(np.array([hashing.mix(seed, i) for i in range(count)], np.uint64))
+  return tf.constant(np.array([splitmix.mix(seed, i) for i in range(count)], np.uint64))
 
 
 def _mask(text, max_predictions, always_mask=False, hashes=None, word_start=WORD_START, word_end=WORD_END, **options):

@@ -3,7 +3,8 @@
 import numpy as np
 import tensorflow as tf
 
-from uni_moe_jax.data.pipeline import hashing, mixup
+from uni_moe_jax.data.pipeline import mixup
+from uni_moe_jax.utils import splitmix
 
 
 def _features(n=2, S=4):
@@ -44,7 +45,7 @@ def test_cutmix_copies_a_box_and_lambda_is_the_remaining_area():
 
 def test_with_both_enabled_half_of_the_pairs_use_cutmix():
   n = 400
-  hashes = np.repeat([hashing.mix('pair', i) for i in range(n // 2)], 2).astype(np.uint64)
+  hashes = np.repeat([splitmix.mix('pair', i) for i in range(n // 2)], 2).astype(np.uint64)
   mixed = _mix((0.5,) * n, (0.75,) * n, ((0.5, 0.5),) * n, hashes, _features(n))
   cut = mixed['weight'][:, 0] == 0.75
   np.testing.assert_array_equal(cut[::2], cut[1::2])

@@ -8,7 +8,6 @@ Ops that find out which image is damaged cost as much as decoding a small one. S
 fail at any damage, and only then by those.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -29,7 +28,7 @@ from uni_moe_jax.data.files import (
 )
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record, example_parser
 from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
-from uni_moe_jax.data.files.video import CorruptVideo
+from uni_moe_jax.data.files.video_processes import VideoProcesses
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.examples import Examples, Features, mask_maker, subset
@@ -60,6 +59,7 @@ class FileExampleBuilder:
   resize: str  # 'fast' or 'pillow', see `image_transforms`
   num_views: int = 1  # of every video in evaluation
   num_crops: int = 1
+  video_processes: VideoProcesses = dataclasses.field(default_factory=VideoProcesses)
 
   def build(self, task: TaskSpec, records: FileDataset) -> Examples:
     """Examples of a task over one split. Raises UsageError if the config does not fit the source."""
@@ -169,7 +169,6 @@ class _Batch:
     self._read_examples = records.read_examples if self._has_images else None
     self._parse = example_parser(
         {c: t for c, t in records.columns.items() if t not in MEDIA_TYPES and c != LOCATION}, records.classes)
-    self._pool = concurrent.futures.ThreadPoolExecutor(cores.available())  # starts its threads with the first video
     self._specs = {name: (table.dtype, table.shape[1:]) for name, table in self._tables.items()}
     for reader in self._readers:
       self._specs |= reader.specs
@@ -329,16 +328,20 @@ class _Batch:
           self._task, self._builder.tokenizer, *self._phrases(self.keep[ids], hashes))
       for name, value in made.items():
         features[name][:] = value
-    # Videos in parallel: decoders and Pillow release Python's lock.
-    examples = list((self._pool.map if self._is_video else map)(self._example, records, hashes.tolist()))
+    examples = list(map(self._example, records, hashes.tolist()))
     usable = [i for i, example in enumerate(examples) if not isinstance(example, Exception)]
+    if self._is_video:
+      videos, usable_hashes = [examples[i][1] for i in usable], hashes[usable].tolist()
+      for i, frames in zip(usable, self._builder.video_processes.read(self._video_reader, videos, usable_hashes)):
+        if isinstance(frames, Exception):
+          examples[i] = frames
+        else:
+          features['pixels'][i] = frames
+      usable = [i for i in usable if not isinstance(examples[i], Exception)]
     for i in set(range(n)).difference(usable):
       problems[i] = str(examples[i]).encode(errors='backslashreplace')
     contents, media = zip(*(examples[i] for i in usable)) if usable else ((), ())
-    if self._is_video:
-      for i, frames in zip(usable, media, strict=True):
-        features['pixels'][i] = frames
-    elif usable:
+    if self._has_images and usable:
       data[usable] = np.array(media, object)
     for reader, values in zip(self._readers, zip(*contents)):
       for name, value in reader.collate(values).items():
@@ -346,7 +349,7 @@ class _Batch:
     return problems, data, *features.values()
 
   def _example(self, record: Record | bytes | CorruptExample, h: int) -> tuple[list[Any], Any] | Exception:
-    """(contents by reader; frames, or an encoded image, or a serialized example) of a record, or its problem."""
+    """(contents by reader; an encoded image or video, or a serialized example) of a record, or its problem."""
     try:
       if isinstance(record, CorruptExample):
         return record
@@ -357,8 +360,8 @@ class _Batch:
         if self._mirror_words and (video_pixels if self._is_video else image_transforms).is_mirrored(h):
           record = self._mirror_words(record)
         contents = [reader.read(record, h) for reader in self._readers]
-      return contents, self._video_reader(media, h) if self._is_video else media
-    except (CorruptExample, CorruptVideo) as e:
+      return contents, media
+    except CorruptExample as e:
       return e
 
   def _count(self, ids: np.ndarray, is_new: np.ndarray, problems: np.ndarray) -> np.ndarray:

@@ -10,13 +10,12 @@ import numpy as np
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record
 from uni_moe_jax.data.files.phrases import text_id
-from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
 from uni_moe_jax.data.pipeline.templates import fill_template
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.data.pipeline.vqa_answers import normalize_answer, soft_score
-from uni_moe_jax.utils import templates
+from uni_moe_jax.utils import splitmix, templates
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.suggest import nearest
 
@@ -96,7 +95,7 @@ def _label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str], tra
   def draw(counts, N, h):
     """One of the answers, as if all N people had given it."""
     scores = np.cumsum([soft_score(n, N) for _, n in counts])
-    i = int(np.searchsorted(scores, hashing.mix_uniform(h, 'answer') * scores[-1], side='right'))
+    i = int(np.searchsorted(scores, splitmix.uniform(h, 'answer') * scores[-1], side='right'))
     return [(counts[min(i, len(counts) - 1)][0], N)]
 
   def read(record, h):
@@ -203,7 +202,7 @@ def running_text(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, tra
     size = _WINDOW_CHARS_PER_TOKEN * S
     if len(text) <= 2 * size:
       return text
-    start = hashing.mix(h, 'window') % (len(text) - size) if training else 0
+    start = splitmix.mix(h, 'window') % (len(text) - size) if training else 0
     start = text.find(' ', start) + 1 if start else 0
     return text[start:start + size]
 
@@ -234,7 +233,7 @@ def _phrase_chooser(task: TaskSpec, records: FileDataset, training: bool) -> Cal
   """(record, h) → phrase: random template and entries of lists in training, else the first ones."""
   for template in task.caption_templates:
     _check_columns(task, records, 'caption_templates', templates.columns(template), 'text', 'texts', 'class')
-  draw = lambda items, *purpose: items[hashing.mix(*purpose) % len(items) if training else 0]
+  draw = lambda items, *purpose: items[splitmix.mix(*purpose) % len(items) if training else 0]
 
   def choose(record, h):
     template, values = draw(task.caption_templates, h, 'phrase'), {}

@@ -16,6 +16,7 @@ import tensorflow as tf
 from uni_moe_jax.data.files import augmentations
 from uni_moe_jax.data.files.video_pixels import AREA_RANGE, ASPECT_RANGE, MAX_DRAWS
 from uni_moe_jax.data.pipeline import hashing
+from uni_moe_jax.utils import splitmix
 
 Draw = Mapping[str, tf.Tensor]  # of one image, by purpose
 
@@ -193,7 +194,7 @@ def random_crop(image: tf.Tensor, size: int, draw: Draw) -> tf.Tensor:
 
 def is_mirrored(h: int) -> bool:
   """Whether `random_flip` mirrors the image of an example."""
-  return hashing.fold(h, 'flip') < 1 << 63
+  return splitmix.fold(h, 'flip') < 1 << 63
 
 
 def random_flip(images: tf.Tensor, draw: Draw) -> tf.Tensor:

@@ -23,11 +23,10 @@ import numpy as np
 
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.data.files.file_dataset import FileDataset
-from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.npz_records import atomic_folder
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.data.preparation import workers
-from uni_moe_jax.utils import cores, errors, locks, templates
+from uni_moe_jax.utils import cores, errors, locks, splitmix, templates
 
 FOLDER = 'tokens'
 _MAX_PHRASES = 2**29  # of a task: 80 templates of millions of records are filled when they are needed
@@ -108,7 +107,7 @@ class _Templates:
 
   def choose(self, ids: np.ndarray, hashes: np.ndarray) -> np.ndarray:
     """Numbers of the phrases that hashes draw among those of each record, int64 [n]."""
-    draw = lambda purpose, number: (hashing.mix(hashes, purpose) % np.asarray(number, np.uint64)).astype(np.int64)
+    draw = lambda purpose, number: (splitmix.mix(hashes, purpose) % np.asarray(number, np.uint64)).astype(np.int64)
     template = draw('phrase', len(self.texts))
     start = chosen = np.zeros(len(ids), np.int64)
     for i, lists in enumerate(self._lists):

@@ -116,7 +116,7 @@ def sample_frames(data: bytes, choose: Callable[[int, float], np.ndarray]) -> np
       codec.flush_buffers()
     indices = choose(num_frames, float(stream.average_rate or DEFAULT_FPS)).reshape(-1).tolist()
     reformat = _pyav().video.reformatter.VideoReformatter().reformat  # frames would make one each
-    frames = {i: np.rot90(reformat(frame, format='rgb24').to_ndarray(), _quarter_turns(frame))
+    frames = {i: np.rot90(reformat(frame, format='rgb24', threads=1).to_ndarray(), _quarter_turns(frame))
               for i, frame in _decode(codec, packets, num_frames, sorted(set(indices))).items()}
   if not frames:
     raise CorruptVideo('no frames')

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from uni_moe_jax.data.files import video
-from uni_moe_jax.data.pipeline import hashing
+from uni_moe_jax.utils import splitmix
 
 JITTER = (256 / 224, 320 / 224)  # short side, relative to the size
 # Of a random part: fraction of the area, width / height; number of draws.
@@ -52,10 +52,10 @@ class VideoReader:
     """Indices of the sampled frames: [T], or of views [num_views, T]."""
     T, stride = self._num_frames, self._frame_stride
     if stride and self._training:
-      return video.stride_frames(num_frames, stride * fps / video.DEFAULT_FPS, T, hashing.mix_uniform(h, 'first frame'))
+      return video.stride_frames(num_frames, stride * fps / video.DEFAULT_FPS, T, splitmix.uniform(h, 'first frame'))
     if stride:
       return video.stride_views(num_frames, stride, fps, T, self._num_views)
-    offsets = (np.array([hashing.mix_uniform(h, 'frame', t) for t in range(T)]) if self._training else
+    offsets = (np.array([splitmix.uniform(h, 'frame', t) for t in range(T)]) if self._training else
                video.view_offsets(self._num_views, T))
     return video.segment_frames(num_frames, offsets)
 
@@ -66,15 +66,15 @@ class VideoReader:
     else:
       # A window of S in a frame with a short side of r · S: 1 / r of the short side of the original.
       low, high = JITTER
-      r = 1.0 if self._crop == 'resize_crop' else low + (high - low) * hashing.mix_uniform(h, 'short side')
+      r = 1.0 if self._crop == 'resize_crop' else low + (high - low) * splitmix.uniform(h, 'short side')
       height = width = min(H, W) / r
-    left, top = (W - width) * hashing.mix_uniform(h, 'crop right'), (H - height) * hashing.mix_uniform(h, 'crop down')
+    left, top = (W - width) * splitmix.uniform(h, 'crop right'), (H - height) * splitmix.uniform(h, 'crop down')
     return left, top, left + width, top + height
 
 
 def is_mirrored(h: int) -> bool:
   """Whether the video of an example is mirrored in training, if its task mirrors half of them."""
-  return hashing.mix_uniform(h, 'flip') < 0.5
+  return splitmix.uniform(h, 'flip') < 0.5
 
 
 def _spread_boxes(H: int, W: int, number: int) -> list[Box]:
@@ -88,8 +88,8 @@ def _random_sides(h: int, H: int, W: int) -> tuple[float, float]:
   """Height and width of a random part; if no draw fits, the largest that the ratios allow."""
   (low, high), log = AREA_RANGE, [math.log(r) for r in ASPECT_RANGE]
   for t in range(MAX_DRAWS):
-    area = H * W * (low + (high - low) * hashing.mix_uniform(h, 'area', t))
-    ratio = math.exp(log[0] + (log[1] - log[0]) * hashing.mix_uniform(h, 'ratio', t))
+    area = H * W * (low + (high - low) * splitmix.uniform(h, 'area', t))
+    ratio = math.exp(log[0] + (log[1] - log[0]) * splitmix.uniform(h, 'ratio', t))
     height, width = math.sqrt(area / ratio), math.sqrt(area * ratio)
     if height <= H and width <= W:
       return height, width

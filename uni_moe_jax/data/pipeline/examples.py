@@ -23,7 +23,7 @@ from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.templates import fill_template
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer, pack_tokens
-from uni_moe_jax.utils import templates
+from uni_moe_jax.utils import splitmix, templates
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
@@ -74,7 +74,7 @@ def subset(indices: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed:
   """
   if task.train_fraction == 1 and not task.shots:
     return indices
-  hashes = np.array([hashing.mix(seed, task.source, task.split, 'subset', int(i)) for i in indices], np.uint64)
+  hashes = np.array([splitmix.mix(seed, task.source, task.split, 'subset', int(i)) for i in indices], np.uint64)
   labels = np.zeros(len(indices), int) if labels is None else labels
   chosen = np.zeros(len(indices), bool)
   for label in np.unique(labels):

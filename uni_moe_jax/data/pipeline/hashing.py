@@ -1,57 +1,32 @@
-"""Hash-based order and randomness: pure functions of (seed, purpose, example), without state.
+"""Hash-based order and randomness in TensorFlow: pure functions of (seed, purpose, example), without state.
 
-`mix` is SplitMix64's finalizer (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014). There is a
-Python version for decisions of the host and a TensorFlow version for decisions per example; both give the same numbers.
+The hashes are those of `utils/splitmix.py`, for decisions per example.
 """
-
-import functools
-import zlib
 
 import numpy as np
 import tensorflow as tf
 
-_GAMMA, _STEPS = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-_MASK = (1 << 64) - 1
+from uni_moe_jax.utils import splitmix
+
 _MANTISSA = 24  # bits of a float32 in [0, 1)
-
-
-def mix(*values: int | str | np.ndarray) -> int | np.ndarray:
-  """Returns a 64-bit hash of integers and strings, or of arrays uint64 element by element; their order matters."""
-  return functools.reduce(fold, values, 0)
-
-
-def fold(h: int | np.ndarray, value: int | str | np.ndarray) -> int | np.ndarray:
-  """Returns `mix` of the values of a hash and one more: what `mix_tensor` returns, as a number or an array."""
-  if not isinstance(value, np.ndarray):
-    value = zlib.crc32(value.encode()) if isinstance(value, str) else int(value)
-  h = (h ^ value) + _GAMMA & _MASK
-  for shift, factor in _STEPS:
-    h = (h ^ h >> shift) * factor & _MASK
-  return h ^ h >> 31
-
-
-def mix_uniform(*values: int | str) -> float:
-  """Returns a number in [0, 1] from `mix` of the values; 1 only by rounding."""
-  return mix(*values) / 2**64
 
 
 def mix_constant(*values: int | str) -> tf.Tensor:
   """Returns `mix` of the values as a tensor, uint64 scalar."""
-  return _u64(mix(*values))
+  return _u64(splitmix.mix(*values))
 
 
 def _u64(value: int) -> tf.Tensor:
-  return tf.constant(np.uint64(value & _MASK))
+  return tf.constant(np.uint64(value & splitmix.MASK))
 
 
 def mix_tensor(h: tf.Tensor, value: tf.Tensor | int | str) -> tf.Tensor:
   """Folds a value into hashes, uint64 [...], as `mix` with the value appended; both are broadcast."""
-  if isinstance(value, str):
-    value = zlib.crc32(value.encode())
-  h = (h ^ (_u64(value) if isinstance(value, int) else tf.cast(value, tf.uint64))) + _u64(_GAMMA)
-  for shift, factor in _STEPS:
+  value = _u64(splitmix.number(value)) if isinstance(value, int | str) else tf.cast(value, tf.uint64)
+  h = (h ^ value) + _u64(splitmix.GAMMA)
+  for shift, factor in splitmix.STEPS:
     h = (h ^ tf.bitwise.right_shift(h, _u64(shift))) * _u64(factor)
-  return h ^ tf.bitwise.right_shift(h, _u64(31))
+  return h ^ tf.bitwise.right_shift(h, _u64(splitmix.LAST_SHIFT))
 
 
 def uniform(h: tf.Tensor) -> tf.Tensor:

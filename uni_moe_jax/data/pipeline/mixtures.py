@@ -26,6 +26,7 @@ import tensorflow as tf
 from uni_moe_jax.config.plan import Plan, TaskSpec
 from uni_moe_jax.data.pipeline import hashing, in_flight, mixup
 from uni_moe_jax.data.pipeline.examples import Examples, Features
+from uni_moe_jax.utils import splitmix
 
 Batch = dict[str, dict[str, np.ndarray]]
 _PREFETCHED = 2**16  # examples of a task whose order decides in which order its files are fetched
@@ -158,7 +159,7 @@ def draw_tasks(plan: Plan, seed: int, steps: int) -> np.ndarray:
   """Draws the task of each step 0…steps-1 of a 'one_task' mixture: names, unicode [steps]."""
   weights = np.array([t.sampling_weight or t.loss_weight for t in plan.tasks])
   edges = np.cumsum(weights / weights.sum())
-  u = [hashing.mix_uniform(seed, step, 'task') for step in range(steps)]
+  u = [splitmix.uniform(seed, step, 'task') for step in range(steps)]
   names = np.array([t.name for t in plan.tasks])
   return names[np.minimum(np.searchsorted(edges, u, side='right'), len(names) - 1)]
 
