@@ -53,16 +53,19 @@ def test_every_layer_changes_the_stream_at_the_published_layer_scale():
   assert np.mean(rounded == start) > .1
 
 
-def test_gelu_saves_one_array_and_its_gradient_is_that_of_float32():
-  x = jnp.linspace(-6, 6, 1001, dtype=jnp.bfloat16)
+@pytest.mark.parametrize('dtype, rounding', [(jnp.float32, 0), (jnp.bfloat16, 2**-8)])
+def test_gelu_saves_one_array_and_its_gradient_is_that_of_float32(dtype, rounding):
+  x = jnp.linspace(-6, 6, 1001, dtype=dtype)
   y, backward = jax.vjp(block.gelu, x)
   expected, exact = jax.vjp(functools.partial(jax.nn.gelu, approximate=False), x.astype(jnp.float32))
   [saved] = jax.tree.leaves(backward)
-  assert saved.dtype == jnp.bfloat16
-  np.testing.assert_allclose(np.float32(y), expected, rtol=2**-6, atol=1e-3)
+  assert saved.dtype == y.dtype == dtype
+  np.testing.assert_allclose(np.float32(y), expected, rtol=4 * rounding, atol=1e-3 if rounding else 1e-6)
   [slope], [exact_slope] = backward(jnp.ones_like(x)), exact(jnp.ones(x.shape))
-  assert slope.dtype == jnp.bfloat16
-  np.testing.assert_allclose(np.float32(slope), exact_slope, rtol=2**-8, atol=1e-7)
+  assert slope.dtype == dtype
+  np.testing.assert_allclose(np.float32(slope), exact_slope, rtol=rounding, atol=1e-7 if rounding else 1e-6)
+  [doubled] = backward(jnp.full_like(x, 2))
+  np.testing.assert_array_equal(doubled, 2 * slope)
 
 
 def test_gradients_are_those_of_float32():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import hlo
+from tests.helpers.jaxprs import equations
 from uni_moe_jax.moe import layers
 from uni_moe_jax.moe.routers import route
 from uni_moe_jax.moe.routing import MergedRouting
@@ -93,7 +94,8 @@ def _init(num_experts: int, routing: MergedRouting | None, dtype=jnp.float32):
 
 def test_each_condition_has_one_kernel_and_bias():
   projection, _ = _init(4, _routing())
-  assert (projection.kernel.shape, projection.bias.shape) == ((3, 40, 3, 5, 8), (3, 3, 5, 8))
+  assert [x.shape for x in projection.kernel] == [(40, 3, 5, 8)] * 3
+  assert [x.shape for x in projection.bias] == [(3, 5, 8)] * 3
   assert (projection.in_axes, projection.out_axes) == (('embed',), ('qkv', 'heads', 'head_dim'))
 
 
@@ -107,9 +109,10 @@ def test_kernels_and_biases_are_merged_by_the_same_coefficients():
 
 def test_a_dense_projection_has_one_kernel_of_the_dtype_of_the_product_and_a_float32_bias_and_parameters():
   projection, params = _init(0, None)
-  np.testing.assert_array_equal(projection.kernel, params['kernel'][None])
+  [kernel] = projection.kernel
+  np.testing.assert_array_equal(kernel, params['kernel'])
   projection, params = _init(0, None, jnp.bfloat16)
-  assert (projection.kernel.dtype, projection.bias.dtype) == (jnp.bfloat16, jnp.float32)
+  assert (projection.kernel[0].dtype, projection.bias[0].dtype) == (jnp.bfloat16, jnp.float32)
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('float32')}
 
 
@@ -156,8 +159,8 @@ def test_weights_are_scaled_before_they_are_rounded():
   # bfloat16 has 1, 1.0078 and 1.0156: 1.004 · 1.004 = 1.0080 rounds to 1.0078; rounded factors make 1.0078² = 1.0156.
   values = {'kernel': jnp.full((4, 6), 1.004), 'bias': jnp.full((6,), 1.004)}
   scaled = _scaled(jnp.full((6,), 1.004), values, dtype=jnp.bfloat16)
-  np.testing.assert_array_equal(scaled.kernel.astype(jnp.float32), 1.0078125)
-  np.testing.assert_allclose(scaled.bias, 1.004**2, rtol=1e-6)
+  np.testing.assert_array_equal(scaled.kernel[0].astype(jnp.float32), 1.0078125)
+  np.testing.assert_allclose(scaled.bias[0], 1.004**2, rtol=1e-6)
 
 
 def _gradient_of_257_ones(project) -> float:
@@ -179,6 +182,30 @@ def test_gradients_of_a_kernel_that_is_used_twice_are_added_in_float32():
   apply = lambda x, of: MergedRouting().apply(x, of)[0]
   twice = lambda x, of: jnp.concatenate([apply(x[:, :1], of), apply(x[:, 1:], of)], axis=1)
   assert _gradient_of_257_ones(twice) == 257
+
+
+def test_gradients_of_a_kernel_are_summed_over_its_uses_before_they_join_those_of_others():
+  x, coef = _normal(0, 5, 3, 4), jnp.array([[.25, .75], [1., 0.], [.5, .5]])
+  values = {'kernel': _normal(1, 2, 4, 6), 'bias': _normal(2, 2, 6)}
+  uses = (0, 2, 2, 0, 2)  # the kernel in the middle has none
+
+  def loss(project):
+    return sum(jnp.sin(project(x[i:i + 1] * (i + 1), kernel)).sum() for i, kernel in enumerate(uses))
+
+  def of_layer(values):
+    projection = _scaled(None, values, coef)
+    return loss(lambda x, kernel: MergedRouting(kernel=kernel).apply(x, projection)[0])
+
+  def by_hand(values):
+    return loss(lambda x, kernel: x @ jnp.tensordot(coef[kernel], values['kernel'], 1) + (
+        coef[kernel] @ values['bias'])[None, None])
+
+  gradients, expected = jax.grad(of_layer)(values), jax.grad(by_hand)(values)
+  for name in values:
+    np.testing.assert_allclose(gradients[name], expected[name], rtol=1e-5, atol=1e-5)
+  names = [e.primitive.name for e in equations(jax.make_jaxpr(jax.grad(of_layer))(values))]
+  assert names.count('concatenate') == 2 and 'pad' not in names  # of kernels and of biases
+  assert 'pad' in [e.primitive.name for e in equations(jax.make_jaxpr(jax.grad(lambda x: x[1].sum()))(coef))]  # control
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])

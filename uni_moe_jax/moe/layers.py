@@ -64,24 +64,24 @@ def layer_norm(name: str | None) -> nn.LayerNorm:
       bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)))
 
 
+PerCondition = tuple[jax.Array, ...]  # A arrays
+
+
 @flax.struct.dataclass
 class Projection:
-  """A linear projection that is ready to multiply.
-
-  Its first axis is that of A conditions, or of all E experts, for dispatch.
-  """
-  kernel: jax.Array  # [A, *in, *out], of the type of the product
-  bias: jax.Array  # f32 [A, *out]
+  """A linear projection that is ready to multiply: one for each of A conditions, or, for dispatch, of all E experts."""
+  kernel: PerCondition | jax.Array  # [*in, *out], or [E, *in, *out], of the type of the product
+  bias: PerCondition | jax.Array  # f32 [*out], or [E, *out]
   in_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # logical names of the contracted axes
   out_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # and of the resulting ones
-  unrounded: jax.Array | None = None  # f32 values of the kernel, see `products.dot`; None where it is float32
+  unrounded: PerCondition | jax.Array | None = None  # f32 values, see `products.dot`; None where the kernel is f32
   method: str = flax.struct.field(pytree_node=False, default=products.PLAIN)  # see `products.method`
 
   def slice(self, part: slice) -> 'Projection':
     """The projection to a slice of its first output axis."""
-    before = (slice(None),) * (1 + len(self.in_axes))
-    kernel, unrounded = jax.tree.map(lambda x: x[(*before, part)], (self.kernel, self.unrounded))
-    return self.replace(kernel=kernel, bias=self.bias[:, part], unrounded=unrounded)
+    after_first = (Ellipsis, part) + (slice(None),) * (len(self.out_axes) - 1)
+    kernel, bias, unrounded = jax.tree.map(lambda x: x[after_first], (self.kernel, self.bias, self.unrounded))
+    return self.replace(kernel=kernel, bias=bias, unrounded=unrounded)
 
 
 class MoeDense(nn.Module):
@@ -96,9 +96,9 @@ class MoeDense(nn.Module):
 
   @nn.compact
   def __call__(self, routing: Any, scale: jax.Array | None = None) -> Projection:
-    """The projection of a layer, with one kernel per condition of a `MergedRouting`.
+    """The projection of a layer, with one kernel per condition of a `MergedRouting`, or the one dense kernel.
 
-    Without a routing, or with nothing to merge, it has the E kernels as they are, or the dense one.
+    Without a routing, or with nothing to merge, it has the E kernels as they are.
 
     Args:
       scale: f32, multiplies the outputs along their last axis. Weights are multiplied and not outputs: then the
@@ -120,9 +120,16 @@ class MoeDense(nn.Module):
     as_used = lambda x, names: sharding.as_used(x, (first, *names), self.mesh)
     kernel_as_used = lambda x: as_used(x, (*in_axes, *out_axes))
     unrounded = None if self.dtype == kernel.dtype else kernel_as_used(kernel)
-    return Projection(
-        kernel_as_used(kernel.astype(self.dtype)), as_used(bias, tuple(out_axes)), tuple(in_axes), tuple(out_axes),
-        unrounded, self.method)
+    weights = kernel_as_used(kernel.astype(self.dtype)), as_used(bias, tuple(out_axes)), unrounded
+    if not first:
+      weights = (None if x is None else _unstack(x) for x in weights)
+    kernel, bias, unrounded = weights
+    return Projection(kernel, bias, tuple(in_axes), tuple(out_axes), unrounded, self.method)
+
+
+def _unstack(x: jax.Array) -> PerCondition:
+  """[A, …] → A times […]. Of many uses of a part, gradients are summed first, where those of x[i] would be padded."""
+  return tuple(part.squeeze(0) for part in jax.lax.split(x, (1,) * len(x)))
 
 
 def project(

@@ -25,8 +25,8 @@ class MergedRouting:
 
   def apply(self, x: jax.Array, projection: Projection) -> tuple[jax.Array, None]:
     """x [B, S, *in] → ([B, S, *out], None): nothing is dispatched, nothing counted."""
-    kernel, bias, unrounded = jax.tree.map(
-        lambda x: x[self.kernel], (projection.kernel, projection.bias, projection.unrounded))
+    weights = projection.kernel, projection.bias, projection.unrounded
+    kernel, bias, unrounded = (None if x is None else x[self.kernel] for x in weights)
     return layers.project(x, kernel, bias, unrounded, projection.method), None
 
   def take(self, rows: Callable[[jax.Array], jax.Array]) -> 'MergedRouting':
