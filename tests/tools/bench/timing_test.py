@@ -1,6 +1,7 @@
 """Statistics of rounds, the order of interleaved rounds, and rounds that other processes disturb."""
 
-import multiprocessing
+import subprocess
+import sys
 import time
 
 import jax.numpy as jnp
@@ -103,17 +104,19 @@ def test_own_work_is_not_that_of_others_and_ticks_are_cores():
   assert timing.OtherProcesses(lambda: None)() == 0  # a system that does not tell
 
 
-def _spin(seconds: float) -> None:
-  end = time.perf_counter() + seconds
-  while time.perf_counter() < end:
-    pass
+_SPIN = 'import time\nend = time.perf_counter() + 2\nwhile time.perf_counter() < end: pass'
 
 
 @pytest.mark.skipif(timing._cpu_seconds() is None, reason='this system does not tell the CPU time of all processes')
-def test_another_process_that_computes_is_seen():
-  other = multiprocessing.get_context('spawn').Process(target=_spin, args=(2.0,))
+def test_another_process_that_computes_is_seen_and_a_child_is_not_another():
   cores = timing.OtherProcesses()
-  other.start()
+  # The shell ends, and the process that computes is nobody's child.
+  subprocess.run(['sh', '-c', '"$0" -c "$1" &', sys.executable, _SPIN], check=True)
   time.sleep(1.5)
   assert cores() > 0.3
-  other.join()
+  time.sleep(1)
+  child, (_, before) = subprocess.Popen([sys.executable, '-c', _SPIN]), timing._cpu_seconds()
+  time.sleep(1.5)
+  assert timing._cpu_seconds()[1] - before > 0.5
+  child.wait()
+  assert timing._cpu_seconds()[1] - before > 0.5

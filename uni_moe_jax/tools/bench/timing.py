@@ -55,13 +55,25 @@ class Rounds:
 
 
 def _cpu_seconds() -> tuple[float, float] | None:
-  """CPU seconds of (the whole machine, this process and its ended children); None on a system that does not tell."""
+  """CPU seconds of (the whole machine, this process and its children); None on a system that does not tell."""
   try:
     user, nice, system, _, _, *interrupts_and_steal = map(int, pathlib.Path('/proc/stat').read_text().split()[1:9])
   except (OSError, ValueError):
     return None
   machine = (user + nice + system + sum(interrupts_and_steal)) / os.sysconf('SC_CLK_TCK')
-  return machine, sum(os.times()[:4])
+  return machine, sum(os.times()[:4]) + _seconds_of_live_children()  # `os.times` has those that have ended
+
+
+def _seconds_of_live_children() -> float:
+  """CPU seconds of processes that this one has started, such as those that read videos, and that still run."""
+  ticks = 0
+  for thread in pathlib.Path('/proc/self/task').iterdir():
+    try:
+      for child in (thread / 'children').read_text().split():
+        ticks += sum(map(int, pathlib.Path(f'/proc/{child}/stat').read_text().rpartition(')')[2].split()[11:15]))
+    except OSError:  # it has just ended
+      continue
+  return ticks / os.sysconf('SC_CLK_TCK')
 
 
 class OtherProcesses:
