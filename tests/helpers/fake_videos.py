@@ -3,10 +3,10 @@
 import os
 import pathlib
 import signal
-import time
 
 import numpy as np
 
+from tests.helpers import stand_in
 from uni_moe_jax.data.files.video import CorruptVideo
 
 
@@ -24,7 +24,5 @@ class FakeReader:
       raise CorruptVideo('no frames')
     if data.startswith(b'wait for '):
       (self._folder / f'{h}').touch()
-      deadline = time.monotonic() + 60
-      while not (self._folder / data[9:].decode()).exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+      stand_in.wait_for(self._folder / data[9:].decode(), seconds=60)
     return np.array([h, os.getpid() != self._parent], np.uint8)

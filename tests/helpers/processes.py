@@ -42,6 +42,12 @@ def together(*commands: Sequence[str], devices: int = 1, timeout: float = 240) -
       process.wait()
 
 
+def children(pid: int | str) -> set[int]:
+  """Return the processes that a process, or 'self', has started and that run, or have ended unseen."""
+  threads = pathlib.Path(f'/proc/{pid}/task').glob('*/children')
+  return {int(child) for thread in threads for child in thread.read_text().split()}
+
+
 def free_address() -> str:
   """Return HOST:PORT with a free port of this machine."""
   with socket.socket() as free:

@@ -82,9 +82,8 @@ class Running:
 
   def worker(self) -> int:
     """Return the process id of the worker: the child that runs Python's spawn."""
-    threads = pathlib.Path(f'/proc/{self.process.pid}/task').glob('*/children')
-    children = [pid for thread in threads for pid in thread.read_text().split()]
-    [worker] = [int(pid) for pid in children if b'spawn_main' in pathlib.Path(f'/proc/{pid}/cmdline').read_bytes()]
+    [worker] = [pid for pid in processes.children(self.process.pid)
+                if b'spawn_main' in pathlib.Path(f'/proc/{pid}/cmdline').read_bytes()]
     return worker
 
   def memory(self) -> tuple[int, int]:

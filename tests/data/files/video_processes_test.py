@@ -68,18 +68,13 @@ sys.stdin.read()
 """
 
 
-def _children(pid):
-  tasks = pathlib.Path(f'/proc/{pid}/task').iterdir()
-  return {int(p) for task in tasks for p in (task / 'children').read_text().split()}
-
-
 @pytest.mark.skipif(not pathlib.Path('/proc/self/task').exists(), reason='reads /proc')
 @pytest.mark.parametrize('number', [None, signal.SIGTERM, signal.SIGKILL])
 def test_processes_end_with_the_one_that_started_them(tmp_path, number):
   parent = subprocess.Popen([sys.executable, '-c', _PARENT, str(tmp_path)], stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, env=processes.environment(1))
   assert parent.stdout.readline() == b'read\n'
-  children = _children(parent.pid)
+  children = processes.children(parent.pid)
   assert len(children) == 1  # of the one video
   if number:
     parent.send_signal(number)
@@ -89,13 +84,13 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, number):
 
 @pytest.mark.skipif(not pathlib.Path('/proc/self/task').exists(), reason='reads /proc')
 def test_processes_end_when_nothing_reads_videos_anymore(tmp_path, two_cores):
-  before = _children('self')
+  before = processes.children('self')
   videos = VideoProcesses()
   videos.read(FakeReader(tmp_path), [b'wait for 2', b'wait for 1'], [1, 2])
-  assert len(_children('self') - before) == 2
+  assert len(processes.children('self') - before) == 2
   del videos
   gc.collect()
-  _wait_for(lambda: not _children('self') - before)
+  _wait_for(lambda: not processes.children('self') - before)
 
 
 def _runs(pid):

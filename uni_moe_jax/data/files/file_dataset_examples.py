@@ -329,19 +329,16 @@ class _Batch:
       for name, value in made.items():
         features[name][:] = value
     examples = list(map(self._example, records, hashes.tolist()))
-    usable = [i for i, example in enumerate(examples) if not isinstance(example, Exception)]
     if self._is_video:
-      videos, usable_hashes = [examples[i][1] for i in usable], hashes[usable].tolist()
-      for i, frames in zip(usable, self._builder.video_processes.read(self._video_reader, videos, usable_hashes)):
-        if isinstance(frames, Exception):
-          examples[i] = frames
-        else:
-          features['pixels'][i] = frames
-      usable = [i for i in usable if not isinstance(examples[i], Exception)]
+      examples = self._with_frames(examples, hashes)
+    usable = [i for i, example in enumerate(examples) if not isinstance(example, Exception)]
     for i in set(range(n)).difference(usable):
       problems[i] = str(examples[i]).encode(errors='backslashreplace')
     contents, media = zip(*(examples[i] for i in usable)) if usable else ((), ())
-    if self._has_images and usable:
+    if self._is_video:
+      for i, frames in zip(usable, media, strict=True):
+        features['pixels'][i] = frames
+    elif usable:
       data[usable] = np.array(media, object)
     for reader, values in zip(self._readers, zip(*contents)):
       for name, value in reader.collate(values).items():
@@ -363,6 +360,14 @@ class _Batch:
       return contents, media
     except CorruptExample as e:
       return e
+
+  def _with_frames(self, examples: list[tuple[list[Any], Any] | Exception], hashes: np.ndarray) -> list[Any]:
+    """Examples as of `_example`, with the frames of each video in place of its bytes, or the problem with it."""
+    usable = [i for i, example in enumerate(examples) if not isinstance(example, Exception)]
+    contents, videos = zip(*(examples[i] for i in usable)) if usable else ((), ())
+    frames = self._builder.video_processes.read(self._video_reader, videos, hashes[usable].tolist())
+    read = {i: f if isinstance(f, Exception) else (c, f) for i, c, f in zip(usable, contents, frames, strict=True)}
+    return [read.get(i, example) for i, example in enumerate(examples)]
 
   def _count(self, ids: np.ndarray, is_new: np.ndarray, problems: np.ndarray) -> np.ndarray:
     """Counts new examples and reports the corrupt ones; returns which can be used."""

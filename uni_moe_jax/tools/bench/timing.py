@@ -67,12 +67,12 @@ def _cpu_seconds() -> tuple[float, float] | None:
 def _seconds_of_live_children() -> float:
   """CPU seconds of processes that this one has started, such as those that read videos, and that still run."""
   ticks = 0
-  for thread in pathlib.Path('/proc/self/task').iterdir():
-    try:
-      for child in (thread / 'children').read_text().split():
+  for path in pathlib.Path('/proc/self/task').glob('*/children'):
+    for child in path.read_text().split():
+      try:
         ticks += sum(map(int, pathlib.Path(f'/proc/{child}/stat').read_text().rpartition(')')[2].split()[11:15]))
-    except OSError:  # it has just ended
-      continue
+      except OSError:  # it has just ended
+        continue
   return ticks / os.sysconf('SC_CLK_TCK')
 
 
