@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -23,7 +23,7 @@ from uni_moe_jax.data.files.video_pixels import VideoReader
 from uni_moe_jax.utils import cores
 
 _MAX_PROCESSES = 32  # each takes about 60 MB
-_REQUEST = struct.Struct('<QQQ')  # bytes of the pickled reader, bytes of the video, hash of the example
+_REQUEST = struct.Struct('<Q')  # bytes of a pickled (reader, bytes of each video, hash of each); the videos follow
 _PROBLEM = struct.Struct('<q')  # bytes of a pickled exception; -1: pixels follow
 _SECONDS = 5.0  # for a process to end
 
@@ -44,19 +44,26 @@ class VideoProcesses:
     """What `reader` returns of each video, or why it cannot be read."""
     if self._num_processes == 1:
       return [_read(reader, data, h) for data, h in zip(videos, hashes, strict=True)]
-    return list(self._threads.map(self._read_elsewhere, itertools.repeat(reader), videos, hashes))
+    bounds = [len(videos) * k // self._num_processes for k in range(self._num_processes + 1)]
+    parts = [slice(*part) for part in itertools.pairwise(bounds)]
+    made = self._threads.map(lambda part: self._read_elsewhere(reader, videos[part], hashes[part]), parts)
+    return list(itertools.chain.from_iterable(made))
 
-  def _read_elsewhere(self, reader: VideoReader, data: bytes, h: int) -> np.ndarray | CorruptVideo:
-    process = getattr(self._local, 'process', None)
-    if process is None:
-      process = self._local.process = _Process()
-    try:
-      return process.read(reader, data, h)
-    except BaseException as e:
-      del self._local.process  # it may still answer, which the next video must not get
-      if isinstance(e, EOFError | OSError):
-        return CorruptVideo(f'its decoder ended with exit code {process.exit_code()}')
-      raise
+  def _read_elsewhere(
+      self, reader: VideoReader, videos: Sequence[bytes], hashes: Sequence[int]) -> list[np.ndarray | CorruptVideo]:
+    results: list[np.ndarray | CorruptVideo] = []
+    while len(results) < len(videos):
+      process = getattr(self._local, 'process', None)
+      if process is None:
+        process = self._local.process = _Process()
+      try:
+        results.extend(process.read(reader, videos[len(results):], hashes[len(results):]))
+      except BaseException as e:
+        del self._local.process  # it may still answer, which the next videos must not get
+        if not isinstance(e, EOFError | OSError):
+          raise
+        results.append(CorruptVideo(f'its decoder ended with exit code {process.exit_code()}'))
+    return results
 
 
 def _read(reader: VideoReader, data: bytes, h: int) -> np.ndarray | CorruptVideo:
@@ -76,21 +83,24 @@ class _Process:
         env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})
     self._end = weakref.finalize(self, _end, self._popen)
 
-  def read(self, reader: VideoReader, data: bytes, h: int) -> np.ndarray | CorruptVideo:
-    """Raises EOFError or OSError if the process has ended."""
+  def read(self, reader: VideoReader, videos: Sequence[bytes], hashes: Sequence[int],
+           ) -> Iterator[np.ndarray | CorruptVideo]:
+    """Yields what is read of each video. Raises EOFError or OSError if the process has ended."""
     requests, results = self._popen.stdin, self._popen.stdout
     assert requests and results
-    pickled = pickle.dumps(reader)
-    requests.write(_REQUEST.pack(len(pickled), len(data), h) + pickled)
-    requests.write(data)
+    pickled = pickle.dumps((reader, list(map(len, videos)), hashes))
+    for data in (_REQUEST.pack(len(pickled)), pickled, *videos):
+      requests.write(data)
     requests.flush()
-    [problem] = _PROBLEM.unpack(_exactly(results, _PROBLEM.size))
-    if problem >= 0:
-      return pickle.loads(_exactly(results, problem))
-    pixels = np.empty(reader.shape, np.uint8)
-    if results.readinto(pixels.data.cast('B')) < pixels.nbytes:
-      raise EOFError
-    return pixels
+    for _ in videos:
+      [problem] = _PROBLEM.unpack(_exactly(results, _PROBLEM.size))
+      if problem >= 0:
+        yield pickle.loads(_exactly(results, problem))
+        continue
+      pixels = np.empty(reader.shape, np.uint8)
+      if results.readinto(pixels.data.cast('B')) < pixels.nbytes:
+        raise EOFError
+      yield pixels
 
   def exit_code(self) -> int:
     self._end()
@@ -116,16 +126,20 @@ def main() -> None:
   """Reads videos from standard input, and writes pixels or problems to standard output."""
   requests, results = sys.stdin.buffer, sys.stdout.buffer
   while header := requests.read(_REQUEST.size):
-    reader_size, video_size, h = _REQUEST.unpack(header)
-    reader = pickle.loads(requests.read(reader_size))
-    result = _read(reader, requests.read(video_size), h)
-    if isinstance(result, CorruptVideo):
-      pickled = pickle.dumps(result)
-      results.write(_PROBLEM.pack(len(pickled)) + pickled)
-    else:
-      results.write(_PROBLEM.pack(-1))
-      results.write(np.ascontiguousarray(result, np.uint8).data)
-    results.flush()
+    reader, sizes, hashes = pickle.loads(requests.read(*_REQUEST.unpack(header)))
+    videos = [requests.read(size) for size in sizes]  # all of them, before this process waits until a result is taken
+    for data, h in zip(videos, hashes, strict=True):
+      result = _read(reader, data, h)
+      try:
+        if isinstance(result, CorruptVideo):
+          pickled = pickle.dumps(result)
+          results.write(_PROBLEM.pack(len(pickled)) + pickled)
+        else:
+          results.write(_PROBLEM.pack(-1))
+          results.write(np.ascontiguousarray(result, np.uint8).data)
+        results.flush()
+      except BrokenPipeError:
+        os._exit(0)  # the other process has ended; an end as usual would try to write what is left
 
 
 if __name__ == '__main__':
