@@ -18,7 +18,7 @@ import sys
 from absl import flags
 
 from uni_moe_jax.serve.limits import Limits
-from uni_moe_jax.utils import cli, exit_codes, signals, storage
+from uni_moe_jax.utils import cli, exit_codes, heap, signals, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _MODEL = flags.DEFINE_string('model', None, 'Folder of uni-moe export, or hf:OWNER/NAME@REVISION.')
@@ -36,6 +36,7 @@ _NUM_EXAMPLES = 12  # per task
 
 
 def main() -> int:
+  heap.share_arena()
   if (_MODEL.value is None) == (_WORKDIR.value is None):
     raise UsageError('give either --model=FOLDER of uni-moe export or --workdir=RUN of uni-moe train.')
   limits = Limits(**{name: flag.value for name, flag in _LIMITS.items()})

@@ -14,7 +14,7 @@ import sys
 from absl import flags
 
 from uni_moe_jax.parallel import distributed, shared_folder
-from uni_moe_jax.utils import cli, storage
+from uni_moe_jax.utils import cli, heap, storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import PREEMPTED
 
@@ -33,6 +33,8 @@ flags.mark_flag_as_required('config')
 
 
 def main() -> int:
+  if not _COMPILE_ONLY.value:
+    heap.share_arena()
   with cli.exit_on_signals(PREEMPTED), contextlib.ExitStack() as stack:  # signals: until the loop handles them
     from uni_moe_jax.config.plan import make_plan
     from uni_moe_jax.data.pipeline import npz_records

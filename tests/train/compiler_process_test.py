@@ -163,6 +163,15 @@ def test_a_finished_run_and_one_that_compiles_only_start_no_process(started, con
   assert in_process.run(_SCRIPT, *flags) == loop.FINISHED and started == [None]
 
 
+def test_threads_share_an_arena_unless_they_compile(started, config_flag, tmp_path, monkeypatch):
+  flags = config_flag, f'--workdir={tmp_path / "run"}'
+  shared = []
+  monkeypatch.setattr(heap, 'share_arena', lambda: shared.append(True))
+  monkeypatch.setattr(loop, 'compile_steps', lambda *_: loop.FINISHED)
+  assert in_process.run(_SCRIPT, *flags, '--compile_only') == loop.FINISHED and not shared
+  assert in_process.run(_SCRIPT, *flags) == loop.FINISHED and shared == [True]
+
+
 def test_several_processes_are_refused_before_they_meet(started, config_flag, tmp_path, capfd):
   flags = config_flag, f'--workdir={tmp_path / "run"}', '--compile_separately', '--distributed=auto'
   assert in_process.run(_SCRIPT, *flags) == 2

@@ -30,11 +30,12 @@ go_on.set()
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'malloc_info'), reason='another C library than glibc')
 @pytest.mark.parametrize('environment, call, heaps', [
     ({}, '', 5),  # the control: one of the main thread, one of each other
-    ({}, 'heap.configure()', 1),
-    ({'JAX_PLATFORMS': 'cpu'}, 'heap._ACCELERATORS = ("sys",); heap.configure()', 1),
-    ({}, 'heap._ACCELERATORS = ("no_such_package", "sys"); heap.configure()', 5),  # JAX finds an accelerator
-    ({'JAX_PLATFORMS': 'cuda'}, 'heap.configure()', 5),
-    ({'MALLOC_ARENA_MAX': '2'}, 'heap.configure()', 2),
+    ({}, 'heap.keep_memory()', 5),
+    ({}, 'heap.share_arena()', 1),
+    ({'JAX_PLATFORMS': 'cpu'}, 'heap._ACCELERATORS = ("sys",); heap.share_arena()', 1),
+    ({}, 'heap._ACCELERATORS = ("no_such_package", "sys"); heap.share_arena()', 5),  # JAX finds an accelerator
+    ({'JAX_PLATFORMS': 'cuda'}, 'heap.share_arena()', 5),
+    ({'MALLOC_ARENA_MAX': '2'}, 'heap.share_arena()', 2),
 ])
 def test_threads_share_one_heap_where_jax_can_only_use_the_cpu(environment, call, heaps):
   env = {'PYTHONPATH': ':'.join(p for p in sys.path if p), **environment}
@@ -60,7 +61,7 @@ print(use())
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'malloc_info'), reason='another C library than glibc')
-@pytest.mark.parametrize('call, faults', [('', True), ('heap.configure()', False)])
+@pytest.mark.parametrize('call, faults', [('', True), ('heap.keep_memory()', False)])
 def test_freed_memory_serves_the_next_step_without_page_faults(call, faults):
   env = {'PYTHONPATH': ':'.join(p for p in sys.path if p), 'JAX_PLATFORMS': 'cpu'}
   done = subprocess.run([sys.executable, '-c', _FAULTS, call], env=env, capture_output=True, text=True, check=True)

@@ -105,7 +105,7 @@ def run(main: Callable[[], int], local: Sequence[str] = ()) -> None:
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # TensorFlow only feeds data; oneDNN would print a notice
   # Batches and their parts are made in parallel; splitting ops as well made 0.8 times as many JPEGs on two cores.
   os.environ.setdefault('TF_NUM_INTRAOP_THREADS', '1')
-  heap.configure()
+  heap.keep_memory()
   logging.set_verbosity(logging.WARNING)  # no progress messages of libraries
   _silence_repeated_errors()
   app.run(lambda _: sys.exit(guarded(main)), flags_parser=lambda argv: _parse(argv, local))
