@@ -28,6 +28,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/env.sh
 . launch/env.sh
 export UNI_MOE_DATA="${UNI_MOE_DATA:-$HOME/.cache/uni_moe_jax}"
+export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}"  # huge pages: steps on a CPU are 4 % faster
 workdir="${WORKDIR:-runs/quickstart}"
 readonly preempted=75
 

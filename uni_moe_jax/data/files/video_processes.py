@@ -57,7 +57,8 @@ class VideoProcesses:
       if process is None:
         process = self._local.process = _Process()
       try:
-        results.extend(process.read(reader, videos[len(results):], hashes[len(results):]))
+        for result in process.read(reader, videos[len(results):], hashes[len(results):]):
+          results.append(result)  # what was read before the process ends counts
       except BaseException as e:
         del self._local.process  # it may still answer, which the next videos must not get
         if not isinstance(e, EOFError | OSError):
