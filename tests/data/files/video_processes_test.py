@@ -93,6 +93,15 @@ def test_processes_end_when_nothing_reads_videos_anymore(tmp_path, two_cores):
   _wait_for(lambda: not processes.children('self') - before)
 
 
+def test_a_fork_does_not_wait_for_processes_of_its_parent(tmp_path, two_cores):
+  videos = VideoProcesses()
+  read = lambda: videos.read(FakeReader(tmp_path), [b'wait for 2', b'wait for 1'], [1, 2])
+  read()
+  child = subprocess.Popen([sys.executable, '-c', ''], preexec_fn=gc.collect)  # with Python's work after a fork
+  assert child.wait(timeout=60) == 0
+  np.testing.assert_array_equal(read(), [[1, True], [2, True]])
+
+
 def _runs(pid):
   try:
     return pathlib.Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'

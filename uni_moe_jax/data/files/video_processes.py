@@ -82,7 +82,7 @@ class _Process:
     self._popen = subprocess.Popen(
         [sys.executable, '-m', __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})
-    self._end = weakref.finalize(self, _end, self._popen)
+    self._end = weakref.finalize(self, _end, self._popen, os.getpid())
 
   def read(self, reader: VideoReader, videos: Sequence[bytes], hashes: Sequence[int],
            ) -> Iterator[np.ndarray | CorruptVideo]:
@@ -108,7 +108,9 @@ class _Process:
     return self._popen.returncode
 
 
-def _end(popen: subprocess.Popen) -> None:
+def _end(popen: subprocess.Popen, owner: int) -> None:
+  if os.getpid() != owner:  # a fork, which drops what other threads have; waiting there would not end
+    return
   try:
     popen.communicate(timeout=_SECONDS)
   except subprocess.TimeoutExpired:
