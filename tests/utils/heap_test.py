@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from tests.helpers import in_process, processes
+from uni_moe_jax.utils import heap
+
 _COUNTED = """
 import ctypes, sys, threading
 from uni_moe_jax.utils import heap
@@ -41,6 +44,13 @@ def test_threads_share_one_heap_where_jax_can_only_use_the_cpu(environment, call
   env = {'PYTHONPATH': ':'.join(p for p in sys.path if p), **environment}
   done = subprocess.run([sys.executable, '-c', _COUNTED, call], env=env, capture_output=True, text=True, check=True)
   assert done.stdout.count('<heap nr=') == heaps
+
+
+def test_threads_of_the_service_share_one_heap(monkeypatch, capfd):
+  shared = []
+  monkeypatch.setattr(heap, 'share_arena', lambda: shared.append(True))
+  assert in_process.run(processes.ROOT / 'launch/serve.py') == 2 and shared == [True]
+  assert 'give either --model' in capfd.readouterr().err
 
 
 _FAULTS = """
