@@ -29,7 +29,7 @@ from uni_moe_jax.utils.errors import UsageError
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  """4 layers, width 128, 8 experts, images of 64 pixels in patches of 8; or the model of the run."""
+  """4 layers, width 128, 8 experts, images of 64 pixels in patches of 16; or the model of the run."""
   a = config.arguments(
       arg, __file__, dict(sources='', run='', mode='finetune'), dict(mode=finetuning.MODES), required=('sources',))
   paths = [storage.path(name, f'own:{arg}') for name in a.sources.split('+')]
@@ -45,10 +45,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     c = config.base()
     presets.small(c)
     c.tokenizer.allow_smaller_vocab = True  # the amount of text is unknown
+    c.model.frame_differences = any('video' in summary['columns'].values() for summary in summaries.values())
   c.data.dir = directory
-  for name, summary in summaries.items():
-    classes = {column: x['names'] for column, x in summary['classes'].items()}
-    presets.own(c, name, summary['columns'], classes, summary['splits'])
+  presets.own(c, summaries)
   if a.run:
     finetuning.share_temperatures(c, plan)
     finetuning.MODES[a.mode](c)

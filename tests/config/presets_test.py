@@ -1,15 +1,21 @@
 """Tasks of own data: names of tasks, evaluators and target sets."""
 
+import pytest
+
 from uni_moe_jax import config
 from uni_moe_jax.config import presets
 from uni_moe_jax.config.plan import make_plan
 
 
+def _summary(columns, classes=('a', 'b'), splits=('train', 'test'), characters=20):
+  classes = {column: {'names': classes} for column, content in columns.items() if content == 'class'}
+  return {'columns': columns, 'classes': classes, 'splits': dict.fromkeys(splits, 9),
+          'characters': {'97 %': [characters]}}
+
+
 def _own(sources):
   c = config.base()
-  for name, columns in sources.items():
-    classes = {column: ('a', 'b') for column, content in columns.items() if content == 'class'}
-    presets.own(c, name, columns, classes, ('train', 'test'))
+  presets.own(c, {name: _summary(columns) for name, columns in sources.items()})
   make_plan(c)
   tasks = {name: (t.type, t.label_column) for name, t in c.tasks.items()}
   return tasks, {name: e.task for name, e in c.evaluators.items()}, set(c.target_sets)
@@ -40,10 +46,48 @@ def test_tasks_of_two_sources_with_one_name_are_two_tasks():
 def test_a_validation_split_can_choose_a_checkpoint_beside_the_test_split_or_alone():
   def evaluators(*splits):
     c = config.base()
-    presets.own(c, 'pets', {'image': 'image', 'breed': 'class'}, {'breed': ('a', 'b')}, splits)
+    presets.own(c, {'pets': _summary({'image': 'image', 'breed': 'class'}, splits=splits)})
     return {name: (e.split, e.during_training) for name, e in c.evaluators.items()}
   assert evaluators('train') == {}
   assert evaluators('train', 'test') == {'pets breed': ('test', False)}
   assert evaluators('train', 'validation') == {'pets breed': ('validation', True)}
   assert evaluators('train', 'validation', 'test') == {
       'pets breed': ('test', False), 'pets breed, validation': ('validation', True)}
+
+
+def _tasks(*summaries, **model):
+  c = config.base()
+  presets.small(c)
+  c.model.update(model)
+  presets.own(c, {f'data{i}': s for i, s in enumerate(summaries)})
+  make_plan(c)
+  return c.tasks
+
+
+def test_the_tokens_of_a_step_are_divided_between_tasks_by_their_shares():
+  photos = _summary({'image': 'image', 'captions': 'texts', 'breed': 'class'})
+  tasks = _tasks(photos, _summary({'video': 'video', 'motion': 'class'}), _summary({'text': 'text'}, characters=400))
+  # 10,240 tokens in 3 + 2 + 1 + 1 + 1 shares of 1,280. An image has (64 / 16)² = 16, a video eight times as many, a
+  # caption 16, and as many queries, a text 64: at most 120, 53, 80, 10 and 20 examples.
+  assert {name: t.batch_size for name, t in tasks.items()} == {
+      'data0_retrieval': 96, 'data0_caption': 48, 'data0_breed': 80, 'data1_motion': 8, 'data2_words': 16}
+  assert {t.batch_size for t in _tasks(photos, width=512, num_heads=8).values()} == {96}
+  assert _tasks(*[_summary({'video': 'video', 'motion': 'class'})] * 20)['data0_motion'].batch_size == 8
+
+
+@pytest.mark.parametrize('characters, tokens', [(0, 8), (16, 8), (17, 16), (32, 16), (63, 32), (500, 32)])
+def test_captions_and_texts_are_as_long_as_those_of_the_data(characters, tokens):
+  tasks = _tasks(_summary({'image': 'image', 'captions': 'texts'}, characters=characters))
+  assert tasks.data0_caption.max_len == tasks.data0_retrieval.max_len == tokens
+  words = _tasks(_summary({'text': 'text'}, characters=characters)).data0_words
+  assert (words.max_len, words.max_predictions) == (64 if characters == 500 else tokens, min(12, tokens))
+
+
+def test_images_are_mirrored_and_with_them_left_and_right_but_not_where_a_class_names_a_side():
+  columns = {'image': 'image', 'captions': 'texts', 'hand': 'class'}
+  tasks = _tasks(_summary(columns), _summary(columns, classes=('Left hand', 'Right hand')),
+                 _summary({'video': 'video', 'captions': 'texts', 'motion': 'class'}))
+  assert {name: (t.random_flip, t.mirrored_words) for name, t in tasks.items()} == {
+      **{f'data{i}_{name}': (True, (('left', 'right'),)) for i in (0, 1) for name in ('retrieval', 'caption')},
+      'data0_hand': (True, ()), 'data1_hand': (False, ()),
+      **{f'data2_{name}': (False, ()) for name in ('retrieval', 'caption', 'motion')}}

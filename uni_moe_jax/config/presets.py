@@ -1,6 +1,7 @@
 """Shared by config files: published choices, a small model, tasks of embedded and of your own data."""
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -10,6 +11,14 @@ from uni_moe_jax.config import schema
 
 NAME_TOKENS = 16  # tokens of a glyph's name, `eot` included: enough for 97 % of them
 TEXT_TOKENS = 64
+_CAPTION_TOKENS = 32  # at most, of your own captions
+# Of a step on your own data, by the model's width: about a second on two CPU cores, or for an accelerator.
+_STEP_TOKENS = ((256, 10_240), (math.inf, 65_536))
+# Shares of these tokens, and weights of losses, by evaluator: names of images are learned last.
+_SHARES = {'retrieval': 3, 'caption': 2, 'classification': 1, 'mlm': 1}
+_LOSS_WEIGHTS = {'retrieval': 2.0, 'caption': 1.5, 'classification': 1.0, 'mlm': 1.0}
+_BATCH_MULTIPLE, _MAX_BATCH = 8, 96
+_SIDES = ('left', 'right')
 _CANDIDATES = 5000  # of retrieval over your own data, as in the largest published ones: all pairs are scored in memory
 # Evaluated splits of glyphs and videos, and what is new in them.
 UNSEEN = (('test_characters', 'unseen characters'), ('test_fonts', 'unseen fonts'))
@@ -43,31 +52,55 @@ def prompt_tune(c: ml_collections.ConfigDict, num_prompts: int = 8, sharing: str
 def small(c: ml_collections.ConfigDict) -> None:
   """A model of 64-pixel images that learns on a few CPU cores, and settings for short runs."""
   c.model.update(dict(
-      num_layers=4, width=128, num_heads=2, mlp_dim=512, image_size=64, patch_size=8, max_text_len=TEXT_TOKENS,
-      layer_scale_init=0.5, remat=False, word_neighbors=2))
-  c.optim.update(dict(learning_rate=1e-3, warmup_steps=60))
-  c.train.update(dict(steps=800, log_every=20, checkpoint_every=200))
+      num_layers=4, width=128, num_heads=2, mlp_dim=512, image_size=64, patch_size=16, max_text_len=TEXT_TOKENS,
+      layer_scale_init=0.5, remat=False, word_neighbors=2, stem='conv'))
+  c.optim.update(dict(name='muon', learning_rate=4e-3, warmup_steps=60))
+  c.train.update(dict(steps=600, log_every=20, checkpoint_every=200))
 
 
-def own(
-    c: ml_collections.ConfigDict, name: str, columns: Mapping[str, str], classes: Mapping[str, Sequence[str]],
-    splits: Collection[str]) -> None:
+def own(c: ml_collections.ConfigDict, summaries: Mapping[str, Mapping[str, Any]]) -> None:
   """Add tasks and evaluators for the columns of your own prepared data.
 
   Tasks are called NAME_retrieval, NAME_caption, NAME_words, and NAME_COLUMN for a column of classes, with '_' for a dot
-  (which no config key can have), and '_2' appended if the name is taken.
+  (which no config key can have), and '_2' appended if the name is taken. The tokens of a step are divided between
+  them. Images are cropped and mirrored in training, unless a class is called left or right.
 
   Args:
     c: config with a model.
-    name: of the data.
-    columns: column → its content, classes: class column → its classes, splits: existing splits; all as in
-      prepared.json.
+    summaries: name of the data → its prepared.json.
   """
-  source = f'own:{name}'
+  shares = {}
+  for name, summary in summaries.items():
+    shares |= _add_own_tasks(c, name, summary)
+  tokens = next(tokens for width, tokens in _STEP_TOKENS if c.model.width <= width) / sum(shares.values())
+  for name, share in shares.items():
+    task = c.tasks[name]
+    examples = int(tokens * share / _tokens(c, task))
+    task.batch_size = min(max(examples // _BATCH_MULTIPLE, 1) * _BATCH_MULTIPLE, _MAX_BATCH)
+
+
+def _tokens(c: ml_collections.ConfigDict, task: ml_collections.ConfigDict) -> int:
+  """Of an example."""
+  visual = max(task.num_frames, 1) * (c.model.image_size // c.model.patch_size) ** 2
+  texts = 2 if task.type.endswith('caption') else 1  # a caption has as many queries
+  return texts * task.max_len + (0 if task.type.startswith('text') else visual)
+
+
+def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str, Any]) -> dict[str, int]:
+  """{name of a task: its share of a step's tokens}."""
+  shares = {}
+  source, columns, characters = f'own:{name}', summary['columns'], summary['characters'].get('97 %', [0])[0]
   visual = next((media for media in ('image', 'video') if media in columns.values()), '')
-  evaluated = [s for s in ('test', 'validation') if s in splits]
-  video = dict(num_frames=min(8, c.model.max_num_frames), crop='jittered_crop') if visual == 'video' else {}
+  evaluated = [s for s in ('test', 'validation') if s in summary['splits']]
   text = next((column for column in ('text', 'text_a', 'text_b') if column in columns), None)
+  if visual == 'image':
+    media = dict(crop='random_resized_crop', min_crop_area=0.5)
+  else:
+    media = dict(num_frames=min(8, c.model.max_num_frames), crop='jittered_crop') if visual else {}
+
+  def max_len(bound: int, template: int = 1) -> int:
+    # Pieces of a small vocabulary have two to three characters. The template's own are added.
+    return int(min(bound, -(-(characters / 2.3 + template) // 8) * 8))
 
   def unused_name(suffix: str) -> str:
     task_name, taken = f'{name}_{suffix}'.replace('.', '_'), {t.replace('_', ' ') for t in c.tasks}
@@ -76,7 +109,9 @@ def own(
     return task_name
 
   def add(task_name: str, evaluator: str, task_type: str, **values: Any) -> None:
-    c.tasks[task_name] = config.task(task_type, source, **values)
+    shares[task_name] = _SHARES[evaluator]
+    c.tasks[task_name] = config.task(
+        task_type, source, batch_size=_BATCH_MULTIPLE, loss_weight=_LOSS_WEIGHTS[evaluator], **values)
     for split in evaluated:
       suffix = ', validation' if split != evaluated[0] else ''
       c.evaluators[task_name.replace('_', ' ') + suffix] = config.evaluator(
@@ -89,21 +124,28 @@ def own(
     return 'vocabulary'
 
   if visual and 'captions' in columns:
-    captions = dict(caption_templates=('{captions}',), max_len=32, **video)
-    add(unused_name('retrieval'), 'retrieval', f'{visual}_retrieval', batch_size=32, **captions)
-    add(unused_name('caption'), 'caption', f'{visual}_caption', batch_size=16, target_set=vocabulary(), **captions)
+    values = dict(caption_templates=('{captions}',), max_len=max_len(_CAPTION_TOKENS), **media)
+    if visual == 'image':
+      values |= dict(random_flip=True, mirrored_words=(_SIDES,))
+    add(unused_name('retrieval'), 'retrieval', f'{visual}_retrieval', **values)
+    add(unused_name('caption'), 'caption', f'{visual}_caption', target_set=vocabulary(), **values)
   if not visual and columns.get('text') == 'text':
-    add(unused_name('words'), 'mlm', 'text_mlm', batch_size=32, target_set=vocabulary(), max_len=TEXT_TOKENS,
-        max_predictions=12)
+    tokens = max_len(TEXT_TOKENS)
+    add(unused_name('words'), 'mlm', 'text_mlm', target_set=vocabulary(), max_len=tokens,
+        max_predictions=min(12, tokens))
   template = '{text_a} <eot> <spe> , {text_b} <eot>' if 'text_b' in columns else f'{{{text}}} <eot> it is <spe> . <eot>'
-  values = video if visual else dict(template=template, max_len=TEXT_TOKENS)
-  for column, names in classes.items():
+  for column, classes in summary['classes'].items():
+    names = classes['names']
     if len(names) >= 2 and (visual or text):
       task_name = unused_name(column)
       c.target_sets[task_name] = config.target_set(
           f'{source}/{column}', family='names' if visual else 'words', max_len=32)
-      add(task_name, 'classification', f'{visual or "text"}_classification', batch_size=32, target_set=task_name,
-          label_column=column, **values)
+      has_sides = any(side in name.lower().split() for name in names for side in _SIDES)
+      values = dict(random_flip=visual == 'image' and not has_sides, **media) if visual else dict(
+          template=template, max_len=max_len(TEXT_TOKENS, template=8))
+      add(task_name, 'classification', f'{visual or "text"}_classification', target_set=task_name, label_column=column,
+          **values)
+  return shares
 
 
 def embedded(c: ml_collections.ConfigDict) -> None:

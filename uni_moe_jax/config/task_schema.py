@@ -50,9 +50,12 @@ class TaskConfig:
       'begins with the first frame. 0: one of each of T equal parts.', at_least=0)
   crop: str = field(
       'resize_crop', 'Crop of images and videos of files: resize_crop (the short side is resized to image_size, then a '
-      'window), random_resized_crop (a random part of 8–100 % of the area; evaluation: the center of 256/224 of the '
-      'size), jittered_crop (resize_crop with a short side of 256/224 to 320/224 of the size; published for videos).',
+      'window), random_resized_crop (a random part, see min_crop_area; evaluation: the center of 256/224 of '
+      'the size), jittered_crop (resize_crop with a short side of 256/224 to 320/224 of the size; published for '
+      'videos).',
       choices=('resize_crop', 'random_resized_crop', 'jittered_crop'))
+  min_crop_area: float = field(
+      0.08, 'Smallest part of random_resized_crop, as a fraction of the area; published: 0.08.', above=0, at_most=1)
   random_flip: bool = field(False, 'Mirrors half of the training images and videos of files.')
   mirrored_words: tuple[tuple[str, ...], ...] = field(
       (), "Pairs of words that change places in the texts and answers of a mirrored image or video of files, such as "

@@ -168,6 +168,8 @@ def check_task(name: str, t: TaskConfig, task_type: TaskType, c: Config) -> None
           f"{field}.caption_templates is empty; give at least one template, for example ('{{caption}}',).")
   fail_if(t.frame_stride and not t.num_frames,
           f'{field}.frame_stride={t.frame_stride} needs config.{field}.num_frames > 0; set it to 0.')
+  fail_if(t.min_crop_area != TaskConfig.min_crop_area and t.crop != 'random_resized_crop',
+          f"{field}.min_crop_area={t.min_crop_area} needs config.{field}.crop='random_resized_crop', not {t.crop!r}.")
   fail_if(t.mirrored_words and not t.random_flip,
           f'{field}.mirrored_words={t.mirrored_words} needs config.{field}.random_flip=True.')
   fail_if(any(len(pair) != 2 for pair in t.mirrored_words),

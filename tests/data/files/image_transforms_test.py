@@ -12,8 +12,8 @@ from uni_moe_jax.data.files import image_transforms
 from uni_moe_jax.data.pipeline import hashing
 
 
-def _draw(i=0, crop='resize_crop'):
-  draws = image_transforms.draws(hashing.mix_constant('images', i)[None], crop)
+def _draw(i=0, crop='resize_crop', min_area=0.08):
+  draws = image_transforms.draws(hashing.mix_constant('images', i)[None], crop, min_area)
   return {purpose: value[0] for purpose, value in draws.items()}
 
 
@@ -34,8 +34,9 @@ def _resize_crop(image, size, draw):
   return _flip(image_transforms.resize_and_crop(image, size, draw, 'resize_crop'), draw)
 
 
-def _random_resized_crop(image, size, i):
-  return image_transforms.resize_and_crop(image, size, _draw(i, 'random_resized_crop'), 'random_resized_crop').numpy()
+def _random_resized_crop(image, size, i, min_area=0.08):
+  draw = _draw(i, 'random_resized_crop', min_area)
+  return image_transforms.resize_and_crop(image, size, draw, 'random_resized_crop').numpy()
 
 
 def _evaluate(image, size, crop='random_resized_crop'):
@@ -178,6 +179,14 @@ def test_random_resized_crops_keep_the_published_bounds_and_are_anywhere():
     assert position.min() < 0.1 and position.max() > 0.9 and 0.35 < position.mean() < 0.65
 
 
+def test_the_smallest_random_part_is_that_of_the_task():
+  H, W = 240, 320
+  crops = [_random_resized_crop(_coordinates(H, W), 64, i, min_area=0.5) for i in range(40)]
+  height, width, _, _ = np.array([_part(made, H, W) for made in crops]).T
+  share = height * width / (H * W)
+  assert 0.47 < share.min() < 0.6 and 0.85 < share.max() < 1.05
+
+
 @pytest.mark.parametrize('down', [False, True])
 def test_an_image_too_long_for_any_draw_is_cropped_to_the_largest_allowed_center(down):
   # 10 × 1000: 4/3 of 10 is 13, with 493 before it; none of the 987 others may be visible.
@@ -300,7 +309,7 @@ def test_pngs_that_are_read_together_equal_those_read_one_by_one(crop, training)
   # The size itself, smaller, larger, and too long for any draw of an area.
   files = tf.stack([_encode(_noise(*sides), 'PNG') for sides in [(16, 16), (9, 14), (40, 31), (8, 200)]])
   hashes = tf.stack([hashing.mix_constant('images', i) for i in range(4)])
-  draws = image_transforms.draws(hashes, crop) if training else {}
+  draws = image_transforms.draws(hashes, crop, 0.08) if training else {}
   read = image_transforms.png_reader(files, 3, 16, draws, crop)
   for i in range(4):
     np.testing.assert_array_equal(read(i), _read_fast(files[i], 16, _draw(i, crop) if training else None, crop))

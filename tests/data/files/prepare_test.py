@@ -41,7 +41,19 @@ def test_splits_are_those_that_the_data_names_and_statistics_report_sizes_and_ca
   # captions, and seven with fields that cannot be columns.
   assert images[2]['splits'] == {'train': 24 + 13 + 2 + 7, 'test': 6}
   assert images[2]['sizes']['median'] == [32, 24]
-  assert images[2]['captions_per_example'] == {'min': [1], 'median': [2], 'max': [2]}
+  assert images[2]['captions_per_example'] == {'min': [1], 'median': [2], '97 %': [2], 'max': [2]}
+
+
+def test_characters_are_those_of_the_longest_caption_or_of_the_text_columns_together(tmp_path):
+  (tmp_path / 'in').mkdir()
+  pairs = _prepare(tmp_path, [{'text_a': 'x' * i, 'text_b': 'yy', 'label': i} for i in range(1, 101)], 'pairs')
+  assert pairs['characters'] == {'min': [3], 'median': [53], '97 %': [100], 'max': [102]}
+  (tmp_path / 'in/train.jsonl').unlink()
+  for i in range(3):
+    own_files.write_image(tmp_path / f'in/{i}.png', 'red', i)
+  images = _prepare(tmp_path, [{'image': f'{i}.png', 'captions': ['a', 'b' * (i + 4)]} for i in range(3)], 'images')
+  assert images['characters'] == {'min': [4], 'median': [5], '97 %': [6], 'max': [6]}
+  assert 'characters: min 4, median 5, 97 % 6, max 6' in describe(images)
 
 
 def test_every_skipped_row_has_a_reason_and_first_locations(images):
@@ -275,7 +287,7 @@ def test_a_damaged_array_costs_its_own_rows_only(tmp_path, damage):
 
 @pytest.mark.parametrize('name, damage, message', [
     ('prepared.json', lambda data: data[:100], 'prepared.json is damaged'),
-    ('prepared.json', lambda data: data.replace(b'"format": 4', b'"format": 3'), 'prepared.json has format 3, not 4'),
+    ('prepared.json', lambda data: data.replace(b'"format": 5', b'"format": 4'), 'prepared.json has format 4, not 5'),
     ('train-text.npy', lambda data: data[:-1], 'train-text.npy cannot be read'),
     ('train-text.npy', lambda data: b'', 'train-text.npy cannot be read')])
 def test_the_error_for_damaged_prepared_data_gives_the_command(tmp_path, name, damage, message):

@@ -114,12 +114,16 @@ def test_a_jittered_crop_shows_224_to_280_of_a_short_side_of_320():
   assert 224 <= min(widths) < 230 and 274 < max(widths) <= 280
 
 
-def test_random_resized_crops_keep_their_bounds():
-  reader = video_pixels.VideoReader(8, 1, 'random_resized_crop', False, True)
+@pytest.mark.parametrize('min_area', [0.08, 0.5])
+def test_random_resized_crops_keep_their_bounds(min_area):
+  reader = video_pixels.VideoReader(8, 1, 'random_resized_crop', False, True, min_area=min_area)
+  shares = []
   for i in range(200):
     left, top, right, bottom = reader._random_box(splitmix.mix(i), 60, 80)
-    share, ratio = (right - left) * (bottom - top) / 4800, (right - left) / (bottom - top)
-    assert 0.0799 <= share <= 1 and 0.749 < ratio < 1.334
+    ratio = (right - left) / (bottom - top)
+    shares.append((right - left) * (bottom - top) / 4800)
+    assert 0.749 < ratio < 1.334
+  assert min_area - 1e-4 <= min(shares) < min_area + 0.05 and max(shares) <= 1
   # A video of 10 × 1000: no draw fits, then 10 high and 13.3 wide.
   left, top, right, bottom = reader._random_box(3, 10, 1000)
   assert (bottom - top, round(right - left, 1)) == (10, 13.3)

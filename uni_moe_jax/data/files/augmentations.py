@@ -116,15 +116,14 @@ OPERATIONS: dict[str, Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]] = 
         image, 1.0, 0.0, 0.0, 0.0, 1.0, sign * level * 0.45 * tf.cast(tf.shape(image)[0], tf.float32))}
 
 
-def random_sides(sides: tf.Tensor, area: tf.Tensor, ratio: tf.Tensor, area_range: tuple[float, float],
-                 ratio_range: tuple[float, float]) -> tf.Tensor:
+def random_sides(sides: tf.Tensor, area: tf.Tensor, ratio: tf.Tensor, ratio_range: tuple[float, float]) -> tf.Tensor:
   """Sides of random rectangles, float32 [2, ..., n], whose areas are relative to that of an image of sides [..., 2].
 
-  area, ratio: f32 [..., n] in [0, 1), where in their ranges the area is, and, on a logarithmic scale, the ratio of the
-  sides.
+  area, ratio: f32 [..., n]: the fraction of the area, and in [0, 1) where in its range, on a logarithmic scale, the
+  ratio of the sides is.
   """
-  (low, high), log = area_range, [math.log(r) for r in ratio_range]
-  area = tf.cast(tf.reduce_prod(sides, -1, keepdims=True), tf.float32) * (low + (high - low) * area)
+  log = [math.log(r) for r in ratio_range]
+  area = tf.cast(tf.reduce_prod(sides, -1, keepdims=True), tf.float32) * area
   ratio = tf.exp(log[0] + (log[1] - log[0]) * ratio)
   return tf.round(tf.sqrt([area * ratio, area / ratio]))
 
@@ -137,8 +136,9 @@ def random_erasing(image: tf.Tensor, h: tf.Tensor, probability: float) -> tf.Ten
   H, W = tf.unstack(tf.shape(image)[:2])
   draws = hashing.mix_tensor(h, tf.range(MAX_DRAWS, dtype=tf.int64))
   area, ratio = (hashing.uniform(hashing.mix_tensor(draws, purpose)) for purpose in ('erased area', 'erased aspect'))
+  low, high = _ERASED_AREA
   height, width = tf.unstack(tf.cast(
-      random_sides(tf.stack([H, W]), area, ratio, _ERASED_AREA, _ERASED_ASPECT), tf.int32))
+      random_sides(tf.stack([H, W]), low + (high - low) * area, ratio, _ERASED_ASPECT), tf.int32))
   fits = (height < H) & (width < W)
   first = tf.minimum(tf.where(tf.concat([fits, [True]], 0))[0, 0], MAX_DRAWS - 1)
   height, width = height[first], width[first]

@@ -159,7 +159,8 @@ class _Batch:
       if not isinstance(first, CorruptExample):
         video.check_decoder(first[self._media_column])  # in a thread of TensorFlow the error would be a traceback
     self._video_reader = video_pixels.VideoReader(
-        b.size, task.num_frames, task.crop, task.random_flip, b.training, b.num_views, b.num_crops, task.frame_stride)
+        b.size, task.num_frames, task.crop, task.random_flip, b.training, b.num_views, b.num_crops, task.frame_stride,
+        task.min_crop_area)
     self._mirror_words = (
         file_dataset_features.word_mirror(task.mirrored_words) if b.training and task.mirrored_words else None)
     self._tables = file_dataset_features.label_tables(task, records, b.keys.get(task.target_set, ()), self.keep)
@@ -287,7 +288,7 @@ class _Batch:
     return tf.io.parse_example(data, {self._media_column: tf.io.FixedLenFeature([], tf.string)})[self._media_column]
 
   def _draws(self, hashes: tf.Tensor) -> dict[str, tf.Tensor]:
-    return image_transforms.draws(hashes, self._task.crop) if self._builder.training else {}
+    return image_transforms.draws(hashes, self._task.crop, self._task.min_crop_area) if self._builder.training else {}
 
   def _read_image(self, encoded: tf.Tensor, draws: dict[str, tf.Tensor], i: tf.Tensor) -> tf.Tensor:
     """uint8 [S, S, C] from the bytes of image i."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import tensorflow as tf
 
 from uni_moe_jax.data.files import augmentations
-from uni_moe_jax.data.files.video_pixels import AREA_RANGE, ASPECT_RANGE, MAX_DRAWS
+from uni_moe_jax.data.files.video_pixels import ASPECT_RANGE, MAX_DRAWS
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.utils import splitmix
 
@@ -24,17 +24,18 @@ _JPEG_MAGIC, _PNG_MAGIC = b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n'
 _RATIOS = (1, 2, 4, 8)  # by which a JPEG can be decoded smaller
 
 
-def draws(hashes: tf.Tensor, crop: str) -> dict[str, tf.Tensor]:
+def draws(hashes: tf.Tensor, crop: str, min_area: float) -> dict[str, tf.Tensor]:
   """What images draw, by purpose, from their hashes uint64 [n].
 
-  'corner' uint64 [n, 2], 'flip' bool [n]; of an area 'area', 'ratio' f32 [n, MAX_DRAWS] in [0, 1); of a jittered crop
-  'short side' uint64 [n].
+  'corner' uint64 [n, 2], 'flip' bool [n]; of a random part 'area', its fraction, from `min_area`, and 'ratio' in
+  [0, 1), f32 [n, MAX_DRAWS]; of a jittered crop 'short side' uint64 [n].
   """
   corner = tf.stack([hashing.mix_tensor(hashes, purpose) for purpose in ('crop down', 'crop right')], 1)
   made = {'corner': corner, 'flip': hashing.uniform(hashing.mix_tensor(hashes, 'flip')) < 0.5}
   if crop == 'random_resized_crop':
     several = hashing.mix_tensor(hashes[:, None], tf.range(MAX_DRAWS, dtype=tf.int64))
-    made |= {purpose: hashing.uniform(hashing.mix_tensor(several, purpose)) for purpose in ('area', 'ratio')}
+    area, ratio = (hashing.uniform(hashing.mix_tensor(several, purpose)) for purpose in ('area', 'ratio'))
+    made |= {'area': min_area + (1 - min_area) * area, 'ratio': ratio}
   elif crop == 'jittered_crop':
     made['short side'] = hashing.mix_tensor(hashes, 'short side')
   return made
@@ -139,12 +140,14 @@ def jittered_short_side(size: int, draw: Draw) -> tf.Tensor:
 
 
 def _random_part(sides: tf.Tensor, draw: Draw) -> tuple[tf.Tensor, tf.Tensor]:
-  """Inception's crop: 8 to 100 % of the area, aspect ratio 3/4 to 4/3; (corner, sides) int32 [..., 2].
+  """Inception's crop: a part (published: 8 to 100 % of the area), width / height 3/4 to 4/3.
+
+  Returns (corner, sides), int32 [..., 2].
 
   The first of ten draws that fits; if none does, as in a very long image, the largest center that the ratios allow.
   """
   H, W = tf.split(tf.cast(sides, tf.float32), 2, -1)
-  width, height = tf.unstack(augmentations.random_sides(sides, draw['area'], draw['ratio'], AREA_RANGE, ASPECT_RANGE))
+  width, height = tf.unstack(augmentations.random_sides(sides, draw['area'], draw['ratio'], ASPECT_RANGE))
   fits = (height <= H) & (width <= W) & (height >= 1) & (width >= 1)
   # The fallback comes after the draws and always fits.
   height = tf.concat([height, tf.minimum(H, tf.round(W / ASPECT_RANGE[0]))], -1)

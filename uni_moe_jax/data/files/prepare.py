@@ -39,7 +39,7 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.files import check_renames_folders
 
 FOLDER, SUMMARY = 'own', 'prepared.json'
-FORMAT = 4  # of prepared data; data of another format must be prepared again
+FORMAT = 5  # of prepared data; data of another format must be prepared again
 VERSION = '1.0.0'  # of a dataset, by default
 _FILE_BYTES, _FILE_ROWS = 2**28, 2**20  # after which another file of records begins
 

@@ -16,8 +16,8 @@ from uni_moe_jax.data.files import video
 from uni_moe_jax.utils import splitmix
 
 JITTER = (256 / 224, 320 / 224)  # short side, relative to the size
-# Of a random part: fraction of the area, width / height; number of draws.
-AREA_RANGE, ASPECT_RANGE, MAX_DRAWS = (0.08, 1.0), (3 / 4, 4 / 3), 10
+# Of a random part: width / height; number of draws.
+ASPECT_RANGE, MAX_DRAWS = (3 / 4, 4 / 3), 10
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -27,12 +27,12 @@ class VideoReader:
 
   def __init__(
       self, size: int, num_frames: int, crop: str, flip: bool, training: bool, num_views: int = 1, num_crops: int = 1,
-      frame_stride: float = 0.0):
+      frame_stride: float = 0.0, min_area: float = 0.08):
     """size: S. num_frames: T. crop: see `image_transforms.read`. num_views, num_crops: in evaluation.
 
-    frame_stride: in frames at 30 per second; 0: frames of segments.
+    frame_stride: in frames at 30 per second; 0: frames of segments. min_area: of a random part, as a fraction.
     """
-    self._frame_stride = frame_stride
+    self._frame_stride, self._min_area = frame_stride, min_area
     self._size, self._num_frames, self._crop, self._flip, self._training = size, num_frames, crop, flip, training
     self._num_views, self._num_crops = (1, 1) if training else (num_views, num_crops)
     number = self._num_views * self._num_crops
@@ -62,7 +62,7 @@ class VideoReader:
   def _random_box(self, h: int, H: int, W: int) -> Box:
     """The part of an [H, W] frame that becomes [S, S]."""
     if self._crop == 'random_resized_crop':
-      height, width = _random_sides(h, H, W)
+      height, width = _random_sides(h, H, W, self._min_area)
     else:
       # A window of S in a frame with a short side of r · S: 1 / r of the short side of the original.
       low, high = JITTER
@@ -84,11 +84,11 @@ def _spread_boxes(H: int, W: int, number: int) -> list[Box]:
   return [((W - side) * p, (H - side) * p, (W - side) * p + side, (H - side) * p + side) for p in positions]
 
 
-def _random_sides(h: int, H: int, W: int) -> tuple[float, float]:
+def _random_sides(h: int, H: int, W: int, min_area: float) -> tuple[float, float]:
   """Height and width of a random part; if no draw fits, the largest that the ratios allow."""
-  (low, high), log = AREA_RANGE, [math.log(r) for r in ASPECT_RANGE]
+  log = [math.log(r) for r in ASPECT_RANGE]
   for t in range(MAX_DRAWS):
-    area = H * W * (low + (high - low) * splitmix.uniform(h, 'area', t))
+    area = H * W * (min_area + (1 - min_area) * splitmix.uniform(h, 'area', t))
     ratio = math.exp(log[0] + (log[1] - log[0]) * splitmix.uniform(h, 'ratio', t))
     height, width = math.sqrt(area / ratio), math.sqrt(area * ratio)
     if height <= H and width <= W:

@@ -9,6 +9,7 @@ from uni_moe_jax.data.preparation.merge import Merged
 from uni_moe_jax.data.preparation.scan import SPLITS
 
 _MAX_DROPPED_FIELDS = 20  # by name
+_QUANTILES = {'min': 0, 'median': 0.5, '97 %': 0.97, 'max': 1}
 
 
 def summarize(merged: Merged, test_fraction: float) -> dict[str, Any]:
@@ -26,20 +27,21 @@ def summarize(merged: Merged, test_fraction: float) -> dict[str, Any]:
       'classes': {column: {'names': list(names), 'counts': {s: count(column, s) for s in splits}}
                   for column, names in merged.classes.items()},
       'sizes': _spread(merged.sizes), 'captions_per_example': _spread(merged.num_captions),
+      'characters': _spread(merged.characters),
       'rewritten': dict(merged.rewritten.most_common()),
       'dropped_fields': dict(merged.dropped_fields.most_common(_MAX_DROPPED_FIELDS)), 'warnings': warnings,
       'skipped': {reason: {'count': n, 'first': locations} for reason, (n, locations) in merged.skipped.items()}}
 
 
 def _spread(counts: Mapping[tuple[int, ...], int]) -> dict[str, list[int]]:
-  """{'min', 'median', 'max'} of each element of tuples of equal length, from how often each occurs; {} for none."""
+  """{name of a quantile: each element's} of tuples of equal length, from how often each occurs; {} for none."""
   spreads = []
   for values in zip(*counts):
     order = np.argsort(values)
     ends = np.cumsum(np.array(list(counts.values()))[order])
-    median = np.searchsorted(ends, ends[-1] // 2, 'right')
-    spreads.append([values[order[i]] for i in (0, median, -1)])
-  return dict(zip(('min', 'median', 'max'), map(list, zip(*spreads))))
+    indices = [np.searchsorted(ends, min(int(share * ends[-1]), ends[-1] - 1), 'right') for share in _QUANTILES.values()]
+    spreads.append([values[order[i]] for i in indices])
+  return dict(zip(_QUANTILES, map(list, zip(*spreads))))
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -49,7 +51,8 @@ def describe(summary: dict[str, Any]) -> str:
   for column, classes in summary['classes'].items():
     names = ', '.join(classes['names'][:8]) + (', …' if len(classes['names']) > 8 else '')
     lines.append(f'{column}: {len(classes["names"])} classes: {names}')
-  for title, spread in (('size', summary['sizes']), ('captions', summary['captions_per_example'])):
+  for title, spread in (('size', summary['sizes']), ('captions', summary['captions_per_example']),
+                        ('characters', summary['characters'])):
     if spread:
       lines.append(f'{title}: ' + ', '.join(f'{k} {" × ".join(map(str, v))}' for k, v in spread.items()))
   lines += [f'warning: {warning}' for warning in summary['warnings']]
