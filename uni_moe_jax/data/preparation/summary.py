@@ -39,7 +39,8 @@ def _spread(counts: Mapping[tuple[int, ...], int]) -> dict[str, list[int]]:
   for values in zip(*counts):
     order = np.argsort(values)
     ends = np.cumsum(np.array(list(counts.values()))[order])
-    indices = [np.searchsorted(ends, min(int(share * ends[-1]), ends[-1] - 1), 'right') for share in _QUANTILES.values()]
+    ranks = [min(int(share * ends[-1]), ends[-1] - 1) for share in _QUANTILES.values()]
+    indices = np.searchsorted(ends, ranks, 'right')
     spreads.append([values[order[i]] for i in indices])
   return dict(zip(_QUANTILES, map(list, zip(*spreads))))
 
