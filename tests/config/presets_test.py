@@ -7,10 +7,10 @@ from uni_moe_jax.config import presets
 from uni_moe_jax.config.plan import make_plan
 
 
-def _summary(columns, classes=('a', 'b'), splits=('train', 'test'), characters=20):
+def _summary(columns, classes=('a', 'b'), splits=('train', 'test'), text_bytes=20):
   classes = {column: {'names': classes} for column, content in columns.items() if content == 'class'}
   return {'columns': columns, 'classes': classes, 'splits': dict.fromkeys(splits, 9),
-          'characters': {'97 %': [characters]}}
+          'text_bytes': {'97 %': [text_bytes]}}
 
 
 def _own(sources):
@@ -66,7 +66,7 @@ def _tasks(*summaries, **model):
 
 def test_the_tokens_of_a_step_are_divided_between_tasks_by_their_shares():
   photos = _summary({'image': 'image', 'captions': 'texts', 'breed': 'class'})
-  tasks = _tasks(photos, _summary({'video': 'video', 'motion': 'class'}), _summary({'text': 'text'}, characters=400))
+  tasks = _tasks(photos, _summary({'video': 'video', 'motion': 'class'}), _summary({'text': 'text'}, text_bytes=400))
   # 10,240 tokens in 3 + 2 + 1 + 1 + 1 shares of 1,280. An image has (64 / 16)² = 16, a video eight times as many, a
   # caption 16, and as many queries, a text 64: at most 120, 53, 80, 10 and 20 examples.
   assert {name: t.batch_size for name, t in tasks.items()} == {
@@ -75,12 +75,12 @@ def test_the_tokens_of_a_step_are_divided_between_tasks_by_their_shares():
   assert _tasks(*[_summary({'video': 'video', 'motion': 'class'})] * 20)['data0_motion'].batch_size == 8
 
 
-@pytest.mark.parametrize('characters, tokens', [(0, 8), (16, 8), (17, 16), (32, 16), (63, 32), (500, 32)])
-def test_captions_and_texts_are_as_long_as_those_of_the_data(characters, tokens):
-  tasks = _tasks(_summary({'image': 'image', 'captions': 'texts'}, characters=characters))
+@pytest.mark.parametrize('text_bytes, tokens', [(0, 16), (34, 16), (35, 24), (63, 32), (500, 32)])
+def test_captions_and_texts_are_as_long_as_those_of_the_data(text_bytes, tokens):
+  tasks = _tasks(_summary({'image': 'image', 'captions': 'texts'}, text_bytes=text_bytes))
   assert tasks.data0_caption.max_len == tasks.data0_retrieval.max_len == tokens
-  words = _tasks(_summary({'text': 'text'}, characters=characters)).data0_words
-  assert (words.max_len, words.max_predictions) == (64 if characters == 500 else tokens, min(12, tokens))
+  words = _tasks(_summary({'text': 'text'}, text_bytes=text_bytes)).data0_words
+  assert (words.max_len, words.max_predictions) == (64 if text_bytes == 500 else tokens, min(12, tokens))
 
 
 def test_images_are_mirrored_and_with_them_left_and_right_but_not_where_a_class_names_a_side():

@@ -8,9 +8,9 @@ from uni_moe_jax.data.files import prepare
 
 _SUMMARIES = {
     'pets': dict(columns={'image': 'image', 'captions': 'texts', 'breed': 'class'}, splits={'train': 9, 'test': 1},
-                 characters={'97 %': [20]},
+                 text_bytes={'97 %': [20]},
                  classes={'breed': {'names': ['cat', 'dog']}}),
-    'diary': dict(columns={'text': 'text'}, splits={'train': 9}, characters={'97 %': [200]},
+    'diary': dict(columns={'text': 'text'}, splits={'train': 9}, text_bytes={'97 %': [200]},
                   classes={})}
 
 

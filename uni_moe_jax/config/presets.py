@@ -89,7 +89,8 @@ def _tokens(c: ml_collections.ConfigDict, task: ml_collections.ConfigDict) -> in
 def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str, Any]) -> dict[str, int]:
   """{name of a task: its share of a step's tokens}."""
   shares = {}
-  source, columns, characters = f'own:{name}', summary['columns'], summary['characters'].get('97 %', [0])[0]
+  source, columns = f'own:{name}', summary['columns']
+  text_bytes = summary['text_bytes'].get('97 %', [0])[0]
   visual = next((media for media in ('image', 'video') if media in columns.values()), '')
   evaluated = [s for s in ('test', 'validation') if s in summary['splits']]
   text = next((column for column in ('text', 'text_a', 'text_b') if column in columns), None)
@@ -99,8 +100,9 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
     media = dict(num_frames=min(8, c.model.max_num_frames), crop='jittered_crop') if visual else {}
 
   def max_len(bound: int, template: int = 1) -> int:
-    # Pieces of a small vocabulary have two to three characters. The template's own are added.
-    return int(min(bound, -(-(characters / 2.3 + template) // 8) * 8))
+    # Pieces of a vocabulary of 2,000 have two to three letters (a Chinese character has three bytes), those of very
+    # few texts one. The template's own are added.
+    return int(min(bound, max(16, -(-(text_bytes / 2.3 + template) // 8) * 8)))
 
   def unused_name(suffix: str) -> str:
     task_name, taken = f'{name}_{suffix}'.replace('.', '_'), {t.replace('_', ' ') for t in c.tasks}

@@ -44,16 +44,16 @@ def test_splits_are_those_that_the_data_names_and_statistics_report_sizes_and_ca
   assert images[2]['captions_per_example'] == {'min': [1], 'median': [2], '97 %': [2], 'max': [2]}
 
 
-def test_characters_are_those_of_the_longest_caption_or_of_the_text_columns_together(tmp_path):
+def test_bytes_of_texts_are_those_of_the_longest_caption_or_of_the_text_columns_together(tmp_path):
   (tmp_path / 'in').mkdir()
   pairs = _prepare(tmp_path, [{'text_a': 'x' * i, 'text_b': 'yy', 'label': i} for i in range(1, 101)], 'pairs')
-  assert pairs['characters'] == {'min': [3], 'median': [53], '97 %': [100], 'max': [102]}
+  assert pairs['text_bytes'] == {'min': [3], 'median': [53], '97 %': [100], 'max': [102]}
   (tmp_path / 'in/train.jsonl').unlink()
   for i in range(3):
     own_files.write_image(tmp_path / f'in/{i}.png', 'red', i)
-  images = _prepare(tmp_path, [{'image': f'{i}.png', 'captions': ['a', 'b' * (i + 4)]} for i in range(3)], 'images')
-  assert images['characters'] == {'min': [4], 'median': [5], '97 %': [6], 'max': [6]}
-  assert 'characters: min 4, median 5, 97 % 6, max 6' in describe(images)
+  images = _prepare(tmp_path, [{'image': f'{i}.png', 'captions': ['a', text]} for i, text in enumerate(('four', 'fünff', 'sixsix!'))], 'images')
+  assert images['text_bytes'] == {'min': [4], 'median': [6], '97 %': [7], 'max': [7]}
+  assert 'bytes of texts: min 4, median 6, 97 % 7, max 7' in describe(images)
 
 
 def test_every_skipped_row_has_a_reason_and_first_locations(images):

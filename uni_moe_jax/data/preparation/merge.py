@@ -43,7 +43,7 @@ class Merged:
     columns: name → 'image', 'video', 'texts', 'text' or 'class'. classes: class column → names in order.
     class_counts: class column → {(name, split index): rows}.
     dropped: index of a signature → fields that its rows lose.
-    sizes, num_captions, characters, rewritten, dropped_fields: how often each occurs in examples.
+    sizes, num_captions, text_bytes, rewritten, dropped_fields: how often each occurs in examples.
   """
   rows: Column
   splits: Column
@@ -56,7 +56,7 @@ class Merged:
   split_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
   sizes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   num_captions: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-  characters: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  text_bytes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   rewritten: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   dropped_fields: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   skipped: Skipped = dataclasses.field(default_factory=dict)
@@ -257,7 +257,7 @@ class Merge:
     for _, rows in self._valid():
       counts += np.bincount(rows['signature'], minlength=len(counts))
       _count(result.sizes, rows['size'], lambda size: tuple(size[:2 if not size[2] else 3]))
-      for counter, name in ((result.num_captions, 'captions'), (result.characters, 'characters')):
+      for counter, name in ((result.num_captions, 'captions'), (result.text_bytes, 'text_bytes')):
         _count(counter, rows[name][rows[name] >= 0], lambda n: (n,))
       _count(result.rewritten, rows['note'][rows['note'] != 0], notes.__getitem__)
     result.sizes.pop((0, 0), None)

@@ -39,7 +39,7 @@ RECORD = np.dtype([
     ('bytes', 'i8'),  # of what is written about the row
     ('size', 'i4', 3),  # see `media.Media`
     ('captions', 'i4'),  # their number; -1: no field of them
-    ('characters', 'i4'),  # of the longest caption, or of the text columns together; -1: neither
+    ('text_bytes', 'i4'),  # of the longest caption, or of the text columns together; -1: neither
     ('signature', 'i4'), ('reason', 'i4'), ('note', 'i4'),  # codes: indices of the words in the manifest
     ('split', 'i1'),  # index, as the data names it; -1: not
     ('has_key', '?')])
@@ -111,7 +111,7 @@ def _scan(rows: Iterable[Row], root: str, folder: pathlib.Path) -> int:
       records.append((
           _key(row), digest, identity(digest, row.texts, row.labels), digest_of(group_of(row, root)), size,
           (*content.size, 0, 0, 0)[:3], len(row.texts['captions']) if 'captions' in row.texts else -1,
-          _characters(row.texts), words['signature'][signature(row)], words['reason'][reason],
+          _text_bytes(row.texts), words['signature'][signature(row)], words['reason'][reason],
           words['note'][content.note], SPLITS.index(row.split) if row.split else -1, bool(row.key)))
   arrays.close()
   np.save(folder / _ROWS, np.array(records, RECORD))
@@ -160,9 +160,9 @@ def _compared(row: Row, content: media.Media) -> int:
   return digest_of([row.texts.get(name) for name in formats.TEXT_FIELDS]) if row.labels else 0
 
 
-def _characters(texts: Mapping[str, Any]) -> int:
-  texts = [*texts.get('captions', ()), ''.join(texts[name] for name in formats.TEXT_FIELDS if texts.get(name))]
-  return max(map(len, texts)) or -1
+def _text_bytes(texts: Mapping[str, Any]) -> int:
+  read = [*texts.get('captions', ()), ''.join(texts[name] for name in formats.TEXT_FIELDS if texts.get(name))]
+  return max(len(text.encode()) for text in read) or -1
 
 
 def identity(content: int, texts: Mapping[str, Any], labels: Mapping[str, str]) -> int:

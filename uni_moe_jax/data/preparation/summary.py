@@ -27,7 +27,7 @@ def summarize(merged: Merged, test_fraction: float) -> dict[str, Any]:
       'classes': {column: {'names': list(names), 'counts': {s: count(column, s) for s in splits}}
                   for column, names in merged.classes.items()},
       'sizes': _spread(merged.sizes), 'captions_per_example': _spread(merged.num_captions),
-      'characters': _spread(merged.characters),
+      'text_bytes': _spread(merged.text_bytes),
       'rewritten': dict(merged.rewritten.most_common()),
       'dropped_fields': dict(merged.dropped_fields.most_common(_MAX_DROPPED_FIELDS)), 'warnings': warnings,
       'skipped': {reason: {'count': n, 'first': locations} for reason, (n, locations) in merged.skipped.items()}}
@@ -53,7 +53,7 @@ def describe(summary: dict[str, Any]) -> str:
     names = ', '.join(classes['names'][:8]) + (', …' if len(classes['names']) > 8 else '')
     lines.append(f'{column}: {len(classes["names"])} classes: {names}')
   for title, spread in (('size', summary['sizes']), ('captions', summary['captions_per_example']),
-                        ('characters', summary['characters'])):
+                        ('bytes of texts', summary['text_bytes'])):
     if spread:
       lines.append(f'{title}: ' + ', '.join(f'{k} {" × ".join(map(str, v))}' for k, v in spread.items()))
   lines += [f'warning: {warning}' for warning in summary['warnings']]
