@@ -51,7 +51,8 @@ def test_bytes_of_texts_are_those_of_the_longest_caption_or_of_the_text_columns_
   (tmp_path / 'in/train.jsonl').unlink()
   for i in range(3):
     own_files.write_image(tmp_path / f'in/{i}.png', 'red', i)
-  images = _prepare(tmp_path, [{'image': f'{i}.png', 'captions': ['a', text]} for i, text in enumerate(('four', 'fünff', 'sixsix!'))], 'images')
+  rows = [{'image': f'{i}.png', 'captions': ['a', text]} for i, text in enumerate(('four', 'fünff', 'seventh'))]
+  images = _prepare(tmp_path, rows, 'images')
   assert images['text_bytes'] == {'min': [4], 'median': [6], '97 %': [7], 'max': [7]}
   assert 'bytes of texts: min 4, median 6, 97 % 7, max 7' in describe(images)
 
