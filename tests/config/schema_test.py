@@ -131,6 +131,8 @@ _FIELD_ERRORS = [
      {'tasks.shape.random_flip': True}),
     ('tasks.pair.single_answer', True, "is for task types with answers; 'image_retrieval' has none. Set it to False"),
     ('tasks.shape.crop', 'random', 'is unknown; .*choices: jittered_crop, random_resized_crop, resize_crop'),
+    ('tasks.shape.min_crop_area', 0.5, r"needs config\.tasks\.shape\.crop='random_resized_crop', not 'resize_crop'"),
+    ('tasks.shape.min_crop_area', 0.0, 'must be '),
     ('tasks.shape.randaugment', 11.0, r'must be in \[0, 10\]; 0 is off'),
     ('tasks.package.temperature', 'text_classification', ': no trained task has this group',
      {'tasks.package.batch_size': 0}),

@@ -132,9 +132,8 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
     add(unused_name('retrieval'), 'retrieval', f'{visual}_retrieval', **values)
     add(unused_name('caption'), 'caption', f'{visual}_caption', target_set=vocabulary(), **values)
   if not visual and columns.get('text') == 'text':
-    tokens = max_len(TEXT_TOKENS)
-    add(unused_name('words'), 'mlm', 'text_mlm', target_set=vocabulary(), max_len=tokens,
-        max_predictions=min(12, tokens))
+    add(unused_name('words'), 'mlm', 'text_mlm', target_set=vocabulary(), max_len=max_len(TEXT_TOKENS),
+        max_predictions=12)
   template = '{text_a} <eot> <spe> , {text_b} <eot>' if 'text_b' in columns else f'{{{text}}} <eot> it is <spe> . <eot>'
   for column, classes in summary['classes'].items():
     names = classes['names']

@@ -245,6 +245,22 @@ def test_videos_of_a_batch_are_in_order(monkeypatch, num_cores):
   assert levels[[0, 1, 3], 0].tolist() == [0, 1, 3] and levels[2, 0] != 2  # not a video
 
 
+@pytest.mark.parametrize('media', ['image', 'video'])
+def test_random_parts_of_at_least_the_whole_area_are_the_whole(media):
+  frame = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
+  encoded = {'image': own_files.encode_image(Image.fromarray(frame), 'PNG'), 'video': own_files.npy_bytes(frame[None])}
+  dataset = file_dataset.FileDataset(
+      'own:x', 40, lambda ids: [{media: encoded[media], 'label': 'a'} for _ in ids], {media: media, 'label': 'class'},
+      {'label': ('a', 'b')}, {}, '')
+
+  def number_of_parts(**fields):
+    fields |= dict(num_frames=1) if media == 'video' else {}
+    examples = _build(dataset, f'{media}_classification', crop='random_resized_crop', **fields)
+    return len(np.unique(_make(examples, range(8))['pixels'], axis=0))
+  assert number_of_parts() == 8
+  assert number_of_parts(min_crop_area=1.0) == 1
+
+
 def test_a_record_that_cannot_be_read_costs_itself_only():
   valid = _make(_build(_dataset(set())), range(8))
   replaced = _make(examples := _build(_dataset(set(), {2})), range(8))
