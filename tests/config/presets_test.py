@@ -13,10 +13,17 @@ def _summary(columns, classes=('a', 'b'), splits=('train', 'test'), text_bytes=2
           'text_bytes': {'97 %': [text_bytes]}}
 
 
-def _own(sources):
+def _config(summaries, **model):
   c = config.base()
-  presets.own(c, {name: _summary(columns) for name, columns in sources.items()})
+  presets.small(c)
+  c.model.update(model)
+  presets.own(c, summaries)
   make_plan(c)
+  return c
+
+
+def _own(sources):
+  c = _config({name: _summary(columns) for name, columns in sources.items()})
   tasks = {name: (t.type, t.label_column) for name, t in c.tasks.items()}
   return tasks, {name: e.task for name, e in c.evaluators.items()}, set(c.target_sets)
 
@@ -56,12 +63,7 @@ def test_a_validation_split_can_choose_a_checkpoint_beside_the_test_split_or_alo
 
 
 def _tasks(*summaries, **model):
-  c = config.base()
-  presets.small(c)
-  c.model.update(model)
-  presets.own(c, {f'data{i}': s for i, s in enumerate(summaries)})
-  make_plan(c)
-  return c.tasks
+  return _config({f'data{i}': s for i, s in enumerate(summaries)}, **model).tasks
 
 
 def test_the_tokens_of_a_step_are_divided_between_tasks_by_their_shares():
@@ -83,11 +85,25 @@ def test_captions_and_texts_are_as_long_as_those_of_the_data(text_bytes, tokens)
   assert words.max_len == (64 if text_bytes == 500 else tokens)
 
 
-def test_images_are_mirrored_and_with_them_left_and_right_but_not_where_a_class_names_a_side():
+@pytest.mark.parametrize('names', [('Left hand', 'Right hand'), ('left_hand', 'other'), ('other', 'hand-right')])
+def test_images_are_mirrored_and_with_them_left_and_right_but_not_where_a_class_names_a_side(names):
   columns = {'image': 'image', 'captions': 'texts', 'hand': 'class'}
-  tasks = _tasks(_summary(columns), _summary(columns, classes=('Left hand', 'Right hand')),
+  tasks = _tasks(_summary(columns), _summary(columns, classes=names),
                  _summary({'video': 'video', 'captions': 'texts', 'motion': 'class'}))
   assert {name: (t.random_flip, t.mirrored_words) for name, t in tasks.items()} == {
       **{f'data{i}_{name}': (True, (('left', 'right'),)) for i in (0, 1) for name in ('retrieval', 'caption')},
       'data0_hand': (True, ()), 'data1_hand': (False, ()),
       **{f'data2_{name}': (False, ()) for name in ('retrieval', 'caption', 'motion')}}
+
+
+def test_data_without_captions_classes_or_text_has_no_tasks():
+  c = config.base()
+  presets.own(c, {'photos': _summary({'image': 'image'})})
+  assert not c.tasks and not c.evaluators
+
+
+@pytest.mark.parametrize('random_crops, crop', [(True, ('random_resized_crop', 0.5)), (False, ('resize_crop', 0.08))])
+def test_where_nothing_trains_images_are_seen_whole(random_crops, crop):
+  c = config.base()
+  presets.own(c, {'photos': _summary({'image': 'image', 'captions': 'texts', 'breed': 'class'})}, random_crops)
+  assert {(t.crop, t.min_crop_area) for t in c.tasks.values()} == {crop}

@@ -8,10 +8,8 @@ from uni_moe_jax.data.files import prepare
 
 _SUMMARIES = {
     'pets': dict(columns={'image': 'image', 'captions': 'texts', 'breed': 'class'}, splits={'train': 9, 'test': 1},
-                 text_bytes={'97 %': [20]},
-                 classes={'breed': {'names': ['cat', 'dog']}}),
-    'diary': dict(columns={'text': 'text'}, splits={'train': 9}, text_bytes={'97 %': [200]},
-                  classes={})}
+                 classes={'breed': {'names': ['cat', 'dog']}}, text_bytes={'97 %': [20]}),
+    'diary': dict(columns={'text': 'text'}, splits={'train': 9}, classes={}, text_bytes={'97 %': [200]})}
 
 
 def write(folder: str | os.PathLike[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Shared by config files: published choices, a small model, tasks of embedded and of your own data."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +15,8 @@ TEXT_TOKENS = 64
 _CAPTION_TOKENS = 32  # at most, of your own captions
 # Of a step on your own data, by the model's width: about a second on two CPU cores, or for an accelerator.
 _STEP_TOKENS = ((256, 10_240), (math.inf, 65_536))
-# Shares of these tokens, and weights of losses, by evaluator: names of images are learned last.
-_SHARES = {'retrieval': 3, 'caption': 2, 'classification': 1, 'mlm': 1}
-_LOSS_WEIGHTS = {'retrieval': 2.0, 'caption': 1.5, 'classification': 1.0, 'mlm': 1.0}
+# (share of these tokens, weight of the loss) by evaluator: names and captions take longest to learn.
+_SHARES = {'retrieval': (3, 2.0), 'caption': (2, 1.5), 'classification': (1, 1.0), 'mlm': (1, 1.0)}
 _BATCH_MULTIPLE, _MAX_BATCH = 8, 96
 _SIDES = ('left', 'right')
 _CANDIDATES = 5000  # of retrieval over your own data, as in the largest published ones: all pairs are scored in memory
@@ -58,24 +58,26 @@ def small(c: ml_collections.ConfigDict) -> None:
   c.train.update(dict(steps=600, log_every=20, checkpoint_every=200))
 
 
-def own(c: ml_collections.ConfigDict, summaries: Mapping[str, Mapping[str, Any]]) -> None:
+def own(
+    c: ml_collections.ConfigDict, summaries: Mapping[str, Mapping[str, Any]], random_crops: bool = True) -> None:
   """Add tasks and evaluators for the columns of your own prepared data.
 
   Tasks are called NAME_retrieval, NAME_caption, NAME_words, and NAME_COLUMN for a column of classes, with '_' for a dot
   (which no config key can have), and '_2' appended if the name is taken. The tokens of a step are divided between
-  them. Images are cropped and mirrored in training, unless a class is called left or right.
+  them. Half of the images are mirrored in training, unless a class is called left or right.
 
   Args:
     c: config with a model.
     summaries: name of the data → its prepared.json.
+    random_crops: of images in training; evaluation then takes their center. False, where nothing trains: the whole.
   """
   shares = {}
   for name, summary in summaries.items():
-    shares |= _add_own_tasks(c, name, summary)
-  tokens = next(tokens for width, tokens in _STEP_TOKENS if c.model.width <= width) / sum(shares.values())
+    shares |= _add_own_tasks(c, name, summary, random_crops)
+  step_tokens = next(tokens for width, tokens in _STEP_TOKENS if c.model.width <= width)
   for name, share in shares.items():
     task = c.tasks[name]
-    examples = int(tokens * share / _tokens(c, task))
+    examples = int(step_tokens * share / sum(shares.values()) / _tokens(c, task))
     task.batch_size = min(max(examples // _BATCH_MULTIPLE, 1) * _BATCH_MULTIPLE, _MAX_BATCH)
 
 
@@ -86,7 +88,8 @@ def _tokens(c: ml_collections.ConfigDict, task: ml_collections.ConfigDict) -> in
   return texts * task.max_len + (0 if task.type.startswith('text') else visual)
 
 
-def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str, Any]) -> dict[str, int]:
+def _add_own_tasks(
+    c: ml_collections.ConfigDict, name: str, summary: Mapping[str, Any], random_crops: bool) -> dict[str, int]:
   """{name of a task: its share of a step's tokens}."""
   shares = {}
   source, columns = f'own:{name}', summary['columns']
@@ -94,10 +97,9 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
   visual = next((media for media in ('image', 'video') if media in columns.values()), '')
   evaluated = [s for s in ('test', 'validation') if s in summary['splits']]
   text = next((column for column in ('text', 'text_a', 'text_b') if column in columns), None)
-  if visual == 'image':
-    media = dict(crop='random_resized_crop', min_crop_area=0.5)
-  else:
-    media = dict(num_frames=min(8, c.model.max_num_frames), crop='jittered_crop') if visual else {}
+  media = {
+      'image': dict(random_flip=True, **(dict(crop='random_resized_crop', min_crop_area=0.5) if random_crops else {})),
+      'video': dict(num_frames=min(8, c.model.max_num_frames), crop='jittered_crop')}.get(visual, {})
 
   def max_len(bound: int, template: int = 1) -> int:
     # Pieces of a vocabulary of 2,000 have two to three letters (a Chinese character has three bytes), those of very
@@ -111,9 +113,9 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
     return task_name
 
   def add(task_name: str, evaluator: str, task_type: str, **values: Any) -> None:
-    shares[task_name] = _SHARES[evaluator]
+    shares[task_name], loss_weight = _SHARES[evaluator]
     c.tasks[task_name] = config.task(
-        task_type, source, batch_size=_BATCH_MULTIPLE, loss_weight=_LOSS_WEIGHTS[evaluator], **values)
+        task_type, source, batch_size=_BATCH_MULTIPLE, loss_weight=loss_weight, **values)
     for split in evaluated:
       suffix = ', validation' if split != evaluated[0] else ''
       c.evaluators[task_name.replace('_', ' ') + suffix] = config.evaluator(
@@ -128,7 +130,7 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
   if visual and 'captions' in columns:
     values = dict(caption_templates=('{captions}',), max_len=max_len(_CAPTION_TOKENS), **media)
     if visual == 'image':
-      values |= dict(random_flip=True, mirrored_words=(_SIDES,))
+      values['mirrored_words'] = (_SIDES,)
     add(unused_name('retrieval'), 'retrieval', f'{visual}_retrieval', **values)
     add(unused_name('caption'), 'caption', f'{visual}_caption', target_set=vocabulary(), **values)
   if not visual and columns.get('text') == 'text':
@@ -141,9 +143,9 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
       task_name = unused_name(column)
       c.target_sets[task_name] = config.target_set(
           f'{source}/{column}', family='names' if visual else 'words', max_len=32)
-      has_sides = any(side in name.lower().split() for name in names for side in _SIDES)
-      values = dict(random_flip=visual == 'image' and not has_sides, **media) if visual else dict(
-          template=template, max_len=max_len(TEXT_TOKENS, template=8))
+      values = media if visual else dict(template=template, max_len=max_len(TEXT_TOKENS, template=8))
+      if any(side in re.split(r'[\W_]+', name.lower()) for name in names for side in _SIDES):
+        values = {**values, 'random_flip': False}
       add(task_name, 'classification', f'{visual or "text"}_classification', target_set=task_name, label_column=column,
           **values)
   return shares

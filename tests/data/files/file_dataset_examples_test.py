@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import sys
 import zlib
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image
 
 from tests.data import own_files
 from tests.helpers import tiny
+from tests.helpers.file_examples import SIDE, build, make, plan_task
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
@@ -21,10 +21,7 @@ from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.mixtures import BatchLayout, Mixture, evaluation_batches
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
-from uni_moe_jax.utils import cores
-from uni_moe_jax.utils.errors import RunError, UsageError
-
-SIDE = 16
+from uni_moe_jax.utils.errors import RunError
 
 
 @pytest.fixture(scope='module')
@@ -176,28 +173,8 @@ def _dataset(corrupt: set[int], unreadable=()) -> file_dataset.FileDataset:
   return file_dataset.FileDataset('own:x', 40, read, columns, {'label': ('a', 'b')}, {}, '')
 
 
-def _task(task_type, **fields):
-  c = tiny.config(data_dir='')
-  c.target_sets.ab = config_lib.target_set(('a', 'b'), family='words' if task_type == 'vqa' else 'names')
-  c.tasks.x = config_lib.task(task_type, 'own:x', batch_size=4, **fields)
-  return make_plan(c).tasks[0]
-
-
-def _build(dataset, task_type='image_classification', training=True, max_corrupt_fraction=0.5, label_column='label',
-           target_set='ab', tokenizer=None, resize='pillow', **fields):
-  task = _task(task_type, label_column=label_column, target_set=target_set, **fields)
-  return file_dataset_examples.FileExampleBuilder(
-      tokenizer, {'ab': ('a', 'b')}, 3, SIDE, training, False, 0, max_corrupt_fraction, resize).build(task, dataset)
-
-
-def _make(examples, ids):
-  ids = tf.constant(ids, tf.int64)
-  hashes = hashing.example_hash(0, 'x', tf.constant(0, tf.int64), ids)
-  return {k: v.numpy() for k, v in examples.make(ids, hashes).items()}
-
-
 def test_a_corrupt_example_is_replaced_in_place_and_the_others_stay():
-  valid, replaced = _make(_build(_dataset(set())), range(8)), _make(examples := _build(_dataset({2, 5})), range(8))
+  valid, replaced = make(build(_dataset(set())), range(8)), make(examples := build(_dataset({2, 5})), range(8))
   assert replaced['id'].tolist() == list(range(8))
   for i in range(8):
     assert (i not in (2, 5)) == all(np.array_equal(valid[k][i], replaced[k][i]) for k in ('pixels', 'label'))
@@ -205,7 +182,7 @@ def test_a_corrupt_example_is_replaced_in_place_and_the_others_stay():
     level = replaced['pixels'][i].reshape(-1)[0]
     assert level not in (2, 5) and replaced['label'][i, 0] == level % 2 and (replaced['pixels'][i] == level).all()
   assert (examples.corrupt_counter.num_corrupt, examples.corrupt_counter.num_read) == (2, 10)  # and two replacements
-  np.testing.assert_array_equal(_make(_build(_dataset({2, 5})), range(8))['pixels'], replaced['pixels'])
+  np.testing.assert_array_equal(make(build(_dataset({2, 5})), range(8))['pixels'], replaced['pixels'])
 
 
 @pytest.mark.parametrize('file_format, training, resize, fields', [
@@ -219,7 +196,7 @@ def test_undamaged_batches_are_made_faster_and_are_the_same(file_format, trainin
     return [{'image': b'bytes' if i == 11 else encode(i, f), 'label': 'ab'[i % 2], LOCATION: f'file {i}'}
             for i, f in zip(ids.tolist(), file_formats)]
   dataset = dataclasses.replace(_dataset(set()), read=read)
-  examples = _build(dataset, training=training, resize=resize, random_flip=True, **fields)
+  examples = build(dataset, training=training, resize=resize, random_flip=True, **fields)
   ids = tf.range(11, dtype=tf.int64)  # not divisible by the number of images at once
   hashes = hashing.example_hash(0, 'x', tf.constant(0, tf.int64), ids)
   expected = {k: v.numpy() for k, v in examples.make(ids, hashes).items()}
@@ -230,55 +207,24 @@ def test_undamaged_batches_are_made_faster_and_are_the_same(file_format, trainin
     examples.make_undamaged(tf.range(12, dtype=tf.int64), tf.concat([hashes, hashes[:1]], 0))
 
 
-@pytest.mark.parametrize('num_cores', [1, 2])
-def test_videos_of_a_batch_are_in_order(monkeypatch, num_cores):
-  def read(ids):
-    level = lambda i: own_files.npy_bytes(np.full((3, 20, 20, 3), i, np.uint8))
-    return [{'video': b'bytes' if i == 2 else level(i), 'label': 'ab'[i % 2]} for i in ids.tolist()]
-
-  monkeypatch.setattr(cores, 'available', lambda: num_cores)
-  dataset = file_dataset.FileDataset(
-      'own:x', 40, read, {'video': 'video', 'label': 'class'}, {'label': ('a', 'b')}, {}, '')
-  features = _make(_build(dataset, 'video_classification', num_frames=2), range(4))
-  levels = features['pixels'].reshape(4, -1)
-  assert (levels == levels[:, :1]).all() and (levels[:, 0] % 2 == features['label'][:, 0]).all()
-  assert levels[[0, 1, 3], 0].tolist() == [0, 1, 3] and levels[2, 0] != 2  # not a video
-
-
-@pytest.mark.parametrize('media', ['image', 'video'])
-def test_random_parts_of_at_least_the_whole_area_are_the_whole(media):
-  frame = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
-  encoded = {'image': own_files.encode_image(Image.fromarray(frame), 'PNG'), 'video': own_files.npy_bytes(frame[None])}
-  dataset = file_dataset.FileDataset(
-      'own:x', 40, lambda ids: [{media: encoded[media], 'label': 'a'} for _ in ids], {media: media, 'label': 'class'},
-      {'label': ('a', 'b')}, {}, '')
-
-  def number_of_parts(**fields):
-    fields |= dict(num_frames=1) if media == 'video' else {}
-    examples = _build(dataset, f'{media}_classification', crop='random_resized_crop', **fields)
-    return len(np.unique(_make(examples, range(8))['pixels'], axis=0))
-  assert number_of_parts() == 8
-  assert number_of_parts(min_crop_area=1.0) == 1
-
-
 def test_a_record_that_cannot_be_read_costs_itself_only():
-  valid = _make(_build(_dataset(set())), range(8))
-  replaced = _make(examples := _build(_dataset(set(), {2})), range(8))
+  valid = make(build(_dataset(set())), range(8))
+  replaced = make(examples := build(_dataset(set(), {2})), range(8))
   assert [np.array_equal(a, b) for a, b in zip(valid['pixels'], replaced['pixels'])] == [i != 2 for i in range(8)]
   assert examples.corrupt_counter.num_corrupt == 1 and not examples.corrupt_counter.failure
-  _make(examples, [2])  # a batch of nothing else
+  make(examples, [2])  # a batch of nothing else
   assert examples.corrupt_counter.num_corrupt == 2 and not examples.corrupt_counter.failure
-  examples = _build(_dataset(set(), {3}), training=False)
+  examples = build(_dataset(set(), {3}), training=False)
   with pytest.raises(RunError, match=r'1 of 4 .* own:x, record 3: a record that cannot be read \(chunk data hash'):
     next(evaluation_batches(examples, np.arange(4), 4))
 
 
 def test_an_unreachable_source_ends_the_run_with_one_sentence():
   unreadable = set()
-  examples = _build(_dataset(set(), unreadable))
-  _make(examples, range(4))
+  examples = build(_dataset(set(), unreadable))
+  make(examples, range(4))
   unreadable |= set(range(40))
-  _make(examples, range(4))
+  make(examples, range(4))
   with pytest.raises(RunError, match=r"source 'own:x' cannot be read \(chunk data hash mismatch\)\. Check that"):
     examples.corrupt_counter.check()
 
@@ -310,41 +256,23 @@ def test_running_text_skips_records_that_cannot_be_read(run):
 
 
 def test_too_many_corrupt_examples_are_an_error_that_names_the_first():
-  examples = _build(_dataset(set(range(0, 40, 2))), max_corrupt_fraction=0.3)
+  examples = build(_dataset(set(range(0, 40, 2))), max_corrupt_fraction=0.3)
   with pytest.raises(RunError, match=r'config.tasks.x: \d+ of \d+ examples .*'
                                      r'max_corrupt_fraction=0.3; the first: file 0: corrupt image'):
     for start in range(0, 40, 8):
-      _make(examples, range(start, start + 8))
+      make(examples, range(start, start + 8))
       examples.corrupt_counter.check()
-  examples = _build(_dataset(set(range(40))), max_corrupt_fraction=1.0)
-  _make(examples, range(4))
+  examples = build(_dataset(set(range(40))), max_corrupt_fraction=1.0)
+  make(examples, range(4))
   with pytest.raises(RunError, match='config.tasks.x: .* examples'):
     examples.corrupt_counter.check()  # there is no replacement
 
 
 def test_evaluation_replaces_nothing_and_stops():
-  examples = _build(_dataset({3}), training=False)
+  examples = build(_dataset({3}), training=False)
   with pytest.raises(RunError, match='1 of 4 examples .*file 3: corrupt image'):
     next(evaluation_batches(examples, np.arange(4), 4))
-  assert next(evaluation_batches(_build(_dataset({3}), training=False), np.arange(3), 3))[1] == 3
-
-
-@pytest.mark.parametrize('first, message', [(b'mp4', "Videos need PyAV; run: pip install"), (b'', ''), (None, '')],
-                         ids=['a file', 'an array', 'corrupt'])
-def test_a_missing_decoder_of_videos_is_reported_before_any_batch(monkeypatch, first, message):
-  data = own_files.npy_bytes(own_files.moving_bar(True)) if first == b'' else first
-  record = file_dataset.CorruptExample('gone') if data is None else {'video': data, 'label': 'a'}
-  read = lambda ids: [record] * len(ids)
-  dataset = file_dataset.FileDataset('own:x', 4, read, {'video': 'video', 'label': 'class'}, {'label': ('a', 'b')},
-                                     {'label': np.zeros(4, np.int32)}, '')
-  build = lambda: _build(dataset, 'video_classification', num_frames=3)
-  assert build().size == 4
-  monkeypatch.setitem(sys.modules, 'av', None)  # as if it were not installed
-  if message:
-    with pytest.raises(UsageError, match=message):
-      build()
-  else:
-    assert build().size == 4
+  assert next(evaluation_batches(build(_dataset({3}), training=False), np.arange(3), 3))[1] == 3
 
 
 def test_texts_of_a_whole_split_are_read_in_chunks():
@@ -357,9 +285,9 @@ def test_texts_of_a_whole_split_are_read_in_chunks():
 
   columns = {'image': 'image', 'captions': 'texts', 'q': 'text', 'answers': 'texts'}
   dataset = file_dataset.FileDataset('own:x', 1000, read, columns, {}, {}, '')
-  pair = _build(
+  pair = build(
       dataset, 'image_retrieval', False, label_column='', target_set='', caption_templates=('{captions}',), max_len=8)
-  vqa = _build(dataset, 'vqa', False, label_column='answers', template='{q} <spe>', max_len=8)
+  vqa = build(dataset, 'vqa', False, label_column='answers', template='{q} <spe>', max_len=8)
   ids = np.arange(1000)
   assert pair.references(ids) == [(f'text {i}', 'a text') for i in ids]
   ids = np.arange(999, 0, -3)
@@ -376,7 +304,7 @@ def test_examples_are_the_records_with_the_columns_that_templates_name(tmp_path)
   prepare.prepare(root, tmp_path, 'some')
   dataset = file_dataset.load('own:some', tmp_path, 'train')  # eight: 0…3 and 5…8
   ids = lambda *templates: file_dataset_examples.example_ids(
-      dataset, _task('image_retrieval', caption_templates=templates, max_len=8)).tolist()
+      dataset, plan_task('image_retrieval', caption_templates=templates, max_len=8)).tolist()
   assert ids('an image') == list(range(8))
   assert ids('{captions}') == [0, 1, 2, 3, 5, 6, 7]
   assert ids('{captions}', 'it is {color}') == [0, 1, 2, 3, 5, 7]
@@ -388,13 +316,13 @@ def test_every_field_of_a_file_can_be_used_in_templates(name, tmp_path):
   rows = own_files.read_jsonl(root / 'data.jsonl')
   own_files.write_jsonl(root / 'data.jsonl', [{**row, name: f'number {i}.'} for i, row in enumerate(rows)])
   prepare.prepare(root, tmp_path, 'some')
-  examples = _build(
+  examples = build(
       file_dataset.load('own:some', tmp_path, 'train'), 'image_retrieval', label_column='', target_set='', max_len=12,
       tokenizer=SentencePieceTokenizer(tiny.tokenizer_file()),
       caption_templates=(f'{{{name}|no_stop}} of {{color}} {{{{so}}}}',))
   texts = ['number 1 of green {so}', 'number 3 of red {so}']  # rows 0…3 and 5 are in the split
   assert examples.references(np.array([1, 3])) == [(text,) for text in texts]
-  assert _make(examples, [1, 3])['text_id'].tolist() == [zlib.crc32(text.encode()) & 0x7FFFFFFF for text in texts]
+  assert make(examples, [1, 3])['text_id'].tolist() == [zlib.crc32(text.encode()) & 0x7FFFFFFF for text in texts]
 
 
 @pytest.mark.parametrize('name, changes, message', [
