@@ -57,7 +57,7 @@ _FAULTS = """
 import ctypes, resource, sys
 from uni_moe_jax.utils import heap
 exec(sys.argv[1])
-libc, size = ctypes.CDLL(None), 1 << 27
+libc, size = ctypes.CDLL(None), int(sys.argv[2])
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_size_t,), (ctypes.c_void_p,)
 def use():
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -71,8 +71,13 @@ print(use())
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'malloc_info'), reason='another C library than glibc')
-@pytest.mark.parametrize('call, faults', [('', True), ('heap.keep_memory()', False)])
-def test_freed_memory_serves_the_next_step_without_page_faults(call, faults):
-  env = {'PYTHONPATH': ':'.join(p for p in sys.path if p), 'JAX_PLATFORMS': 'cpu'}
-  done = subprocess.run([sys.executable, '-c', _FAULTS, call], env=env, capture_output=True, text=True, check=True)
+@pytest.mark.parametrize('call, size, platforms, faults', [
+    ('', 1 << 27, 'cpu', True), ('heap.keep_memory()', 1 << 27, 'cpu', False),
+    ('heap.keep_memory()', 1 << 27, 'cuda', True),
+    ('', 1 << 24, 'cuda', True), ('heap.keep_up_to(1 << 26)', 1 << 24, 'cuda', False),
+    ('heap.keep_up_to(1 << 26)', 1 << 27, 'cuda', True)])
+def test_freed_memory_serves_the_next_use_without_page_faults(call, size, platforms, faults):
+  env = {'PYTHONPATH': ':'.join(p for p in sys.path if p), 'JAX_PLATFORMS': platforms}
+  done = subprocess.run([sys.executable, '-c', _FAULTS, call, str(size)], env=env, capture_output=True, text=True,
+                        check=True)
   assert (int(done.stdout) > 50) == faults

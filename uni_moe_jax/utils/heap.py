@@ -14,6 +14,7 @@ from collections.abc import Mapping
 # Variables of glibc, the options of malloc.h that they set, and values. Freed memory stays in the process, since a step
 # allocates it again at once: page faults would take a tenth of a step.
 _KEPT = {'MALLOC_MMAP_MAX_': (-4, 0), 'MALLOC_TRIM_THRESHOLD_': (-1, -1), 'MALLOC_TOP_PAD_': (-2, 1 << 28)}
+_MAX_MMAP_THRESHOLD = 1 << 25  # glibc takes no larger one
 _ONE_ARENA = {'MALLOC_ARENA_MAX': (-8, 1)}
 _ACCELERATORS = ('jax_plugins', 'libtpu')  # packages by which JAX finds accelerators
 
@@ -26,7 +27,13 @@ def only_cpu() -> bool:
 
 def keep_memory() -> None:
   """Keep freed memory, if JAX can only use the CPU. Environment variables of glibc take precedence."""
-  _set(_KEPT)
+  if only_cpu():
+    _set(_KEPT)
+
+
+def keep_up_to(size: int) -> None:
+  """Keep up to `size` bytes of freed memory, of a process without JAX. Variables of glibc take precedence."""
+  _set({'MALLOC_TRIM_THRESHOLD_': (-1, size), 'MALLOC_MMAP_THRESHOLD_': (-3, min(size, _MAX_MMAP_THRESHOLD))})
 
 
 def share_arena() -> None:
@@ -35,12 +42,13 @@ def share_arena() -> None:
   With an accelerator, XLA's buffers are not in the heap, and threads that read data would contend for the arena. Call
   this before threads start, because glibc reads the limit once.
   """
-  _set(_ONE_ARENA)
+  if only_cpu():
+    _set(_ONE_ARENA)
 
 
 def _set(options: Mapping[str, tuple[int, int]]) -> None:
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-  if only_cpu() and mallopt is not None:
+  if mallopt is not None:
     for variable, (option, value) in options.items():
       if variable not in os.environ:
         mallopt(option, value)

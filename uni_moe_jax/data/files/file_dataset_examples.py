@@ -331,15 +331,12 @@ class _Batch:
         features[name][:] = value
     examples = list(map(self._example, records, hashes.tolist()))
     if self._is_video:
-      examples = self._with_frames(examples, hashes)
+      examples = self._read_videos(examples, hashes, features['pixels'])
     usable = [i for i, example in enumerate(examples) if not isinstance(example, Exception)]
     for i in set(range(n)).difference(usable):
       problems[i] = str(examples[i]).encode(errors='backslashreplace')
     contents, media = zip(*(examples[i] for i in usable)) if usable else ((), ())
-    if self._is_video:
-      for i, frames in zip(usable, media, strict=True):
-        features['pixels'][i] = frames
-    elif usable:
+    if usable and not self._is_video:
       data[usable] = np.array(media, object)
     for reader, values in zip(self._readers, zip(*contents)):
       for name, value in reader.collate(values).items():
@@ -362,13 +359,14 @@ class _Batch:
     except CorruptExample as e:
       return e
 
-  def _with_frames(self, examples: list[tuple[list[Any], Any] | Exception], hashes: np.ndarray) -> list[Any]:
-    """Examples as of `_example`, with the frames of each video in place of its bytes, or the problem with it."""
+  def _read_videos(
+      self, examples: list[tuple[list[Any], Any] | Exception], hashes: np.ndarray, pixels: np.ndarray) -> list[Any]:
+    """Writes the frames of each video to its row of `pixels`. Returns the examples, or the problem with their video."""
     usable = [i for i, example in enumerate(examples) if not isinstance(example, Exception)]
-    contents, videos = zip(*(examples[i] for i in usable)) if usable else ((), ())
-    frames = self._builder.video_processes.read(self._video_reader, videos, hashes[usable].tolist())
-    read = {i: f if isinstance(f, Exception) else (c, f) for i, c, f in zip(usable, contents, frames, strict=True)}
-    return [read.get(i, example) for i, example in enumerate(examples)]
+    problems = self._builder.video_processes.read(
+        self._video_reader, [examples[i][1] for i in usable], hashes[usable].tolist(), [pixels[i] for i in usable])
+    problems = {i: problem for i, problem in zip(usable, problems, strict=True) if problem}
+    return [problems.get(i, example) for i, example in enumerate(examples)]
 
   def _count(self, ids: np.ndarray, is_new: np.ndarray, problems: np.ndarray) -> np.ndarray:
     """Counts new examples and reports the corrupt ones; returns which can be used."""

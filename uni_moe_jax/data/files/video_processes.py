@@ -2,29 +2,36 @@
 
 Decoders take Python's lock for every packet and frame, so that threads of one process wait for each other: on two cores
 they read hardly more than on one. A video that crashes its decoder costs an example, and not the run.
+
+Videos and pixels are in memory that both processes map: pipes would copy them twice, 64 kB at a time.
 """
 
 import concurrent.futures
+import contextlib
 import itertools
+import math
+import mmap
 import os
 import pickle
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+from collections.abc import Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from uni_moe_jax.data.files.video import CorruptVideo
 from uni_moe_jax.data.files.video_pixels import VideoReader
-from uni_moe_jax.utils import cores
+from uni_moe_jax.utils import cores, heap
 
 _MAX_PROCESSES = 32  # each takes about 60 MB
-_REQUEST = struct.Struct('<Q')  # bytes of a pickled (reader, bytes of each video, hash of each); the videos follow
-_PROBLEM = struct.Struct('<q')  # bytes of a pickled exception; -1: pixels follow
+# Messages are pickled: a request (reader, bytes of each video, hash of each), a result [problem or None of each video].
+_SIZE = struct.Struct('<Q')  # of a message, before it
+_KEPT = 1 << 26  # bytes of freed memory: a process that allocates frames anew takes a quarter more time
 _SECONDS = 5.0  # for a process to end
 
 
@@ -39,37 +46,63 @@ class VideoProcesses:
     self._threads = concurrent.futures.ThreadPoolExecutor(self._num_processes, 'videos')
     self._local = threading.local()  # each thread has a process
 
-  def read(
-      self, reader: VideoReader, videos: Sequence[bytes], hashes: Sequence[int]) -> list[np.ndarray | CorruptVideo]:
-    """What `reader` returns of each video, or why it cannot be read."""
+  def read(self, reader: VideoReader, videos: Sequence[bytes], hashes: Sequence[int],
+           out: Sequence[np.ndarray]) -> list[CorruptVideo | None]:
+    """Writes what `reader` returns of each video to its array of `out`. Returns why a video cannot be read, or None."""
     if self._num_processes == 1:
-      return [_read(reader, data, h) for data, h in zip(videos, hashes, strict=True)]
+      return [_read(reader, *video) for video in zip(videos, hashes, out, strict=True)]
     bounds = [len(videos) * k // self._num_processes for k in range(self._num_processes + 1)]
     parts = [slice(*part) for part in itertools.pairwise(bounds)]
-    made = self._threads.map(lambda part: self._read_elsewhere(reader, videos[part], hashes[part]), parts)
+    made = self._threads.map(lambda part: self._read_elsewhere(reader, videos[part], hashes[part], out[part]), parts)
     return list(itertools.chain.from_iterable(made))
 
-  def _read_elsewhere(
-      self, reader: VideoReader, videos: Sequence[bytes], hashes: Sequence[int]) -> list[np.ndarray | CorruptVideo]:
-    results: list[np.ndarray | CorruptVideo] = []
-    while len(results) < len(videos):
-      process = getattr(self._local, 'process', None)
-      if process is None:
-        process = self._local.process = _Process()
-      try:
-        for result in process.read(reader, videos[len(results):], hashes[len(results):]):
-          results.append(result)  # what was read before the process ends counts
-      except BaseException as e:
-        del self._local.process  # it may still answer, which the next videos must not get
-        if not isinstance(e, EOFError | OSError):
-          raise
-        results.append(CorruptVideo(f'its decoder ended with exit code {process.exit_code()}'))
-    return results
+  def _read_elsewhere(self, reader: VideoReader, videos: Sequence[bytes], hashes: Sequence[int],
+                      out: Sequence[np.ndarray]) -> list[CorruptVideo | None]:
+    if not videos:
+      return []
+    process = getattr(self._local, 'process', None)
+    if process is None:
+      process = self._local.process = _Process()
+    try:
+      return process.read(reader, videos, hashes, out)
+    except BaseException as e:
+      del self._local.process  # it may still answer, which the next videos must not get
+      if not isinstance(e, EOFError | OSError):
+        raise
+    if len(videos) == 1:
+      return [CorruptVideo(f'its decoder ended with exit code {process.exit_code()}')]
+    one_by_one = (slice(i, i + 1) for i in range(len(videos)))
+    return [p for i in one_by_one for p in self._read_elsewhere(reader, videos[i], hashes[i], out[i])]
 
 
-def _read(reader: VideoReader, data: bytes, h: int) -> np.ndarray | CorruptVideo:
+class _Shared:
+  """The content of an open file as memory of every process that has it open."""
+
+  def __init__(self, file: BinaryIO):
+    self.file, self._map = file, None
+
+  def arrays(self, sizes: Sequence[int], shape: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Memory for videos of `sizes` bytes, and for the pixels of each, uint8 [n, *shape]; it grows if need be."""
+    bounds = [0, *itertools.accumulate(sizes)]
+    size = bounds[-1] + len(sizes) * math.prod(shape)
+    if self._map is None or len(self._map) < size:
+      if os.fstat(self.file.fileno()).st_size < size:
+        os.ftruncate(self.file.fileno(), size)
+      self._map = mmap.mmap(self.file.fileno(), size)
+    content = np.frombuffer(self._map, np.uint8)
+    videos = [content[start:stop] for start, stop in itertools.pairwise(bounds)]
+    return videos, content[bounds[-1]:size].reshape(len(sizes), *shape)
+
+
+def _unnamed_file() -> BinaryIO:
+  """Of memory where the system has such files."""
+  return os.fdopen(os.memfd_create('videos'), 'r+b') if hasattr(os, 'memfd_create') else tempfile.TemporaryFile()
+
+
+def _read(reader: VideoReader, data: bytes, h: int, out: np.ndarray) -> CorruptVideo | None:
   try:
-    return reader(data, h)
+    out[:] = reader(data, h)
+    return None
   except CorruptVideo as e:
     return e
 
@@ -78,30 +111,30 @@ class _Process:
   """A process that runs `main`. It ends when its input does, and so with this process, however that ends."""
 
   def __init__(self):
+    self._shared = _Shared(_unnamed_file())
+    fd = self._shared.file.fileno()
     # A session of its own: a terminal's Ctrl-C is for the process that trains.
     self._popen = subprocess.Popen(
-        [sys.executable, '-m', __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        [sys.executable, '-m', __name__, str(fd)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        start_new_session=True, pass_fds=[fd],
         env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})
     self._end = weakref.finalize(self, _end, self._popen, os.getpid())
 
   def read(self, reader: VideoReader, videos: Sequence[bytes], hashes: Sequence[int],
-           ) -> Iterator[np.ndarray | CorruptVideo]:
-    """Yields what is read of each video. Raises EOFError or OSError if the process has ended."""
+           out: Sequence[np.ndarray]) -> list[CorruptVideo | None]:
+    """As `VideoProcesses.read`. Raises EOFError or OSError if the process has ended."""
     requests, results = self._popen.stdin, self._popen.stdout
     assert requests and results
-    pickled = pickle.dumps((reader, list(map(len, videos)), hashes))
-    for data in (_REQUEST.pack(len(pickled)), pickled, *videos):
-      requests.write(data)
-    requests.flush()
-    for _ in videos:
-      [problem] = _PROBLEM.unpack(_exactly(results, _PROBLEM.size))
-      if problem >= 0:
-        yield pickle.loads(_exactly(results, problem))
-        continue
-      pixels = np.empty(reader.shape, np.uint8)
-      if results.readinto(pixels.data.cast('B')) < pixels.nbytes:
-        raise EOFError
-      yield pixels
+    sizes = list(map(len, videos))
+    copies, pixels = self._shared.arrays(sizes, reader.shape)
+    for copy, data in zip(copies, videos, strict=True):
+      copy[:] = np.frombuffer(data, np.uint8)
+    _send(requests, (reader, sizes, hashes))
+    problems = _receive(results)
+    for row, made, problem in zip(out, pixels, problems, strict=True):
+      if not problem:
+        row[:] = made
+    return problems
 
   def exit_code(self) -> int:
     self._end()
@@ -118,6 +151,17 @@ def _end(popen: subprocess.Popen, owner: int) -> None:
     popen.communicate()
 
 
+def _send(stream: BinaryIO, message: Any) -> None:
+  pickled = pickle.dumps(message)
+  stream.write(_SIZE.pack(len(pickled)) + pickled)
+  stream.flush()
+
+
+def _receive(stream: BinaryIO) -> Any:
+  [size] = _SIZE.unpack(_exactly(stream, _SIZE.size))
+  return pickle.loads(_exactly(stream, size))
+
+
 def _exactly(stream: BinaryIO, size: int) -> bytes:
   data = stream.read(size)
   if len(data) < size:
@@ -126,21 +170,16 @@ def _exactly(stream: BinaryIO, size: int) -> bytes:
 
 
 def main() -> None:
-  """Reads videos from standard input, and writes pixels or problems to standard output."""
-  requests, results = sys.stdin.buffer, sys.stdout.buffer
-  while header := requests.read(_REQUEST.size):
-    reader, sizes, hashes = pickle.loads(requests.read(*_REQUEST.unpack(header)))
-    videos = [requests.read(size) for size in sizes]  # all of them, before this process waits until a result is taken
-    for data, h in zip(videos, hashes, strict=True):
-      result = _read(reader, data, h)
+  """Reads videos, as requests on standard input say, and writes pixels beside them."""
+  heap.keep_up_to(_KEPT)
+  requests, results, shared = sys.stdin.buffer, sys.stdout.buffer, _Shared(os.fdopen(int(sys.argv[1]), 'r+b'))
+  with contextlib.suppress(EOFError):
+    while True:
+      reader, sizes, hashes = _receive(requests)
+      videos, pixels = shared.arrays(sizes, reader.shape)
+      problems = [_read(reader, data.tobytes(), h, row) for data, h, row in zip(videos, hashes, pixels, strict=True)]
       try:
-        if isinstance(result, CorruptVideo):
-          pickled = pickle.dumps(result)
-          results.write(_PROBLEM.pack(len(pickled)) + pickled)
-        else:
-          results.write(_PROBLEM.pack(-1))
-          results.write(np.ascontiguousarray(result, np.uint8).data)
-        results.flush()
+        _send(results, problems)
       except BrokenPipeError:
         os._exit(0)  # the other process has ended; an end as usual would try to write what is left
 

@@ -19,8 +19,8 @@ _REASON = re.compile(r'^(?!Graph execution error|Detected at |<stack|\s|$)(?:{{.
 
 
 def num_in_flight() -> int:
-  """Batches that are made at once. One has too few rows to keep many cores busy."""
-  return max(2, min(16, cores.available() // 4))
+  """Batches that are made at once. One has too few rows to keep many cores busy; two leave them idle when both end."""
+  return max(3, min(16, cores.available() // 4))
 
 
 def make_ahead(
