@@ -29,6 +29,7 @@ def _read(videos, reader, data, hashes):
   """Pixels of each video, or why it cannot be read."""
   pixels = np.zeros((len(data), *reader.shape), np.uint8)
   problems = videos.read(reader, data, hashes, pixels)
+  assert not any(problem and row.any() for problem, row in zip(problems, pixels, strict=True))
   return [problem or row for problem, row in zip(problems, pixels, strict=True)]
 
 
