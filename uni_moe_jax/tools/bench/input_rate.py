@@ -157,7 +157,7 @@ _FILE_TYPES = {  # by suffix
     'png': FileType('PNG of 32 × 32 with captions', functools.partial(_write_image, 32, 32), 32, 'resize_crop',
                     num_captions=5),
     'mp4': FileType('mp4 of {2} × {1}, {0} frames: {3} of them, jittered'.format(*_VIDEO, _NUM_FRAMES), _write_video,
-                    96, 'jittered_crop', _NUM_FRAMES, 0.125),
+                    96, 'jittered_crop', _NUM_FRAMES, 0.5),
 }
 
 

@@ -33,7 +33,7 @@ class Sizes:
   gemm: int = 2048  # n of the n × n × n product whose rate is the peak
   compiled_layers: tuple[int, int] = (12, 24)
   steps: int = 10  # batches per round of `input` and `files`
-  files: int = 256  # image files of a type; of videos an eighth
+  files: int = 256  # image files of a type; of videos half
   own_layers: int = 0  # of the config's model in `mixed` and `input`; 0: the config's own
   mixed_routers: tuple[str, ...] = ()  # of `mixed`, dense first; (): all
   reduced: bool = False  # figures are not judged by the budgets
