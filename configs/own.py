@@ -47,7 +47,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     c.tokenizer.allow_smaller_vocab = True  # the amount of text is unknown
     c.model.frame_differences = any('video' in summary['columns'].values() for summary in summaries.values())
   c.data.dir = directory
-  presets.own(c, summaries, random_crops=a.mode != 'zero_shot')
+  presets.own(c, summaries)
   if a.run:
     finetuning.share_temperatures(c, plan)
     finetuning.MODES[a.mode](c)

@@ -95,12 +95,6 @@ def test_the_docstring_has_a_command_line(name):
   assert f'--config={name}' in runpy.run_path(str(_CONFIGS / f'{name}.py'))['__doc__']
 
 
-@pytest.mark.parametrize('mode, crop', [('finetune', 'random_resized_crop'), ('zero_shot', 'resize_crop')])
-def test_own_images_are_cropped_at_random_where_a_run_trains_on_them(mode, crop):
-  c = _config('own', f'sources={own_data.write(_temporary.name)[0]},run={_run()},mode={mode}')
-  assert {t.crop for name, t in c.tasks.items() if name.startswith('pets_')} == {crop}
-
-
 # Pretraining: the table of the base model's configs, by hand.
 @pytest.mark.parametrize('size', ['tiny', 'small', 'base', 'large'])
 @pytest.mark.parametrize('stage', ['1', '2'])

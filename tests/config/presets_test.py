@@ -100,10 +100,3 @@ def test_data_without_captions_classes_or_text_has_no_tasks():
   c = config.base()
   presets.own(c, {'photos': _summary({'image': 'image'})})
   assert not c.tasks and not c.evaluators
-
-
-@pytest.mark.parametrize('random_crops, crop', [(True, ('random_resized_crop', 0.5)), (False, ('resize_crop', 0.08))])
-def test_where_nothing_trains_images_are_seen_whole(random_crops, crop):
-  c = config.base()
-  presets.own(c, {'photos': _summary({'image': 'image', 'captions': 'texts', 'breed': 'class'})}, random_crops)
-  assert {(t.crop, t.min_crop_area) for t in c.tasks.values()} == {crop}

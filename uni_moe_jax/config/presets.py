@@ -58,8 +58,7 @@ def small(c: ml_collections.ConfigDict) -> None:
   c.train.update(dict(steps=600, log_every=20, checkpoint_every=200))
 
 
-def own(
-    c: ml_collections.ConfigDict, summaries: Mapping[str, Mapping[str, Any]], random_crops: bool = True) -> None:
+def own(c: ml_collections.ConfigDict, summaries: Mapping[str, Mapping[str, Any]]) -> None:
   """Add tasks and evaluators for the columns of your own prepared data.
 
   Tasks are called NAME_retrieval, NAME_caption, NAME_words, and NAME_COLUMN for a column of classes, with '_' for a dot
@@ -69,11 +68,10 @@ def own(
   Args:
     c: config with a model.
     summaries: name of the data → its prepared.json.
-    random_crops: of images in training; evaluation then takes their center. False, where nothing trains: the whole.
   """
   shares = {}
   for name, summary in summaries.items():
-    shares |= _add_own_tasks(c, name, summary, random_crops)
+    shares |= _add_own_tasks(c, name, summary)
   step_tokens = next(tokens for width, tokens in _STEP_TOKENS if c.model.width <= width)
   for name, share in shares.items():
     task = c.tasks[name]
@@ -88,8 +86,7 @@ def _tokens(c: ml_collections.ConfigDict, task: ml_collections.ConfigDict) -> in
   return texts * task.max_len + (0 if task.type.startswith('text') else visual)
 
 
-def _add_own_tasks(
-    c: ml_collections.ConfigDict, name: str, summary: Mapping[str, Any], random_crops: bool) -> dict[str, int]:
+def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str, Any]) -> dict[str, int]:
   """{name of a task: its share of a step's tokens}."""
   shares = {}
   source, columns = f'own:{name}', summary['columns']
@@ -98,7 +95,7 @@ def _add_own_tasks(
   evaluated = [s for s in ('test', 'validation') if s in summary['splits']]
   text = next((column for column in ('text', 'text_a', 'text_b') if column in columns), None)
   media = {
-      'image': dict(random_flip=True, **(dict(crop='random_resized_crop', min_crop_area=0.5) if random_crops else {})),
+      'image': dict(random_flip=True),
       'video': dict(num_frames=min(8, c.model.max_num_frames), crop='jittered_crop')}.get(visual, {})
 
   def max_len(bound: int, template: int = 1) -> int:
