@@ -70,7 +70,8 @@ def test_a_video_that_cannot_be_read_or_kills_its_process_costs_only_itself(tmp_
         'its decoder ended with exit code -9', 'no frames']
     np.testing.assert_array_equal([made[i] for i in (0, 3, 4, 5)], [[i, True] for i in (0, 3, 4, 5)])
   _read(videos, FakeReader(tmp_path), [b'another'] * 2, [6, 7])
-  assert all(map(str, _read(videos, FakeReader(tmp_path), [b'corrupt'] * 2, [6, 7])))  # where pixels were before
+  corrupt = _read(videos, FakeReader(tmp_path), [b'corrupt'] * 2, [6, 7])  # where pixels were before
+  assert all(isinstance(problem, CorruptVideo) for problem in corrupt)
 
 
 _PARENT = """
