@@ -58,6 +58,8 @@ def measure(source: pathlib.Path, data: pathlib.Path, num_workers: int) -> None:
       reported = num_rows
       print(f'{num_rows:,} rows: {memory >> 10} MB, {num_rows / (time.monotonic() - start):,.0f} rows/s', flush=True)
   seconds = time.monotonic() - start
+  if process.returncode:
+    sys.exit(f'the preparation ended with exit code {process.returncode}')
   summary = json.loads((data / 'own/rows/1.0.0/prepared.json').read_text())
   total = sum(summary['splits'].values())
   print(f'{total:,} rows with {num_workers} workers: {seconds:.0f} s, {total / seconds:,.0f} rows/s, at most '
@@ -121,8 +123,10 @@ def main() -> None:
   args = parser.parse_args()
   with tempfile.TemporaryDirectory(prefix='preparation_') as folder:
     source = write_rows(pathlib.Path(folder, 'in'), args.num_rows)
-    for num_workers in args.num_workers:
-      measure(source, pathlib.Path(folder, f'data_{num_workers}'), num_workers)
+    for i, num_workers in enumerate(args.num_workers):
+      data = pathlib.Path(folder, f'data_{i}')
+      measure(source, data, num_workers)
+      shutil.rmtree(data)
 
 
 if __name__ == '__main__':

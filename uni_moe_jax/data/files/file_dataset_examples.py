@@ -161,6 +161,7 @@ class _Batch:
     self._video_reader = video_pixels.VideoReader(
         b.size, task.num_frames, task.crop, task.random_flip, b.training, b.num_views, b.num_crops, task.frame_stride,
         task.min_crop_area)
+    self._flips = b.training and task.random_flip
     self._mirror_words = (
         file_dataset_features.word_mirror(task.mirrored_words) if b.training and task.mirrored_words else None)
     self._tables = file_dataset_features.label_tables(task, records, b.keys.get(task.target_set, ()), self.keep)
@@ -243,7 +244,7 @@ class _Batch:
     b, encoded, draws, n = self._builder, self._encoded(data), self._draws(hashes), tf.size(data)
     num_parts = min(cores.available(), _MAX_PARTS)
 
-    def decode_all(read, unroll):
+    def decode_all(read, unroll, flips=None):
       # A function that is not inlined is traced and optimized once, and costs nothing in the branch that is not taken.
       @functools.partial(tf.function, experimental_attributes={'_noinline': True})
       def decode_part(start, stop):
@@ -253,13 +254,15 @@ class _Batch:
             tf.range(start, stop, unroll), parallel_iterations=1,
             fn_output_signature=tf.TensorSpec([unroll, *self._shape[1:]], tf.uint8))
         images = tf.reshape(images, [-1, *self._shape])[:stop - start]
-        return self._augment(images, hashes[start:stop], {k: x[start:stop] for k, x in draws.items()})
+        images = flips(images, {k: x[start:stop] for k, x in draws.items()}) if flips else images
+        return self._augment(images, hashes[start:stop])
 
       bounds = [tf.minimum(-(-n // unroll) * k // num_parts * unroll, n) for k in range(num_parts + 1)]
       return tf.concat([decode_part(*part) for part in itertools.pairwise(bounds)], 0)
 
     def decode_pngs():
-      return decode_all(image_transforms.png_reader(encoded, b.channels, b.size, draws, self._task.crop), _PNGS_AT_ONCE)
+      read = image_transforms.png_reader(encoded, b.channels, b.size, draws, self._task.crop)
+      return decode_all(read, _PNGS_AT_ONCE, image_transforms.random_flips if self._flips else None)
 
     def decode_any():
       return decode_all(lambda i: self._read_image(tf.gather(encoded, i), draws, i), 1)
@@ -279,7 +282,7 @@ class _Batch:
     index, images = images.concatenate(sentinel).batch(tf.cast(n, tf.int64) + 1).get_single_element()
     images = tf.scatter_nd(index[:, None], images, [n + 1, *self._shape[1:]])[:n]
     ok = tf.scatter_nd(index[:, None], tf.ones_like(index), [n + 1])[:n] > 0
-    return self._augment(images[:, None], hashes, draws), ok
+    return self._augment(images[:, None], hashes), ok
 
   def _encoded(self, data: tf.Tensor) -> tf.Tensor:
     """The bytes of one or several images. Fails at a damaged record."""
@@ -291,15 +294,14 @@ class _Batch:
     return image_transforms.draws(hashes, self._task.crop, self._task.min_crop_area) if self._builder.training else {}
 
   def _read_image(self, encoded: tf.Tensor, draws: dict[str, tf.Tensor], i: tf.Tensor) -> tf.Tensor:
-    """uint8 [S, S, C] from the bytes of image i."""
+    """uint8 [S, S, C] from the bytes of image i, mirrored or not."""
     b, draw = self._builder, {k: tf.gather(x, i) for k, x in draws.items()} or None
-    return image_transforms.read(encoded, b.channels, b.size, draw, self._task.crop, b.resize)
+    image = image_transforms.read(encoded, b.channels, b.size, draw, self._task.crop, b.resize)
+    return image_transforms.random_flip(image, draw) if self._flips else image
 
-  def _augment(self, pixels: tf.Tensor, hashes: tf.Tensor, draws: dict[str, tf.Tensor]) -> tf.Tensor:
+  def _augment(self, pixels: tf.Tensor, hashes: tf.Tensor) -> tf.Tensor:
     """uint8 [n, 1, S, S, C] to the same shape."""
     t = self._task
-    if self._builder.training and t.random_flip:
-      pixels = image_transforms.random_flip(pixels, draws)
     if self._builder.training and (t.randaugment or t.random_erasing):
       def augment(x):
         image, h = tf.ensure_shape(x[0][0], self._shape[1:]), x[1]
