@@ -102,6 +102,14 @@ def test_every_baseline_shows_whether_it_is_beaten(page):
     assert shown in page, shown
 
 
+def test_the_first_table_has_at_most_twelve_rows(workdir):
+  rows = [metrics.Score('top1', .4, 90).row(f'e{i}', 9) for i in range(14)]
+  (workdir / 'evaluation.json').write_text(json.dumps(rows))
+  first, rest = re.search('id="evaluation">(.*?)<details>(.*?)</details>', _page(workdir)).groups()
+  assert re.findall('<td class="">(e[0-9]+)</td>', first) == [f'e{i}' for i in range(12)]
+  assert '>All 14 metrics, with 2 more evaluators<' in rest and '>e13</td>' in rest
+
+
 def test_there_is_a_panel_per_metric_with_its_strongest_baseline_as_a_dashed_line(page):
   panels = re.findall('<figure class="panel">.*?</figure>', page)
   assert len(panels) == 6

@@ -53,6 +53,17 @@ def lines(rows: Iterable[Mapping[str, Any]]) -> list[Line]:
   return [Line(row, strongest_baseline(row)) for row in main]
 
 
+def first_lines(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Line], int]:
+  """(at most `MAX_ROWS` lines, in order; number of lines left out).
+
+  Of evaluators with one name before a comma, such as the splits of a task, the later ones are left out first.
+  """
+  evaluated = lines(rows)
+  names = [line.row['evaluator'].partition(',')[0] for line in evaluated]
+  by_rank = sorted(range(len(names)), key=lambda i: names[:i].count(names[i]))
+  return [evaluated[i] for i in sorted(by_rank[:MAX_ROWS])], max(0, len(evaluated) - MAX_ROWS)
+
+
 def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
   """How many metrics are better than, level with and worse than their strongest baseline; '' if none has one."""
   verdicts = [Line(row, baseline).verdict for row in rows if (baseline := strongest_baseline(row))]
@@ -64,21 +75,14 @@ def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """The headline as aligned plain text: at most `MAX_ROWS` lines, then the sentence.
-
-  Of evaluators with one name before a comma, such as the splits of a task, the later ones are left out first.
-  """
-  evaluated = lines(rows)
+  """The headline as aligned plain text: the lines, then the sentence."""
+  evaluated, hidden = first_lines(rows)
   if not evaluated:
     return 'no evaluation rows'
-  names = [line.row['evaluator'].partition(',')[0] for line in evaluated]
-  by_rank = sorted(range(len(names)), key=lambda i: names[:i].count(names[i]))
-  shown = sorted(by_rank[:MAX_ROWS])
-  cells = [_COLUMNS, *(evaluated[i].cells for i in shown)]
+  cells = [_COLUMNS, *(line.cells for line in evaluated)]
   widths = [max(map(len, column)) for column in zip(*cells)]
   text = ['  '.join(f'{cell:{side}{width}}' for cell, side, width in zip(row, '<<><<', widths)).rstrip()
           for row in cells]
   text.insert(1, '  '.join('-' * width for width in widths))
-  hidden = len(evaluated) - len(shown)
-  more = [f'… and {hidden} more in evaluation.json'] if hidden > 0 else []
+  more = [f'… and {hidden} more in evaluation.json'] if hidden else []
   return '\n'.join([*text, *more, sentence(rows)]).rstrip()

@@ -166,9 +166,10 @@ def _strongest_baselines(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[s
 
 def _evaluation(rows: Sequence[Mapping[str, Any]]) -> str:
   css = {'evaluator': '', 'metric': '', 'model': 'number', 'strongest baseline': '', 'verdict': 'mark'}
-  main = [[*map(escape, line.cells[:-1]), f'<span class="{line.verdict}">{line.cells[-1]}</span>']
-          for line in headline.lines(rows)]
-  return f'{_table(css, main)}<details><summary>All {len(rows)} metrics</summary>{_all_metrics(rows)}</details>'
+  lines, hidden = headline.first_lines(rows)
+  main = [[*map(escape, line.cells[:-1]), f'<span class="{line.verdict}">{line.cells[-1]}</span>'] for line in lines]
+  more = f', with {hidden} more evaluators' if hidden else ''
+  return f'{_table(css, main)}<details><summary>All {len(rows)} metrics{more}</summary>{_all_metrics(rows)}</details>'
 
 
 def _all_metrics(rows: Sequence[Mapping[str, Any]]) -> str:
