@@ -117,8 +117,8 @@ def test_captions_of_a_context_model_equal_the_model_at_any_batch_size():
   words = heads.normalize(_RNG.normal(size=(small_model.VOCABULARY, 16)).astype(np.float32))
   call = _program(spec, ExportedTask(task, 1, small_model.VOCABULARY, beam_size=2), 'caption')
   run = small_model.jit(lambda values, pixels: decoding.beam_search(
-      UniPerceiver(spec), values, task.type, pixels, words, temperature='group', spe=small_model.SPE,
-      eot=small_model.EOT, max_len=4, beam_size=2))
+      decoding.Decoder.of(UniPerceiver(spec), values, task.type), pixels, words, temperature='group',
+      spe=small_model.SPE, eot=small_model.EOT, max_len=4, beam_size=2))
   want = jax.device_get(run(small_model.params(spec), _pixels(3)))
   captions = call(pixels=_pixels(3), targets=words)
   np.testing.assert_array_equal(captions['tokens'], want.tokens[:, 0])

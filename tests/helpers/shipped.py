@@ -60,8 +60,8 @@ def module(folder: pathlib.Path) -> types.ModuleType:
 def search(spec, params, task, tokenizer, pixels, words, **options) -> decoding.Captions:
   """Captions by the evaluator's search; words: features of their target set."""
   run = small_model.jit(lambda values: decoding.beam_search(
-      UniPerceiver(spec), values, task.type, pixels, words, temperature=task.temperature, spe=tokenizer.spe,
-      eot=tokenizer.eot, max_len=task.max_len, **options))
+      decoding.Decoder.of(UniPerceiver(spec), values, task.type), pixels, words, temperature=task.temperature,
+      spe=tokenizer.spe, eot=tokenizer.eot, max_len=task.max_len, **options))
   return jax.device_get(run(params))
 
 

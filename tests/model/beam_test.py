@@ -67,8 +67,8 @@ def _program(beams: int, answers: tuple, spec):
   @small_model.jit
   def run(values, pixels, words, eot, penalty):
     return decoding.beam_search(
-        UniPerceiver(spec), values, _task_type(spec), pixels, words, temperature='group', spe=small_model.SPE, eot=eot,
-        max_len=_N, beam_size=beams, length_penalty=penalty, trie=trie)
+        decoding.Decoder.of(UniPerceiver(spec), values, _task_type(spec)), pixels, words, temperature='group',
+        spe=small_model.SPE, eot=eot, max_len=_N, beam_size=beams, length_penalty=penalty, trie=trie)
   return run
 
 

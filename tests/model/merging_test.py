@@ -35,6 +35,18 @@ def test_features_are_those_of_the_model_with_experts(router, changes, others):
   assert float(jnp.abs(wrong - experts).max()) > 1e-2  # each condition has its own kernel
 
 
+def test_what_is_no_expert_is_not_copied():
+  spec = _spec('attribute')
+  values = small_model.params(spec)
+  _, merged = merging.merge_experts(spec, values, _VQA)
+  before, after = ({jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+                   for tree in (values, merged))
+  shared = {path for path, x in after.items() if x is before[path]}
+  assert {path for path in before if 'router' not in path and 'norm' in path} <= shared
+  assert all(_EXPERTS not in x.shape for x in after.values())
+  assert len(shared) < len(after) < len(before)  # kernels are merged, routers are gone
+
+
 @pytest.mark.parametrize('router', ['dense', 'token', 'context'])
 def test_models_without_merging_routers_stay_unchanged(router):
   spec = _spec(router)
@@ -51,8 +63,8 @@ def test_the_loop_over_words_reads_experts_only_where_tokens_choose_them(router,
 
   def search(values):
     return decoding.beam_search(
-        UniPerceiver(spec), values, _TASK_TYPE, pixels, jnp.zeros((7, spec.width)), temperature='group',
-        spe=small_model.SPE, eot=small_model.EOT, max_len=3, beam_size=2)
+        decoding.Decoder.of(UniPerceiver(spec), values, _TASK_TYPE), pixels, jnp.zeros((7, spec.width)),
+        temperature='group', spe=small_model.SPE, eot=small_model.EOT, max_len=3, beam_size=2)
 
   [loop] = [e for e in jax.make_jaxpr(search)(small_model.params(spec)).eqns if e.primitive.name == 'while']
   assert any(_EXPERTS in v.aval.shape for v in loop.invars) == reads

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import small_model
 from tests.helpers.jaxprs import equations
 from uni_moe_jax.eval import predictor
-from uni_moe_jax.model import heads, merging
+from uni_moe_jax.model import decoding, heads, merging
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import gmm, gmm_tiled, precision, routers
 from uni_moe_jax.tasks import task_types
@@ -67,11 +67,11 @@ def test_evaluation_of_a_float32_model_multiplies_everything_in_float32(router):
   model, words = UniPerceiver(small_model.spec(router)), jnp.ones((small_model.VOCABULARY, 16))
   values, image = small_model.params(model.spec), small_model.sequence('image_classification')
   options = tuple(dict(temperature='group', spe=0, eot=1, max_len=3, beam_size=2, length_penalty=0.).items())
+  decoder = decoding.Decoder.of(model, values, task_types.TASK_TYPES['image_caption'])
   traced = [
       predictor.encode.trace(model, values, image),
       predictor._log_p.trace(model, values, jnp.ones((2, 1, 16)), words, 'group', False, True),
-      predictor._captions.trace(
-          model, task_types.TASK_TYPES['image_caption'], options, values, image.pixels, words, None)]
+      predictor._captions.trace(options, decoder, image.pixels, words, None)]
   for program in traced:
     assert set(_products(program, 'tpu')) == {('f32', True)}
 

@@ -21,8 +21,9 @@ _NONE = -999.0  # what the published search calls a candidate that is none
 @functools.partial(small_model.jit, static_argnums=(0, 1, 2))
 def _searched(spec, task, options, params, pixels, sets):
   set_features = forward(spec, params, {}, sets, {}, None)[0].target_sets
-  return decoding.beam_search(spec.model, params, task.type, pixels, normalize(set_features[task.target_set]),
-                              temperature=task.temperature, spe=spec.model.spec.spe_id, **dict(options))
+  return decoding.beam_search(
+      decoding.Decoder.of(spec.model, params, task.type), pixels, normalize(set_features[task.target_set]),
+      temperature=task.temperature, spe=spec.model.spec.spe_id, **dict(options))
 
 
 @pytest.mark.parametrize('name', fixtures.cases('generation'))

@@ -48,6 +48,7 @@ class Predictor:
     self._model, self._params, self._sets, self._tokenizer = model, params, sets, tokenizer
     self._features: dict[str, jax.Array] = {}
     self._tries: dict[str, Trie] = {}
+    self._decoders: dict[TaskType, decoding.Decoder] = {}
 
   @classmethod
   def of(cls, model: UniPerceiver, params, plan: Plan, data: Data) -> 'Predictor':
@@ -118,8 +119,13 @@ class Predictor:
     options = dict(temperature=task.temperature, spe=self._tokenizer.spe, eot=self._tokenizer.eot,
                    max_len=max_len or task.max_len, beam_size=beam_size, length_penalty=length_penalty)
     words, trie = self.target_set(task.target_set), self._trie(constrain_to) if constrain_to else None
-    tokens = _captions(self._model, task.type, tuple(options.items()), self._params, pixels, words, trie)
+    tokens = _captions(tuple(options.items()), self._decoder(task.type), pixels, words, trie)
     return [self._tokenizer.decode(row) for row in np.asarray(tokens).tolist()]
+
+  def _decoder(self, task_type: TaskType) -> decoding.Decoder:
+    if task_type not in self._decoders:
+      self._decoders[task_type] = decoding.Decoder.of(self._model, self._params, task_type)
+    return self._decoders[task_type]
 
   def _trie(self, name: str) -> Trie:
     """The texts of a target set as sequences of words, each with its end."""
@@ -185,12 +191,11 @@ def rank(scores: jax.Array, labels: jax.Array) -> Ranked:
   return Ranked(jnp.argmax(scores, -1).astype(jnp.int32), 1 + not_lower.sum(-1, dtype=jnp.int32), score[..., 0])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _captions(
-    model: UniPerceiver, task_type: TaskType, options: tuple, params, pixels, words, trie: Trie | None) -> jax.Array:
-  B = pixels.shape[0]
+@functools.partial(jax.jit, static_argnums=0)
+def _captions(options: tuple, decoder: decoding.Decoder, pixels, words, trie: Trie | None) -> jax.Array:
+  B, model = pixels.shape[0], decoder.step_model
   # Repetitions of the last image fill up the batch shards: they end when it ends.
   pixels = jnp.pad(pixels, ((0, -B % model.shards), *((0, 0),) * 4), mode='edge')
   with precision.of_evaluation(model.spec.dtype):
-    captions = decoding.beam_search(model, params, task_type, pixels, words, trie=trie, **dict(options))
+    captions = decoding.beam_search(decoder, pixels, words, trie=trie, **dict(options))
   return sharding.replicate(captions.tokens[:, 0], model.mesh)[:B]

@@ -174,8 +174,9 @@ class _Programs:
 
     def caption(params, x):
       captions = decoding.beam_search(
-          model, _tree(params), task_type, x['pixels'], x['targets'], temperature=self._temperature, spe=spe, eot=eot,
-          max_len=max_len, beam_size=exported.beam_size, length_penalty=exported.length_penalty)
+          decoding.Decoder.of(model, _tree(params), task_type), x['pixels'], x['targets'],
+          temperature=self._temperature, spe=spe, eot=eot, max_len=max_len, beam_size=exported.beam_size,
+          length_penalty=exported.length_penalty)
       return {'tokens': captions.tokens[:, 0], 'score': captions.scores[:, 0]}
 
     def kv_cache(params, x):

@@ -121,9 +121,28 @@ class _Carry:
   node: jax.Array | None  # int32 [B, k], of the trie
 
 
+@flax.struct.dataclass
+class Decoder:
+  """A captioning model with one kernel per condition: its experts are merged once for any number of searches."""
+  task_type: TaskType = flax.struct.field(pytree_node=False)
+  prefill_model: UniPerceiver = flax.struct.field(pytree_node=False)
+  step_model: UniPerceiver = flax.struct.field(pytree_node=False)
+  prefill_params: Any
+  step_params: Any
+
+  @classmethod
+  def of(cls, model: UniPerceiver, params, task_type: TaskType) -> 'Decoder':
+    """Of a model with experts, or of one that is merged already or cannot be merged, which stays as it is."""
+    # One model for both would copy the kernel of its condition out of an array at every word.
+    (image, image_params), (word, word_params) = (
+        merging.merge_experts(model.spec, params, (*layout.conditions, layout.prompt_condition))
+        for layout in (prefill_layout(task_type), step_layout(task_type)))
+    return cls(task_type, model.clone(spec=image), model.clone(spec=word), image_params, word_params)
+
+
 def beam_search(
-    model: UniPerceiver, params, task_type: TaskType, pixels: jax.Array, words: jax.Array, *, temperature: str,
-    spe: int, eot: int, max_len: int, beam_size: int = 1, length_penalty: float = 0.0, trie: Trie | None = None,
+    decoder: Decoder, pixels: jax.Array, words: jax.Array, *, temperature: str, spe: int, eot: int, max_len: int,
+    beam_size: int = 1, length_penalty: float = 0.0, trie: Trie | None = None,
 ) -> Captions:
   """The most likely captions by beam search; with one beam, the greedy caption.
 
@@ -137,17 +156,16 @@ def beam_search(
     length_penalty: at the end, scores are divided by (number of words without `eot` + 1)^length_penalty.
     trie: the token sequences that are allowed; None: all.
   """
-  B, V = pixels.shape[0], words.shape[0]
-  kv_cache = _repeat(prefill(model, params, task_type, pixels, max_len), beam_size, shared=model.mesh is None)
-  layout = step_layout(task_type)
-  spec, merged = merging.merge_experts(model.spec, params, (*layout.conditions, layout.prompt_condition))
-  merged_model = model.clone(spec=spec)
-  scale = model.apply({'params': params}, temperature, method='scale')
+  B, V, model = pixels.shape[0], words.shape[0], decoder.step_model
+  kv_cache = prefill(decoder.prefill_model, decoder.prefill_params, decoder.task_type, pixels, max_len)
+  kv_cache = _repeat(kv_cache, beam_size, shared=model.mesh is None)
+  scale = model.apply({'params': decoder.step_params}, temperature, method='scale')
 
   def next_words(c: _Carry):
     """(logits [B, k, V] of the query at position t, cache with the word at t - 1)."""
     cache = kv_cache.replace(words=c.words, valid=c.valid, recent=c.recent)
-    features, cache = decode_step(merged_model, merged, task_type, cache, c.word.reshape(-1), c.t, spe=spe)
+    features, cache = decode_step(
+        model, decoder.step_params, decoder.task_type, cache, c.word.reshape(-1), c.t, spe=spe)
     return jnp.matmul(scale * features, words.T, precision=EXACT).reshape(B, beam_size, V), cache
 
   def step(c: _Carry) -> _Carry:

@@ -6,6 +6,7 @@ kernels; export/merge.py merges for good.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -59,24 +60,31 @@ def merge_experts(spec: ModelSpec, params: Any, conditions: tuple[Condition, ...
 
 
 def merge_params(spec: ModelSpec, params: Any, inputs: tuple[routers.RouterInput, ...]) -> Any:
-  """Parameters without routers, with one kernel per router input, of `spec.dtype`, instead of E experts."""
-  coef_of = lambda values: router_of(spec).apply({'params': values}, inputs, None).coef
-  types = {'kernel': spec.dtype, 'bias': jnp.float32}
+  """Parameters without routers, with one kernel per router input, of `spec.dtype`, instead of E experts.
 
-  def block(tree, sublayers, over):
-    coef = {s: over(coef_of)(tree[ROUTER_PARAMS[s]]) for s in sublayers}
-    merged = {}
-    for name, sub in tree.items():
-      sublayer = PROJECTIONS.get(name)
-      if sublayer in sublayers:
-        merged[name] = {leaf: over(layers.merge)(x, coef[sublayer]).astype(types[leaf]) for leaf, x in sub.items()}
-      elif name not in ROUTER_PARAMS.values():
-        merged[name] = sub
-    return merged
+  Other parameters are the same arrays, not copies.
+  """
+  def block(tree, sublayers, stacked):
+    of_experts = {n: x for n, x in tree.items() if PROJECTIONS.get(n) in sublayers or n in ROUTER_PARAMS.values()}
+    return {**{n: x for n, x in tree.items() if n not in of_experts},
+            **_merge_block(spec, sublayers, inputs, stacked, of_experts)}
 
   stack, encoder = spec.stack, dict(params['encoder'])
-  for subtree, pattern, over in (('blocks', stack.period, jax.vmap), ('tail', stack.tail, lambda f: f)):
+  for subtree, pattern in (('blocks', stack.period), ('tail', stack.tail)):
     if subtree in encoder:
-      encoder[subtree] = {
-          f'block{j}': block(encoder[subtree][f'block{j}'], sublayers, over) for j, sublayers in enumerate(pattern)}
+      encoder[subtree] = {f'block{j}': block(encoder[subtree][f'block{j}'], sublayers, subtree == 'blocks')
+                          for j, sublayers in enumerate(pattern)}
   return {**params, 'encoder': encoder}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _merge_block(
+    spec: ModelSpec, sublayers: tuple[str, ...], inputs: tuple[routers.RouterInput, ...], stacked: bool, tree: Any,
+) -> Any:
+  """The merged projections of a block with experts; stacked: of all periods."""
+  over, types = jax.vmap if stacked else (lambda f: f), {'kernel': spec.dtype, 'bias': jnp.float32}
+  coef_of = over(lambda values: router_of(spec).apply({'params': values}, inputs, None).coef)
+  coef = {s: coef_of(tree[ROUTER_PARAMS[s]]) for s in sublayers}
+  return {
+      name: {leaf: over(layers.merge)(x, coef[PROJECTIONS[name]]).astype(types[leaf]) for leaf, x in sub.items()}
+      for name, sub in tree.items() if name in PROJECTIONS}

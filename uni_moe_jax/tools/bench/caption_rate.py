@@ -59,14 +59,14 @@ def captioner(context: Context, router: str) -> tuple[Callable[[int], jax.Array]
   vocabulary = normalize(jnp.asarray(rng.normal(size=(s.vocabulary, s.width)), jnp.float32))
 
   @functools.partial(jax.jit, static_argnums=3)
-  def beam_search(params, pixels, vocabulary, beam_size):
-    return decoding.beam_search(
-        model, params, task.type, pixels, vocabulary, **options, **limits, beam_size=beam_size).tokens
+  def beam_search(decoder, pixels, vocabulary, beam_size):
+    return decoding.beam_search(decoder, pixels, vocabulary, **options, **limits, beam_size=beam_size).tokens
 
   def log_probs(rows, words, t):
     return uncached_search.next_word(
         model, task.type, params, images[rows], vocabulary, words, jnp.int32(t), **options)
 
-  cached = lambda beam_size: beam_search(params, images, vocabulary, beam_size)
+  decoder = decoding.Decoder.of(model, params, task.type)  # once for all images
+  cached = lambda beam_size: beam_search(decoder, images, vocabulary, beam_size)
   uncached = lambda beam_size: uncached_search.search(log_probs, len(images), beam_size=beam_size, **limits)[0]
   return cached, uncached
