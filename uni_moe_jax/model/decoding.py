@@ -135,7 +135,8 @@ class Decoder:
     """Of a model with experts, or of one that is merged already or cannot be merged, which stays as it is."""
     # One model for both would copy the kernel of its condition out of an array at every word.
     (image, image_params), (word, word_params) = (
-        merging.merge_experts(model.spec, params, (*layout.conditions, layout.prompt_condition))
+        merging.merge_experts(
+            model.spec, params, layout.conditions + (layout.prompt_condition,) * (model.spec.num_deep_prompts > 0))
         for layout in (prefill_layout(task_type), step_layout(task_type)))
     return cls(task_type, model.clone(spec=image), model.clone(spec=word), image_params, word_params)
 
