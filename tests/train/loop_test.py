@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 
 import chex
 import jax
@@ -15,6 +16,7 @@ import pytest
 from tests.helpers import processes, saved_run, tiny
 from tests.helpers.stop_request import StopAfterThreeSteps
 from tests.stress import injected_faults
+from uni_moe_jax.data.pipeline import lookahead
 from uni_moe_jax.train import loop, metrics_log
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
@@ -60,6 +62,19 @@ def test_a_line_has_the_speed_of_its_steps(uninterrupted):
     assert line['input_wait_share'] == pytest.approx(line['input_wait'] * line['steps_per_second'])
     assert 0 <= line['input_wait_share'] < 1
     assert line['tokens_per_second'] > 0 and line['mfu'] > 0
+
+
+@pytest.mark.parametrize('is_ready', [True, False])
+def test_only_a_late_batch_counts_as_waiting_for_input(tmp_path, monkeypatch, is_ready):
+  def slow_take(batches, take=lookahead.Lookahead.take):
+    time.sleep(0.05)
+    return take(batches)
+
+  monkeypatch.setattr(lookahead.Lookahead, 'take', slow_take)
+  monkeypatch.setattr(lookahead.Lookahead, 'is_ready', is_ready)
+  assert loop.train(_config(), str(tmp_path), jax.devices()[:1]) == loop.FINISHED
+  waits = [json.loads(line)['input_wait'] for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert max(waits) == 0 if is_ready else max(waits) > 0.03  # the first step does not count
 
 
 def test_a_step_of_two_micro_steps_has_the_products_of_one():

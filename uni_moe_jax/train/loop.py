@@ -227,13 +227,15 @@ class _Trainer:
           break
       with self._phase(SAVE, step):
         self._checkpoints.check()
-      if not batches.is_ready and self._pending is not None:
+      is_late = step > first and not batches.is_ready
+      if is_late and self._pending is not None:
         with self._phase(STEP, step):  # until it ends, the devices do not wait
           jax.block_until_ready(self._pending)
       waits_since = time.perf_counter()
       with self._phase(START if step == first else BATCH, step + 1):  # the first batch opens files
         task, batch, sizes = batches.take()
-      input_wait = time.perf_counter() - waits_since if step > first else 0.0
+      # If the batch is there, this thread waits for others at most, while a step runs.
+      input_wait = time.perf_counter() - waits_since if is_late else 0.0
       if step == first and self._compiler is not None:
         with self._phase(START, step + 1):
           self._step_fn(task).lower(state, batch, self._target_sets)  # JAX keeps what it has traced
