@@ -9,6 +9,7 @@ from tests.helpers import small_model
 from uni_moe_jax.model import decoding, merging
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
+from uni_moe_jax.utils.tree_paths import by_path
 
 _TASK_TYPE = task_types.TASK_TYPES['image_caption']
 _VQA = task_types.TASK_TYPES['vqa'].conditions
@@ -39,8 +40,7 @@ def test_what_is_no_expert_is_not_copied():
   spec = _spec('attribute')
   values = small_model.params(spec)
   _, merged = merging.merge_experts(spec, values, _VQA)
-  before, after = ({jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-                   for tree in (values, merged))
+  before, after = by_path(values), by_path(merged)
   shared = {path for path, x in after.items() if x is before[path]}
   assert {path for path in before if 'router' not in path and 'norm' in path} <= shared
   assert all(_EXPERTS not in x.shape for x in after.values())

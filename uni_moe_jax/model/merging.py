@@ -1,7 +1,7 @@
 """Coefficients of condition routers, and the model without routers and experts that they leave for some conditions.
 
 A condition router routes all segments of a condition by the same coefficients, and experts are linear, so their kernels
-can be added in advance (Uni-Perceiver-MoE, section 3.4). Decoding merges inside its program, so that its loop merges no
+can be added in advance (Uni-Perceiver-MoE, section 3.4). Decoding merges once per model, so that its loop merges no
 kernels; export/merge.py merges for good.
 """
 

@@ -26,12 +26,8 @@ def _noise(h, w):
   return np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8)
 
 
-def _flip(image, draw):
-  return image_transforms.random_flip(image, draw)
-
-
 def _resize_crop(image, size, draw):
-  return _flip(image_transforms.resize_and_crop(image, size, draw, 'resize_crop'), draw)
+  return image_transforms.random_flip(image_transforms.resize_and_crop(image, size, draw, 'resize_crop'), draw)
 
 
 def _random_resized_crop(image, size, i, min_area=0.08):
@@ -128,7 +124,7 @@ def test_random_crops_are_uniformly_distributed():
 def test_half_of_the_images_are_mirrored_independently_of_the_crop():
   image, n = _numbered(3, 4), 600
   crops = [image_transforms.random_crop(image, 3, _draw(i)).numpy() for i in range(n)]
-  made = [np.asarray(_flip(crop, _draw(i))) for i, crop in enumerate(crops)]
+  made = [np.asarray(image_transforms.random_flip(crop, _draw(i))) for i, crop in enumerate(crops)]
   mirrored = [np.array_equal(m, crop[:, ::-1]) for m, crop in zip(made, crops)]
   assert all(m or np.array_equal(p, crop) for m, p, crop in zip(mirrored, made, crops))
   assert abs(np.mean(mirrored) - .5) < 4 * np.sqrt(.25 / n)
@@ -136,16 +132,6 @@ def test_half_of_the_images_are_mirrored_independently_of_the_crop():
   positions = [_positions(m, image, 3)[0] for m in made]
   counts = [positions.count((0, right, mirrored)) for right in (0, 1) for mirrored in (False, True)]
   assert all(abs(count - 150) < 4 * 11 for count in counts)
-
-
-def test_images_of_a_batch_are_mirrored_as_they_are_one_by_one():
-  images = np.random.default_rng(0).integers(0, 256, (20, 2, 3, 4, 3), dtype=np.uint8)
-  draws = image_transforms.draws(hashing.mix_tensor(hashing.mix_constant('images'), tf.range(20)), 'resize_crop', 1.0)
-  made = image_transforms.random_flips(images, draws).numpy()
-  for image, expected, flip in zip(images, made, draws['flip'], strict=True):
-    np.testing.assert_array_equal([_flip(frame, {'flip': flip}) for frame in image], expected)
-  assert 0 < np.sum(draws['flip']) < 20
-
 
 
 def test_random_choices_depend_on_the_hash_alone():

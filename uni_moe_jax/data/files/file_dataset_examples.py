@@ -244,7 +244,7 @@ class _Batch:
     b, encoded, draws, n = self._builder, self._encoded(data), self._draws(hashes), tf.size(data)
     num_parts = min(cores.available(), _MAX_PARTS)
 
-    def decode_all(read, unroll, flips=None):
+    def decode_all(read, unroll):
       # A function that is not inlined is traced and optimized once, and costs nothing in the branch that is not taken.
       @functools.partial(tf.function, experimental_attributes={'_noinline': True})
       def decode_part(start, stop):
@@ -254,7 +254,6 @@ class _Batch:
             tf.range(start, stop, unroll), parallel_iterations=1,
             fn_output_signature=tf.TensorSpec([unroll, *self._shape[1:]], tf.uint8))
         images = tf.reshape(images, [-1, *self._shape])[:stop - start]
-        images = flips(images, {k: x[start:stop] for k, x in draws.items()}) if flips else images
         return self._augment(images, hashes[start:stop])
 
       bounds = [tf.minimum(-(-n // unroll) * k // num_parts * unroll, n) for k in range(num_parts + 1)]
@@ -262,7 +261,7 @@ class _Batch:
 
     def decode_pngs():
       read = image_transforms.png_reader(encoded, b.channels, b.size, draws, self._task.crop)
-      return decode_all(read, _PNGS_AT_ONCE, image_transforms.random_flips if self._flips else None)
+      return decode_all(lambda i: self._flip(read(i), draws, i), _PNGS_AT_ONCE)
 
     def decode_any():
       return decode_all(lambda i: self._read_image(tf.gather(encoded, i), draws, i), 1)
@@ -297,7 +296,10 @@ class _Batch:
     """uint8 [S, S, C] from the bytes of image i, mirrored or not."""
     b, draw = self._builder, {k: tf.gather(x, i) for k, x in draws.items()} or None
     image = image_transforms.read(encoded, b.channels, b.size, draw, self._task.crop, b.resize)
-    return image_transforms.random_flip(image, draw) if self._flips else image
+    return self._flip(image, draws, i)
+
+  def _flip(self, image: tf.Tensor, draws: dict[str, tf.Tensor], i: tf.Tensor) -> tf.Tensor:
+    return image_transforms.random_flip(image, {'flip': tf.gather(draws['flip'], i)}) if self._flips else image
 
   def _augment(self, pixels: tf.Tensor, hashes: tf.Tensor) -> tf.Tensor:
     """uint8 [n, 1, S, S, C] to the same shape."""

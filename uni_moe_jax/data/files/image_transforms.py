@@ -205,14 +205,6 @@ def random_flip(image: tf.Tensor, draw: Draw) -> tf.Tensor:
   return tf.cond(draw['flip'], lambda: tf.reverse(image, [1]), lambda: image)
 
 
-def random_flips(images: tf.Tensor, draw: Draw) -> tf.Tensor:
-  """`random_flip` of images [n, T, H, W, C], which takes less time for small ones and more for large ones."""
-  index = tf.where(draw['flip'])
-  chosen = tf.gather_nd(images, index)
-  rows = tf.reshape(chosen, [-1, *images.shape[-2:]])  # the op mirrors an array of three axes faster
-  return tf.tensor_scatter_nd_update(images, index, tf.reshape(tf.reverse(rows, [1]), tf.shape(chosen)))
-
-
 def _random_corner(margin: tf.Tensor, draw: Draw) -> tf.Tensor:
   """A uniformly distributed upper left corner, int32 [2] in 0…margin."""
   return hashing.randint(draw['corner'], margin + 1)

@@ -29,7 +29,7 @@ def caption_rate(context: Context) -> list[Row]:
   calls = {(name, k): functools.partial(search, k) for name, search in searches.items() for k in (1, 2)}
   seconds = interleaved(calls, s.rounds)
   note = (f'B {s.small_batch}, {s.words} words each (no caption ends early), {s.vocabulary} words, {s.image_size} px; '
-          'uncached: one forward pass of the whole two-stream caption per word')
+          'experts are merged once, before; uncached: one forward pass of the whole two-stream caption per word')
   rate = lambda name, key: Row('decoding', name, seconds.figure(s.small_batch / seconds[key]), 'captions/s', note=note)
   rows = []
   for k, name in ((1, 'greedy'), (2, 'beam 2')):
