@@ -73,16 +73,15 @@ def test_an_error_of_the_second_graph_is_raised_where_its_batch_would_be_taken()
 def test_after_an_error_of_the_consumer_no_queued_batch_is_made_and_no_thread_is_left():
   made, go, error = [], threading.Event(), ZeroDivisionError()
 
-  def read(i):
+  def count(i):  # blocks a thread of this module; within the graph, it would block one of TensorFlow's two
     made.append(i)
     assert i == 0 or go.wait(60)
-    return i
 
   def fail(_):
     threading.Timer(3, go.set).start()  # when the queued batches are canceled
     raise error
 
-  batches = in_flight.make_ahead(lambda _, i: _call(read, i), [np.arange(1000)])
+  batches = in_flight.make_ahead(lambda _, i: i, [np.arange(1000)], count)
   with pytest.raises(ZeroDivisionError), contextlib.closing(Lookahead(batches, fail)) as ahead:
     ahead.take()
   assert len(made) <= 1 + in_flight.num_in_flight()
