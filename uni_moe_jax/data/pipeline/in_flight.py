@@ -16,6 +16,7 @@ from uni_moe_jax.utils import cores
 
 # In a message of TensorFlow, after its heading and the place in the graph.
 _REASON = re.compile(r'^(?!Graph execution error|Detected at |<stack|\s|$)(?:{{.*?}} )?(.+)', re.MULTILINE)
+_MAX_BYTES = 2**21  # of the batches of one call, unless a batch has more
 
 
 def num_in_flight() -> int:
@@ -24,45 +25,59 @@ def num_in_flight() -> int:
 
 
 def make_ahead(
-    make: Callable[..., Any], inputs: Sequence[np.ndarray], count: Callable[[Any], None] = lambda made: None,
-    num_waiting: int | None = None) -> Iterator[Any]:
+    make: Callable[..., Any], inputs: Sequence[np.ndarray], count: Callable[[Any], None] = lambda uncounted: None,
+    num_waiting: int | None = None, max_together: int = 1) -> Iterator[Any]:
   """Yields batches in order, as NumPy arrays that cannot be written.
 
   Each is made as if no example were corrupt; if that fails, a second time. A graph of its own, instead of a function of
-  a `tf.data.Dataset`, is optimized, and its loops run without a call per iteration.
+  a `tf.data.Dataset`, is optimized, and its loops run without a call per iteration. A call takes about half a
+  millisecond of Python, so that one makes several batches of few bytes.
 
   Args:
-    make: (undamaged: bool, elements of `inputs`) → tensors; with True it may fail, see `Examples.make_undamaged`.
+    make: (undamaged: bool, k elements of each of `inputs`: [k, …]) → (tensors [k, …] of k batches, what `count` needs);
+      with True it may fail, see `Examples.make_undamaged`.
     inputs: arrays [number of batches, …].
-    count: called with each batch that was made as if no example were corrupt, in the thread that made it.
-    num_waiting: batches that may wait for the consumer, besides those being made; by default as many.
+    count: called with the second result if the batches were made as if no example were corrupt, in their thread.
+    num_waiting: calls whose batches may wait for the consumer, besides those being made; by default as many.
+    max_together: largest k.
   """
-  specs = [tf.TensorSpec(x.shape[1:], x.dtype) for x in inputs]
+  specs = [tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in inputs]
   trace = lambda flag: tf.function(functools.partial(make, flag), input_signature=specs).get_concrete_function
   undamaged, any_batch = (functools.cache(trace(flag)) for flag in (True, False))
 
   num_failed, as_numpy = itertools.count(), lambda x: np.asarray(memoryview(x))
 
-  def run(row):
+  def run(*rows):
+    call = lambda graph: tf.nest.map_structure(as_numpy, graph()(*map(tf.constant, rows)))
     try:
-      made = undamaged()(*map(tf.constant, row))
+      batches, uncounted = call(undamaged)
     except tf.errors.OpError as e:
+      if (n := len(rows[0])) > 1:  # find the batch
+        return [*run(*(x[:n // 2] for x in rows)), *run(*(x[n // 2:] for x in rows))]
       if not next(num_failed):  # whatever the reason is, it must not stay hidden: it halves the speed
         print('data: a batch is made a second time, as with corrupt examples. Later ones are not reported. The reason: '
               f'{next(iter(_REASON.findall(e.message)), e.message)}', file=sys.stderr, flush=True)
-      return tf.nest.map_structure(as_numpy, any_batch()(*map(tf.constant, row)))
-    made = tf.nest.map_structure(as_numpy, made)
-    count(made)
-    return made
+      batches, _ = call(any_batch)
+    else:
+      count(uncounted)
+    return [tf.nest.map_structure(lambda x: x[i, ...], batches) for i in range(len(rows[0]))]
 
-  rows, pending, at_once = zip(*inputs, strict=True), collections.deque(), num_in_flight()
+  k = _num_together(undamaged().structured_outputs[0], max_together)
+  calls, pending, at_once = iter(range(0, len(inputs[0]), k)), collections.deque(), num_in_flight()
   num_ahead = at_once + (at_once if num_waiting is None else num_waiting)
   with concurrent.futures.ThreadPoolExecutor(at_once, 'batches') as pool:
     try:
       while True:
-        pending.extend(pool.submit(run, row) for row in itertools.islice(rows, num_ahead - len(pending)))
+        pending.extend(pool.submit(run, *(x[i:i + k] for x in inputs))
+                       for i in itertools.islice(calls, num_ahead - len(pending)))
         if not pending:
           return
-        yield pending.popleft().result()
+        yield from pending.popleft().result()
     finally:
       pool.shutdown(cancel_futures=True)
+
+
+def _num_together(batches: Any, most: int) -> int:
+  """How many batches one call makes; batches: tensors [k, …]."""
+  num_bytes = sum((x.shape[1:].num_elements() or _MAX_BYTES) * x.dtype.size for x in tf.nest.flatten(batches))
+  return max(1, min(most, _MAX_BYTES // max(num_bytes, 1)))

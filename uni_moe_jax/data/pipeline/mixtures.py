@@ -30,6 +30,7 @@ from uni_moe_jax.utils import splitmix
 
 Batch = dict[str, dict[str, np.ndarray]]
 _PREFETCHED = 2**16  # examples of a task whose order decides in which order its files are fetched
+_MAX_ROWS = 256  # of small batches that are made together: more are not faster
 UNBATCHED_FIELDS = ('temporal_offset',)  # features without an example axis
 
 
@@ -80,46 +81,48 @@ class Mixture:
       if prefetch := self.examples[t.name].prefetch:
         prefetch(self._ids(t, counts[:-(-_PREFETCHED // t.batch_size), None])[0].numpy())
 
-    def count(made):
-      for name, num_read in made[1].items():
-        self.examples[name].corrupt_counter.count(int(num_read), [])
+    def count(num_read):
+      for name, n in num_read.items():
+        self.examples[name].corrupt_counter.count(int(n), [])
 
-    make = functools.partial(self._batch, tasks)
-    for batch, _ in in_flight.make_ahead(make, (steps, counts), count):
+    make, num_rows = functools.partial(self._batches, tasks), sum(len(self._positions(t)) for t in tasks)
+    for batch in in_flight.make_ahead(make, (steps, counts), count, max_together=_MAX_ROWS // num_rows):
       for e in self.examples.values():
         e.corrupt_counter.check()
       yield batch
 
-  def _batch(
-      self, tasks: tuple[TaskSpec, ...], undamaged: bool, step: tf.Tensor, count: tf.Tensor,
+  def _batches(
+      self, tasks: tuple[TaskSpec, ...], undamaged: bool, steps: tf.Tensor, counts: tf.Tensor,
   ) -> tuple[dict[str, Features], dict[str, tf.Tensor]]:
-    """(a batch, task name → number of its records that are not counted yet)."""
+    """(batches of k steps, features [k, …]; task name → number of their records that are not counted yet)."""
     accum_steps, groups, num_read = self.layout.accum_steps, {}, {}
     for t in tasks:
-      fields, num_read[t.name] = self._task_fields(t, count, undamaged)
+      fields, num_read[t.name] = self._task_fields(t, counts, undamaged)
       groups.setdefault(t.group, []).append(fields)
-    batch = {}
+    batches = {}
     for group, members in groups.items():
-      axis = 1 if accum_steps == 1 else 2
+      axis = 2 if accum_steps == 1 else 3
       features = {k: tf.concat([m[k] for m in members], axis=axis) for k in members[0]}
       if 'pixels' in features:
         num_offsets = self.max_num_frames - features['pixels'].shape[axis + 1] + 1
-        h = hashing.mix_tensor(hashing.mix_constant(self.seed, group, 'temporal offset'), step)
+        h = hashing.mix_tensor(hashing.mix_constant(self.seed, group, 'temporal offset'), steps)[:, None]
         offsets = hashing.randint(hashing.mix_tensor(h, tf.range(accum_steps, dtype=tf.int64)), num_offsets)
-        features['temporal_offset'] = offsets[0] if accum_steps == 1 else offsets
-      batch[group] = features
-    return batch, num_read
+        features['temporal_offset'] = offsets[:, 0] if accum_steps == 1 else offsets
+      batches[group] = features
+    return batches, num_read
 
-  def _task_fields(self, t: TaskSpec, count: tf.Tensor, undamaged: bool) -> tuple[Features, tf.Tensor]:
+  def _task_fields(self, t: TaskSpec, counts: tf.Tensor, undamaged: bool) -> tuple[Features, tf.Tensor]:
+    """(features [k, …] of a task's batches with numbers [k], number of records that are not counted yet)."""
     layout, examples = self.layout, self.examples[t.name]
     per_shard = t.batch_size // (layout.accum_steps * layout.num_shards)
-    ids, epoch = self._ids(t, count)
+    ids, epoch = self._ids(t, counts[:, None])
     hashes = hashing.example_hash(self.seed, t.name, epoch, ids)
     features, num_read = examples.make_uncounted(undamaged, ids, hashes)
     if t.mixes:
-      features = self._mixed(t, count, self._positions(t), hashes, features)
+      features = self._mixed(t, counts, hashes, features)
     features['id'] = tf.cast(features['id'] & 0xFFFFFFFF, tf.uint32)
-    leading = [layout.accum_steps, len(layout.local_shards), per_shard][layout.accum_steps == 1:]
+    leading = [-1, layout.accum_steps, len(layout.local_shards), per_shard]
+    leading = leading if layout.accum_steps > 1 else [-1, *leading[2:]]
     return {k: tf.reshape(v, leading + v.shape[1:].as_list()) for k, v in features.items()}, num_read
 
   def _positions(self, t: TaskSpec) -> np.ndarray:
@@ -128,17 +131,20 @@ class Mixture:
     position = np.arange(t.batch_size).reshape(layout.accum_steps, layout.num_shards, -1)
     return position[:, list(layout.local_shards)].reshape(-1)
 
-  def _ids(self, t: TaskSpec, count: tf.Tensor | np.ndarray) -> tuple[tf.Tensor, tf.Tensor]:
-    """(ids, epochs) of this process's rows, int64 [n], of a task's batch, or of the batches with numbers [k, 1]."""
-    positions = tf.reshape(count * t.batch_size + self._positions(t), [-1])
+  def _ids(self, t: TaskSpec, counts: tf.Tensor | np.ndarray) -> tuple[tf.Tensor, tf.Tensor]:
+    """(ids, epochs) of this process's rows, int64 [n], of a task's batches with numbers [k, 1]."""
+    positions = tf.reshape(counts * t.batch_size + self._positions(t), [-1])
     return hashing.shuffled_ids(positions, self.examples[t.name].size, self.seed, t.name)
 
-  def _mixed(self, t: TaskSpec, count: tf.Tensor, position: np.ndarray, hashes: tf.Tensor, features: Features):
-    """Mixes rows 2k and 2k + 1 of the global batch; both are on one shard, see `Plan.check_batches`."""
-    num_pairs, pair = t.batch_size // 2, position // 2
-    mixup_lambda, cutmix_lambda = (
-        tf.gather(mixup.sample_lambda(alpha, num_pairs, self.seed, t.name, count), pair) if alpha else None
-        for alpha in (t.mixup_alpha, t.cutmix_alpha))
+  def _mixed(self, t: TaskSpec, counts: tf.Tensor, hashes: tf.Tensor, features: Features):
+    """Mixes rows 2i and 2i + 1 of each global batch; both are on one shard, see `Plan.check_batches`."""
+    num_pairs, pair = t.batch_size // 2, self._positions(t) // 2
+
+    def draw(alpha):
+      sample = lambda count: tf.gather(mixup.sample_lambda(alpha, num_pairs, self.seed, t.name, count), pair)
+      return tf.reshape(tf.map_fn(sample, counts, fn_output_signature=tf.TensorSpec([len(pair)], tf.float32)), [-1])
+
+    mixup_lambda, cutmix_lambda = (draw(alpha) if alpha else None for alpha in (t.mixup_alpha, t.cutmix_alpha))
     h = tf.repeat(hashes[::2], 2)
     box_center = tf.stack([hashing.uniform(hashing.mix_tensor(h, p)) for p in ('box down', 'box right')], 1)
     return mixup.apply(features, mixup_lambda, cutmix_lambda, box_center, h)
@@ -183,8 +189,10 @@ def evaluation_batches(
   hashes = hashing.example_hash(0, 'evaluation', tf.constant(0, tf.int64), ids)
 
   def make(undamaged, rows):
+    num_rows, rows = rows.shape[1], tf.reshape(rows, [-1])
     features, _ = examples.make_uncounted(undamaged, tf.gather(ids, rows), tf.gather(hashes, rows))
-    return {**features, 'id': tf.cast(features['id'] & 0xFFFFFFFF, tf.uint32)}
+    features['id'] = tf.cast(features['id'] & 0xFFFFFFFF, tf.uint32)
+    return {k: tf.reshape(v, [-1, num_rows, *v.shape[1:].as_list()]) for k, v in features.items()}, ()
 
   for features, count in zip(in_flight.make_ahead(make, [rows], num_waiting=1), counts[:, 0].tolist(), strict=True):
     examples.corrupt_counter.check()
