@@ -65,11 +65,11 @@ def _shifted_shard() -> None:
   from uni_moe_jax.data.pipeline.mixtures import Mixture
   original = Mixture._task_fields
 
-  def fields(mixture, task, count, undamaged):
-    layout, (current, num_read) = mixture.layout, original(mixture, task, count, undamaged)
+  def fields(mixture, task, counts, undamaged):
+    layout, (current, num_read) = mixture.layout, original(mixture, task, counts, undamaged)
     if layout.num_shards == 1 or layout.num_shards - 1 not in layout.local_shards:
       return current, num_read
-    axis, (later, _) = int(layout.accum_steps > 1), original(mixture, task, count + 1, undamaged)
+    axis, (later, _) = 1 + int(layout.accum_steps > 1), original(mixture, task, counts + 1, undamaged)
     kept = tf.range(len(layout.local_shards) - 1)
     return {name: tf.concat([tf.gather(value, kept, axis=axis),
                              tf.gather(later[name], [len(layout.local_shards) - 1], axis=axis)], axis)

@@ -1,6 +1,7 @@
 """Images whose records are read as bytes: TensorFlow takes the image of each, and Python the texts."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tests.data import own_files
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
+from uni_moe_jax.data.files import file_dataset
 from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.files.file_dataset_examples import FileExampleBuilder
 from uni_moe_jax.data.pipeline import hashing
@@ -70,3 +72,30 @@ def test_bytes_give_the_examples_of_records_and_those_that_are_none_are_replaced
   assert level != 2
   for k in expected.keys() - {'id'}:
     np.testing.assert_array_equal(made[k][2], replacement[k][0])
+
+
+def test_the_records_of_a_small_split_are_read_once_and_those_that_cannot_be_read_are_tried_again():
+  calls, broken = [], {7}
+
+  def read(ids):
+    calls.append(ids.tolist())
+    if broken & set(ids.tolist()):
+      raise OSError
+    return [b'%d' % i for i in ids]
+
+  kept = file_dataset.keep_records(read)
+  assert kept(np.array([3, 1, 3])) == [b'3', b'1', b'3'] and kept(np.array([1, 2])) == [b'1', b'2']
+  with pytest.raises(OSError):
+    kept(np.array([1, 7]))
+  broken.clear()
+  assert kept(np.array([7, 2])) == [b'7', b'2']
+  assert calls == [[3, 1, 3], [2], [7], [7]]
+
+
+@pytest.mark.parametrize('num_bytes, num_kept', [(0, 0), (1, 1), (2**28, 1), (2**28 + 1, 0)])
+def test_only_a_split_that_is_known_to_be_small_is_kept(num_bytes, num_kept, monkeypatch):
+  made = []
+  monkeypatch.setattr(file_dataset, 'keep_records', lambda read: made.append(read) or read)
+  info = types.SimpleNamespace(file_instructions=[], num_bytes=num_bytes)
+  file_dataset._open(types.SimpleNamespace(info=types.SimpleNamespace(splits={'train': info})), '', 'train')
+  assert len(made) == num_kept

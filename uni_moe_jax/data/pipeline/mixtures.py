@@ -30,7 +30,7 @@ from uni_moe_jax.utils import splitmix
 
 Batch = dict[str, dict[str, np.ndarray]]
 _PREFETCHED = 2**16  # examples of a task whose order decides in which order its files are fetched
-_MAX_ROWS = 256  # of small batches that are made together: more are not faster
+_MAX_ROWS = 512  # of small batches that are made together: more are not faster
 UNBATCHED_FIELDS = ('temporal_offset',)  # features without an example axis
 
 
