@@ -1,6 +1,7 @@
 """A run that is stopped and started again ends like one that is not."""
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -75,6 +76,16 @@ def test_only_a_late_batch_counts_as_waiting_for_input(tmp_path, monkeypatch, is
   assert loop.train(_config(), str(tmp_path), jax.devices()[:1]) == loop.FINISHED
   waits = [json.loads(line)['input_wait'] for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   assert max(waits) == 0 if is_ready else max(waits) > 0.03  # the first step does not count
+
+
+def test_collections_of_garbage_do_not_visit_what_the_first_step_has_left(tmp_path):
+  numbers = []
+  hook = lambda *_: numbers.append(gc.get_freeze_count()) or {}
+  config = _config()
+  config.train.steps = 2
+  assert loop.train(config, str(tmp_path), jax.devices()[:1], [lambda run: hook]) == loop.FINISHED
+  assert numbers[0] == 0 and numbers[1] > 100_000
+  assert gc.get_freeze_count() == 0  # a process may train several times
 
 
 def test_a_step_of_two_micro_steps_has_the_products_of_one():

@@ -5,6 +5,7 @@ Exit codes: 0 finished, 75 stopped by a signal and resumable, 1 losses were not 
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import pathlib
@@ -216,6 +217,7 @@ class _Trainer:
     try:
       return self._train(state, first, stop, started, batches)
     finally:
+      gc.unfreeze()
       with self._phase(BATCH):  # the next batch may be in the making
         batches.close()
 
@@ -247,6 +249,8 @@ class _Trainer:
       state, metrics = self._take(step, task, state, batch)
       self._log.add_work(input_wait=input_wait, ideal_seconds=self._ideal_seconds[task], **sizes)
       if step == first:
+        gc.collect()
+        gc.freeze()  # a collection that visits all objects stops every thread for half a second
         print(f'first step after {time.perf_counter() - started:.0f} s', flush=True)
       done = step + 1
       if not self._add_metrics(done, metrics):

@@ -71,6 +71,14 @@ class Mixture:
     for name in drawn[start:]:
       yield str(name), next(iterators[name])
 
+  def num_ahead(self, batch: Batch) -> int:
+    """Returns how many batches like this one, of every task, are at most made or being made for the consumer."""
+    num_bytes = sum(feature.nbytes for fields in batch.values() for feature in fields.values())
+    return 2 * in_flight.num_in_flight() * in_flight.num_together(num_bytes, self._max_together(self.plan.tasks))
+
+  def _max_together(self, tasks: tuple[TaskSpec, ...]) -> int:
+    return _MAX_ROWS // sum(len(self._positions(t)) for t in tasks)
+
   def num_corrupt_examples(self) -> int:
     """Returns how many examples from files could not be used and were replaced so far."""
     return sum(e.corrupt_counter.num_corrupt for e in self.examples.values())
@@ -85,8 +93,8 @@ class Mixture:
       for name, n in num_read.items():
         self.examples[name].corrupt_counter.count(int(n), [])
 
-    make, num_rows = functools.partial(self._batches, tasks), sum(len(self._positions(t)) for t in tasks)
-    for batch in in_flight.make_ahead(make, (steps, counts), count, max_together=_MAX_ROWS // num_rows):
+    make = functools.partial(self._batches, tasks)
+    for batch in in_flight.make_ahead(make, (steps, counts), count, max_together=self._max_together(tasks)):
       for e in self.examples.values():
         e.corrupt_counter.check()
       yield batch

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import importlib.util
 import itertools
 import json
@@ -19,7 +20,6 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.files import file_dataset, prepare
 from uni_moe_jax.data.files.file_dataset_examples import FileExampleBuilder
-from uni_moe_jax.data.pipeline import in_flight
 from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
 from uni_moe_jax.data.pipeline.mixtures import Batch, BatchLayout, Mixture
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
@@ -54,6 +54,7 @@ def input_rate(context: Context) -> list[Row]:
   rows = _pipeline_rates('input', mixtures, s, lambda _, unit: (
       f'pipeline only, on all cores; recorded on two cores: {_RECORDED[unit]}'))
   real = _batches(run.mixture())
+  num_ahead = run.mixture().num_ahead(next(real))
 
   def constant_steps():
     return [step() for _ in range(s.steps)][-1]
@@ -61,8 +62,9 @@ def input_rate(context: Context) -> list[Row]:
   def real_steps():
     return [step(run.put_batch(batch)) for batch in itertools.islice(real, s.steps)][-1]
 
-  seconds = interleaved({'real': real_steps, 'constant': constant_steps}, s.rounds, before={'real': _skip(real)})
-  note = f'{s.steps} steps per round; {_num_prefetched()} batches are skipped before each, so that none is ready'
+  seconds = interleaved(
+      {'real': real_steps, 'constant': constant_steps}, s.rounds, before={'real': _skip(real, num_ahead)})
+  note = f'{s.steps} steps per round; {num_ahead} batches are skipped before each, so that none is ready'
   slowdown = seconds.figure(seconds['real'] / seconds['constant'])
   return rows + [
       Row('input', 'constant-batch step', seconds.figure(seconds['constant'] / s.steps), 's', note=note),
@@ -78,19 +80,25 @@ def _pipeline_rates(
   """
   streams: dict[str, Iterator[Any]] = {name: _batches(mixture) for name, mixture in mixtures.items()}
   first = {name: next(stream) for name, stream in streams.items()}
+  ahead = {name: mixture.num_ahead(first[name]) for name, mixture in mixtures.items()}
+  steps = {name: max(sizes.steps, 2 * number) for name, number in ahead.items()}
+  gc.collect()
+  gc.freeze()  # as in training, after the first step
   streams |= {(name, 'by hand'): stream for name, (stream, _) in by_hand.items()}
+  for counts in (ahead, steps):
+    counts |= {(name, 'by hand'): counts[name] for name in by_hand}
   seconds = interleaved(
-      {name: _skip(stream, sizes.steps) for name, stream in streams.items()}, sizes.rounds,
-      before={name: _when_idle(_skip(stream)) for name, stream in streams.items()})
+      {name: _skip(stream, steps[name]) for name, stream in streams.items()}, sizes.rounds,
+      before={name: _when_idle(_skip(stream, ahead[name])) for name, stream in streams.items()})
   rows = []
   for name, mixture in mixtures.items():
     [task], [fields] = mixture.plan.tasks, first[name].values()
     unit = 'videos/s' if fields['pixels'].shape[-4] > 1 else 'images/s'
     ours = seconds[name] / task.batch_size
-    rows.append(Row(suite, name, seconds.figure(sizes.steps / ours), unit, note=note(name, unit)))
+    rows.append(Row(suite, name, seconds.figure(steps[name] / ours), unit, note=note(name, unit)))
     if name in by_hand:
       plain = seconds[name, 'by hand'] / by_hand[name][1]
-      rows += [Row(suite, f'{name}: by hand', seconds.figure(sizes.steps / plain), unit, note=_BY_HAND_NOTE),
+      rows += [Row(suite, f'{name}: by hand', seconds.figure(steps[name] / plain), unit, note=_BY_HAND_NOTE),
                Row(suite, f'{name} / by hand', seconds.figure(plain / ours), 'x', _OF_BY_HAND, _BY_HAND_NOTE)]
   return rows
 
@@ -99,15 +107,10 @@ def _batches(mixture: Mixture) -> Iterator[Batch]:
   return (batch for _, batch in mixture.iterate(0, _STEPS))
 
 
-def _num_prefetched() -> int:
-  """Batches that the pipeline may have ready: some wait, as many are being made."""
-  return 2 * in_flight.num_in_flight()
-
-
-def _skip(batches: Iterator[Batch], count: int | None = None) -> Callable[[], None]:
-  """Return a function that discards batches; by default those that may be ready, as they cost a round nothing."""
+def _skip(batches: Iterator[Batch], count: int) -> Callable[[], None]:
+  """Return a function that discards batches: those that may be ready, as they cost a round nothing, or a round's."""
   def skip():
-    for _ in itertools.islice(batches, count or _num_prefetched()):
+    for _ in itertools.islice(batches, count):
       pass
   return skip
 

@@ -32,7 +32,7 @@ class Sizes:
   words: int = 20  # length of captions
   gemm: int = 2048  # n of the n × n × n product whose rate is the peak
   compiled_layers: tuple[int, int] = (12, 24)
-  steps: int = 10  # batches per round of `input` and `files`
+  steps: int = 10  # batches per round of `input` and `files`, or more where many are ready
   files: int = 256  # image files of a type; of videos half
   own_layers: int = 0  # of the config's model in `mixed` and `input`; 0: the config's own
   mixed_routers: tuple[str, ...] = ()  # of `mixed`, dense first; (): all
