@@ -29,14 +29,13 @@ from uni_moe_jax.data.files import (
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record, example_parser
 from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
 from uni_moe_jax.data.files.video_processes import VideoProcesses
-from uni_moe_jax.data.pipeline import hashing
+from uni_moe_jax.data.pipeline import hashing, in_flight
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.examples import Examples, Features, mask_maker, subset
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.utils import cores, templates
 from uni_moe_jax.utils.errors import UsageError
 
-_MAX_PARTS = 8  # of a batch of images that are decoded at once; several batches are
 _PNGS_AT_ONCE = 4  # in an iteration of a loop, which takes about 10 µs
 _MAX_ATTEMPTS = 8  # to replace a corrupt example; if one in ten is corrupt, all fail with a probability of 1e-8
 
@@ -242,7 +241,7 @@ class _Batch:
   def _decode(self, data: tf.Tensor, hashes: tf.Tensor) -> tf.Tensor:
     """Decodes images: uint8 [n, 1, S, S, C]. Fails at a damaged one."""
     b, encoded, draws, n = self._builder, self._encoded(data), self._draws(hashes), tf.size(data)
-    num_parts = min(cores.available(), _MAX_PARTS)
+    num_parts = -(-cores.available() // in_flight.num_in_flight())
 
     def decode_all(read, unroll):
       # A function that is not inlined is traced and optimized once, and costs nothing in the branch that is not taken.
