@@ -26,5 +26,5 @@ def get_config() -> ml_collections.ConfigDict:
   c.tasks.glyph_name.max_shift = 1
   c.target_sets.vocabulary.num_sampled = 512
   c.optim.update(dict(name='muon', learning_rate=4e-3, warmup_steps=60))
-  c.train.update(dict(steps=600, log_every=20, checkpoint_every=200))
+  c.train.update(dict(steps=900, log_every=20, checkpoint_every=300))
   return c
