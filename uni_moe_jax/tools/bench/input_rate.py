@@ -90,6 +90,7 @@ def _pipeline_rates(
   seconds = interleaved(
       {name: _skip(stream, steps[name]) for name, stream in streams.items()}, sizes.rounds,
       before={name: _when_idle(_skip(stream, ahead[name])) for name, stream in streams.items()})
+  gc.unfreeze()
   rows = []
   for name, mixture in mixtures.items():
     [task], [fields] = mixture.plan.tasks, first[name].values()
