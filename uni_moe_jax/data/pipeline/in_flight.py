@@ -68,7 +68,7 @@ def make_ahead(
     return [_batch(batches, i) for i in range(len(rows[0]))]
 
   outputs = tf.nest.flatten(undamaged().structured_outputs[0])
-  k = num_together(sum((x.shape[1:].num_elements() or _MAX_BYTES) * x.dtype.size for x in outputs), max_together)
+  k = num_together(sum(x.shape[1:].num_elements() * x.dtype.size for x in outputs), max_together)
   calls, pending, at_once = iter(range(0, len(inputs[0]), k)), collections.deque(), num_in_flight()
   num_ahead = at_once + (at_once if num_waiting is None else num_waiting)
   with concurrent.futures.ThreadPoolExecutor(at_once, 'batches') as pool:

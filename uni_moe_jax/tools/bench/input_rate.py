@@ -78,15 +78,14 @@ def _pipeline_rates(
 
   note: of (name, unit). by_hand: name of a mixture → batches of the same work in plain tf.data, and their size.
   """
-  streams: dict[str, Iterator[Any]] = {name: _batches(mixture) for name, mixture in mixtures.items()}
+  streams: dict[Any, Iterator[Any]] = {name: _batches(mixture) for name, mixture in mixtures.items()}
   first = {name: next(stream) for name, stream in streams.items()}
   ahead = {name: mixture.num_ahead(first[name]) for name, mixture in mixtures.items()}
+  for name, (stream, _) in by_hand.items():
+    streams[name, 'by hand'], ahead[name, 'by hand'] = stream, ahead[name]
   steps = {name: max(sizes.steps, 2 * number) for name, number in ahead.items()}
   gc.collect()
   gc.freeze()  # as in training, after the first step
-  streams |= {(name, 'by hand'): stream for name, (stream, _) in by_hand.items()}
-  for counts in (ahead, steps):
-    counts |= {(name, 'by hand'): counts[name] for name in by_hand}
   seconds = interleaved(
       {name: _skip(stream, steps[name]) for name, stream in streams.items()}, sizes.rounds,
       before={name: _when_idle(_skip(stream, ahead[name])) for name, stream in streams.items()})
