@@ -1,4 +1,4 @@
-"""Products of layers: methods for CPUs, bfloat16 operands where the processor has AMX, and what trains with them."""
+"""Products of layers: methods for CPUs, rounded operands where the processor multiplies bfloat16, and training."""
 
 import functools
 import re
@@ -41,10 +41,10 @@ def test_a_product_has_the_same_gradients_by_every_method(x, kernel, method):
 
 
 @pytest.mark.parametrize('x, kernel', SHAPES)
-def test_with_amx_operands_are_rounded_and_sums_are_not(x, kernel):
+def test_operands_are_rounded_and_sums_are_not(x, kernel):
   x, kernel = _normal(0, x), _normal(1, kernel)
   dy = _normal(2, _product(x, kernel).shape)
-  y, pull = jax.vjp(lambda x, w: layers.project(x, w, jnp.zeros(dy.shape[2:]), None, products.AMX), x, kernel)
+  y, pull = jax.vjp(lambda x, w: layers.project(x, w, jnp.zeros(dy.shape[2:]), None, products.ROUNDED), x, kernel)
   expected, pull_expected = jax.vjp(_product, _rounded(x), _rounded(kernel))
   for a, b in zip((y, *pull(dy)), (expected, *pull_expected(_rounded(dy))), strict=True):
     assert a.dtype == jnp.float32
@@ -60,12 +60,22 @@ def test_rounding_and_a_float32_sum_by_hand():
   assert products.transposed_matmul_rounded(x, y).tolist() == [[256.], [4.]]
 
 
-@pytest.mark.parametrize('wanted, amx, cpus, method', [
-    (True, True, 1, products.AMX), (False, True, 1, products.CPU), (True, False, 1, products.CPU),
+@pytest.mark.parametrize('flags, multiplies', [
+    ('fpu amx_bf16 avx2', True), ('fpu avx512_bf16', True), ('fpu avx512f avx_vnni', False), (None, False)])
+def test_processors_that_multiply_bfloat16(flags, multiplies, tmp_path):
+  cpuinfo = tmp_path / 'cpuinfo'
+  if flags is not None:
+    cpuinfo.write_text(f'model name\t: a processor\nflags\t\t: {flags}\n')
+  with mock.patch.object(products, 'CPUINFO', cpuinfo):
+    assert products.multiplies_bfloat16.__wrapped__() == multiplies
+
+
+@pytest.mark.parametrize('wanted, multiplies, cpus, method', [
+    (True, True, 1, products.ROUNDED), (False, True, 1, products.CPU), (True, False, 1, products.CPU),
     (True, True, 2, products.PLAIN)])
-def test_the_method_of_a_mesh(wanted, amx, cpus, method):
+def test_the_method_of_a_mesh(wanted, multiplies, cpus, method):
   mesh = jax.make_mesh((cpus,), ('data',), devices=jax.devices()[:cpus])
-  with mock.patch.object(products, 'has_amx', lambda: amx):
+  with mock.patch.object(products, 'multiplies_bfloat16', lambda: multiplies):
     assert products.method(mesh, wanted) == method
 
 
@@ -86,30 +96,30 @@ def test_training_takes_the_step_of_float32_up_to_rounding(router):
   losses = []
   for cpu_bfloat16 in (False, True):
     run = _run(router, cpu_bfloat16)
-    with mock.patch.object(products, 'has_amx', lambda: True):
+    with mock.patch.object(products, 'multiplies_bfloat16', lambda: True):
       losses.append(float(run.step_fn()(*_arguments(run))[1]['loss/total']))
   assert 0 < abs(losses[1] - losses[0]) < .01 * losses[0]
 
 
-@pytest.mark.parametrize('amx', [True, False])
-def test_a_processor_without_amx_multiplies_float32(amx):
+@pytest.mark.parametrize('multiplies', [True, False])
+def test_a_processor_that_does_not_multiply_bfloat16_multiplies_float32(multiplies):
   run = _run('attribute', True)
-  with mock.patch.object(products, 'has_amx', lambda: amx):
+  with mock.patch.object(products, 'multiplies_bfloat16', lambda: multiplies):
     text = run.step_fn().lower(*_arguments(run)).as_text()
-  assert ('bf16' in text) == amx
+  assert ('bf16' in text) == multiplies
 
 
 def test_evaluation_multiplies_float32():
   run = _run('attribute', True)
   sequence = small_model.sequence('image_classification')
-  with mock.patch.object(products, 'has_amx', lambda: True):
+  with mock.patch.object(products, 'multiplies_bfloat16', lambda: True):
     assert 'bf16' not in predictor.encode.lower(run.spec.model, run.init().params, sequence).as_text()
 
 
-@pytest.mark.skipif(not products.has_amx(), reason='this processor has no AMX')
-def test_products_of_training_run_in_the_library_that_uses_amx():
+@pytest.mark.skipif(not products.multiplies_bfloat16(), reason='this processor does not multiply bfloat16')
+def test_products_of_training_run_in_the_library_that_multiplies_bfloat16():
   x, kernel, dy = jnp.ones((2, 64, 32)), jnp.ones((32, 128)), jnp.ones((2, 64, 128))
-  pull = lambda x, kernel, dy: jax.vjp(lambda *args: products.dot(*args, method=products.AMX), x, kernel)[1](dy)
+  pull = lambda x, kernel, dy: jax.vjp(lambda *args: products.dot(*args, method=products.ROUNDED), x, kernel)[1](dy)
   for function, arguments, count in ((pull, (x, kernel, dy), 2), (products.matmul_rounded, (x, kernel), 1)):
     text = jax.jit(function).lower(*arguments).compile().as_text()
     in_library = [line for line in text.splitlines() if ' dot(' in line]

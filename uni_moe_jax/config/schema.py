@@ -192,8 +192,8 @@ class PreflightConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
   """Optimizer."""
-  name: str = field('adamw', 'adamw; muon: AdamW, and Muon for the kernels of blocks, each expert on its own: more is '
-                    'learned in a short run, for more work a step (train/muon.py).', choices=('adamw', 'muon'),
+  name: str = field('adamw', 'adamw; muon: AdamW, and Muon for kernels, each expert on its own: more is learned in a '
+                    'short run, for more work a step (train/muon.py).', choices=('adamw', 'muon'),
                     published='adamw')
   learning_rate: float = field(1e-3, 'Peak learning rate.', at_least=0)
   warmup_steps: int = field(200, 'Steps of linear warmup.', at_least=0)
@@ -229,9 +229,9 @@ class TrainConfig:
                        'sampling_weight.', choices=('all_tasks', 'one_task'), published='one_task')
   grad_accum_steps: int = field(1, 'Micro-steps per step; target sets are encoded once for all of them.', at_least=1)
   cpu_bfloat16: bool = field(
-      False, "On one CPU with AMX, training rounds the operands of float32 layers' products to bfloat16, several times "
-      'the rate of float32; sums and results are float32. Evaluation and exports are float32, and other devices and '
-      "model.dtype='bfloat16' ignore it.")
+      False, "On one CPU that multiplies bfloat16 (AMX or AVX512_BF16), training rounds operands of float32 layers' "
+      'products to it, several times the rate of float32; sums and results are float32. Evaluation and exports are '
+      "float32, and other devices and model.dtype='bfloat16' ignore it.")
   encode_all_sets: bool = field(False, 'Encodes also the target sets that no task of the step uses.', published=True)
   contrastive_reduction: str = field(
       'mean', 'Of the two directions of the retrieval loss.', choices=('mean', 'sum'), published='sum')

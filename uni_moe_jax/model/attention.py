@@ -124,7 +124,7 @@ class Attention(Sublayer):
         return attention_kernels.attend(q, k, v, valid, implementation, self.mesh)
     method = self.spec.product_method(self.mesh)
     if self.spec.attention_impl == attention_kernels.AUTO and method != products.PLAIN:
-      return heads_first_attention.attend(method == products.AMX, q, k, v, mask)
+      return heads_first_attention.attend(method == products.ROUNDED, q, k, v, mask)
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 

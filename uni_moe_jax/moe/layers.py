@@ -138,13 +138,13 @@ def project(
   """x [B, S, *in] · kernel [*in, *out] + bias [*out] → [B, S, *out], of the kernel's type. The bias is float32.
 
   Heads and their numbers are one axis in the product, but on a CPU in float32: apart, a TPU pads and copies what it
-  reads and writes. With AMX all axes out are one.
+  reads and writes. If rounded, all axes out are one.
 
   unrounded, method: see `products.dot`.
   """
   ins, out = x.shape[2:], kernel.shape[x.ndim - 2:]
   rows = ins if method == products.CPU else (math.prod(ins),)
-  joined = {products.CPU: 0, products.PLAIN: 2, products.AMX: len(out)}[method]  # axes out that become one
+  joined = {products.CPU: 0, products.PLAIN: 2, products.ROUNDED: len(out)}[method]  # axes out that become one
   columns = (*out[:len(out) - joined], math.prod(out[-joined:])) if joined else out
   kernel, unrounded = (None if w is None else w.reshape(*rows, *columns) for w in (kernel, unrounded))
   x = x.astype(kernel.dtype).reshape(*x.shape[:2], *rows)

@@ -1,11 +1,12 @@
 """The product of a projection, as each platform computes it fastest, with gradients summed in float32.
 
-On accelerators XLA finds the best program for the plain product. On one CPU its choice of operands matters, and a CPU
-with AMX multiplies bfloat16 several times as fast as float32, if the product is written as its library expects it.
+On accelerators XLA finds the best program for the plain product. On one CPU its choice of operands matters, and some
+CPUs multiply bfloat16 several times as fast as float32, if the product is written as XLA's library expects it.
 """
 
 import functools
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +14,22 @@ from jax.sharding import Mesh
 
 from uni_moe_jax.parallel import sharding
 
-PLAIN, CPU, AMX = 'plain', 'cpu', 'amx'  # methods
+PLAIN, CPU, ROUNDED = 'plain', 'cpu', 'rounded'  # methods
+CPUINFO = pathlib.Path('/proc/cpuinfo')  # of Linux
+_BFLOAT16 = {'amx_bf16', 'avx512_bf16'}  # flags of Intel's Xeons since 2023 and of AMD's Zen 4
 
 
 @functools.cache
-def has_amx() -> bool:
-  """Whether this machine's processor multiplies bfloat16 in tiles (AMX, Intel Xeon since 2023)."""
-  cpuinfo = pathlib.Path('/proc/cpuinfo')  # of Linux
-  return cpuinfo.exists() and 'amx_bf16' in cpuinfo.read_text().split()
+def multiplies_bfloat16() -> bool:
+  """Whether this machine's processor has instructions that multiply bfloat16."""
+  return CPUINFO.exists() and not _BFLOAT16.isdisjoint(CPUINFO.read_text().split())
 
 
 def method(mesh: Mesh | None, cpu_bfloat16: bool = False) -> str:
   """How to multiply on a mesh. cpu_bfloat16: float32 operands may be rounded where that is fast, see config.train."""
   if not sharding.on_one_cpu(mesh):
     return PLAIN
-  return AMX if cpu_bfloat16 and has_amx() else CPU
+  return ROUNDED if cpu_bfloat16 and multiplies_bfloat16() else CPU
 
 
 def dot(x: jax.Array, kernel: jax.Array, unrounded: jax.Array | None = None, method: str = PLAIN) -> jax.Array:
@@ -36,11 +38,11 @@ def dot(x: jax.Array, kernel: jax.Array, unrounded: jax.Array | None = None, met
   Args:
     unrounded: the kernel's float32 values, where it was rounded. The gradient is theirs, and not rounded before it is
       summed over arrays and devices. Nothing reads their values.
-    method: see `method`. With AMX there is one axis in and one out.
+    method: see `method`. If ROUNDED, there is one axis in and one out.
   """
   if unrounded is not None and unrounded.dtype != kernel.dtype:
     return _dot_of_rounded(x, kernel, unrounded)
-  return {PLAIN: _dot, CPU: _dot_on_cpu, AMX: _dot_by_amx}[method](x, kernel)
+  return {PLAIN: _dot, CPU: _dot_on_cpu, ROUNDED: _dot_rounded}[method](x, kernel)
 
 
 def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -71,12 +73,20 @@ _dot_on_cpu = jax.custom_vjp(_dot)
 def _dot_on_cpu_backward(saved, dy):
   """Contracts one axis for the gradient of the kernel: to contract two, examples and tokens, XLA transposes dy."""
   x, kernel = saved
-  rows = x.shape[0] * x.shape[1]
-  dkernel = jnp.tensordot(x.reshape(rows, -1), dy.reshape(rows, *dy.shape[2:]), axes=(0, 0))
-  return _dx(x, kernel, dy), dkernel.reshape(kernel.shape)
+  return _dx(x, kernel, dy), _of_kernel(lambda x, y: x.T @ y, x, dy).reshape(kernel.shape)
 
 
 _dot_on_cpu.defvjp(lambda x, kernel: (_dot(x, kernel), (x, kernel)), _dot_on_cpu_backward)
+
+
+def _of_kernel(transposed_matmul: Callable[..., jax.Array], x: jax.Array, dy: jax.Array) -> jax.Array:
+  """Gradient of a kernel [in, out] by xᵀ y: the narrower side is transposed, which is up to twice as fast."""
+  B, S = x.shape[:2]
+  x, dy = x.reshape(B * S, -1), dy.reshape(B * S, -1)
+  if x.shape[1] <= dy.shape[1]:
+    return transposed_matmul(x, dy)
+  # XLA would turn the transposed product into the other one.
+  return jax.lax.optimization_barrier(transposed_matmul(dy, x)).T
 
 
 def matmul_rounded(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -92,16 +102,19 @@ def transposed_matmul_rounded(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _dot_by_amx(x, kernel):
+def _dot_rounded(x, kernel):
   return matmul_rounded(x, kernel)
 
 
-def _dot_by_amx_backward(saved, dy):
+def _dot_rounded_forward(x, kernel):
+  """Saves the rounded operands, half of the bytes."""
+  x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+  return matmul_rounded(x, kernel), (x, kernel)
+
+
+def _dot_rounded_backward(saved, dy):
   x, kernel = saved
-  x, d = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-  transposed = transposed_matmul_rounded
-  dkernel = transposed(d, x).T if d.shape[1] < x.shape[1] else transposed(x, d)
-  return matmul_rounded(dy, kernel.T), dkernel
+  return matmul_rounded(dy, kernel.T), _of_kernel(transposed_matmul_rounded, x, dy.astype(jnp.bfloat16))
 
 
-_dot_by_amx.defvjp(lambda x, kernel: (_dot_by_amx(x, kernel), (x, kernel)), _dot_by_amx_backward)
+_dot_rounded.defvjp(_dot_rounded_forward, _dot_rounded_backward)

@@ -56,7 +56,7 @@ def _describe(run: Run) -> str:
   counts, router = run.parameter_counts(), run.config.moe.router
   names = run.spec.model.spec.router_input_names(conditions(run.plan))
   sizes = ', '.join(f'{name} {t.size}' for name, t in run.data.target_sets.items())
-  dtype = 'bfloat16 by AMX in training (train.cpu_bfloat16)' if run.uses_amx else run.config.model.dtype
+  dtype = 'bfloat16 in training (train.cpu_bfloat16)' if run.rounds_products else run.config.model.dtype
   resume = 'exact' if run.resumes_exactly else (
       'up to rounding, since sums on GPUs have no fixed order; config.train.deterministic=True makes it exact')
   return (f'parameters: {counts["total"]:,} total, {counts["active"]:,} active per token\n'
@@ -292,7 +292,7 @@ class _Trainer:
     return state, {**metrics, **extra}
 
   def _measure_peak(self) -> float | None:
-    return peaks.of_mesh(self._run.mesh, products.matmul_rounded if self._run.uses_amx else jax.numpy.matmul)
+    return peaks.of_mesh(self._run.mesh, products.matmul_rounded if self._run.rounds_products else jax.numpy.matmul)
 
   def _add_metrics(self, done: int, metrics: dict[str, Any]) -> bool:
     """Queues the metrics of step `done`; logs means every `log_every` steps. Returns as `_read` does."""

@@ -81,9 +81,9 @@ class Run:
     return sharding.platform(self.mesh) != 'gpu' or self.config.train.deterministic
 
   @property
-  def uses_amx(self) -> bool:
-    """Whether training multiplies bfloat16 by AMX, see `config.train.cpu_bfloat16`."""
-    return products.method(self.mesh, self.spec.cpu_bfloat16) == products.AMX
+  def rounds_products(self) -> bool:
+    """Whether training rounds operands of products to bfloat16, see `config.train.cpu_bfloat16`."""
+    return products.method(self.mesh, self.spec.cpu_bfloat16) == products.ROUNDED
 
   def put_batch(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
     """Puts a host batch on the mesh; every process contributes its own shards."""

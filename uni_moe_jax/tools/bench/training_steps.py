@@ -81,8 +81,8 @@ def mixed(context: Context) -> list[Row]:
 
   dense = step(DENSE)
   note = 'tasks: ' + ', '.join(f'{t.name} {t.batch_size}' for t in dense.run.plan.tasks)
-  if dense.run.uses_amx:
-    note += '; products of layers in bfloat16 by AMX'
+  if dense.run.rounds_products:
+    note += '; products of layers in bfloat16'
   rounds = context.sizes.rounds
   routers = [r for r in context.sizes.mixed_routers or ROUTERS if r != DENSE]
   compared = {r: interleaved({DENSE: dense, r: step(r)}, rounds) for r in routers}
@@ -90,7 +90,7 @@ def mixed(context: Context) -> list[Row]:
   rows = [Row('mixed', 'dense step', first.figure(first[DENSE]), 's', note=note)] + [
       Row('mixed', f'{r} / dense', seconds.figure(seconds[r] / seconds[DENSE]), 'x', _MIXED.get(r), note)
       for r, seconds in compared.items()]
-  if dense.run.uses_amx:
+  if dense.run.rounds_products:
     r = routers[0]
     seconds = interleaved({r: step(r), _FLOAT32: step(r, cpu_bfloat16=False)}, rounds)
     ratio = seconds.figure(seconds[r] / seconds[_FLOAT32])
