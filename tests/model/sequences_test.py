@@ -18,6 +18,7 @@ from uni_moe_jax.model.sequences import (
     Sequence,
     join_equal,
     map_joined,
+    pad_to_join,
     take_readout,
 )
 from uni_moe_jax.tasks import task_types
@@ -105,6 +106,41 @@ def test_a_batch_that_does_not_divide_stays_alone():
   joined, split = join_equal(sequences, ('a', 'a', 'a'), shards=2)
   assert [_numbers(s) for s in joined] == [[0, 1, 2], [10, 20, 11, 21]]
   assert [r.tolist() for r in split([s.ids for s in joined])] == [[0, 1, 2], [10, 11], [20, 21]]
+
+
+def _text(batch: int, tokens: int) -> EmbeddedSequence:
+  text = _embedded(1, batch, tokens, padded=True)
+  return text.replace(layout=Layout.of_text(task_types.families()['names']))
+
+
+def _lengths(sequences) -> list[int]:
+  return [s.segments[0].shape[1] for s in sequences]
+
+
+# At most 128 tokens of padding: 16 texts get 8 tokens more, 17 do not, and are what still shorter ones are padded to.
+@pytest.mark.parametrize('texts, keys, lengths', [
+    (((4, 12), (16, 4), (3, 9)), 'aaa', [12, 12, 12]), (((4, 12), (17, 4), (16, 2)), 'aaa', [12, 4, 4]),
+    (((4, 12), (16, 4)), 'ab', [12, 4])])
+def test_short_texts_are_padded_to_longer_ones_of_the_same_key(texts, keys, lengths):
+  assert _lengths(pad_to_join(tuple(_text(*text) for text in texts), tuple(keys))) == lengths
+
+
+def test_padding_adds_no_valid_token_and_only_texts_that_are_read_at_their_prefix_get_it():
+  short = _text(2, 3)
+  padded, _ = pad_to_join((short, _text(1, 5)), ('a', 'a'))
+  np.testing.assert_array_equal(padded.segments[0], np.pad(short.segments[0], ((0, 0), (0, 2), (0, 0))))
+  assert padded.valid[0].tolist() == 2 * [[True] * 3 + [False] * 2]
+  others = _embedded(0, 2, 3, masked=1), _embedded(0, 2, 5, masked=1), _text(2, 3).replace(valid=(None,)), _text(2, 5)
+  assert _lengths(pad_to_join(others, 4 * ('a',))) == [3, 5, 3, 5]
+
+
+@pytest.mark.parametrize('router', ['attribute', pytest.param('context', marks=pytest.mark.slow)])
+def test_texts_that_are_padded_have_the_same_features(router):
+  texts = [small_model.target(task_types.families()['names'], words=n) for n in (2, 5)]
+  spec = small_model.spec(router)
+  alone = tuple(small_model.encode(spec, [text])[0][0] for text in texts)
+  assert _count_joined(router, *texts) == 1
+  chex.assert_trees_all_close(small_model.encode(spec, texts)[0], alone, rtol=1e-5, atol=1e-5)
 
 
 def _count_joined(router: str, *sequences) -> int:

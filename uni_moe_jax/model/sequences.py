@@ -20,6 +20,7 @@ from uni_moe_jax.tasks.task_types import TaskType
 Fields = dict[str, jax.Array]  # of a batch, [shards, b, …], or of an evaluation batch, [B, …]
 NO_WORD = -1  # in place of a neighbor
 READ_NOTHING = 'nothing'  # prefill: only keys and values of the last layer are wanted
+_MAX_PADDING = 128  # tokens that may be added to a sequence, so that it joins a longer one
 # (keys, values [b, N, S, H] in the order of the products, mask bool [B or 1, 1, Q or 1, S] or None: all visible). b
 # divides B, and each row serves B / b consecutive examples: hypotheses about one image share its keys, all examples
 # those of prompts.
@@ -296,6 +297,25 @@ def map_joined(f: Callable[[Any], jax.Array], arrays: list[Any], shards: int) ->
     out.append(own.reshape(B, S, *y.shape[2:]))
     start += own.shape[1]
   return out
+
+
+def pad_to_join(sequences: tuple[EmbeddedSequence, ...], keys: tuple[Any, ...]) -> tuple[EmbeddedSequence, ...]:
+  """Pads texts to the length of longer ones with the same key, if that adds few tokens: then they can join.
+
+  A sequence has about a hundred kernels of its own in a step, which take time to compile and to start, however few its
+  tokens are. keys: as in `join_equal`.
+  """
+  padded, longest = list(sequences), {}
+  lengths = {i: s.segments[0].shape[1] for i, s in enumerate(sequences)
+             if s.layout.modalities == ('text',) and s.layout.readout == 'cls' and s.valid[0] is not None}
+  for i in sorted(lengths, key=lengths.get, reverse=True):
+    s, rows = sequences[i], longest.setdefault(keys[i], lengths[i]) - lengths[i]
+    if rows * s.ids.shape[0] > _MAX_PADDING:
+      longest[keys[i]] = lengths[i]
+    elif rows:
+      x, valid = (jnp.pad(x, ((0, 0), (0, rows)) + ((0, 0),) * (x.ndim - 2)) for x in (s.segments[0], s.valid[0]))
+      padded[i] = s.replace(segments=(x,), valid=(valid,))
+  return tuple(padded)
 
 
 def join_equal(sequences: tuple[EmbeddedSequence, ...], keys: tuple[Any, ...], shards: int):

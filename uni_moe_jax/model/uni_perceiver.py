@@ -15,7 +15,7 @@ from uni_moe_jax.model.embedders import Embed
 from uni_moe_jax.model.encoder import Collected, Encoder
 from uni_moe_jax.model.heads import LinearHead, SimilarityHead
 from uni_moe_jax.model.prompts import prompt_table
-from uni_moe_jax.model.sequences import EmbeddedSequence, Layout, Sequence, join_equal, map_joined
+from uni_moe_jax.model.sequences import EmbeddedSequence, Layout, Sequence, join_equal, map_joined, pad_to_join
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import routers
 from uni_moe_jax.moe.layers import param
@@ -59,14 +59,15 @@ class UniPerceiver(nn.Module):
     """Encodes sequences of any task types in one pass over the layers.
 
     Sequences (any pytree of them) of equal router inputs, prompts, masks and shapes are joined along the batch, unless
-    keys or taps are collected or there is a cache. For the options see `Encoder`.
+    keys or taps are collected or there is a cache; texts of nearly equal shapes, too. For the options see `Encoder`.
     """
     sequences, structure = jax.tree.flatten(sequences, is_leaf=lambda x: isinstance(x, Sequence))
     embedded, caches = self._embed(sequences), tuple(s.kv_cache for s in sequences)
     if keys or taps or any(c is not None for c in caches):
       hidden, collected = self.encoder(embedded, caches, key=key, all_rows=all_rows, taps=taps, keys=keys)
       return Encoded(structure.unflatten(hidden), collected)
-    joined, split = join_equal(embedded, tuple(self._join_key(s.layout) for s in sequences), self.shards)
+    join_keys = tuple(self._join_key(s.layout) for s in sequences)
+    joined, split = join_equal(pad_to_join(embedded, join_keys), join_keys, self.shards)
     hidden, collected = self.encoder(joined, (None,) * len(joined), key=key, all_rows=all_rows)
     return Encoded(structure.unflatten(split(hidden)), collected)
 
