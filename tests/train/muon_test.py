@@ -26,8 +26,8 @@ def _config(**changes):
   return c
 
 
-def _names():
-  boxed = jax.tree_util.tree_leaves_with_path(small_model.boxed(SPEC), is_leaf=lambda x: hasattr(x, 'names'))
+def _names(spec=SPEC):
+  boxed = jax.tree_util.tree_leaves_with_path(small_model.boxed(spec), is_leaf=lambda x: hasattr(x, 'names'))
   return {path_of(path): getattr(x, 'names', ()) for path, x in boxed}
 
 
@@ -59,16 +59,27 @@ def _matrices(kernel, name):
 @pytest.mark.parametrize('names, axes', [
     (('layers', 'experts', 'embed', 'qkv', 'heads', 'head_dim'), ((2,), (4, 5))),
     (('experts', 'heads', 'head_dim', 'embed'), ((3,), (1, 2))), (('embed', 'mlp'), ((0,), (1,))),
-    (('layers', 'mlp', 'embed'), ((2,), (1,))), (('vocab', 'embed'), None), (('embed', 'feature'), None),
-    (('experts', 'mlp'), None), (('layers', 'embed', 'gate_experts'), None), ((), None)])
-def test_matrices_map_between_the_residual_stream_and_heads_or_mlp(names, axes):
+    (('layers', 'mlp', 'embed'), ((2,), (1,))), (('embed', 'feature'), ((0,), (1,))),
+    (('patch', 'embed'), ((0,), (1,))), (('patch', 'feature'), ((0,), (1,))), (('vocab', 'embed'), None),
+    (('position', 'embed'), None), (('experts', 'mlp'), None), (('layers', 'embed', 'gate_experts'), None),
+    ((), None)])
+def test_matrices_map_between_the_residual_stream_and_heads_or_mlp_or_between_features(names, axes):
   assert muon.matrix_axes(names) == axes
 
 
-def test_only_kernels_of_blocks_are_matrices():
+_OUTSIDE_OF_BLOCKS = {'embed/patch', 'similarity/kernel'}
+
+
+def test_only_kernels_are_matrices():
   chosen = {path for path, names in _names().items() if muon.matrix_axes(names)}
-  assert chosen == {f'encoder/{at}/block0/{name}/kernel' for at in ('blocks', 'tail')
-                    for name in ('qkv', 'attention_out', 'ffn_in', 'ffn_out')}
+  assert chosen == _OUTSIDE_OF_BLOCKS | {f'encoder/{at}/block0/{name}/kernel' for at in ('blocks', 'tail')
+                                         for name in ('qkv', 'attention_out', 'ffn_in', 'ffn_out')}
+
+
+def test_kernels_of_the_stem_of_neighbors_and_of_frame_differences_are_matrices():
+  spec = small_model.spec('dense', stem='conv', patch_size=4, word_neighbors=1, frame_differences=True)
+  chosen = {path for path, names in _names(spec).items() if path.startswith('embed/') and muon.matrix_axes(names)}
+  assert chosen == {f'embed/{name}' for name in ('stem0', 'stem1', 'neighbors', 'difference')}
 
 
 # Five iterations take every singular value to .68 … 1.27; 0.2 √(larger side) is the scale.
@@ -161,4 +172,4 @@ def test_a_state_restored_from_its_shapes_has_the_same_structure():
   tx = optimizer.make_optimizer(_config(name='muon'), _gradients(), axis_names=_names()).tx
   shapes = jax.eval_shape(tx.init, _gradients())
   mapped = optax.tree.map_params(tx, lambda moment: 'moment', shapes)
-  assert sum(x == 'moment' for x in jax.tree.leaves(mapped)) == 8 + 2 * (len(by_path(_gradients())) - 8)
+  assert sum(x == 'moment' for x in jax.tree.leaves(mapped)) == 10 + 2 * (len(by_path(_gradients())) - 10)

@@ -1,4 +1,4 @@
-"""Muon for the kernels of blocks: momentum whose singular values are all moved to about 1.
+"""Muon for kernels: momentum whose singular values are all moved to about 1.
 
 A step then changes a kernel in all directions that its gradients have, weak ones too, and not only in the strongest
 (Jordan et al., Muon: An Optimizer for Hidden Layers in Neural Networks, 2024). Updates are scaled to the size of those
@@ -25,13 +25,18 @@ _ITERATIONS = 5
 _RMS = 0.2  # root mean square of an update of AdamW
 _STACKED = ('layers', 'experts', 'qkv')  # a layer, an expert, and each of queries, keys and values has its own matrix
 _HIDDEN = ('heads', 'mlp')
+_FEATURES = {'embed', 'feature', 'patch'}
 
 
 def matrix_axes(names: Sequence[str]) -> MuonDimensionNumbers | None:
-  """The axes of the matrices of a parameter, by the logical names of its axes; None unless it is a kernel of a block.
+  """The axes of the matrices of a parameter, by the logical names of its axes; None unless it is a kernel.
 
-  Such a kernel maps between the residual stream ('embed') and the axes of heads or of the MLP.
+  A kernel of a block maps between the residual stream ('embed') and the axes of heads or of the MLP. Those of patches,
+  of the stem, of neighboring words and of the similarity head map between features. Tables, whose rows are looked up,
+  gates of routers and linear heads are none.
   """
+  if len(names) == 2 and _FEATURES.issuperset(names):
+    return MuonDimensionNumbers((0,), (1,))
   if 'embed' not in names or not set(names) & set(_HIDDEN):
     return None
   rest = tuple(i for i, name in enumerate(names) if name not in ('embed', *_STACKED))
@@ -70,13 +75,18 @@ def _orthogonalized(x: jax.Array) -> jax.Array:
   """Iterations of Newton and Schulz, [m, n] of norm 1.
 
   An iteration multiplies X by the polynomial P = a + b G + c G² of G = X Xᵀ. All of them commute, so that iterations
-  need only G, of the shorter side, and their product; X is multiplied once, at the end. A tall matrix is transposed.
+  need only G, of the shorter side, and their product; X is multiplied once, at the end. A tall matrix is transposed. Of
+  a square one, G is as large as X, and X itself takes the fewest products.
   """
   if x.shape[0] > x.shape[1]:
     return _orthogonalized(x.T).T
   dot = functools.partial(jnp.matmul, precision=precision.EXACT)  # errors of G grow twelvefold in an iteration
   a, b, c = _COEFFICIENTS
   polynomial = lambda gram: a * jnp.eye(len(x), dtype=x.dtype) + b * gram + c * dot(gram, gram)
+  if x.shape[0] == x.shape[1]:
+    for _ in range(_ITERATIONS):
+      x = dot(polynomial(dot(x, x.T)), x)
+    return x
   gram = dot(x, x.T)
   product = p = polynomial(gram)
   for _ in range(_ITERATIONS - 1):
