@@ -4,10 +4,12 @@ import json
 import math
 import threading
 import types
+import warnings
 
 import jax
 import numpy as np
 import pytest
+from sklearn import exceptions
 
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
@@ -154,6 +156,17 @@ def test_on_one_cpu_two_tasks_are_evaluated_at_once_and_written_in_order(monkeyp
   assert [(r['evaluator'], r['value']) for r in rows] == [('a1', 1.), ('a2', 2.), ('b1', 1.)]
   assert threads['a1'] == threads['a2'] != threads['b1']  # a task's evaluators share programs
   assert list(json.loads((tmp_path / samples.FILE).read_text())) == ['a1', 'a2', 'b1']
+
+
+def test_a_fit_of_a_baseline_that_ends_early_warns_in_no_thread(monkeypatch, tmp_path, recwarn):
+  def fit(name):
+    with warnings.catch_warnings():  # its end restores filters for the other thread, too
+      warnings.warn(name, exceptions.ConvergenceWarning, stacklevel=1)
+    return 0.
+  _evaluate(monkeypatch, tmp_path, 2, fit)
+  assert not recwarn
+  warnings.warn('afterward', exceptions.ConvergenceWarning, stacklevel=1)
+  assert len(recwarn) == 1
 
 
 def test_on_one_core_evaluators_run_in_their_order(monkeypatch, tmp_path):

@@ -9,9 +9,10 @@ Axis letters: N train examples, Q test examples, V targets, T frames.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import scipy.sparse
@@ -203,10 +204,18 @@ def _logistic(
   if len(np.unique(labels)) == 1:
     return np.repeat(labels[:1], test.shape[0])  # nothing to fit
   model = linear_model.LogisticRegression(C=inverse_penalty, max_iter=_ITERATIONS)
+  return model.fit(train, labels).predict(test)
+
+
+@contextlib.contextmanager
+def bounded_fits() -> Iterator[None]:
+  """A context without warnings that a fit reached its last iteration: iterations are bounded on purpose.
+
+  Filters of warnings belong to the process, not to a thread, so enter it before threads start.
+  """
   with warnings.catch_warnings():
-    # Iterations are bounded on purpose.
     warnings.simplefilter('ignore', exceptions.ConvergenceWarning)
-    return model.fit(train, labels).predict(test)
+    yield
 
 
 def subset(count: int, limit: int, seed: int = 0) -> np.ndarray:

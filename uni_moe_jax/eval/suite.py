@@ -13,7 +13,7 @@ import jax
 
 from uni_moe_jax.config.plan import Evaluation, Plan
 from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.eval import evaluators, example_scores, glue_vqa, samples
+from uni_moe_jax.eval import baselines, evaluators, example_scores, glue_vqa, samples
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor
@@ -43,7 +43,8 @@ def evaluate(
   shown = {}
   measure = functools.partial(_measure, data=data, predictor=predictor, shown=shown)
   by_task = [list(group) for _, group in itertools.groupby(plan.evaluations, key=lambda e: e.task.name)]
-  with multihost.exit_with_peers():  # a process whose part of the data cannot be read would leave the others waiting
+  # A process whose part of the data cannot be read would leave the others waiting.
+  with multihost.exit_with_peers(), baselines.bounded_fits():
     if sharding.on_one_cpu(predictor.mesh) and jax.process_count() == 1:
       # Most of the time goes to compiling, which uses one core.
       with concurrent.futures.ThreadPoolExecutor(min(2, cores.available())) as pool:
