@@ -40,6 +40,15 @@ def test_a_product_has_the_same_gradients_by_every_method(x, kernel, method):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('inputs, outputs', [(32, 16), (16, 32)])
+def test_the_gradient_of_a_kernel_transposes_the_narrower_side(inputs, outputs):
+  x, kernel = _normal(0, (2, 64, inputs)), _normal(1, (inputs, outputs))
+  loss = lambda kernel: jnp.sin(products.dot(x, kernel, method=products.CPU)).sum()
+  text = jax.jit(jax.grad(loss)).lower(kernel).compile().as_text()
+  results = re.findall(r'= f32\[([\d,]+)\]\S* dot\(', text)
+  assert '16,32' in results and '32,16' not in results
+
+
 @pytest.mark.parametrize('x, kernel', SHAPES)
 def test_operands_are_rounded_and_sums_are_not(x, kernel):
   x, kernel = _normal(0, x), _normal(1, kernel)
