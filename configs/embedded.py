@@ -1,4 +1,4 @@
-"""The embedded data in an hour on two CPU cores: the quickstart's tasks for nine times its steps.
+"""The embedded data in an hour on two CPU cores: the quickstart's tasks for almost five times its steps.
 
   uni-moe prepare-data
   uni-moe train --config=embedded --workdir=runs/embedded
@@ -24,7 +24,7 @@ def get_config(arg: str = '', file: str = __file__) -> ml_collections.ConfigDict
   c.model.update(dict(num_layers=4, width=128, num_heads=2, mlp_dim=512, stem='conv'))
   c.moe.router = a.router
   c.target_sets.vocabulary.num_sampled = 512
-  # Captions need most: more of them than in the quickstart.
+  # Captions need most.
   for name, batch_size, loss_weight in (
       ('glyph_class', 48, 1.5), ('glyph_name', 96, 3.5), ('glyph_caption', 64, 3.0), ('glyph_question', 24, 1.5),
       ('video_motion', 8, 1.5), ('text', 16, 1.5), ('package', 16, 2.0)):

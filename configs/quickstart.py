@@ -20,11 +20,11 @@ def get_config() -> ml_collections.ConfigDict:
   presets.embedded(c)
   c.model.update(dict(num_layers=4, width=128, num_heads=2, mlp_dim=512, stem='conv'))
   for name, batch_size, loss_weight in (
-      ('glyph_class', 64, 1.5), ('glyph_name', 96, 3.5), ('glyph_caption', 40, 2.0), ('glyph_question', 24, 1.5),
-      ('video_motion', 8, 1.5), ('text', 20, 1.5), ('package', 24, 2.0)):
+      ('glyph_class', 48, 1.5), ('glyph_name', 96, 3.5), ('glyph_caption', 64, 3.0), ('glyph_question', 24, 1.5),
+      ('video_motion', 8, 1.5), ('text', 10, 1.5), ('package', 24, 2.0)):
     c.tasks[name].update(dict(batch_size=batch_size, loss_weight=loss_weight))
   c.tasks.glyph_name.max_shift = 1
   c.target_sets.vocabulary.num_sampled = 512
   c.optim.update(dict(name='muon', learning_rate=4e-3, warmup_steps=60))
-  c.train.update(dict(steps=900, log_every=20, checkpoint_every=300))
+  c.train.update(dict(steps=1200, log_every=20, checkpoint_every=300, cpu_bfloat16=True))
   return c
