@@ -309,11 +309,11 @@ def pad_to_join(sequences: tuple[EmbeddedSequence, ...], keys: tuple[Any, ...]) 
   lengths = {i: s.segments[0].shape[1] for i, s in enumerate(sequences)
              if s.layout.modalities == ('text',) and s.layout.readout == 'cls' and s.valid[0] is not None}
   for i in sorted(lengths, key=lengths.get, reverse=True):
-    s, rows = sequences[i], longest.setdefault(keys[i], lengths[i]) - lengths[i]
-    if rows * s.ids.shape[0] > _MAX_PADDING:
+    s, missing = sequences[i], longest.setdefault(keys[i], lengths[i]) - lengths[i]
+    if missing * s.ids.shape[0] > _MAX_PADDING:
       longest[keys[i]] = lengths[i]
-    elif rows:
-      x, valid = (jnp.pad(x, ((0, 0), (0, rows)) + ((0, 0),) * (x.ndim - 2)) for x in (s.segments[0], s.valid[0]))
+    elif missing:
+      x, valid = (jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) for x in (s.segments[0], s.valid[0]))
       padded[i] = s.replace(segments=(x,), valid=(valid,))
   return tuple(padded)
 
