@@ -101,6 +101,14 @@ def test_tfidf_finds_the_words_that_distinguish_labels():
   np.testing.assert_array_equal(predictions, ['matplotlib', 'numpy'])
 
 
+def test_a_fit_that_ends_early_warns_nobody(monkeypatch, recwarn):
+  # As validation fits them during training, which has no context of its own.
+  monkeypatch.setattr(baselines, '_ITERATIONS', 1)
+  texts = np.array([f'{word} {i}' for i in range(20) for word in ('shape', 'axis', 'font')])
+  baselines.tfidf_logistic((texts,), np.array(['numpy', 'jax', 'matplotlib'] * 20), (texts,))
+  assert not recwarn
+
+
 def test_pairs_are_judged_by_agreement_not_by_either_half():
   # Every word occurs equally often in both halves under both labels: only agreement shows.
   rng = np.random.default_rng(0)

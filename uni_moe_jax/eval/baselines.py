@@ -204,14 +204,16 @@ def _logistic(
   if len(np.unique(labels)) == 1:
     return np.repeat(labels[:1], test.shape[0])  # nothing to fit
   model = linear_model.LogisticRegression(C=inverse_penalty, max_iter=_ITERATIONS)
-  return model.fit(train, labels).predict(test)
+  with bounded_fits():
+    return model.fit(train, labels).predict(test)
 
 
 @contextlib.contextmanager
 def bounded_fits() -> Iterator[None]:
   """A context without warnings that a fit reached its last iteration: iterations are bounded on purpose.
 
-  Filters of warnings belong to the process, not to a thread, so enter it before threads start.
+  Filters of warnings belong to the process, not to a thread, and the end of this context restores them for all threads.
+  So enter it around threads that fit, too.
   """
   with warnings.catch_warnings():
     warnings.simplefilter('ignore', exceptions.ConvergenceWarning)
