@@ -129,7 +129,8 @@ class Mixture:
     if t.mixes:
       features = self._mixed(t, counts, hashes, features)
     features['id'] = tf.cast(features['id'] & 0xFFFFFFFF, tf.uint32)
-    leading = [-1, *[layout.accum_steps][layout.accum_steps == 1:], len(layout.local_shards), per_shard]
+    micro_steps = [layout.accum_steps] if layout.accum_steps > 1 else []
+    leading = [-1, *micro_steps, len(layout.local_shards), per_shard]
     return {k: tf.reshape(v, leading + v.shape[1:].as_list()) for k, v in features.items()}, num_read
 
   def _positions(self, t: TaskSpec) -> np.ndarray:
