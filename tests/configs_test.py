@@ -221,6 +221,6 @@ def test_a_dense_model_has_one_expert_of_each_projection_and_no_router():
 
 
 def test_size_of_the_quickstart_by_hand():
-  # D 128, F 512, L 4. A block: qkv D·3D + 3D, out D·D + D, MLP 2·D·F + F + D, two norms and two scales 6·D.
+  # D 128, F 512, L 2. A block: qkv D·3D + 3D, out D·D + D, MLP 2·D·F + F + D, two norms and two scales 6·D.
   block = 128 * 384 + 384 + 128 * 128 + 128 + 2 * 128 * 512 + 512 + 128 + 6 * 128
-  assert sum(math.prod(s) for p, s in _shapes('dense').items() if p.startswith('encoder/')) == 4 * block
+  assert sum(math.prod(s) for p, s in _shapes('dense').items() if p.startswith('encoder/')) == 2 * block
