@@ -1,4 +1,4 @@
-"""The embedded data in an hour on two CPU cores: the quickstart's tasks, twice its layers and 2.3 times its steps.
+"""The embedded data in an hour on two CPU cores: the tasks of the quickstart, four layers and more steps.
 
   uni-moe prepare-data
   uni-moe train --config=embedded --workdir=runs/embedded
