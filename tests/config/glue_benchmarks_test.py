@@ -40,7 +40,7 @@ def test_glue_has_the_published_templates_and_label_words(name):
   (record, text, words), c = _GLUE[name], _config(name)
   t = c.tasks[name]
   tokenizer = types.SimpleNamespace(spe='<spe>', eot='<eot>', encode=str.split)  # its tokens are words
-  tokens, slot = fill_template(tokenizer, t.template, record, t.max_len)
+  tokens, slot, _ = fill_template(tokenizer, t.template, record, t.max_len)
   assert ' '.join(tokens) == text and tokens[slot] == '<spe>'
   assert dict(c.target_sets[name].entries) == words
   # Of two, F1 is of the second.
@@ -56,7 +56,7 @@ def test_the_first_text_of_a_pair_loses_its_full_stop_as_published(name, end, ke
     kept = end
   record[first] = 'it rained' + end
   tokenizer = types.SimpleNamespace(spe='<spe>', eot='<eot>', encode=lambda text: re.findall(r'\w+|[^\w\s]', text))
-  tokens, _ = fill_template(tokenizer, t.template, record, t.max_len)
+  tokens, *_ = fill_template(tokenizer, t.template, record, t.max_len)
   suffix = {'cola': 'This', 'sst2': '<eot>', 'mrpc': '.', 'qqp': '<eot>', 'mnli': '<spe>', 'qnli': '<eot>', 'rte': '?'}
   expected = ['it', 'rained', *tokenizer.encode(kept), suffix[name]]
   assert tokens[:len(expected)] == expected
@@ -79,5 +79,5 @@ def test_glue_has_the_published_ids(name, ids, tmp_path):
   tokenizer = ClipTokenizer(tmp_path / 'merges')
   special = {_EOT: tokenizer.eot, _SPE: tokenizer.spe}
   record = dict(zip(_GLUE[name][0], ('a.', 'b.')))
-  filled, slot = fill_template(tokenizer, _config(name).tasks[name].template, record, 256)
+  filled, slot, _ = fill_template(tokenizer, _config(name).tasks[name].template, record, 256)
   assert filled == [special.get(i, i) for i in ids] and filled[slot] == tokenizer.spe

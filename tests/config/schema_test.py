@@ -193,6 +193,11 @@ _VALIDATION = _evaluator('mlm', 'text', split='validation', during_training=True
      r"config\.tasks\.package\.template: .* filter 'upper' is unknown; choices: no_stop"),
     ({'tasks.text.mixup_alpha': .5},
      r"config\.tasks\.text: mixup_alpha=0\.5, cutmix_alpha=0\.0 mix images .*'text_mlm' has none"),
+    ({'tasks.shape.word_dropout': .3},
+     r"config\.tasks\.shape\.word_dropout=0\.3 leaves out .*'image_classification' has none\. Set it to 0"),
+    ({'tasks.package.max_shift': 1},
+     r"config\.tasks\.package\.max_shift=1 moves images; .*'text_classification' has none\. Set it to 0"),
+    ({'tasks.text.max_affine': .1}, r"config\.tasks\.text\.max_affine=0\.1 moves images; .*'text_mlm' has none"),
     ({'model.posemb': 'learned', 'model.posemb_scale': .5},
      r"config\.model\.posemb_scale=0\.5 changes computed positions; with posemb='learned' set it to 1"),
     # Task types and families of the config.

@@ -37,7 +37,7 @@ def test_a_template_is_filled_as_in_training(tmp_path, template, a, b):
   tokenizer = SentencePieceTokenizer(file)
   words = _texts(tmp_path, tokenizer, file, template)
   filled = words.fill('answer', **{name: x for name, x in (('text_a', a), ('text_b', b)) if name in template})
-  row, slot = fill_template(tokenizer, template, {'text_a': a, 'text_b': b}, _LENGTH)
+  row, slot, _ = fill_template(tokenizer, template, {'text_a': a, 'text_b': b}, _LENGTH)
   assert filled['text'].tolist() == [row] and filled['position'].tolist() == [[slot]]
   assert filled['text_valid'].tolist() == [[True] * len(row)]
   assert (len(row) == _LENGTH) == (a == _LONG)  # the first text gets the tokens that the last leaves

@@ -164,6 +164,13 @@ def check_task(name: str, t: TaskConfig, task_type: TaskType, c: Config) -> None
           f'{field}.max_predictions={t.max_predictions} must be in 1…max_len={t.max_len}.')
   fail_if(task_type.readout == 'slot' and t.template.count('<spe>') != 1,
           f"{field}.template={t.template!r} must contain exactly one '<spe>' slot.")
+  fail_if(t.word_dropout and task_type.readout != 'slot',
+          f'{field}.word_dropout={t.word_dropout} leaves out words of a template; task type {task_type.name!r} has '
+          'none. Set it to 0.')
+  for field_name in ('max_shift', 'max_affine'):
+    value = getattr(t, field_name)
+    fail_if(value and not task_type.visual,
+            f'{field}.{field_name}={value} moves images; task type {task_type.name!r} has none. Set it to 0.')
   fail_if((task_type.two_stream or pair) and not t.caption_templates,
           f"{field}.caption_templates is empty; give at least one template, for example ('{{caption}}',).")
   fail_if(t.frame_stride and not t.num_frames,

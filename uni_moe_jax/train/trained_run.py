@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
+from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens, template_features
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.data.pipeline.target_sets import build_target_set
 from uni_moe_jax.data.pipeline.templates import fill_template
@@ -115,9 +115,9 @@ class TrainedRun:
     if missing := [name for name in templates.columns(spec.template) if name not in columns]:
       raise UsageError(f'task {spec.name!r} needs the text of {missing[0]!r}, a column of its template '
                        f'{spec.template!r}; give {missing[0]}=….')
-    row, slot = fill_template(self._run.data.tokenizer, spec.template, columns, spec.max_len)
-    text, valid = pad_tokens([row] * batch, spec.max_len, self._run.data.tokenizer.pad)
-    return {'text': text, 'text_valid': valid, 'position': np.full((batch, 1), slot, np.int32)}
+    tokenizer = self._run.data.tokenizer
+    filled = fill_template(tokenizer, spec.template, columns, spec.max_len)
+    return {**template_features([filled] * batch, spec, tokenizer, training=False)}
 
   def _task(self, name: str, visual: bool = False) -> TaskSpec:
     if name not in self._tasks:

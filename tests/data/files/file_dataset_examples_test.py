@@ -126,6 +126,19 @@ def test_an_image_is_evaluated_at_the_center_of_its_short_side(run, data_dir):
   assert difference.max() <= 16 and difference.mean() < 2  # TensorFlow's JPEG decoder is a fast one
 
 
+def test_words_of_texts_are_left_out_in_training_only(run):
+  task, words = _run_task(run, 'answer', word_dropout=.5), {}
+  for training in (True, False):
+    examples = run[1].examples(task, 'train', training=training)
+    features = next(evaluation_batches(examples, np.arange(examples.size), examples.size))[0]
+    np.testing.assert_array_equal(
+        np.take_along_axis(features['text'], features['position'], 1), run[1].tokenizer.spe)
+    words[training] = features['text_valid'].sum(1)
+  _, full = _evaluation(run, 'answer')
+  np.testing.assert_array_equal(words[False], full['text_valid'].sum(1))
+  assert (words[True] <= words[False]).all() and words[True].sum() < .8 * words[False].sum()
+
+
 def test_labels_are_indices_of_the_sources_class_names(run):
   _, features = _evaluation(run, 'color')
   # Examples 4, 9, 14 … of red, green, blue in turn: green, red, blue; the set has green, red, blue.

@@ -175,10 +175,23 @@ def test_random_tokens_are_special_only_if_configured(random_special_tokens):
   assert others & set(text.ravel().tolist()) == (others if random_special_tokens else set())
 
 
-def test_images_shift_in_training_only():
-  unshifted = _make(_build('shape'))['pixels']
-  np.testing.assert_array_equal(_make(_build('shape', training=False, max_shift=2))['pixels'], unshifted)
-  assert (_make(_build('shape', max_shift=2))['pixels'] != unshifted).any()
+@pytest.mark.parametrize('moved', [dict(max_shift=2), dict(max_affine=.2)])
+def test_images_move_in_training_only(moved):
+  still = _make(_build('shape'))['pixels']
+  np.testing.assert_array_equal(_make(_build('shape', training=False, **moved))['pixels'], still)
+  assert (_make(_build('shape', **moved))['pixels'] != still).any()
+
+
+def test_words_of_texts_are_left_out_in_training_only_and_others_in_every_epoch():
+  full, dropout = _make(_build('package')), _build('package', word_dropout=.5)
+  evaluated = _make(_build('package', training=False, word_dropout=.5))
+  np.testing.assert_equal(evaluated, full)
+  lengths = [_make(dropout, epoch=epoch)['text_valid'].sum(1) for epoch in range(8)]
+  assert np.max(lengths, 0).tolist() <= full['text_valid'].sum(1).tolist() and len(np.unique(lengths, axis=0)) > 1
+  features = _make(dropout)
+  assert {k: (v.shape, v.dtype) for k, v in features.items()} == {k: (v.shape, v.dtype) for k, v in full.items()}
+  np.testing.assert_array_equal(np.take_along_axis(features['text'], features['position'], 1), _tokenizer().spe)
+  np.testing.assert_array_equal(features['label'], full['label'])
 
 
 def test_two_tasks_of_one_source_share_its_pixels():

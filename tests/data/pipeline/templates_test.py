@@ -23,7 +23,10 @@ def _fill(template, length, **texts):
     ('{shot.at: x-y|no_stop} . {{<spe>}} <eot>', {'shot.at: x-y': '11 12.'}, [11, 12, 101, 101, 2, 101, 3], 4),
 ])
 def test_texts_are_inserted_and_the_slot_is_located(template, texts, ids, slot):
-  assert _fill(template, 20, **texts) == (ids, slot)
+  filled = _fill(template, 20, **texts)
+  assert (filled.ids, filled.slot) == (ids, slot)
+  # Numbers are of texts, all else is of the template.
+  assert filled.in_field == [10 < i < 100 for i in ids]
 
 
 @pytest.mark.parametrize('length, a, b, kept_a, kept_b', [
@@ -34,7 +37,7 @@ def test_texts_are_inserted_and_the_slot_is_located(template, texts, ids, slot):
     (10, 3, 3, 3, 3),  # exactly enough
 ])
 def test_texts_are_truncated_before_they_are_inserted(length, a, b, kept_a, kept_b):
-  ids, slot = _fill('{a} <eot> <spe> , {b} <eot>', length, a='11 ' * a, b='21 ' * b)
+  ids, slot, _ = _fill('{a} <eot> <spe> , {b} <eot>', length, a='11 ' * a, b='21 ' * b)
   assert ids == [11] * kept_a + [3, 2, 101] + [21] * kept_b + [3]
   assert slot == kept_a + 1
 

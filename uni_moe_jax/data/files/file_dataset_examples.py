@@ -29,7 +29,7 @@ from uni_moe_jax.data.files import (
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record, example_parser
 from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
 from uni_moe_jax.data.files.video_processes import VideoProcesses
-from uni_moe_jax.data.pipeline import hashing, in_flight
+from uni_moe_jax.data.pipeline import hashing, in_flight, words
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.examples import Examples, Features, mask_maker, subset
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
@@ -236,6 +236,7 @@ class _Batch:
     strings, values = made[:len(first)], made[len(first):]
     features = {name: tf.ensure_shape(value, [None, *shape])
                 for (name, (_, shape)), value in zip(self._specs.items(), values, strict=True)}
+    features = words.drop_words(features, hashes, self._task, self._builder.tokenizer)
     return [*(tf.ensure_shape(s, [None]) for s in strings), features]
 
   def _decode(self, data: tf.Tensor, hashes: tf.Tensor) -> tf.Tensor:

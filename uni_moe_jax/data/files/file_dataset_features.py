@@ -11,10 +11,11 @@ from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record
 from uni_moe_jax.data.files.phrases import text_id
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
-from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
+from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens, template_features
 from uni_moe_jax.data.pipeline.templates import fill_template
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.data.pipeline.vqa_answers import normalize_answer, soft_score
+from uni_moe_jax.data.pipeline.words import IN_FIELD
 from uni_moe_jax.utils import splitmix, templates
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.suggest import nearest
@@ -49,7 +50,7 @@ def feature_readers(
   if has_phrase(task) and not phrases_are_known:
     readers.append(_phrase_reader(task, records, tokenizer, training))
   if task.type.readout == 'slot':
-    readers.append(_template_reader(task, records, tokenizer))
+    readers.append(_template_reader(task, records, tokenizer, training))
   return readers
 
 
@@ -143,16 +144,15 @@ def _phrase_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, t
   return FeatureReader(phrase_specs(task), _phrase_chooser(task, records, training), collate)
 
 
-def _template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer) -> FeatureReader:
-  """Reader of `text`, `text_valid` and `position`: a filled template and the position of its `spe`."""
+def _template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
+  """Reader of filled templates, see `examples.template_features`."""
   S = task.max_len
   _check_columns(task, records, 'template', templates.columns(task.template), 'text', 'class')
-
-  def collate(rows):
-    text, valid = pad_tokens([ids for ids, _ in rows], S, tokenizer.pad)
-    return {'text': text, 'text_valid': valid, 'position': [[position] for _, position in rows]}
-  return FeatureReader({'text': (np.int32, (S,)), 'text_valid': (np.bool_, (S,)), 'position': (np.int32, (1,))},
-                       lambda record, _: fill_template(tokenizer, task.template, record, S), collate)
+  specs = {'text': (np.int32, (S,)), 'text_valid': (np.bool_, (S,)), 'position': (np.int32, (1,))}
+  if training and task.word_dropout:
+    specs[IN_FIELD] = np.bool_, (S,)
+  return FeatureReader(specs, lambda record, _: fill_template(tokenizer, task.template, record, S),
+                       lambda filled: template_features(filled, task, tokenizer, training))
 
 
 def word_mirror(pairs: Sequence[Sequence[str]]) -> Callable[[Record], Record]:

@@ -18,10 +18,10 @@ import numpy as np
 import tensorflow as tf
 
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.data.pipeline import hashing, image_shift, masking
+from uni_moe_jax.data.pipeline import hashing, image_affine, image_shift, masking, words
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.records import Records
-from uni_moe_jax.data.pipeline.templates import fill_template
+from uni_moe_jax.data.pipeline.templates import FilledTemplate, fill_template
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer, pack_tokens
 from uni_moe_jax.utils import splitmix, templates
 from uni_moe_jax.utils.errors import UsageError
@@ -63,6 +63,16 @@ def pad_tokens(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np
 def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> list[list[int]]:
   """Returns the tokens of each text, truncated to `length`, with `eot` as the last one."""
   return [row[:length - 1] + [tokenizer.eot] for row in tokenizer.encode_batch(list(texts))]
+
+
+def template_features(
+    filled: Sequence[FilledTemplate], task: TaskSpec, tokenizer: Tokenizer, training: bool) -> dict[str, np.ndarray]:
+  """Features of filled templates: those of a text segment, and what `words.drop_words` needs if it will leave out."""
+  text, valid = pad_tokens([f.ids for f in filled], task.max_len, tokenizer.pad)
+  features = {'text': text, 'text_valid': valid, 'position': np.array([f.slot for f in filled], np.int32)[:, None]}
+  if training and task.word_dropout:
+    features[words.IN_FIELD] = pad_tokens([f.in_field for f in filled], task.max_len, False)[0].astype(bool)
+  return features
 
 
 def subset(indices: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed: int) -> np.ndarray:
@@ -118,7 +128,8 @@ class Builder:
   tokenizer: Tokenizer
   classes: dict[str, tuple[str, ...]]  # for each target set, the records' names of its entries, in order
   channels: int  # of images
-  training: bool  # random captions, masks and shifts; otherwise the first caption, and every selected token masked
+  # Random captions, masks, transforms and words left out; otherwise the first caption, and every selected token masked.
+  training: bool
   random_special_tokens: bool = False  # masked language modeling may replace words by special tokens (published)
   seed: int = 0  # of the run; it chooses subsets of the training examples
   # By (source, split): tasks with one source share its images.
@@ -161,11 +172,12 @@ class Builder:
       # An image is a video of one frame.
       self.pixels[key] = tf.constant(pixels[:, None] if pixels.ndim == 3 else pixels)
     pixels, indices = self.pixels[key], tf.constant(indices)
-    max_shift = task.max_shift if self.training else 0
+    max_shift, max_affine = (task.max_shift, task.max_affine) if self.training else (0, 0.0)
 
     def make(ids, hashes):
-      frames = tf.repeat(tf.gather(pixels, tf.gather(indices, ids))[..., None], self.channels, axis=-1)
-      return {'pixels': image_shift.random_shift(frames, hashes, max_shift)}
+      frames = tf.gather(pixels, tf.gather(indices, ids))[..., None]
+      frames = image_affine.random_affine(frames, hashes, max_affine)
+      return {'pixels': tf.repeat(image_shift.random_shift(frames, hashes, max_shift), self.channels, axis=-1)}
     return make
 
   def _captions(self, task: TaskSpec, records: Records, indices: np.ndarray) -> MakeFeatures:
@@ -199,8 +211,8 @@ class Builder:
     texts = {n: records.columns[n][indices].tolist() for n in columns}
     filled = [fill_template(self.tokenizer, task.template, {n: texts[n][i] for n in columns}, task.max_len)
               for i in range(len(indices))]
-    tokens, valid = pad_tokens([row for row, _ in filled], task.max_len, self.tokenizer.pad)
-    return _lookup(text=tokens, text_valid=valid, position=np.array([[slot] for _, slot in filled], np.int32))
+    make = _lookup(**template_features(filled, task, self.tokenizer, self.training))
+    return lambda ids, hashes: words.drop_words(make(ids, hashes), hashes, task, self.tokenizer)
 
   def _masked(self, task: TaskSpec, records: Records, indices: np.ndarray) -> Examples:
     if 'text' not in records.columns:

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from uni_moe_jax.data.pipeline import hashing
+from uni_moe_jax.data.pipeline import hashing, words
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 
 MASK_RATE = 0.15  # of the tokens
@@ -27,10 +27,7 @@ def mask_words(text: tf.Tensor, hashes: tf.Tensor, tokenizer: Tokenizer, *, max_
     text int32 [n, S] with replaced words; position, label int32 [n, M]; weight f32 [n, M], 0 for unused positions.
   """
   length = tf.shape(text)[1]
-  follows_end = tf.pad(tf.gather(tokenizer.word_end, text)[:, :-1], [[0, 0], [1, 0]])
-  starts = tf.gather(tokenizer.word_start, text) | follows_end
-  word = tf.cumsum(tf.cast(starts, tf.int64), axis=1)  # equal for the tokens of one word
-  per_word = hashing.mix_tensor(hashes[:, None], word)
+  per_word = hashing.mix_tensor(hashes[:, None], words.number_words(text, tokenizer))
   order = hashing.uniform(hashing.mix_tensor(per_word, 'pick'))
   budget = tf.clip_by_value(tf.round(MASK_RATE * tf.cast(length, tf.float32)), 1.0, float(max_predictions))
   # Number of tokens of all words up to and including the word of this token, in selection order.

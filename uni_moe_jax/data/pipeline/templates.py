@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.utils import templates
@@ -9,6 +10,13 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 _MARKER = re.compile('(<spe>|<eot>)')
+
+
+class FilledTemplate(NamedTuple):
+  """A template with the texts of an example."""
+  ids: list[int]
+  slot: int  # index of `spe` in the ids
+  in_field: list[bool]  # of every id: whether it comes from a text
 
 
 def template_parts(template: str) -> list[str | templates.Field]:
@@ -20,7 +28,7 @@ def template_parts(template: str) -> list[str | templates.Field]:
 
 
 def fill_template(
-    tokenizer: Tokenizer, template: str, row: Mapping[str, str], length: int) -> tuple[list[int], int]:
+    tokenizer: Tokenizer, template: str, row: Mapping[str, str], length: int) -> FilledTemplate:
   """Fills a template such as '{a} <eot> it is <spe> . <eot>' or '{a} <eot> <spe> , {b} <eot>'.
 
   Texts are truncated before they are inserted, so the fixed words and the slot are always present. The last of n fields
@@ -33,7 +41,7 @@ def fill_template(
     row: Texts by column.
 
   Returns:
-    (ids, slot): at most `length` ids, the last of them `eot`, and the index of `spe` in them.
+    At most `length` ids, the last of them `eot`.
 
   Raises:
     UsageError: The template is malformed or names a column that `row` lacks, or `length` is too small for it.
@@ -58,4 +66,5 @@ def fill_template(
     ids[index] = tokenizer.encode(parts[index].value(row))[:free // remaining]
     free -= len(ids[index])
   slot = sum(map(len, ids[:parts.index('<spe>')]))
-  return [token for part in ids for token in part], slot
+  in_field = [i in fields for i, part in enumerate(ids) for _ in part]
+  return FilledTemplate([token for part in ids for token in part], slot, in_field)
