@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import threadpoolctl
 
 from uni_moe_jax.eval import baselines, metrics
 
@@ -107,6 +108,17 @@ def test_a_fit_that_ends_early_warns_nobody(monkeypatch, recwarn):
   texts = np.array([f'{word} {i}' for i in range(20) for word in ('shape', 'axis', 'font')])
   baselines.tfidf_logistic((texts,), np.array(['numpy', 'jax', 'matplotlib'] * 20), (texts,))
   assert not recwarn
+
+
+def test_a_fit_that_ends_early_does_not_depend_on_the_number_of_threads():
+  # Noise, so that the last bits of sums decide some predictions: in float32 about 43 of 2,000.
+  rng = np.random.default_rng(0)
+  points, labels = rng.random((3000, 300), np.float32), rng.integers(0, 10, 1000)
+  predictions = []
+  for num_threads in (1, 2):
+    with threadpoolctl.threadpool_limits(num_threads):
+      predictions.append(baselines._logistic(points[:1000], labels, points[1000:], inverse_penalty=10.0))
+  np.testing.assert_array_equal(*predictions)
 
 
 def test_pairs_are_judged_by_agreement_not_by_either_half():
