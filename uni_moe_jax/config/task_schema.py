@@ -38,8 +38,8 @@ class TaskConfig:
   label_smoothing: float = field(0.0, 'Label smoothing.', at_least=0, below=1, off=0)
   max_shift: int = field(0, 'Pixels: random translation of training images of sources in memory.', at_least=0, off=0)
   max_affine: float = field(
-      0.0, 'Random rotation of training images of sources in memory (radians), logarithms of their scales, and half '
-      'their shear, at most.', at_least=0, at_most=1, off=0)
+      0.0, 'Training images and videos: random rotation (radians), logarithms of scales, and half the shear, at most.',
+      at_least=0, at_most=1, off=0)
   word_dropout: float = field(
       0.0, "Probability that a word of a text is left out in training, for readout 'slot'.", at_least=0, below=1, off=0)
   linear_head: bool = field(False, "Adds a linear head, which starts at zero, to the similarity with the target set's "
