@@ -36,7 +36,7 @@ class TaskConfig:
   max_predictions: int = field(
       0, 'M, maximum number of masked tokens per text (text_mlm), or of answers per question.', at_least=0)
   label_smoothing: float = field(0.0, 'Label smoothing.', at_least=0, below=1, off=0)
-  max_shift: int = field(0, 'Pixels: random translation of training images of sources in memory.', at_least=0, off=0)
+  max_shift: int = field(0, 'Pixels: random translation of training images and videos.', at_least=0, off=0)
   max_affine: float = field(
       0.0, 'Training images and videos: random rotation (radians), logarithms of scales, and half the shear, at most.',
       at_least=0, at_most=1, off=0)

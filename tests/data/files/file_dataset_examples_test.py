@@ -126,16 +126,17 @@ def test_an_image_is_evaluated_at_the_center_of_its_short_side(run, data_dir):
   assert difference.max() <= 16 and difference.mean() < 2  # TensorFlow's JPEG decoder is a fast one
 
 
+@pytest.mark.parametrize('change', [dict(max_affine=.3), dict(max_shift=3)])
 @pytest.mark.parametrize('name', ['pair', 'moves'])
-def test_images_and_videos_are_transformed_in_training_only(run, name):
+def test_images_and_videos_move_in_training_only(run, name, change):
   def make(training, **changes):
     examples = run[1].examples(_run_task(run, name, **changes), 'train', training=training)
     return next(evaluation_batches(examples, np.arange(6), 6))[0]
 
-  still, moved = make(True), make(True, max_affine=.3)
+  still, moved = make(True), make(True, **change)
   is_still = (moved['pixels'] == still['pixels']).reshape(6, -1).all(1)
   assert 0 < is_still.sum() < 6 and moved['pixels'].shape == still['pixels'].shape
-  np.testing.assert_equal(make(False, max_affine=.3), make(False))
+  np.testing.assert_equal(make(False, **change), make(False))
 
 
 def test_words_of_texts_are_left_out_in_training_only(run):

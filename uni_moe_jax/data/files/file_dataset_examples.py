@@ -29,7 +29,7 @@ from uni_moe_jax.data.files import (
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record, example_parser
 from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
 from uni_moe_jax.data.files.video_processes import VideoProcesses
-from uni_moe_jax.data.pipeline import hashing, image_affine, in_flight, words
+from uni_moe_jax.data.pipeline import hashing, image_affine, image_shift, in_flight, words
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.examples import Examples, Features, mask_maker, subset
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
@@ -304,7 +304,11 @@ class _Batch:
     return image_transforms.random_flip(image, {'flip': tf.gather(draws['flip'], i)}) if self._flips else image
 
   def _transform(self, pixels: tf.Tensor, hashes: tf.Tensor) -> tf.Tensor:
-    return image_affine.random_affine(pixels, hashes, self._task.max_affine if self._builder.training else 0.0)
+    """Random motions of images or videos, uint8 [n, T, S, S, C], in training."""
+    t = self._task
+    if not self._builder.training:
+      return pixels
+    return image_shift.random_shift(image_affine.random_affine(pixels, hashes, t.max_affine), hashes, t.max_shift)
 
   def _augment(self, pixels: tf.Tensor, hashes: tf.Tensor) -> tf.Tensor:
     """uint8 [n, 1, S, S, C] to the same shape."""
