@@ -19,11 +19,11 @@ def random_affine(pixels: tf.Tensor, hashes: tf.Tensor, max_affine: float) -> tf
   if not max_affine:
     return pixels
   T, H, W, C = pixels.shape[1:]
-  is_transformed = hashing.uniform(hashing.mix_tensor(hashes, 'affine at all')) < 0.5
-  bound = tf.where(is_transformed, max_affine, 0.0)
+  rows = tf.where(hashing.uniform(hashing.mix_tensor(hashes, 'affine at all')) < 0.5)
+  hashes = tf.gather(hashes, rows[:, 0])
 
   def draw(name):
-    return bound * (2 * hashing.uniform(hashing.mix_tensor(hashes, name)) - 1)
+    return max_affine * (2 * hashing.uniform(hashing.mix_tensor(hashes, name)) - 1)
 
   shear, angle, scale_x, scale_y = 2 * draw('shear'), draw('angle'), tf.exp(draw('scale x')), tf.exp(draw('scale y'))
   cos, sin = tf.cos(angle), tf.sin(angle)
@@ -32,6 +32,6 @@ def random_affine(pixels: tf.Tensor, hashes: tf.Tensor, max_affine: float) -> tf
   x, y, zeros = (W - 1) / 2, (H - 1) / 2, tf.zeros_like(angle)
   transforms = tf.stack([a, b, x - a * x - b * y, c, d, y - c * x - d * y, zeros, zeros], axis=1)
   frames = tf.raw_ops.ImageProjectiveTransformV3(
-      images=tf.reshape(pixels, [-1, H, W, C]), transforms=tf.repeat(transforms, T, axis=0), output_shape=[H, W],
-      fill_value=0.0, interpolation='BILINEAR', fill_mode='CONSTANT')
-  return tf.reshape(frames, [-1, T, H, W, C])
+      images=tf.reshape(tf.gather(pixels, rows[:, 0]), [-1, H, W, C]), transforms=tf.repeat(transforms, T, axis=0),
+      output_shape=[H, W], fill_value=0.0, interpolation='BILINEAR', fill_mode='CONSTANT')
+  return tf.tensor_scatter_nd_update(pixels, rows, tf.reshape(frames, [-1, T, H, W, C]))
