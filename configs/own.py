@@ -29,7 +29,7 @@ from uni_moe_jax.utils.errors import UsageError
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  """4 layers, width 128, 8 experts, images of 64 pixels in patches of 16; or the model of the run."""
+  """2 layers, width 128, 8 experts, images of 64 pixels in patches of 16; or the model of the run."""
   a = config.arguments(
       arg, __file__, dict(sources='', run='', mode='finetune'), dict(mode=finetuning.MODES), required=('sources',))
   paths = [storage.path(name, f'own:{arg}') for name in a.sources.split('+')]

@@ -52,10 +52,10 @@ def prompt_tune(c: ml_collections.ConfigDict, num_prompts: int = 8, sharing: str
 def small(c: ml_collections.ConfigDict) -> None:
   """A model of 64-pixel images that learns on a few CPU cores, and settings for short runs."""
   c.model.update(dict(
-      num_layers=4, width=128, num_heads=2, mlp_dim=512, image_size=64, patch_size=16, max_text_len=TEXT_TOKENS,
+      num_layers=2, width=128, num_heads=2, mlp_dim=512, image_size=64, patch_size=16, max_text_len=TEXT_TOKENS,
       layer_scale_init=0.5, remat=False, word_neighbors=2, stem='conv'))
   c.optim.update(dict(name='muon', learning_rate=4e-3, warmup_steps=60))
-  c.train.update(dict(steps=600, log_every=20, checkpoint_every=200))
+  c.train.update(dict(steps=2500, log_every=20, checkpoint_every=500, cpu_bfloat16=True))
 
 
 def own(c: ml_collections.ConfigDict, summaries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -95,8 +95,8 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
   evaluated = [s for s in ('test', 'validation') if s in summary['splits']]
   text = next((column for column in ('text', 'text_a', 'text_b') if column in columns), None)
   media = {
-      'image': dict(random_flip=True),
-      'video': dict(num_frames=min(8, c.model.max_num_frames), crop='jittered_crop')}.get(visual, {})
+      'image': dict(random_flip=True, max_affine=0.2),
+      'video': dict(num_frames=min(8, c.model.max_num_frames), crop='jittered_crop', max_affine=0.2)}.get(visual, {})
 
   def max_len(bound: int, template: int = 1) -> int:
     # Pieces of a vocabulary of 2,000 have two to three letters (a Chinese character has three bytes), those of very
