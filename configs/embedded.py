@@ -19,16 +19,8 @@ def get_config(arg: str = '', file: str = __file__) -> ml_collections.ConfigDict
   """2 layers, width 128, 8 experts; images of 32 pixels in patches of 8."""
   a = config.arguments(arg, file, dict(router='attribute'), dict(router=ROUTERS))
   c = config.base()
-  presets.embedded(c)
-  # Small, so that forty minutes have many examples.
-  c.model.update(dict(num_layers=2, width=128, num_heads=2, mlp_dim=512, stem='conv'))
+  presets.quickstart(c)
   c.moe.router = a.router
-  c.target_sets.vocabulary.num_sampled = 512
-  # Captions need most.
-  for name, batch_size, loss_weight in (
-      ('glyph_class', 48, 1.5), ('glyph_name', 96, 3.5), ('glyph_caption', 64, 3.0), ('glyph_question', 24, 1.5),
-      ('video_motion', 8, 1.5), ('text', 16, 1.5), ('package', 24, 2.0)):
-    c.tasks[name].update(dict(batch_size=batch_size, loss_weight=loss_weight))
   for name in ('glyph_class', 'glyph_name', 'glyph_caption'):
     c.tasks[name].update(dict(max_shift=1, max_affine=0.1))
   # Otherwise the paragraphs would be known by heart.

@@ -17,15 +17,8 @@ from uni_moe_jax.config import presets
 def get_config() -> ml_collections.ConfigDict:
   """2 layers, width 128, 8 experts; images of 32 pixels in patches of 8."""
   c = config.base()
-  presets.embedded(c)
-  # A step of four layers takes twice as long and teaches little more (docs/results/quickstart.md).
-  c.model.update(dict(num_layers=2, width=128, num_heads=2, mlp_dim=512, stem='conv'))
-  for name, batch_size, loss_weight in (
-      ('glyph_class', 48, 1.5), ('glyph_name', 96, 3.5), ('glyph_caption', 64, 3.0), ('glyph_question', 24, 1.5),
-      ('video_motion', 8, 1.5), ('text', 16, 1.5), ('package', 24, 2.0)):
-    c.tasks[name].update(dict(batch_size=batch_size, loss_weight=loss_weight))
+  presets.quickstart(c)
   c.tasks.glyph_name.max_shift = 1
-  c.target_sets.vocabulary.num_sampled = 512
   c.optim.update(dict(name='muon', learning_rate=4e-3, warmup_steps=60))
   c.train.update(dict(steps=2400, log_every=20, checkpoint_every=600, cpu_bfloat16=True))
   return c

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.helpers.example_hashes import example_hashes
 from uni_moe_jax.data.pipeline import masking
-from uni_moe_jax.utils import splitmix
 
 SPE, EOT = 2, 3
 STARTS, INSIDE = range(4, 12), range(12, 20)  # pieces that start a word, and that continue one
@@ -16,14 +16,11 @@ WORD_END = np.zeros(20, bool)  # these pieces mark where words start
 SPECIAL = {0, 1, SPE, EOT}
 
 
-def _hashes(count, seed=0):
-  return tf.constant(np.array([splitmix.mix(seed, i) for i in range(count)], np.uint64))
-
-
 def _mask(text, max_predictions, always_mask=False, hashes=None, word_start=WORD_START, word_end=WORD_END, **options):
   tokenizer = types.SimpleNamespace(size=20, spe=SPE, special_ids=SPECIAL, word_start=word_start, word_end=word_end)
-  out = masking.mask_words(tf.constant(text, tf.int32), _hashes(len(text)) if hashes is None else hashes, tokenizer,
-                           max_predictions=max_predictions, always_mask=always_mask, **options)
+  out = masking.mask_words(
+      tf.constant(text, tf.int32), example_hashes(len(text)) if hashes is None else hashes, tokenizer,
+      max_predictions=max_predictions, always_mask=always_mask, **options)
   return {k: v.numpy() for k, v in out.items()}
 
 
@@ -130,8 +127,8 @@ def test_evaluation_masks_every_selected_token():
 def test_masks_are_a_function_of_the_example_with_fixed_shapes():
   text = _random_text(20)
   # One prediction more than the budget of six tokens.
-  a, again, other = _mask(text, 7), _mask(text, 7), _mask(text, 7, hashes=_hashes(20, seed=1))
-  single = _mask(text[7:8], 7, hashes=_hashes(20)[7:8])
+  a, again, other = _mask(text, 7), _mask(text, 7), _mask(text, 7, hashes=example_hashes(20, seed=1))
+  single = _mask(text[7:8], 7, hashes=example_hashes(20)[7:8])
   assert {k: (v.shape, v.dtype.name) for k, v in a.items()} == {
       'text': ((20, 40), 'int32'), 'position': ((20, 7), 'int32'), 'label': ((20, 7), 'int32'),
       'weight': ((20, 7), 'float32')}

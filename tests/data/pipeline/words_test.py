@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.helpers.example_hashes import example_hashes
 from uni_moe_jax.data.pipeline import words
-from uni_moe_jax.utils import splitmix
 
 PAD, SPE, EOT = 1, 2, 3  # padding that is not 0 shows that it is written
 # The template '{text} <eot> it <spe> <eot>' with the words [4 12], [5], [6 13 14]; 'it' is 7.
@@ -32,8 +32,7 @@ def _drop(rate, n=N, marks='starts', in_field=NUM_IN_FIELD):
   rows = dict(text=np.array(TEXT, np.int32), text_valid=index < LENGTH, position=np.array([SLOT], np.int32),
               in_field=index < in_field, label=np.array([5]))
   features = {name: tf.constant(np.tile(value, (n, 1))) for name, value in rows.items()}
-  hashes = tf.constant(np.array([splitmix.mix(0, i) for i in range(n)], np.uint64))
-  out = words.drop_words(features, hashes, types.SimpleNamespace(word_dropout=rate), _tokenizer(marks))
+  out = words.drop_words(features, example_hashes(n), types.SimpleNamespace(word_dropout=rate), _tokenizer(marks))
   return {name: value.numpy() for name, value in out.items()}
 
 

@@ -29,9 +29,9 @@ from uni_moe_jax.data.files import (
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record, example_parser
 from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
 from uni_moe_jax.data.files.video_processes import VideoProcesses
-from uni_moe_jax.data.pipeline import hashing, image_affine, image_shift, in_flight, words
+from uni_moe_jax.data.pipeline import hashing, in_flight, words
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
-from uni_moe_jax.data.pipeline.examples import Examples, Features, mask_maker, subset
+from uni_moe_jax.data.pipeline.examples import Examples, Features, mask_maker, move_images, subset
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.utils import cores, templates
 from uni_moe_jax.utils.errors import UsageError
@@ -237,8 +237,8 @@ class _Batch:
     features = {name: tf.ensure_shape(value, [None, *shape])
                 for (name, (_, shape)), value in zip(self._specs.items(), values, strict=True)}
     features = words.drop_words(features, hashes, self._task, self._builder.tokenizer)
-    if self._is_video:
-      features['pixels'] = self._transform(features['pixels'], hashes)
+    if self._is_video and self._builder.training:
+      features['pixels'] = move_images(features['pixels'], hashes, self._task)
     return [*(tf.ensure_shape(s, [None]) for s in strings), features]
 
   def _decode(self, data: tf.Tensor, hashes: tf.Tensor) -> tf.Tensor:
@@ -303,16 +303,11 @@ class _Batch:
   def _flip(self, image: tf.Tensor, draws: dict[str, tf.Tensor], i: tf.Tensor) -> tf.Tensor:
     return image_transforms.random_flip(image, {'flip': tf.gather(draws['flip'], i)}) if self._flips else image
 
-  def _transform(self, pixels: tf.Tensor, hashes: tf.Tensor) -> tf.Tensor:
-    """Random motions of images or videos, uint8 [n, T, S, S, C], in training."""
-    t = self._task
-    if not self._builder.training:
-      return pixels
-    return image_shift.random_shift(image_affine.random_affine(pixels, hashes, t.max_affine), hashes, t.max_shift)
-
   def _augment(self, pixels: tf.Tensor, hashes: tf.Tensor) -> tf.Tensor:
     """uint8 [n, 1, S, S, C] to the same shape."""
-    t, pixels = self._task, self._transform(pixels, hashes)
+    t = self._task
+    if self._builder.training:
+      pixels = move_images(pixels, hashes, t)
     if self._builder.training and (t.randaugment or t.random_erasing):
       def augment(x):
         image, h = tf.ensure_shape(x[0][0], self._shape[1:]), x[1]

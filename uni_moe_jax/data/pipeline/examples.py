@@ -75,6 +75,11 @@ def template_features(
   return features
 
 
+def move_images(pixels: tf.Tensor, hashes: tf.Tensor, task: TaskSpec) -> tf.Tensor:
+  """Moves training images or videos, uint8 [n, T, H, W, C], by the task's `max_affine` and `max_shift`."""
+  return image_shift.random_shift(image_affine.random_affine(pixels, hashes, task.max_affine), hashes, task.max_shift)
+
+
 def subset(indices: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed: int) -> np.ndarray:
   """Chooses a task's training examples, by `train_fraction` or `shots`, in order.
 
@@ -172,12 +177,11 @@ class Builder:
       # An image is a video of one frame.
       self.pixels[key] = tf.constant(pixels[:, None] if pixels.ndim == 3 else pixels)
     pixels, indices = self.pixels[key], tf.constant(indices)
-    max_shift, max_affine = (task.max_shift, task.max_affine) if self.training else (0, 0.0)
 
     def make(ids, hashes):
       frames = tf.gather(pixels, tf.gather(indices, ids))[..., None]
-      frames = image_affine.random_affine(frames, hashes, max_affine)
-      return {'pixels': tf.repeat(image_shift.random_shift(frames, hashes, max_shift), self.channels, axis=-1)}
+      frames = move_images(frames, hashes, task) if self.training else frames
+      return {'pixels': tf.repeat(frames, self.channels, axis=-1)}
     return make
 
   def _captions(self, task: TaskSpec, records: Records, indices: np.ndarray) -> MakeFeatures:
