@@ -38,7 +38,8 @@ def _merge_backward(saved, d):
   """Contracts with E first; JAX's own rule would transpose all kernels and all of their gradients."""
   kernel, coef = saved
   rest = tuple(range(1, kernel.ndim))
-  dcoef = jnp.tensordot(kernel, d, axes=(rest, rest), precision=EXACT).T
+  # The barrier keeps the transpose apart: XLA would turn the product around and, on CPU, compute it by a plain loop.
+  dcoef = jax.lax.optimization_barrier(jnp.tensordot(kernel, d, axes=(rest, rest), precision=EXACT)).T
   return jnp.tensordot(coef.T, d, axes=1, precision=EXACT).astype(kernel.dtype), dcoef.astype(coef.dtype)
 
 

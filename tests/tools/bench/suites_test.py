@@ -74,8 +74,10 @@ def test_every_router_is_compared_with_dense_in_both_modes_and_has_a_budget():
   rows = _measure('routers', 'float32')
   routers = (*router_names.MERGED, *router_names.DISPATCHED)
   assert rows.keys() >= {f'{router} / dense, {mode}' for router in routers for mode in ('train', 'inference')}
-  assert str(rows['task / dense, train'].budget) == '<= 1.1 (1.03)'
-  assert rows['task / dense, inference'].budget is None
+  assert str(rows['task / dense, train'].budget) == '<= 1.04 (1.02)'
+  assert str(rows['token / dense, inference'].budget) == '<= 2.1 (1.9)'
+  assert rows['context / token, train'].figure.value == pytest.approx(
+      rows['context / dense, train'].figure.value / rows['token / dense, train'].figure.value, rel=0.5)
   assert str(_measure('mixed', 'float32')['task / dense'].budget) == '<= 1.15 (1.05)'
 
 
