@@ -1,6 +1,7 @@
 """Examples through a function: input is made ahead, results are read behind, each example counts once."""
 
 import threading
+import time
 import types
 
 import jax
@@ -48,16 +49,65 @@ def test_the_next_batch_is_made_while_the_model_works_on_one():
   assert labels[:, 0].tolist() == [0, 3, 6, 9, 12, 15, 18, 21]
 
 
-def test_results_are_read_after_the_next_batch_is_queued():
+def test_on_a_mesh_results_are_read_after_the_next_batch_is_queued():
   log = []
 
   def model(fields):
     first = int(fields['id'][0])
     log.append(('queued', first))
-    return _Result(fields['id'], log)
+    return _Result(np.asarray(fields['id']), log)
 
-  assert batches.gather(model, _examples(5), np.arange(5), 2, None).tolist() == [0, 1, 2, 3, 4]
+  mesh = sharding.make_mesh(dict(replica=1, data=1, expert=1, model=1), jax.devices()[:1])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(batches, '_replicate', lambda x, mesh: x)
+    assert batches.gather(model, _examples(5), np.arange(5), 2, mesh).tolist() == [0, 1, 2, 3, 4]
   assert log == [('queued', 0), ('queued', 2), ('read', 0), ('queued', 4), ('read', 2), ('read', 4)]
+
+
+def test_without_a_mesh_two_batches_are_in_work_at_once_and_the_first_alone():
+  # The first call may compile, and only pairs of later ones pass the barrier.
+  running, seen, barrier = [], [], threading.Barrier(2, timeout=20)
+
+  def model(fields):
+    first = int(fields['id'][0])
+    together = barrier.wait if first else lambda: None
+    running.append(first)
+    together()
+    time.sleep(0.2 if first == 0 else 0)  # a second call would start in this time
+    seen.append((first, len(running)))
+    together()
+    running.remove(first)
+    together()
+    return fields['label']
+
+  labels = batches.gather(model, _examples(10), np.arange(10), 2, None)
+  assert labels[:, 0].tolist() == list(range(0, 30, 3))
+  assert seen[0] == (0, 1) and sorted(seen[1:]) == [(2, 2), (4, 2), (6, 2), (8, 2)]
+
+
+def test_results_come_in_order_whichever_call_ends_first():
+  second_ended = threading.Event()
+
+  def call(x):
+    if x == 1:
+      assert second_ended.wait(timeout=20)
+    if x == 2:
+      second_ended.set()
+    return 10 * x
+
+  assert list(batches.two_at_once(call, range(5))) == [0, 10, 20, 30, 40]
+  assert list(batches.two_at_once(call, [])) == []
+
+
+@pytest.mark.parametrize('wrong', [0, 1, 4])
+def test_an_error_in_a_call_is_that_of_the_whole(wrong):
+  def call(x):
+    if x == wrong:
+      raise ValueError(f'input {x}')
+    return x
+
+  with pytest.raises(ValueError, match=f'input {wrong}'):
+    list(batches.two_at_once(call, range(5)))
 
 
 @pytest.mark.parametrize('batch_size', [3, 8])

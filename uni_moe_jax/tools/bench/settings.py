@@ -10,6 +10,7 @@ from uni_moe_jax.utils.suggest import nearest
 # `compile` is last: a CPU process that has compiled much is slower afterwards.
 SUITES = ('routers', 'mixed', 'published', 'decoding', 'input', 'files', 'compile')
 FROM_CONFIG = ('mixed', 'input', 'compile')  # they read the config's own data
+TRAINING = ('routers', 'mixed', 'published')  # they take training steps
 GPU = 'gpu'  # runs only if it is named: other machines cannot
 
 
