@@ -15,9 +15,9 @@ from uni_moe_jax.config import presets
 from uni_moe_jax.tasks.router_names import ROUTERS
 
 
-def get_config(arg: str = '', file: str = __file__) -> ml_collections.ConfigDict:
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """2 layers, width 128, 8 experts; images of 32 pixels in patches of 8."""
-  a = config.arguments(arg, file, dict(router='attribute'), dict(router=ROUTERS))
+  a = config.arguments(arg, __file__, dict(router='attribute'), dict(router=ROUTERS))
   c = config.base()
   presets.quickstart(c)
   c.moe.router = a.router

@@ -21,7 +21,7 @@ def test_tables_and_their_resizing(name):
   assert_close(sincos_table(side, width), arrays['sincos_spatial'], BOUND, 'spatial table')
   assert_close(sincos_table(side, width, 160 / 224), arrays['sincos_spatial_scale160over224'], BOUND, 'scaled table')
   for key in [k for k in arrays.keys('resize') if k.endswith('_in')]:
-    function = resize_positions.spatial if '.spatial' in key else resize_positions.temporal
+    function = resize_positions.spatial if '.spatial' in key else resize_positions.linear
     theirs = arrays[key.replace('_in', '_out')]
     assert_close(function(arrays[key], len(theirs)), theirs, BOUND, key)
   assert not arrays.unread, sorted(arrays.unread)

@@ -26,7 +26,7 @@ from typing import Any
 from uni_moe_jax.config.schema import DataConfig
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError, disk_is_full, free_space
-from uni_moe_jax.utils.files import check_local, write_json
+from uni_moe_jax.utils.files import check_local, read_json, write_json
 
 MANIFEST = 'files.json'
 # In names of files that are fetched one by one; others come with their manifest.
@@ -87,7 +87,7 @@ class Mirror(os.PathLike):
       for name in matches:
         files = json.loads(_repeat((remote / name).read_bytes, f'{remote}/{name}'))
         path = local / name
-        old = json.loads(path.read_text()) if path.exists() else {}
+        old = read_json(path, {})
         for changed in (n for n in old if old[n] != files.get(n)):
           (path.parent / changed).unlink(missing_ok=True)
         for parent in {(path.parent / n).parent for n in (MANIFEST, *files)}:

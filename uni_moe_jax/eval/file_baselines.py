@@ -34,7 +34,6 @@ FOLDER = 'baselines'  # in data_dir
 _VERSION = 1  # of the results; raise it when a baseline changes
 _NUM_EXAMPLES = {'image': (10_000, 5_000), 'video': (1_000, 1_000), 'text': (20_000, 20_000)}  # trained, evaluated
 _SECONDS = 150.0  # of reading the examples of a split
-_CHUNK = 256  # records of texts in memory at once
 # Most classes of a logistic regression: its solver keeps twenty copies of features × classes.
 _PIXEL_CLASSES, _TEXT_CLASSES = 1_000, 100
 
@@ -164,9 +163,8 @@ class FileBaselines:
 
   def _texts(self, records: FileDataset, ids: np.ndarray) -> Iterator[tuple[Record, tuple[str, ...]] | None]:
     columns = templates.columns(self.evaluation.task.template)
-    for start in range(0, len(ids), _CHUNK):
-      for record in records.read_valid(ids[start:start + _CHUNK]):
-        yield None if isinstance(record, CorruptExample) else (record, tuple(record[c] for c in columns))
+    for _, record in records.read_chunks(ids):
+      yield None if isinstance(record, CorruptExample) else (record, tuple(record[c] for c in columns))
 
   def _once(self, purpose: str, ids: np.ndarray, compute: Callable[[], dict], otherwise: dict) -> dict:
     """The result that is kept, else of `compute`, or `otherwise` if that leaves the baselines out."""

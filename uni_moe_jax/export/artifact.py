@@ -30,7 +30,6 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path
 
 _SHIPPED = {'loader.py': 'load.py', 'texts.py': 'texts.py', 'example.py': 'example.py'}
-_WITH_ONNX = {'onnx_model.py': 'onnx_model.py'}
 _CARD, _PIECES = 'README.md', 'tokenizer_pieces.json'
 
 
@@ -71,7 +70,7 @@ def write(
     save(staging / 'examples.safetensors', {
         f'{task}/{name}': x for task, fields in contents.examples.items() for name, x in fields.items()})
     tokenizer = write_tokenizer(staging, contents.data.tokenizer, contents.data.tokenizer_file)
-    for source, name in (_SHIPPED | (_WITH_ONNX if onnx else {})).items():
+    for source, name in (_SHIPPED | ({'onnx_model.py': 'onnx_model.py'} if onnx else {})).items():
       (staging / name).write_bytes(pathlib.Path(__file__).with_name(source).read_bytes())
     if onnx:
       _write_onnx(staging, contents, files)

@@ -13,13 +13,9 @@ def spatial(table: np.ndarray, rows: int) -> np.ndarray:
   old, new = math.isqrt(len(table)), math.isqrt(rows)
   if old * old != len(table) or new * new != rows:
     raise UsageError(f'cannot resize a spatial table from {len(table)} to {rows} rows: both must be squares.')
-  return _resized(table.reshape(old, old, -1), new, new).reshape(rows, -1)
+  return linear(table.reshape(old, old, -1), new, new).reshape(rows, -1)
 
 
-def temporal(table: np.ndarray, rows: int) -> np.ndarray:
-  """Temporal table [T, D] → [rows, D], linear."""
-  return _resized(table, rows)
-
-
-def _resized(table: np.ndarray, *sizes: int) -> np.ndarray:
+def linear(table: np.ndarray, *sizes: int) -> np.ndarray:
+  """Table [*n, D] → [*sizes, D]."""
   return np.asarray(jax.image.resize(table, (*sizes, table.shape[-1]), 'linear', antialias=False))

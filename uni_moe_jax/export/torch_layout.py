@@ -325,7 +325,7 @@ def _size_fix(key: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> st
 
 def _resized(value: np.ndarray, entry: Entry, shape: tuple[int, ...], report: Report) -> np.ndarray:
   """Interpolates position tables of another size; returns every other array unchanged."""
-  functions = {'embed/spatial': resize_positions.spatial, 'embed/temporal': resize_positions.temporal}
+  functions = {'embed/spatial': resize_positions.spatial, 'embed/temporal': resize_positions.linear}
   if entry.path not in functions or value.shape == shape or value.ndim != 2 or value.shape[1:] != shape[1:]:
     return value
   report.resized[entry.key] = f'from {value.shape[0]} to {shape[0]} rows'

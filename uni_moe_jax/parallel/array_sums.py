@@ -15,18 +15,14 @@ from uni_moe_jax.utils.tree_paths import by_path
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # bytes per number → type of its bits
 
 
+@jax.jit
 def array_sums(tree: Any) -> dict[str, jax.Array]:
   """{path: u32 []}: the bits of each array, as integers times odd weights by position, summed modulo 2**32.
 
   One changed bit changes the sum: an odd number times a power of two below 2**32 is not 0 modulo 2**32. The order of
   the sum does not matter, so that every mesh and every number of processes gives the same.
   """
-  return _sums(by_path(tree))
-
-
-@jax.jit
-def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  return {path: _sum(x) for path, x in arrays.items()}
+  return {path: _sum(x) for path, x in by_path(tree).items()}
 
 
 def _sum(x: jax.Array) -> jax.Array:

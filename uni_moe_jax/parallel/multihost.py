@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uni_moe_jax.parallel import sharding
-from uni_moe_jax.utils.errors import RunError, UsageError
+from uni_moe_jax.utils.errors import RunError, UsageError, chain
 from uni_moe_jax.utils.exit_codes import ERROR
 
 # Messages of JAX, its collectives and its coordination service about a process that does not answer.
@@ -78,7 +78,7 @@ def exit_with_peers(end: Callable[[int], None] = os._exit) -> Iterator[None]:
   except Exception as e:
     if jax.process_count() == 1 or isinstance(e, UsageError):
       raise
-    lost = None if isinstance(e, RunError) else next(filter(None, map(_PEER_LOST.search, _messages(e))), None)
+    lost = None if isinstance(e, RunError) else next(filter(None, map(_PEER_LOST.search, map(str, chain(e)))), None)
     if lost is None:
       atexit.register(_exit, end)  # runs before JAX's own handler, which was registered earlier
       raise
@@ -92,13 +92,6 @@ def _exit(end: Callable[[int], None]) -> None:
   sys.stdout.flush()
   sys.stderr.flush()
   end(ERROR)
-
-
-def _messages(e: BaseException | None) -> Iterator[str]:
-  """Message of an exception and of those that led to it."""
-  while e is not None:
-    yield str(e)
-    e = e.__cause__ or e.__context__
 
 
 def check_same_data(inputs: str) -> None:

@@ -141,7 +141,7 @@ def create(supervisor: Supervisor, service: Service, gallery: Gallery, limits: L
 
   @app.post('/classify', summary='Most likely entries of a set, or of names, for an image, video or text')
   async def classify(body: Classify) -> dict[str, Any]:
-    names = limits.check_texts(body.names, 'names') if body.names else []
+    names = limits.check_texts(body.names, 'names')
     return await service.classify(body.task, body.item(limits), names)
 
   @app.post('/caption', summary='Caption of an image or video, at once or word by word')
@@ -158,7 +158,7 @@ def create(supervisor: Supervisor, service: Service, gallery: Gallery, limits: L
     if bool(body.text) == bool(item.size or item.example >= 0):
       raise Refused(422, 'Give either text, or one of image, video and example.')
     text = limits.check_text(body.text, 'text') if body.text else ''
-    names = limits.check_texts(body.names, 'names') if body.names else []
+    names = limits.check_texts(body.names, 'names')
     return await service.search(body.task, item, text, names, body.candidates)
 
   @app.post('/fill', summary='Most likely words of every mask')
@@ -171,8 +171,7 @@ def create(supervisor: Supervisor, service: Service, gallery: Gallery, limits: L
     has_input = bool(item.size or item.example >= 0 or item.texts)
     if has_input == bool(body.names):
       raise Refused(422, 'Give either names, or one of image, video, example and texts.')
-    return await service.embed(
-        body.task, item if has_input else None, limits.check_texts(body.names, 'names') if body.names else [])
+    return await service.embed(body.task, item if has_input else None, limits.check_texts(body.names, 'names'))
 
   return app
 

@@ -51,9 +51,7 @@ class Limits:
     return text
 
   def check_texts(self, texts: list[str], field: str) -> list[str]:
-    """Returns the texts. Raises Refused: there are none or too many, or one is wrong."""
-    if not texts:
-      raise Refused(422, f'{field} has no entry; give at least one.')
+    """Returns the texts. Raises Refused: there are too many, or one is wrong."""
     if len(texts) > self.max_names:
       raise Refused(422, f'{field} has {len(texts):,} entries, and at most {self.max_names:,} are accepted; give '
                          'fewer.')

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from uni_moe_jax.data.files.formats import shorten
 from uni_moe_jax.serve.limits import Limits, Refused
 
 STREAM = 'stream'  # the program `caption`, with words of `prefill` and `step` while it runs
@@ -246,7 +247,7 @@ class _Worker:
   def _tokens(self, text: str, length: int) -> dict[str, np.ndarray]:
     self._check_tokenizer()
     if (n := len(self._texts.tokenizer.encode(text)) + 1) > length:
-      raise Refused(422, f'{_short(text)!r} has {n} tokens with the end, and the model reads at most {length}; shorten '
+      raise Refused(422, f'{shorten(text)} has {n} tokens with the end, and the model reads at most {length}; shorten '
                          'it.')
     return self._texts.tokens([text], length)
 
@@ -334,7 +335,3 @@ def _inverse(kept: dict[int, Any], count: int) -> list[int]:
   """For each of `count` items its index among the kept ones, or -1."""
   index = {i: k for k, i in enumerate(kept)}
   return [index.get(i, -1) for i in range(count)]
-
-
-def _short(text: str) -> str:
-  return text if len(text) <= 40 else f'{text[:40]}…'

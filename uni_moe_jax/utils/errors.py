@@ -4,7 +4,7 @@ import errno
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Messages of libraries that pass no error number on (TensorStore, TensorFlow).
@@ -32,13 +32,17 @@ def first_few(items: Sequence[str], number: int = 3, separator: str = ', ') -> s
   return separator.join(items[:number]) + (f' and {more} more' if more > 0 else '')
 
 
+def chain(e: BaseException | None) -> Iterator[BaseException]:
+  """Yield an exception and those that led to it."""
+  while e is not None:
+    yield e
+    e = e.__cause__ or e.__context__
+
+
 def disk_is_full(e: BaseException | None) -> bool:
   """Return whether an exception, or one that caused it, reports a full disk or an exhausted quota."""
-  while e is not None:
-    if isinstance(e, OSError) and e.errno in _DISK_FULL or any(message in str(e) for message in _DISK_FULL_MESSAGES):
-      return True
-    e = e.__cause__ or e.__context__
-  return False
+  return any(isinstance(c, OSError) and c.errno in _DISK_FULL or any(m in str(c) for m in _DISK_FULL_MESSAGES)
+             for c in chain(e))
 
 
 def free_space(folder: str | os.PathLike[str]) -> str:

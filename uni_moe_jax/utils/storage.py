@@ -23,7 +23,7 @@ from typing import Any
 from etils import epath
 
 from uni_moe_jax.utils import hub
-from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils.errors import UsageError, chain
 from uni_moe_jax.utils.suggest import nearest
 
 Path = pathlib.Path | epath.Path
@@ -101,9 +101,9 @@ def path(address: str | os.PathLike[str], name: str = 'path') -> Path:
   return epath.Path(f'{scheme}://{bucket}', *parts)
 
 
-def absolute(address: str | os.PathLike[str], name: str = 'path') -> Path:
+def absolute(address: str | os.PathLike[str]) -> Path:
   """Return `path`, independent of the current folder."""
-  return path(address, name) if is_remote(address) else path(address, name).absolute()
+  return path(address) if is_remote(address) else path(address).absolute()
 
 
 def _wrong(address: str, name: str, what: str) -> UsageError:
@@ -171,11 +171,7 @@ def check_access(folder: Path, name: str) -> None:
 
 def explain(e: BaseException | None, address: str) -> str | None:
   """Return one sentence with the address if an exception, or one that caused it, is of a store; else None."""
-  texts = []
-  while e is not None:
-    if not isinstance(e, UsageError):
-      texts.append(f'{type(e).__name__}: {e}')
-    e = e.__cause__ or e.__context__
+  texts = [f'{type(c).__name__}: {c}' for c in chain(e) if not isinstance(c, UsageError)]
   for pattern, meaning in _ERRORS:
     if any(re.search(pattern, text) for text in texts):
       return f'{address}: {meaning.format(credentials=_CREDENTIALS.get(address.partition(":")[0], ""))}.'

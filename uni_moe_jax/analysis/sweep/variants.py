@@ -36,18 +36,14 @@ class Variant(NamedTuple):
   fields: Callable[[ml_collections.ConfigDict], tuple[str, ...]] = lambda _: ()
 
 
-def _with(*fields: str) -> Callable[[ml_collections.ConfigDict], tuple[str, ...]]:
-  return lambda _: fields
-
-
 VARIANTS = {
     DENSE: Variant(DENSE),
     'dense_wide': Variant(DENSE, _wide),
     'attribute': Variant('attribute'),
-    'attribute_every_2': Variant('attribute', _with('moe.placement=every_2')),
-    'attribute_top_1': Variant('attribute', _with('moe.top_k=1')),
-    'attribute_top_4': Variant('attribute', _with('moe.top_k=4')),
-    'token_in_4': Variant('token', _with('moe.experts_per_condition=4')),
+    'attribute_every_2': Variant('attribute', lambda _: ('moe.placement=every_2',)),
+    'attribute_top_1': Variant('attribute', lambda _: ('moe.top_k=1',)),
+    'attribute_top_4': Variant('attribute', lambda _: ('moe.top_k=4',)),
+    'token_in_4': Variant('token', lambda _: ('moe.experts_per_condition=4',)),
 } | {router: Variant(router) for router in ROUTERS}  # the order of tables
 
 

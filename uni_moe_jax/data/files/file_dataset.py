@@ -88,13 +88,13 @@ class FileDataset:
   def map(self, function: Callable[[Record], Any], ids: np.ndarray) -> list[Any]:
     """Applies a function to records. Raises RunError with the first one that cannot be read."""
     results = []
-    for i, record in self._read_chunks(ids):
+    for i, record in self.read_chunks(ids):
       if isinstance(record, CorruptExample):
         raise RunError(f'{self.location(int(i))}: {record}. Prepare source {self.name!r} again.')
       results.append(function(record))
     return results
 
-  def _read_chunks(self, ids: np.ndarray) -> Iterator[tuple[int, Record | CorruptExample]]:
+  def read_chunks(self, ids: np.ndarray) -> Iterator[tuple[int, Record | CorruptExample]]:
     """Yields ids and records chunk by chunk: the images of a whole split do not fit into memory."""
     for start in range(0, len(ids), _CHUNK):
       chunk = ids[start:start + _CHUNK]
@@ -121,7 +121,7 @@ class FileDataset:
   def sample_texts(self, max_records: int) -> list[str]:
     """Class names, and the texts of up to `max_records` evenly spaced records."""
     texts = [name for names in self.classes.values() for name in names]
-    for _, record in self._read_chunks(_evenly_spaced(self.size, max_records)):
+    for _, record in self.read_chunks(_evenly_spaced(self.size, max_records)):
       for column, column_type in self.columns.items():
         if column_type in ('text', 'texts') and column != LOCATION and not isinstance(record, CorruptExample):
           texts += [record[column]] if column_type == 'text' else record[column]

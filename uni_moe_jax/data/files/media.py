@@ -42,11 +42,6 @@ class Media:
   digest: bytes = b''  # sha256 of the file's content
 
 
-def content_digest(data: bytes) -> bytes:
-  """Identifies equal content: its sha256."""
-  return hashlib.sha256(data).digest()
-
-
 def check(media_type: str, data: bytes) -> Media:
   """The stored content of an image or video. Raises CorruptFile."""
   if len(data) > MAX_BYTES:
@@ -72,7 +67,7 @@ def _as_displayed(data: bytes) -> Media:
   image = Image.open(io.BytesIO(data))
   if image.width * image.height > MAX_PIXELS:
     raise CorruptFile(TOO_MANY_PIXELS)
-  digest, file_format, notes = content_digest(data), image.format, []
+  digest, file_format, notes = hashlib.sha256(data).digest(), image.format, []
   if file_format == 'PNG' and _PNG_END not in data:  # Pillow loads it; TensorFlow, in training, does not
     raise CorruptFile('truncated')
   if getattr(image, 'n_frames', 1) > 1:
@@ -111,7 +106,7 @@ def check_video(data: bytes) -> Media:
   """Keeps a video as it is; every frame must decode. Raises CorruptFile."""
   from uni_moe_jax.data.files import video
   try:
-    return Media(data, video.probe(data), digest=content_digest(data))
+    return Media(data, video.probe(data), digest=hashlib.sha256(data).digest())
   except video.HugeVideo as e:
     raise CorruptFile(str(e)) from None
   except video.CorruptVideo as e:

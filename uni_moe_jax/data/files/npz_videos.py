@@ -5,6 +5,7 @@ is allocated, and the file is decompressed in small pieces.
 """
 
 import contextlib
+import hashlib
 import io
 import math
 import pathlib
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from uni_moe_jax.data.files.media import MAX_PIXELS, TOO_MANY_PIXELS, CorruptFile, Media, content_digest
+from uni_moe_jax.data.files.media import MAX_PIXELS, TOO_MANY_PIXELS, CorruptFile, Media
 
 MAX_VIDEO_BYTES = 2**28
 _PIECE = 2**20  # bytes decompressed at once
@@ -50,7 +51,7 @@ class NpzVideos:
       video = np.frombuffer(self._file.read(size), np.uint8).reshape(shape)
     np.save(out := io.BytesIO(), video if len(shape) == 4 else np.repeat(video[..., None], 3, -1))
     T, H, W = shape[:3]
-    return Media(out.getvalue(), (T, W, H), digest=content_digest(out.getvalue()))
+    return Media(out.getvalue(), (T, W, H), digest=hashlib.sha256(out.getvalue()).digest())
 
   def close(self) -> None:
     self._file.close()

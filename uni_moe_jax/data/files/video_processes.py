@@ -13,7 +13,6 @@ import math
 import mmap
 import os
 import pickle
-import struct
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from uni_moe_jax.utils import cores, heap
 
 _MAX_PROCESSES = 32  # each takes about 60 MB
 # Messages are pickled: a request (reader, bytes of each video, hash of each), a result [problem or None of each video].
-_SIZE = struct.Struct('<Q')  # of a message, before it
+_ENDED = EOFError, OSError, pickle.UnpicklingError  # of a stream whose other process has ended, within a message, too
 _KEPT = 1 << 26  # bytes of freed memory: a process that allocates frames anew takes a quarter more time
 _SECONDS = 5.0  # for a process to end
 
@@ -67,7 +66,7 @@ class VideoProcesses:
       return process.read(reader, videos, hashes, out)
     except BaseException as e:
       del self._local.process  # it may still answer, which the next videos must not get
-      if not isinstance(e, EOFError | OSError):
+      if not isinstance(e, _ENDED):
         raise
     if len(videos) == 1:
       return [CorruptVideo(f'its decoder ended with exit code {process.exit_code()}')]
@@ -122,7 +121,7 @@ class _Process:
 
   def read(self, reader: VideoReader, videos: Sequence[bytes], hashes: Sequence[int],
            out: Sequence[np.ndarray]) -> list[CorruptVideo | None]:
-    """As `VideoProcesses.read`. Raises EOFError or OSError if the process has ended."""
+    """As `VideoProcesses.read`. Raises one of `_ENDED` if the process has ended."""
     requests, results = self._popen.stdin, self._popen.stdout
     assert requests and results
     sizes = list(map(len, videos))
@@ -130,7 +129,7 @@ class _Process:
     for copy, data in zip(copies, videos, strict=True):
       copy[:] = np.frombuffer(data, np.uint8)
     _send(requests, (reader, sizes, hashes))
-    problems = _receive(results)
+    problems = pickle.load(results)
     for row, made, problem in zip(out, pixels, problems, strict=True):
       if not problem:
         row[:] = made
@@ -152,30 +151,17 @@ def _end(popen: subprocess.Popen, owner: int) -> None:
 
 
 def _send(stream: BinaryIO, message: Any) -> None:
-  pickled = pickle.dumps(message)
-  stream.write(_SIZE.pack(len(pickled)) + pickled)
+  stream.write(pickle.dumps(message))  # as a whole: what cannot be pickled leaves the stream as it was
   stream.flush()
-
-
-def _receive(stream: BinaryIO) -> Any:
-  [size] = _SIZE.unpack(_exactly(stream, _SIZE.size))
-  return pickle.loads(_exactly(stream, size))
-
-
-def _exactly(stream: BinaryIO, size: int) -> bytes:
-  data = stream.read(size)
-  if len(data) < size:
-    raise EOFError
-  return data
 
 
 def main() -> None:
   """Reads videos, as requests on standard input say, and writes pixels beside them."""
   heap.keep_up_to(_KEPT)
   requests, results, shared = sys.stdin.buffer, sys.stdout.buffer, _Shared(os.fdopen(int(sys.argv[1]), 'r+b'))
-  with contextlib.suppress(EOFError):
+  with contextlib.suppress(*_ENDED):
     while True:
-      reader, sizes, hashes = _receive(requests)
+      reader, sizes, hashes = pickle.load(requests)
       videos, pixels = shared.arrays(sizes, reader.shape)
       problems = [_read(reader, data.tobytes(), h, row) for data, h, row in zip(videos, hashes, pixels, strict=True)]
       try:

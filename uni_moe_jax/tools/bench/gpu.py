@@ -84,5 +84,3 @@ def attempt(name: str, measure: gpu_sections.Measure) -> list[Row]:
     if reason == FAILED:
       traceback.print_exc()
     return [row(name, None, '', note=gpu_sections.describe(e, _MESSAGE), missing=reason)]
-
-
