@@ -26,7 +26,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   # Otherwise the paragraphs would be known by heart.
   c.tasks.package.word_dropout = 0.3
   for name in ('caption, unseen characters', 'caption, unseen fonts'):
-    c.evaluators[name].beam_size = 4
+    c.evaluators[name].update(dict(beam_size=presets.BEAM_SIZE, rerank_by='glyph_name'))
   c.optim.update(dict(name='muon', learning_rate=3e-3, warmup_steps=100))
   c.train.update(dict(steps=12000, log_every=20, checkpoint_every=600, cpu_bfloat16=True))
   return c

@@ -71,7 +71,7 @@ class _Oracle:
     np.put_along_axis(p, answer[..., None], 0.9, axis=-1)
     return np.log(p)
 
-  def captions(self, task, pixels, beam_size, length_penalty, constrain_to, max_len):
+  def captions(self, task, pixels, beam_size, length_penalty, constrain_to, max_len, reranker):
     return [next(self.texts, '') for _ in pixels]
 
 

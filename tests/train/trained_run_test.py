@@ -67,6 +67,8 @@ def test_captions_are_those_of_the_predictor(run, folder, images):
   _, predictor, _ = saved_run.load(_config(), folder)
   task = next(t for t in run._run.plan.tasks if t.name == 'caption')
   assert run.caption('caption', images, beam_size=2) == predictor.captions(task, images[:, None], 2)
+  reranked = predictor.captions(task, images[:, None], 4, reranker=run._tasks['pair'])
+  assert run.caption('caption', images, beam_size=4, rerank_by='pair') == reranked
 
 
 def test_a_question_is_answered_as_by_the_evaluator(run, images):
@@ -95,6 +97,7 @@ def test_features_are_unit_vectors_of_both_sides_and_images_differ(run, images):
     (lambda run, x: run.classify('question', x), "task 'question' needs the text of 'face', .*; give face=…"),
     (lambda run, x: run.classify('text', x), "task 'text' reads text alone"),
     (lambda run, x: run.caption('shape', x), "task 'shape' .* no captions"),
+    (lambda run, x: run.caption('caption', x, 2, 'shape'), "rerank_by='shape' .* retrieval"),
     (lambda run, x: run.embed_text('shape', ['a']), 'only retrieval encodes a paired text'),
     (lambda run, x: run.embed('pair', x[..., 0]), r'images are uint8 \[4, 16, 16\]'),
     (lambda run, x: run.embed('pair', x / 255), r'images are float64 \[4, 16, 16, 1\]'),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -51,6 +51,7 @@ class Evaluation(EvaluatorConfig):
   """A checked evaluator and its task."""
   name: str
   task: TaskSpec
+  reranker: TaskSpec | None = None  # of `rerank_by`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +161,8 @@ def make_plan(c: ml_collections.ConfigDict) -> Plan:
     fail_if(t.target_set and t.target_set not in used and sets[t.target_set].label_prompts,
             f'target_sets.{t.target_set}.label_prompts=True: no trained task uses this set, so that its prompts would '
             'stay zero; train a task with it, or set it to False.')
-  evaluations = tuple(_evaluation(name, e, every, sets, config.model) for name, e in config.evaluators.items())
+  evaluations = tuple(
+      _evaluation(name, e, every, sets, temperatures, config.model) for name, e in config.evaluators.items())
   probed = {t.target_set for t in probes} - used
   answers = {e.constrain_to for e in evaluations} - used - probed
   return Plan(task_types=tuple(types.values()), tasks=tasks, sets=_named(used, sets), probes=probes,
@@ -248,7 +250,8 @@ def _check_target_set(name: str, t: TaskConfig, task_type: TaskType, sets: Mappi
 
 
 def _evaluation(
-    name: str, e: EvaluatorConfig, tasks: list[TaskSpec], sets: Mapping[str, SetSpec], m: ModelConfig) -> Evaluation:
+    name: str, e: EvaluatorConfig, tasks: list[TaskSpec], sets: Mapping[str, SetSpec], temperatures: Sequence[str],
+    m: ModelConfig) -> Evaluation:
   field, by_name = f'evaluators.{name}', {t.name: t for t in tasks}
   check_choice(f'{field}.type', e.type, EVALUATIONS)
   check_choice(f'{field}.task', e.task, by_name)
@@ -262,6 +265,19 @@ def _evaluation(
     check_choice(f'{field}.constrain_to', e.constrain_to, sets)
     fail_if(sets[e.constrain_to].is_vocabulary,
             f"{given} is the vocabulary, which constrains nothing; set it to '', or to a set of texts.")
+  if e.rerank_by:
+    given = f'{field}.rerank_by={e.rerank_by!r}'
+    fail_if(e.type != 'caption', f"{given} is for evaluators of type 'caption', not {e.type!r}; set it to ''.")
+    check_choice(f'{field}.rerank_by', e.rerank_by, by_name)
+    reranker, same = by_name[e.rerank_by], lambda t: (t.type.visual, t.num_frames)
+    fail_if(reranker.type.target != 'pair' or same(reranker) != same(task),
+            f'{given} is of task type {reranker.type.name!r}; it must be a retrieval task that reads what '
+            f'config.tasks.{e.task} reads.')
+    fail_if(reranker.temperature not in temperatures,
+            f"{given}: no trained task has its temperature {reranker.temperature!r}, so that its scale would be "
+            "unknown; set it to ''.")
+    fail_if(e.beam_size == 1,
+            f'{given} chooses among the captions of a beam; set config.{field}.beam_size to 2 or more.')
   fail_if(e.max_len and e.type != 'caption',
           f"{field}.max_len={e.max_len} is for evaluators of type 'caption', not {e.type!r}; set it to 0.")
   fail_if(e.max_len > m.max_text_len,
@@ -269,4 +285,4 @@ def _evaluation(
   fail_if(e.num_views * e.num_crops > 1 and not (e.type == 'classification' and task.num_frames),
           f'{field}: num_views={e.num_views}, num_crops={e.num_crops} are for the classification of videos of files (a '
           'task with num_frames > 0); set them to 1.')
-  return Evaluation(**{**vars(e), 'name': name, 'task': task})
+  return Evaluation(**{**vars(e), 'name': name, 'task': task, 'reranker': by_name.get(e.rerank_by)})

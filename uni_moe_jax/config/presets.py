@@ -12,6 +12,7 @@ from uni_moe_jax.config import schema
 
 NAME_TOKENS = 16  # tokens of a glyph's name, `eot` included: enough for 97 % of them
 TEXT_TOKENS = 64
+BEAM_SIZE = 4  # of captions that are reranked
 _CAPTION_TOKENS = 32  # at most, of your own captions
 # Of a step on your own data, by the model's width: about a second on two CPU cores, or for an accelerator.
 _STEP_TOKENS = ((256, 10_240), (math.inf, 65_536))
@@ -109,7 +110,7 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
       task_name += '_2'
     return task_name
 
-  def add(task_name: str, evaluator: str, task_type: str, **values: Any) -> None:
+  def add(task_name: str, evaluator: str, task_type: str, protocol: Mapping[str, Any], **values: Any) -> None:
     shares[task_name], loss_weight = _SHARES[evaluator]
     c.tasks[task_name] = config.task(
         task_type, source, batch_size=_BATCH_MULTIPLE, loss_weight=loss_weight, **values)
@@ -117,7 +118,7 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
       suffix = ', validation' if split != evaluated[0] else ''
       c.evaluators[task_name.replace('_', ' ') + suffix] = config.evaluator(
           evaluator, task_name, split=split, num_examples=_CANDIDATES if evaluator == 'retrieval' else 0,
-          during_training=split == 'validation')
+          during_training=split == 'validation', **protocol)
 
   def vocabulary() -> str:
     if 'vocabulary' not in c.target_sets:
@@ -128,10 +129,12 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
     values = dict(caption_templates=('{captions}',), max_len=max_len(_CAPTION_TOKENS), **media)
     if visual == 'image':
       values['mirrored_words'] = (_SIDES,)
-    add(unused_name('retrieval'), 'retrieval', f'{visual}_retrieval', **values)
-    add(unused_name('caption'), 'caption', f'{visual}_caption', target_set=vocabulary(), **values)
+    retrieval = unused_name('retrieval')
+    add(retrieval, 'retrieval', f'{visual}_retrieval', {}, **values)
+    add(unused_name('caption'), 'caption', f'{visual}_caption', dict(beam_size=BEAM_SIZE, rerank_by=retrieval),
+        target_set=vocabulary(), **values)
   if not visual and columns.get('text') == 'text':
-    add(unused_name('words'), 'mlm', 'text_mlm', target_set=vocabulary(), max_len=max_len(TEXT_TOKENS),
+    add(unused_name('words'), 'mlm', 'text_mlm', {}, target_set=vocabulary(), max_len=max_len(TEXT_TOKENS),
         max_predictions=12)
   template = '{text_a} <eot> <spe> , {text_b} <eot>' if 'text_b' in columns else f'{{{text}}} <eot> it is <spe> . <eot>'
   for column, classes in summary['classes'].items():
@@ -143,8 +146,8 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
       values = media if visual else dict(template=template, max_len=max_len(TEXT_TOKENS, template=8))
       if any(side in re.split(r'[\W_]+', name.lower()) for name in names for side in _SIDES):
         values = {**values, 'random_flip': False}
-      add(task_name, 'classification', f'{visual or "text"}_classification', target_set=task_name, label_column=column,
-          **values)
+      add(task_name, 'classification', f'{visual or "text"}_classification', {}, target_set=task_name,
+          label_column=column, **values)
   return shares
 
 

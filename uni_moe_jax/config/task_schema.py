@@ -112,6 +112,9 @@ class EvaluatorConfig:
   length_penalty: float = field(0.0, 'Caption: divides final scores by (words + 1)^length_penalty.', at_least=0, off=0)
   constrain_to: str = field('', "Caption: entry of config.target_sets whose texts are the only possible captions; '' = "
                             'any words. No task needs to use the set.')
+  rerank_by: str = field('', 'Caption: entry of config.tasks, of retrieval. Of the beam_size captions of an image the '
+                         "one is taken whose log p and scaled similarity to the image, by this task, have the largest "
+                         "sum; '' = the largest log p.")
   max_len: int = field(0, "Caption: tokens of the longest, `eot` included (published: 21); 0: the task's max_len.",
                        at_least=0)
   detokenize: bool = field(True, "Caption: joins what the vocabulary splits (digits, 's) before scoring; False: as "

@@ -5,6 +5,7 @@ the next batch can be queued before they are read.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 from uni_moe_jax.config.plan import Plan, SetSpec, TaskSpec
 from uni_moe_jax.data.assemble import Data
+from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
 from uni_moe_jax.data.pipeline.target_sets import TargetSet
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.eval.batches import Fields
@@ -110,17 +112,38 @@ class Predictor:
 
   def captions(
       self, task: TaskSpec, pixels: np.ndarray, beam_size: int = 1, length_penalty: float = 0.0,
-      constrain_to: str = '', max_len: int = 0) -> list[str]:
+      constrain_to: str = '', max_len: int = 0, reranker: TaskSpec | None = None) -> list[str]:
     """Captions of images or videos [B, T, H, W, C] by a captioning task; other arguments as in `decoding`.
 
-    constrain_to: a target set of texts; every caption is one of them. '': any words. max_len: of a caption, in tokens;
-    0: the task's.
+    Args:
+      constrain_to: a target set of texts; every caption is one of them. '': any words.
+      max_len: of a caption, in tokens; 0: the task's.
+      reranker: a retrieval task. Of the captions of a beam the one with the largest sum of its score and its scaled
+        similarity to the image is returned: both are log-probabilities, up to a constant of the image. None: the one
+        with the largest score.
     """
     options = dict(temperature=task.temperature, spe=self._tokenizer.spe, eot=self._tokenizer.eot,
                    max_len=max_len or task.max_len, beam_size=beam_size, length_penalty=length_penalty)
     words, trie = self.target_set(task.target_set), self._trie(constrain_to) if constrain_to else None
-    tokens = _captions(tuple(options.items()), self._decoder(task.type), pixels, words, trie)
-    return [self._tokenizer.decode(row) for row in np.asarray(tokens).tolist()]
+    tokens, scores = map(np.asarray, _captions(
+        tuple(options.items()), self._decoder(task.type), pixels, words, trie))
+    captions = [[self._tokenizer.decode(row) for row in beam] for beam in tokens.tolist()]
+    if reranker is not None:
+      scores = scores + self._log_similarities(reranker, pixels, captions)
+    return [beam[best] for beam, best in zip(captions, np.argmax(scores, axis=1), strict=True)]
+
+  def _log_similarities(
+      self, task: TaskSpec, pixels: np.ndarray | jax.Array, captions: list[list[str]]) -> np.ndarray:
+    """Scaled similarities [B, k] of images and their k captions, by a retrieval task."""
+    B, k = len(captions), len(captions[0])
+    images = self.inputs(task.type, {'id': np.arange(B, dtype=np.uint32), 'pixels': pixels})[:, 0]
+    rows = encode_texts(list(itertools.chain(*captions)), self._tokenizer, task.max_len)
+    texts, valid = pad_tokens(rows, task.max_len, self._tokenizer.pad)
+    paired = self.pairs(
+        task.type, {'id': np.arange(B * k, dtype=np.uint32), 'target': texts, 'target_valid': valid}).reshape(B, k, -1)
+    scale = self._model.apply({'params': self._params}, task.temperature, method='scale')
+    return np.asarray(scale * jnp.einsum(
+        'bd,bkd->bk', normalize(images), normalize(paired), precision=precision.EXACT))
 
   def _decoder(self, task_type: TaskType) -> decoding.Decoder:
     if task_type not in self._decoders:
@@ -192,10 +215,12 @@ def rank(scores: jax.Array, labels: jax.Array) -> Ranked:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _captions(options: tuple, decoder: decoding.Decoder, pixels, words, trie: Trie | None) -> jax.Array:
+def _captions(
+    options: tuple, decoder: decoding.Decoder, pixels, words, trie: Trie | None) -> tuple[jax.Array, jax.Array]:
+  """Tokens int32 [B, k, n] and scores f32 [B, k] of the captions of a beam, best first."""
   B, model = pixels.shape[0], decoder.step_model
   # Repetitions of the last image fill up the batch shards: they end when it ends.
   pixels = jnp.pad(pixels, ((0, -B % model.shards), *((0, 0),) * 4), mode='edge')
   with precision.of_evaluation(model.spec.dtype):
     captions = decoding.beam_search(decoder, pixels, words, trie=trie, **dict(options))
-  return sharding.replicate(captions.tokens[:, 0], model.mesh)[:B]
+  return tuple(sharding.replicate(x, model.mesh)[:B] for x in (captions.tokens, captions.scores))

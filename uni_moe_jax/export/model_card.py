@@ -178,6 +178,8 @@ def _protocol_remarks(name: str, evaluator: dict[str, Any], task: dict[str, Any]
       f'beam size {p["beam_size"]} and length penalty {p["length_penalty"]}' for p in (evaluator, task))
   if evaluator['type'] == 'caption' and evaluated != exported:
     remarks.append(f'`{name}` searches captions with {evaluated}; `caption` of `{evaluator["task"]}` with {exported}.')
+  if evaluator['rerank_by']:
+    remarks.append(f'`{name}` reranks captions by task `{evaluator["rerank_by"]}`; these programs do not.')
   if evaluator['max_len'] not in (0, task['max_len']):
     remarks.append(f'`{name}` stops captions after {evaluator["max_len"]} tokens; `caption` of `{evaluator["task"]}` '
                    f'after {task["max_len"]}.')

@@ -186,3 +186,4 @@ def _copy_task(c: ml_collections.ConfigDict, run_config: ml_collections.ConfigDi
   for evaluator, e in run_config.evaluators.items():
     if e.task == name:
       c.evaluators[evaluator] = e
+      e.rerank_by = ''  # its task is not copied

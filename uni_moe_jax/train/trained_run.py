@@ -86,12 +86,15 @@ class TrainedRun:
     order = np.argsort(-probabilities, axis=1)[:, :top]
     return [[(texts[i], float(p[i])) for i in best] for p, best in zip(probabilities, order, strict=True)]
 
-  def caption(self, task: str, images: np.ndarray, beam_size: int = 1) -> list[str]:
-    """A caption per image or video."""
+  def caption(self, task: str, images: np.ndarray, beam_size: int = 1, rerank_by: str = '') -> list[str]:
+    """A caption per image or video, by beam search; see the field `rerank_by` of evaluators."""
     spec = self._task(task, visual=True)
     if spec.type.readout != 'queries':
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}, which has no captions.')
-    return self._predictor.captions(spec, np.asarray(_fields(images)['pixels']), beam_size)
+    reranker = self._task(rerank_by, visual=True) if rerank_by else None
+    if reranker is not None and reranker.type.target != 'pair':
+      raise UsageError(f'rerank_by={rerank_by!r} is of type {reranker.type.name!r}; only a retrieval task can rerank.')
+    return self._predictor.captions(spec, np.asarray(_fields(images)['pixels']), beam_size, reranker=reranker)
 
   def embed(self, task: str, images: np.ndarray) -> np.ndarray:
     """Normalized features f32 [B, D] of images or videos."""
