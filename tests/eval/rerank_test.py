@@ -76,12 +76,14 @@ def test_of_a_beam_the_largest_sum_of_log_p_and_scaled_similarity_is_chosen():
   predictor, pair = _predictor(params), tasks['pair']
   captions, scores = _beam(predictor, params)
   images = normalize(predictor.inputs(pair.type, {'id': np.arange(IMAGES, dtype=np.uint32), 'pixels': _pixels()})[:, 0])
-  expected = []
+  expected, similarities = [], []
   for image, texts, log_p in zip(images, captions, scores, strict=True):
     rows, valid = pad_tokens(encode_texts(texts, tokenizer, pair.max_len), pair.max_len, tokenizer.pad)
     features = normalize(predictor.pairs(
         pair.type, {'id': np.arange(BEAMS, dtype=np.uint32), 'target': rows, 'target_valid': valid}))
-    expected.append(texts[int(np.argmax(log_p + scale * np.asarray(features @ image)))])
+    similarities.append(scale * np.asarray(features @ image))
+    expected.append(texts[int(np.argmax(log_p + similarities[-1]))])
+  np.testing.assert_allclose(predictor._log_similarities(pair, _pixels(), captions), similarities, rtol=1e-4, atol=1e-4)
   reranked = predictor.captions(tasks['caption'], _pixels(), BEAMS, reranker=pair)
   assert reranked == expected
   # Similarities decide: without them, and if their scale is next to nothing, the likeliest captions come out.
