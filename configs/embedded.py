@@ -25,8 +25,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     c.tasks[name].update(dict(max_shift=1, max_affine=0.1))
   # Otherwise the paragraphs would be known by heart.
   c.tasks.package.word_dropout = 0.3
-  for name in ('caption, unseen characters', 'caption, unseen fonts'):
-    c.evaluators[name].update(dict(beam_size=presets.BEAM_SIZE, rerank_by='glyph_name'))
   c.optim.update(dict(name='muon', learning_rate=3e-3, warmup_steps=100))
   c.train.update(dict(steps=12000, log_every=20, checkpoint_every=600, cpu_bfloat16=True))
   return c

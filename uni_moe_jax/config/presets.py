@@ -161,7 +161,7 @@ def embedded(c: ml_collections.ConfigDict) -> None:
 
 
 def quickstart(c: ml_collections.ConfigDict) -> None:
-  """The model of the quickstart and of longer runs on the embedded data, and the batches of its tasks."""
+  """The model of the quickstart and of longer runs on the embedded data, the batches of its tasks, and captions."""
   embedded(c)
   # A step of four layers takes twice as long and teaches little more (docs/results/quickstart.md).
   c.model.update(dict(num_layers=2, width=128, num_heads=2, mlp_dim=512, stem='conv'))
@@ -170,6 +170,8 @@ def quickstart(c: ml_collections.ConfigDict) -> None:
       ('video_motion', 8, 1.5), ('text', 16, 1.5), ('package', 24, 2.0)):
     c.tasks[name].update(dict(batch_size=batch_size, loss_weight=loss_weight))
   c.target_sets.vocabulary.num_sampled = 512
+  for _, novelty in UNSEEN:
+    c.evaluators[f'caption, {novelty}'].update(dict(beam_size=BEAM_SIZE, rerank_by='glyph_name'))
 
 
 def embedded_tasks(c: ml_collections.ConfigDict) -> None:
