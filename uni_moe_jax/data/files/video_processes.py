@@ -159,7 +159,7 @@ def main() -> None:
   """Reads videos, as requests on standard input say, and writes pixels beside them."""
   heap.keep_up_to(_KEPT)
   requests, results, shared = sys.stdin.buffer, sys.stdout.buffer, _Shared(os.fdopen(int(sys.argv[1]), 'r+b'))
-  with contextlib.suppress(*_ENDED):
+  with contextlib.suppress(EOFError, pickle.UnpicklingError):
     while True:
       reader, sizes, hashes = pickle.load(requests)
       videos, pixels = shared.arrays(sizes, reader.shape)
