@@ -98,6 +98,7 @@ def test_features_are_unit_vectors_of_both_sides_and_images_differ(run, images):
     (lambda run, x: run.classify('text', x), "task 'text' reads text alone"),
     (lambda run, x: run.caption('shape', x), "task 'shape' .* no captions"),
     (lambda run, x: run.caption('caption', x, 2, 'shape'), "rerank_by='shape' .* retrieval"),
+    (lambda run, x: run.caption('caption', x, rerank_by='pair'), "rerank_by='pair' .*; set beam_size to 2 or more"),
     (lambda run, x: run.embed_text('shape', ['a']), 'only retrieval encodes a paired text'),
     (lambda run, x: run.embed('pair', x[..., 0]), r'images are uint8 \[4, 16, 16\]'),
     (lambda run, x: run.embed('pair', x / 255), r'images are float64 \[4, 16, 16, 1\]'),

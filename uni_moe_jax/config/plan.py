@@ -249,6 +249,22 @@ def _check_target_set(name: str, t: TaskConfig, task_type: TaskType, sets: Mappi
           f'target_set={t.target_set!r} does not.')
 
 
+def why_not_rerank(
+    reranker: TaskSpec, task: TaskSpec, temperatures: Sequence[str], beam_size: int, beam_size_name: str) -> str:
+  """Return why a task cannot rerank the captions of `task`, to follow its name in a message, or ''.
+
+  temperatures: groups of the model. beam_size_name: of the field or argument.
+  """
+  same = lambda t: (t.type.visual, t.num_frames)
+  if reranker.type.target != 'pair' or same(reranker) != same(task):
+    return (f' is of task type {reranker.type.name!r}; it must be a retrieval task that reads what '
+            f'config.tasks.{task.name} reads.')
+  if reranker.temperature not in temperatures:
+    return (f': no trained task has its temperature {reranker.temperature!r}, so that its scale would be unknown; set '
+            "it to ''.")
+  return f' chooses among the captions of a beam; set {beam_size_name} to 2 or more.' if beam_size == 1 else ''
+
+
 def _evaluation(
     name: str, e: EvaluatorConfig, tasks: list[TaskSpec], sets: Mapping[str, SetSpec], temperatures: Sequence[str],
     m: ModelConfig) -> Evaluation:
@@ -269,15 +285,8 @@ def _evaluation(
     given = f'{field}.rerank_by={e.rerank_by!r}'
     fail_if(e.type != 'caption', f"{given} is for evaluators of type 'caption', not {e.type!r}; set it to ''.")
     check_choice(f'{field}.rerank_by', e.rerank_by, by_name)
-    reranker, same = by_name[e.rerank_by], lambda t: (t.type.visual, t.num_frames)
-    fail_if(reranker.type.target != 'pair' or same(reranker) != same(task),
-            f'{given} is of task type {reranker.type.name!r}; it must be a retrieval task that reads what '
-            f'config.tasks.{e.task} reads.')
-    fail_if(reranker.temperature not in temperatures,
-            f"{given}: no trained task has its temperature {reranker.temperature!r}, so that its scale would be "
-            "unknown; set it to ''.")
-    fail_if(e.beam_size == 1,
-            f'{given} chooses among the captions of a beam; set config.{field}.beam_size to 2 or more.')
+    problem = why_not_rerank(by_name[e.rerank_by], task, temperatures, e.beam_size, f'config.{field}.beam_size')
+    fail_if(problem, given + problem)
   fail_if(e.max_len and e.type != 'caption',
           f"{field}.max_len={e.max_len} is for evaluators of type 'caption', not {e.type!r}; set it to 0.")
   fail_if(e.max_len > m.max_text_len,

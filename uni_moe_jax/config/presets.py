@@ -12,7 +12,7 @@ from uni_moe_jax.config import schema
 
 NAME_TOKENS = 16  # tokens of a glyph's name, `eot` included: enough for 97 % of them
 TEXT_TOKENS = 64
-BEAM_SIZE = 4  # of captions that are reranked
+_BEAM_SIZE = 4  # of captions that are reranked
 _CAPTION_TOKENS = 32  # at most, of your own captions
 # Of a step on your own data, by the model's width: about a second on two CPU cores, or for an accelerator.
 _STEP_TOKENS = ((256, 10_240), (math.inf, 65_536))
@@ -110,15 +110,16 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
       task_name += '_2'
     return task_name
 
-  def add(task_name: str, evaluator: str, task_type: str, protocol: Mapping[str, Any], **values: Any) -> None:
+  def add(task_name: str, evaluator: str, task_type: str, rerank_by: str = '', **values: Any) -> None:
     shares[task_name], loss_weight = _SHARES[evaluator]
+    search = dict(beam_size=_BEAM_SIZE, rerank_by=rerank_by) if rerank_by else {}
     c.tasks[task_name] = config.task(
         task_type, source, batch_size=_BATCH_MULTIPLE, loss_weight=loss_weight, **values)
     for split in evaluated:
       suffix = ', validation' if split != evaluated[0] else ''
       c.evaluators[task_name.replace('_', ' ') + suffix] = config.evaluator(
           evaluator, task_name, split=split, num_examples=_CANDIDATES if evaluator == 'retrieval' else 0,
-          during_training=split == 'validation', **protocol)
+          during_training=split == 'validation', **search)
 
   def vocabulary() -> str:
     if 'vocabulary' not in c.target_sets:
@@ -130,11 +131,10 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
     if visual == 'image':
       values['mirrored_words'] = (_SIDES,)
     retrieval = unused_name('retrieval')
-    add(retrieval, 'retrieval', f'{visual}_retrieval', {}, **values)
-    add(unused_name('caption'), 'caption', f'{visual}_caption', dict(beam_size=BEAM_SIZE, rerank_by=retrieval),
-        target_set=vocabulary(), **values)
+    add(retrieval, 'retrieval', f'{visual}_retrieval', **values)
+    add(unused_name('caption'), 'caption', f'{visual}_caption', rerank_by=retrieval, target_set=vocabulary(), **values)
   if not visual and columns.get('text') == 'text':
-    add(unused_name('words'), 'mlm', 'text_mlm', {}, target_set=vocabulary(), max_len=max_len(TEXT_TOKENS),
+    add(unused_name('words'), 'mlm', 'text_mlm', target_set=vocabulary(), max_len=max_len(TEXT_TOKENS),
         max_predictions=12)
   template = '{text_a} <eot> <spe> , {text_b} <eot>' if 'text_b' in columns else f'{{{text}}} <eot> it is <spe> . <eot>'
   for column, classes in summary['classes'].items():
@@ -146,8 +146,8 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
       values = media if visual else dict(template=template, max_len=max_len(TEXT_TOKENS, template=8))
       if any(side in re.split(r'[\W_]+', name.lower()) for name in names for side in _SIDES):
         values = {**values, 'random_flip': False}
-      add(task_name, 'classification', f'{visual or "text"}_classification', {}, target_set=task_name,
-          label_column=column, **values)
+      add(task_name, 'classification', f'{visual or "text"}_classification', target_set=task_name, label_column=column,
+          **values)
   return shares
 
 
@@ -161,7 +161,7 @@ def embedded(c: ml_collections.ConfigDict) -> None:
 
 
 def quickstart(c: ml_collections.ConfigDict) -> None:
-  """The model of the quickstart and of longer runs on the embedded data, the batches of its tasks, and captions."""
+  """The model of the quickstart and of longer runs on the embedded data, its batches, and its search of captions."""
   embedded(c)
   # A step of four layers takes twice as long and teaches little more (docs/results/quickstart.md).
   c.model.update(dict(num_layers=2, width=128, num_heads=2, mlp_dim=512, stem='conv'))
@@ -171,7 +171,7 @@ def quickstart(c: ml_collections.ConfigDict) -> None:
     c.tasks[name].update(dict(batch_size=batch_size, loss_weight=loss_weight))
   c.target_sets.vocabulary.num_sampled = 512
   for _, novelty in UNSEEN:
-    c.evaluators[f'caption, {novelty}'].update(dict(beam_size=BEAM_SIZE, rerank_by='glyph_name'))
+    c.evaluators[f'caption, {novelty}'].update(dict(beam_size=_BEAM_SIZE, rerank_by='glyph_name'))
 
 
 def embedded_tasks(c: ml_collections.ConfigDict) -> None:

@@ -74,6 +74,12 @@ class Predictor:
     wanted = {k: fields[k] for k in ('id', 'target', 'target_valid')}
     return encode(self._model, self._params, Sequence.of_pairs(task_type, wanted))[:, 0]
 
+  def texts(self, task: TaskSpec, texts: list[str]) -> jax.Array:
+    """Features [N, D] of texts as the target side of a retrieval task encodes them, not normalized."""
+    rows, valid = pad_tokens(encode_texts(texts, self._tokenizer, task.max_len), task.max_len, self._tokenizer.pad)
+    return self.pairs(
+        task.type, {'id': np.arange(len(texts), dtype=np.uint32), 'target': rows, 'target_valid': valid})
+
   def target_set(self, name: str) -> jax.Array:
     """Normalized features [V, D] of a target set, on every device; the mean over synonyms."""
     if name not in self._features:
@@ -127,20 +133,18 @@ class Predictor:
     words, trie = self.target_set(task.target_set), self._trie(constrain_to) if constrain_to else None
     tokens, scores = map(np.asarray, _captions(
         tuple(options.items()), self._decoder(task.type), pixels, words, trie))
+    if reranker is None:
+      return [self._tokenizer.decode(row) for row in tokens[:, 0].tolist()]
     captions = [[self._tokenizer.decode(row) for row in beam] for beam in tokens.tolist()]
-    if reranker is not None:
-      scores = scores + self._log_similarities(reranker, pixels, captions)
-    return [beam[best] for beam, best in zip(captions, np.argmax(scores, axis=1), strict=True)]
+    best = np.argmax(scores + self._log_similarities(reranker, pixels, captions), axis=1)
+    return [beam[i] for beam, i in zip(captions, best, strict=True)]
 
   def _log_similarities(
       self, task: TaskSpec, pixels: np.ndarray | jax.Array, captions: list[list[str]]) -> np.ndarray:
     """Scaled similarities [B, k] of images and their k captions, by a retrieval task."""
     B, k = len(captions), len(captions[0])
     images = self.inputs(task.type, {'id': np.arange(B, dtype=np.uint32), 'pixels': pixels})[:, 0]
-    rows = encode_texts(list(itertools.chain(*captions)), self._tokenizer, task.max_len)
-    texts, valid = pad_tokens(rows, task.max_len, self._tokenizer.pad)
-    paired = self.pairs(
-        task.type, {'id': np.arange(B * k, dtype=np.uint32), 'target': texts, 'target_valid': valid}).reshape(B, k, -1)
+    paired = self.texts(task, list(itertools.chain(*captions))).reshape(B, k, -1)
     scale = self._model.apply({'params': self._params}, task.temperature, method='scale')
     return np.asarray(scale * jnp.einsum(
         'bd,bkd->bk', normalize(images), normalize(paired), precision=precision.EXACT))

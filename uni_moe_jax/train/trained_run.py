@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens, template_features
+from uni_moe_jax.config.plan import TaskSpec, why_not_rerank
+from uni_moe_jax.data.pipeline.examples import template_features
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.data.pipeline.target_sets import build_target_set
 from uni_moe_jax.data.pipeline.templates import fill_template
@@ -92,8 +92,8 @@ class TrainedRun:
     if spec.type.readout != 'queries':
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}, which has no captions.')
     reranker = self._task(rerank_by, visual=True) if rerank_by else None
-    if reranker is not None and reranker.type.target != 'pair':
-      raise UsageError(f'rerank_by={rerank_by!r} is of type {reranker.type.name!r}; only a retrieval task can rerank.')
+    if reranker and (problem := why_not_rerank(reranker, spec, self._run.plan.temperatures, beam_size, 'beam_size')):
+      raise UsageError(f'rerank_by={rerank_by!r}{problem}')
     return self._predictor.captions(spec, np.asarray(_fields(images)['pixels']), beam_size, reranker=reranker)
 
   def embed(self, task: str, images: np.ndarray) -> np.ndarray:
@@ -106,10 +106,7 @@ class TrainedRun:
     spec = self._task(task)
     if spec.type.target != 'pair':
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}; only retrieval encodes a paired text.')
-    tokenizer = self._run.data.tokenizer
-    tokens, valid = pad_tokens(encode_texts(list(texts), tokenizer, spec.max_len), spec.max_len, tokenizer.pad)
-    fields = {'id': np.arange(len(texts), dtype=np.uint32), 'target': tokens, 'target_valid': valid}
-    return np.asarray(normalize(self._predictor.pairs(spec.type, fields)))
+    return np.asarray(normalize(self._predictor.texts(spec, list(texts))))
 
   def _slot(self, spec: TaskSpec, columns: Mapping[str, str], batch: int) -> Fields:
     """The batch fields of a template's text, the same for all examples; none for a task type without a slot."""
