@@ -20,6 +20,7 @@ from uni_moe_jax.moe import precision
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.train import finetuning
 from uni_moe_jax.train import run as train_run
+from uni_moe_jax.train.trained_run import TrainedRun
 
 BEAMS, IMAGES = 4, 6
 
@@ -118,8 +119,6 @@ def test_the_evaluator_scores_reranked_captions(tmp_path, monkeypatch):
      r'config\.tasks\.caption reads'),
     ({'evaluators.captions.beam_size': 1},
      r"rerank_by='pair' chooses among the captions of a beam; set config\.evaluators\.captions\.beam_size to 2"),
-    ({'tasks.pair.batch_size': 0},
-     r"rerank_by='pair': no trained task has its temperature 'image_retrieval', .* set it to ''"),
     ({'evaluators.captions.type': 'retrieval', 'evaluators.captions.task': 'pair'},
      r"rerank_by='pair' is for evaluators of type 'caption', not 'retrieval'; set it to ''"),
 ])
@@ -128,6 +127,21 @@ def test_a_task_that_cannot_rerank_is_named(changes, message):
   c.update_from_flattened_dict(changes)
   with pytest.raises(ValueError, match=r'config\.evaluators\.captions\.' + message):
     make_plan(c)
+
+
+def test_a_task_that_is_not_trained_reranks_only_with_the_scale_of_one_that_is():
+  c = _config()
+  [trained] = make_plan(c).evaluations
+  assert (trained.rerank_by, trained.reranker.name) == ('pair', 'pair')
+  c.tasks.pair.batch_size = 0  # on the command line, where no name with spaces can be written, nothing else is needed
+  [untrained] = make_plan(c).evaluations
+  assert (untrained.rerank_by, untrained.reranker) == ('', None)
+  untrained_run = TrainedRun(train_run.build(c, jax.devices()[:1]), None, None)
+  with pytest.raises(ValueError, match="rerank_by='pair': no trained task has its temperature 'image_retrieval'"):
+    untrained_run.caption('caption', _pixels()[:, 0], beam_size=2, rerank_by='pair')
+  c.tasks.pair.temperature = 'image_caption'
+  [shared] = make_plan(c).evaluations
+  assert shared.reranker.name == 'pair'
 
 
 def test_a_copied_captioning_task_is_evaluated_without_the_other_task():

@@ -249,19 +249,15 @@ def _check_target_set(name: str, t: TaskConfig, task_type: TaskType, sets: Mappi
           f'target_set={t.target_set!r} does not.')
 
 
-def why_not_rerank(
-    reranker: TaskSpec, task: TaskSpec, temperatures: Sequence[str], beam_size: int, beam_size_name: str) -> str:
+def why_not_rerank(reranker: TaskSpec, task: TaskSpec, beam_size: int, beam_size_name: str) -> str:
   """Return why a task cannot rerank the captions of `task`, to follow its name in a message, or ''.
 
-  temperatures: groups of the model. beam_size_name: of the field or argument.
+  beam_size_name: of the field or argument.
   """
   same = lambda t: (t.type.visual, t.num_frames)
   if reranker.type.target != 'pair' or same(reranker) != same(task):
     return (f' is of task type {reranker.type.name!r}; it must be a retrieval task that reads what '
             f'config.tasks.{task.name} reads.')
-  if reranker.temperature not in temperatures:
-    return (f': no trained task has its temperature {reranker.temperature!r}, so that its scale would be unknown; set '
-            "it to ''.")
   return f' chooses among the captions of a beam; set {beam_size_name} to 2 or more.' if beam_size == 1 else ''
 
 
@@ -281,12 +277,16 @@ def _evaluation(
     check_choice(f'{field}.constrain_to', e.constrain_to, sets)
     fail_if(sets[e.constrain_to].is_vocabulary,
             f"{given} is the vocabulary, which constrains nothing; set it to '', or to a set of texts.")
+  reranker = None
   if e.rerank_by:
     given = f'{field}.rerank_by={e.rerank_by!r}'
     fail_if(e.type != 'caption', f"{given} is for evaluators of type 'caption', not {e.type!r}; set it to ''.")
     check_choice(f'{field}.rerank_by', e.rerank_by, by_name)
-    problem = why_not_rerank(by_name[e.rerank_by], task, temperatures, e.beam_size, f'config.{field}.beam_size')
+    reranker = by_name[e.rerank_by]
+    problem = why_not_rerank(reranker, task, e.beam_size, f'config.{field}.beam_size')
     fail_if(problem, given + problem)
+    if reranker.temperature not in temperatures:  # batch_size=0 alone must be enough to leave a task out
+      reranker = None
   fail_if(e.max_len and e.type != 'caption',
           f"{field}.max_len={e.max_len} is for evaluators of type 'caption', not {e.type!r}; set it to 0.")
   fail_if(e.max_len > m.max_text_len,
@@ -294,4 +294,5 @@ def _evaluation(
   fail_if(e.num_views * e.num_crops > 1 and not (e.type == 'classification' and task.num_frames),
           f'{field}: num_views={e.num_views}, num_crops={e.num_crops} are for the classification of videos of files (a '
           'task with num_frames > 0); set them to 1.')
-  return Evaluation(**{**vars(e), 'name': name, 'task': task, 'reranker': by_name.get(e.rerank_by)})
+  return Evaluation(**{**vars(e), 'name': name, 'task': task, 'reranker': reranker,
+                       'rerank_by': '' if reranker is None else e.rerank_by})

@@ -114,7 +114,7 @@ class EvaluatorConfig:
                             'any words. No task needs to use the set.')
   rerank_by: str = field('', 'Caption: entry of config.tasks, of retrieval. Of the beam_size captions of an image the '
                          "one is taken whose log p and scaled similarity to the image, by this task, have the largest "
-                         "sum; '' = the largest log p.")
+                         "sum; '', or without a trained task of its temperature: the largest log p.")
   max_len: int = field(0, "Caption: tokens of the longest, `eot` included (published: 21); 0: the task's max_len.",
                        at_least=0)
   detokenize: bool = field(True, "Caption: joins what the vocabulary splits (digits, 's) before scoring; False: as "

@@ -92,8 +92,11 @@ class TrainedRun:
     if spec.type.readout != 'queries':
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}, which has no captions.')
     reranker = self._task(rerank_by, visual=True) if rerank_by else None
-    if reranker and (problem := why_not_rerank(reranker, spec, self._run.plan.temperatures, beam_size, 'beam_size')):
+    if reranker and (problem := why_not_rerank(reranker, spec, beam_size, 'beam_size')):
       raise UsageError(f'rerank_by={rerank_by!r}{problem}')
+    if reranker and reranker.temperature not in self._run.plan.temperatures:
+      raise UsageError(f'rerank_by={rerank_by!r}: no trained task has its temperature {reranker.temperature!r}, so '
+                       'that its scale is unknown.')
     return self._predictor.captions(spec, np.asarray(_fields(images)['pixels']), beam_size, reranker=reranker)
 
   def embed(self, task: str, images: np.ndarray) -> np.ndarray:
