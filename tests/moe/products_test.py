@@ -1,11 +1,13 @@
 """Products of layers: methods for CPUs, rounded operands where the processor multiplies bfloat16, and training."""
 
+import contextlib
 import functools
 import re
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
 import pytest
 
@@ -69,14 +71,63 @@ def test_rounding_and_a_float32_sum_by_hand():
   assert products.transposed_matmul_rounded(x, y).tolist() == [[256.], [4.]]
 
 
+@contextlib.contextmanager
+def _processor(flags: str | None, folder):
+  """This machine with a processor of these flags; None: a system without /proc/cpuinfo."""
+  cpuinfo = folder / 'cpuinfo'
+  if flags is not None:
+    cpuinfo.write_text(f'model name\t: a processor\nflags\t\t: {flags}\n')
+  uncached = products.processor_flags.__wrapped__
+  with mock.patch.object(products, 'CPUINFO', cpuinfo), mock.patch.object(products, 'processor_flags', uncached):
+    yield
+
+
 @pytest.mark.parametrize('flags, multiplies', [
     ('fpu amx_bf16 avx2', True), ('fpu avx512_bf16', True), ('fpu avx512f avx_vnni', False), (None, False)])
 def test_processors_that_multiply_bfloat16(flags, multiplies, tmp_path):
-  cpuinfo = tmp_path / 'cpuinfo'
-  if flags is not None:
-    cpuinfo.write_text(f'model name\t: a processor\nflags\t\t: {flags}\n')
-  with mock.patch.object(products, 'CPUINFO', cpuinfo):
-    assert products.multiplies_bfloat16.__wrapped__() == multiplies
+  with _processor(flags, tmp_path):
+    assert products.multiplies_bfloat16() == multiplies
+
+
+_MEASURED = jaxlib.version.__version_info__[:2]
+
+
+@pytest.mark.parametrize('flags, cpus, jaxlib_version, eigen', [
+    ('fpu avx2', 1, _MEASURED, True), ('fpu avx2 avx512f', 1, _MEASURED, False), ('fpu neon', 1, _MEASURED, False),
+    (None, 1, _MEASURED, False), ('fpu avx2', 2, _MEASURED, False), ('fpu avx2', 1, (0, 0), False)])
+def test_training_on_one_cpu_with_avx2_alone_has_options(flags, cpus, jaxlib_version, eigen, tmp_path):
+  mesh = jax.make_mesh((cpus,), ('data',), devices=jax.devices()[:cpus])
+  with _processor(flags, tmp_path), mock.patch.object(products, '_MEASURED', jaxlib_version):
+    assert bool(products.xla_options(mesh)) == eigen
+
+
+@pytest.mark.skipif(_MEASURED != products._MEASURED, reason='another jaxlib may not have these options')
+def test_with_the_options_eigen_multiplies_and_the_library_sums(tmp_path):
+  def multiply_and_sum(x, y):
+    product = jnp.matmul(x, y)
+    return product, jnp.square(x).sum(-1)
+
+  x, y = _normal(0, (6, 96, 64)), _normal(1, (6, 64, 96))
+  mesh = jax.make_mesh((1,), ('data',), devices=jax.devices()[:1])
+  with _processor('avx2', tmp_path):
+    options = products.xla_options(mesh)
+  results, in_library = [], []
+  for chosen in ({}, options):
+    program = jax.jit(multiply_and_sum, compiler_options=chosen).lower(x, y).compile()
+    entry = program.as_text().partition('ENTRY')[2]
+    in_library.append({shape: '__ynn_fusion' in line for shape in ('f32[6,96,96]', 'f32[6,96]')
+                       for line in entry.splitlines() if f' = {shape}' in line})
+    results.append(program(x, y))
+  assert in_library == [{'f32[6,96,96]': True, 'f32[6,96]': True}, {'f32[6,96,96]': False, 'f32[6,96]': True}]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *results)
+
+
+def test_a_training_step_is_compiled_with_the_options():
+  run = _run('attribute', False)
+  with mock.patch.object(products, 'xla_options', lambda _: {'an_option_that_xla_lacks': True}):
+    step = run.step_fn()
+  with pytest.raises(RuntimeError, match='an_option_that_xla_lacks'):
+    step.lower(*_arguments(run)).compile()
 
 
 @pytest.mark.parametrize('wanted, multiplies, cpus, method', [
