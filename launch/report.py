@@ -15,6 +15,9 @@ _OUTPUT = flags.DEFINE_string('output', None, 'Also draw losses, accuracies and 
 
 
 def main() -> int:
+  if _OUTPUT.value and not _OUTPUT.value.endswith(('.png', '.svg')):
+    raise UsageError(f'--output={_OUTPUT.value}: its name must end in .png or .svg. report.html is always written, '
+                     'into the work directory.')
   print(html.write_report(_WORKDIR.value))
   if _OUTPUT.value:
     metrics = storage.path(_WORKDIR.value) / 'metrics.jsonl'

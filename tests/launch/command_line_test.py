@@ -25,6 +25,7 @@ _NO_RUN = 'holds no run (config.json is missing)'
     ('preflight', (_QUICKSTART, '--topology=cpu:2', '--output=/no/where.json'),
      '--output=/no/where.json: its folder does not exist'),
     ('evaluate', (_NONE, '--merged', '--distributed=auto'), '--merged evaluates in one process'),
+    ('report', (_NONE, '--output=curves.html'), '--output=curves.html: its name must end in .png or .svg.'),
     ('export', (_NONE, '--output={folder}/out'), _NO_RUN),
     ('export', ('--workdir={folder}',), 'output'),
     ('export', ('--output={folder}/out',), 'workdir'),
