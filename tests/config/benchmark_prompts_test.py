@@ -96,8 +96,8 @@ def test_the_prompts_of_imagenet_are_the_only_parameters_that_train(runs):
   assert not c.target_sets.imagenet1k.synonyms  # a token is of one name
   run = compiled_programs.prepare(c, jax.devices()[:1])
   batch = compiled_programs.batch_shapes(run, run.plan.tasks)
-  state, metrics = jax.eval_shape(
-      run.step_fn(), run.abstract_state(), batch, train_run.target_set_arrays(run.data, run.plan))
+  state, metrics = run.step_fn().lower(
+      run.abstract_state(), batch, train_run.target_set_arrays(run.data, run.plan)).out_info
   assert metrics['loss/total'].shape == ()
   shapes = {path: x.shape for path, x in by_path(state.params).items()}
   trains = {path: shape for path, shape in shapes.items() if path not in run.spec.frozen}

@@ -117,8 +117,8 @@ def _shapes(c, task: str | None = None):
   c.tokenizer.merges_path = 'a file that only its user has'
   run = compiled_programs.prepare(c, jax.devices()[:1])
   batch = compiled_programs.batch_shapes(run, run.plan.tasks if task is None else run.plan.only(task).tasks)
-  return run, batch, *jax.eval_shape(run.step_fn(task), run.abstract_state(), batch,
-                                     train_run.target_set_arrays(run.data, run.plan))
+  step = run.step_fn(task).lower(run.abstract_state(), batch, train_run.target_set_arrays(run.data, run.plan))
+  return run, batch, *step.out_info
 
 
 _ENTRIES = {'imagenet1k': 1000, 'kinetics400': 400, 'vqa': 3129, 'cola': 2, 'sst2': 2, 'mrpc': 2, 'qqp': 2, 'mnli': 3,
