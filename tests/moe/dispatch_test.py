@@ -64,10 +64,12 @@ def test_capacity_is_given_to_earlier_positions_of_any_example():
   assert plan.source.tolist() == [0, 3, 2, 4, -1, -1] + _BEHIND
 
 
-def test_batched_groups_have_equal_capacity():
+def test_batched_groups_have_equal_capacity_and_fill_registers():
+  # Two slots for each of three experts; groups begin at multiples of 16 rows.
   plan = _plan(_output(_EXPERT), None, 1, 1.0, 'batched')
-  assert plan.source.tolist() == [0, 3, 2, -1, 4, -1]
-  assert np.asarray(plan.slot)[np.asarray(plan.kept)].tolist() == [0, 2, 1, 4]
+  empty = [-1] * 14
+  assert plan.source.tolist() == [0, 3, *empty, 2, -1, *empty, 4, -1, *empty]
+  assert np.asarray(plan.slot)[np.asarray(plan.kept)].tolist() == [0, 16, 1, 32]
 
 
 def test_padding_is_neither_routed_nor_counted():
@@ -130,7 +132,8 @@ def _inputs():
 
 def _dispatched(x, kernel, bias, logits, valid=None, capacity=0.0, groups=1, backend='tiled'):
   output = routers.RouterOutput(logits, *routers.keep_top_k(logits, _K))
-  return dispatch.project(x, kernel, bias, dispatch.make_plan(output, valid, groups, capacity, backend))
+  y = dispatch.project(x, kernel, bias, dispatch.make_plan(output, valid, groups, capacity, backend))
+  return y.reshape(_B, _S, -1)
 
 
 def _looped(x, kernel, bias, logits, kept=None):
@@ -204,8 +207,9 @@ def test_a_rematerialized_product_is_not_computed_again(backend, at_once):
     return jnp.sin(jax.checkpoint(block)(x, kernel, 0 * bias, logits)).sum()
   program = jax.jit(jax.grad(loss, argnums=(0, 1, 3))).lower(*_inputs()).compile()
   loops = len(gmm_tiled.TILES) if backend == 'tiled' else 1  # each has all of these products
-  # At once: coef · bias is one more, with its gradient by coef.
-  assert hlo.count_matmuls(program.as_text()) == (3 * loops + 2 if at_once else 4)
+  # At once: coef · bias is one more, with its gradient by coef; in equal groups a bias is added to rows.
+  of_bias = {'tiled': 2, 'batched': 1}[backend]
+  assert hlo.count_matmuls(program.as_text()) == (3 * loops + of_bias if at_once else 4)
 
 
 def test_constant_gates_equal_the_merge():

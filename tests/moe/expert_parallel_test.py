@@ -40,7 +40,7 @@ def _block(x, logits, *weights, valid=None, capacity=0.0, mesh=None, backend='ba
   plan = expert_parallel.make_plan(_route(logits, mesh), valid, 1, capacity, backend, mesh)
   first = Projection(weights[0], weights[1], ('embed',), ('heads', 'head_dim'))
   second = Projection(weights[2], weights[3], ('heads', 'head_dim'), ('embed',))
-  return expert_parallel.project(jnp.sin(expert_parallel.project(x, first, plan, mesh)), second, plan, mesh), plan
+  return expert_parallel.project(expert_parallel.project(x, first, plan, mesh, jnp.sin), second, plan, mesh), plan
 
 
 def _looped(x, logits, *weights, kept=None):
@@ -144,7 +144,8 @@ def test_an_all_to_all_carries_the_slots_of_a_device():
   mesh, capacity = _mesh(data=2, expert=4), 1.0
   run = small_model.jit(lambda *operands: _block(*operands, capacity=capacity, mesh=mesh)[0])
   sent = hlo.collectives(run.lower(*_operands()).compile().as_text())
-  # C = ⌈1 · 2 · 5 / 4⌉ = 3 of the five tokens of a device, E · C = 12 slots; widths there and back: D → N · H → D.
-  expected = sum(12 * width * 4 for width in (_D, _N * _H, _N * _H, _D))
+  # C = ⌈1 · 2 · 5 / 4⌉ = 3 of the five tokens of a device, in 16 slots for each of four experts; widths there and back:
+  # D → N · H → D.
+  expected = sum(64 * width * 4 for width in (_D, _N * _H, _N * _H, _D))
   assert sum(s.bytes for s in sent if s.opcode == 'all-to-all') == expected
   assert [s for s in sent if s.opcode in ('all-gather', 'reduce-scatter')] == []

@@ -93,8 +93,8 @@ class Mlp(Sublayer):
           routed.append(None)
           continue
         routing = self.route(x, merged, condition, sequence.tokens(i, context.readout_only), pool, context)
-        y, usage = routing.apply(x, ffn_in)
-        y, _ = routing.apply(gelu(y), ffn_out)
+        y, usage = routing.apply(x, ffn_in, gelu)
+        y, _ = routing.apply(y, ffn_out)
         ys.append(scale * y)
         routed.append(routing.output)
         usages.append((condition, usage))

@@ -85,7 +85,8 @@ def make_plan(
   count = jnp.minimum(one_hot.sum(1), capacity)  # [groups, E]
   sizes = count.sum(0)
   if backend == 'batched':
-    start, num_slots = jnp.arange(E, dtype=jnp.int32) * (groups * capacity), E * groups * capacity
+    rows = gmm.group_rows(groups * capacity)
+    start, num_slots = jnp.arange(E, dtype=jnp.int32) * rows, E * rows
   else:
     start, num_slots = jnp.cumsum(sizes) - sizes, gmm.num_rows(backend, min(B * S * K, E * groups * capacity))
   start = start[None] + jnp.cumsum(count, axis=0) - count  # [groups, E]
@@ -100,55 +101,68 @@ def make_plan(
 
 
 def project(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: DispatchPlan) -> jax.Array:
-  """x [B, S, *in] through experts, kernel [E, *in, *out], bias [E, *out] → [B, S, *out].
+  """x [B, S, *in] through experts, kernel [E, *in, *out], bias [E, *out] → [B · S, *out].
 
   A token without a kept choice gets 0.
   """
   B, S = x.shape[:2]
   out = kernel.shape[x.ndim - 1:]
   E, width = kernel.shape[0], math.prod(out)
-  x, kernel = x.reshape(B * S, -1), kernel.reshape(E, -1, width)
-  bias = jnp.matmul(plan.coef, bias.reshape(E, width), precision=EXACT)
+  x, kernel, bias = x.reshape(B * S, -1), kernel.reshape(E, -1, width), bias.reshape(E, width)
 
   def tiled(x, kernel, bias, plan):
     gates, tokens = _gates_of_slots(plan.gates, plan.source)[:, 0], _token_numbers(plan.source, plan.slot)
-    return gmm_tiled.routed_matmul(x, kernel, gates, bias, tokens, plan.sizes)
+    return gmm_tiled.routed_matmul(x, kernel, gates, _bias_of_tokens(plan.coef, bias), tokens, plan.sizes)
 
   def through_experts(x, kernel, bias, plan):
-    return add_bias(_through_experts(plan.backend, x, kernel, plan.gates, plan.slots, plan.sizes), bias)
+    return _through_experts(plan.backend, x, kernel, bias, plan.gates, plan.coef, plan.slots, plan.sizes)
 
   if plan.backend == gmm.EVERY_EXPERT:
-    y = add_bias(jnp.einsum('te,etf->tf', plan.coef, jnp.einsum('td,edf->etf', x, kernel)).astype(x.dtype), bias)
+    y = jnp.einsum('te,etf->tf', plan.coef, jnp.einsum('td,edf->etf', x, kernel)).astype(x.dtype)
+    y = add_bias(y, _bias_of_tokens(plan.coef, bias))
   elif plan.backend == gmm.PORTABLE:
     y = jax.lax.platform_dependent(x, kernel, bias, plan, cpu=tiled, default=through_experts)
   else:
     y = (tiled if plan.backend == 'tiled' else through_experts)(x, kernel, bias, plan)
-  return y.reshape(B, S, *out)
+  return y.reshape(B * S, *out)
 
 
 # Both directions are gathers, in the forward and the backward pass: a scatter of all rows at once is slow.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _through_experts(backend, x, kernel, gates, slots, sizes):
-  """Σ_k gate · x W_e over a token's kept choices: [T, D], [E, D, F] → [T, F].
+def _through_experts(backend, x, kernel, bias, gates, coef, slots, sizes):
+  """Σ_k gate · (x W_e + b_e) over a token's kept choices: [T, D], [E, D, F], f32 [E, F] → [T, F].
 
   The gradient of a gate, x W_e · dy, is computed as x · (dy W_eᵀ), whose right side makes dx anyway. So the backward
   pass does not need the outputs of experts, and a rematerialized block does not compute them again.
   """
   source, slot, kept = slots
   y = gmm.grouped_matmul(_tokens_of_slots(x, source, slot), kernel, sizes, backend)
+  if backend != 'batched':
+    return add_bias(_sum_of_choices(y, slot, kept, gates), _bias_of_tokens(coef, bias))
+  # Here a bias is cheaper in slots than as an array f32 [T, F]: it is a part of the product.
+  y = add_bias(y.reshape(len(bias), -1, y.shape[1]), bias[:, None]).reshape(y.shape)
   return _sum_of_choices(y, slot, kept, gates)
 
 
 def _through_experts_backward(backend, saved, dy):
-  x, kernel, gates, (source, slot, kept), sizes = saved
-  rows = (_gates_of_slots(gates, source) * _tokens_of_slots(x, source, slot)).astype(x.dtype)
+  x, kernel, bias, gates, coef, (source, slot, kept), sizes = saved
+  # Of x's type: XLA for TPUs would write the float32 product to memory.
+  rows = _gates_of_slots(gates, source).astype(x.dtype) * _tokens_of_slots(x, source, slot)
   dys = jnp.where(source[:, None] >= 0, _tokens_of_slots(dy, source, slot), 0)
   _, pull_back = jax.vjp(lambda rows, kernel: gmm.grouped_matmul(rows, kernel, sizes, backend), rows, kernel)
   dxs, dkernel = pull_back(dys)
-  return _sum_of_choices(dxs, slot, kept, gates), dkernel, _dot_per_choice(dxs, x, slot, kept), None, None
+  _, pull_back = jax.vjp(_bias_of_tokens, coef, bias)
+  dcoef, dbias = pull_back(dy.astype(jnp.float32))
+  return (_sum_of_choices(dxs, slot, kept, gates), dkernel, dbias, _dot_per_choice(dxs, x, slot, kept), dcoef, None,
+          None)
 
 
 _through_experts.defvjp(lambda *operands: (_through_experts(*operands), operands[1:]), _through_experts_backward)
+
+
+def _bias_of_tokens(coef: jax.Array, bias: jax.Array) -> jax.Array:
+  """Σ_k gate · b_e of every token: f32 [T, E], [E, F] → [T, F]."""
+  return jnp.matmul(coef, bias, precision=EXACT)
 
 
 @jax.custom_vjp
@@ -210,4 +224,5 @@ def _sum_of_choices(y, slot, kept, gates=None):
     if gates is not None:
       rows = gates[:, k:k + 1] * rows
     total = total + jnp.where(kept[:, k:k + 1], rows, 0)
-  return total.astype(y.dtype)
+  # Otherwise XLA would leave out the rounding, and write the float32 sum to memory.
+  return jax.lax.optimization_barrier(total.astype(y.dtype))

@@ -17,6 +17,8 @@ that later positions never evict earlier ones, as on one device.
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -80,11 +82,19 @@ def make_plan(
   return _on(mesh, local, (_BATCH, _BATCH, _BATCH), _BATCH)(*padded)
 
 
-def project(x: jax.Array, projection: Projection, plan: DispatchPlan, mesh: Mesh | None) -> jax.Array:
-  """x [B, S, *in] through the experts of its tokens → [B, S, *out], see `dispatch.project`."""
+def project(
+    x: jax.Array, projection: Projection, plan: DispatchPlan, mesh: Mesh | None,
+    activation: Callable[[jax.Array], jax.Array] = lambda y: y) -> jax.Array:
+  """activation(x [B, S, *in] through the experts of its tokens) → [B, S, *out], see `dispatch.project`.
+
+  The activation is applied to rows of tokens, [B · S, *out], from which the next projection takes its own: a TPU would
+  copy them to and from [B, S, *out], unless S is a multiple of 8.
+  """
+  B, S = x.shape[:2]
   if mesh is None:
     kernel = with_gradient_of(projection.kernel, projection.unrounded)
-    return dispatch.project(x, kernel, projection.bias, plan)
+    y = activation(dispatch.project(x, kernel, projection.bias, plan))
+    return y.reshape(B, S, *y.shape[1:])
   in_axes, out_axes = sharding.named_spec(projection.in_axes), sharding.named_spec(projection.out_axes)
   partial_sums = 'model' in in_axes  # each device of the model axis holds a part of the sum
 
@@ -100,21 +110,21 @@ def project(x: jax.Array, projection: Projection, plan: DispatchPlan, mesh: Mesh
       y = jax.lax.psum_scatter(y, 'expert', scatter_dimension=0, tiled=True)
     else:
       y = dispatch.project(x, kernel, bias, plan)
-    return y[None]
+    return (y if partial_sums else activation(y))[None]
 
   batch = sharding.BATCH_AXES
   kernel_spec = P('expert', *in_axes, *out_axes)
   specs = P(batch, None, *in_axes), kernel_spec, P('expert', *out_axes), kernel_spec, _BATCH
-  run = _on(mesh, local, specs, P('model' if partial_sums else None, batch, None, *out_axes))
+  run = _on(mesh, local, specs, P('model' if partial_sums else None, batch, *out_axes))
   y = run(sharding.pad_batch(x, mesh), projection.kernel, projection.bias, projection.unrounded, plan)
-  return y.sum(0)[:x.shape[0]]
+  y = activation(y.sum(0)) if partial_sums else y[0]
+  return y.reshape(-1, S, *y.shape[1:])[:B]
 
 
 def _all_to_all(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: DispatchPlan) -> jax.Array:
   """`dispatch.project` with experts on all devices of the row, kernel [E / devices, *in, *out]."""
-  B, S = x.shape[:2]
   experts, out = kernel.shape[0], bias.shape[1:]
-  rows = dispatch.permute(x.reshape(B * S, -1), plan.slots)
+  rows = dispatch.permute(x.reshape(math.prod(x.shape[:2]), -1), plan.slots)
   D, exchange = rows.shape[1], functools.partial(jax.lax.all_to_all, axis_name='expert', split_axis=0, concat_axis=0)
   # [devices, own experts, slots, D]
   rows = exchange(rows.reshape(-1, experts, rows.shape[0] // plan.sizes.shape[0], D))
@@ -123,7 +133,7 @@ def _all_to_all(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: Dispatch
   y = gmm.grouped_matmul(rows, kernel.reshape(experts, D, -1), plan.sizes, 'batched')
   y = add_bias(y.reshape(experts, n, slots, -1), bias.reshape(experts, 1, 1, -1))
   y = exchange(y.transpose(1, 0, 2, 3))
-  return dispatch.combine(y.reshape(-1, y.shape[-1]), plan.gates, plan.slots).reshape(B, S, *out)
+  return dispatch.combine(y.reshape(-1, y.shape[-1]), plan.gates, plan.slots).reshape(-1, *out)
 
 
 def _on(mesh: Mesh, function, in_specs, out_specs):

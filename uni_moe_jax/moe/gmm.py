@@ -22,6 +22,7 @@ PORTABLE = 'portable'
 # Of programs for ONNX: each expert's product for every token, which is E / K times as much work in plain operations.
 EVERY_EXPERT = 'every_expert'
 _TPU_ROWS = 128  # of a tile
+_TPU_SUBLANES = 16  # of a register: rows of bfloat16
 
 
 def choose_backend(backend: str, capacity: bool, platform: str | None = None) -> str:
@@ -49,6 +50,11 @@ def num_rows(backend: str, most: int) -> int:
   if backend in ('tiled', PORTABLE):
     return most + gmm_tiled.BEHIND
   return most + -most % _TPU_ROWS if backend in ('megablox', 'tokamax') else most
+
+
+def group_rows(capacity: int) -> int:
+  """Number of rows of each group of 'batched': groups begin with a register, or a TPU would copy them apart."""
+  return capacity + -capacity % _TPU_SUBLANES
 
 
 def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: str) -> jax.Array:

@@ -1,6 +1,7 @@
 """The routing of a segment: all tokens through a merged kernel, or each token to its own experts.
 
-A router makes one of the two values; `routing.apply(x, projection) -> (y, usage)` is the rest of the MoE layer.
+A router makes one of the two values; `routing.apply(x, projection, activation) -> (y, usage)` is the rest of the MoE
+layer.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from uni_moe_jax.moe.layers import Projection
 from uni_moe_jax.moe.routers import RouterOutput
 from uni_moe_jax.moe.usage import Usage
 
+Activation = Callable[[jax.Array], jax.Array]  # of each number by itself
+
 
 @flax.struct.dataclass
 class MergedRouting:
@@ -23,11 +26,12 @@ class MergedRouting:
   coef: jax.Array | None = None  # f32 [A, E], its coefficients, by which `MoeDense` merges experts
   kernel: int = flax.struct.field(pytree_node=False, default=0)  # which kernel of the projection, 0 … A - 1
 
-  def apply(self, x: jax.Array, projection: Projection) -> tuple[jax.Array, None]:
-    """x [B, S, *in] → ([B, S, *out], None): nothing is dispatched, nothing counted."""
+  def apply(
+      self, x: jax.Array, projection: Projection, activation: Activation = lambda y: y) -> tuple[jax.Array, None]:
+    """x [B, S, *in] → (activation([B, S, *out]), None): nothing is dispatched, nothing counted."""
     weights = projection.kernel, projection.bias, projection.unrounded
     kernel, bias, unrounded = (None if x is None else x[self.kernel] for x in weights)
-    return layers.project(x, kernel, bias, unrounded, projection.method), None
+    return activation(layers.project(x, kernel, bias, unrounded, projection.method)), None
 
   def take(self, rows: Callable[[jax.Array], jax.Array]) -> 'MergedRouting':
     """The routing of some rows of the segment."""
@@ -52,9 +56,11 @@ class DispatchRouting:
     plan = expert_parallel.make_plan(output, valid, groups, capacity_factor, backend, mesh)
     return cls(output, valid, plan, Usage.of_segment(output, plan, valid), capacity_factor, backend, mesh)
 
-  def apply(self, x: jax.Array, projection: Projection) -> tuple[jax.Array, Usage]:
-    """x [B, S, *in] → ([B, S, *out] by each token's experts, usage)."""
-    return expert_parallel.project(x.astype(projection.kernel.dtype), projection, self.plan, self.mesh), self.usage
+  def apply(
+      self, x: jax.Array, projection: Projection, activation: Activation = lambda y: y) -> tuple[jax.Array, Usage]:
+    """x [B, S, *in] → (activation([B, S, *out] by each token's experts), usage)."""
+    x = x.astype(projection.kernel.dtype)
+    return expert_parallel.project(x, projection, self.plan, self.mesh, activation), self.usage
 
   def take(self, rows: Callable[[jax.Array], jax.Array]) -> 'DispatchRouting':
     """The routing of some rows, which `rows` takes from any [B, S, …]: the same choices, dispatched a second time."""
