@@ -37,8 +37,8 @@ def merge(kernel: jax.Array, coef: jax.Array) -> jax.Array:
 def _merge_backward(saved, d):
   """Contracts with E first; JAX's own rule would transpose all kernels and all of their gradients.
 
-  The gradient of the kernels is a sum of few arrays. A product takes several times as long for it on TPUs, which
-  multiply 128 numbers at a time and would have A.
+  The gradient of the kernels is a sum of A arrays. As a product it would take several times as long on TPUs, whose
+  units multiply 128 numbers at once, of which A would be used.
   """
   kernel, coef = saved
   rest = tuple(range(1, kernel.ndim))
