@@ -138,7 +138,7 @@ def _through_experts(backend, x, kernel, bias, gates, coef, slots, sizes):
   source, slot, kept = slots
   y = gmm.grouped_matmul(_tokens_of_slots(x, source, slot), kernel, sizes, backend)
   if backend != 'batched':
-    return add_bias(_sum_of_choices(y, slot, kept, gates), _bias_of_tokens(coef, bias))
+    return _sum_of_choices(y, slot, kept, gates, _bias_of_tokens(coef, bias))
   # Here a bias is cheaper in slots than as an array f32 [T, F]: it is a part of the product.
   y = add_bias(y.reshape(len(bias), -1, y.shape[1]), bias[:, None]).reshape(y.shape)
   return _sum_of_choices(y, slot, kept, gates)
@@ -216,9 +216,9 @@ def _take(x: jax.Array, rows: jax.Array) -> jax.Array:
   return x.at[rows].get(mode='promise_in_bounds')
 
 
-def _sum_of_choices(y, slot, kept, gates=None):
-  """Σ_k [gate ·] y[slot_k]; choices that are not kept may be NaN in y and count as 0."""
-  total = 0
+def _sum_of_choices(y, slot, kept, gates=None, bias=0):
+  """bias + Σ_k [gate ·] y[slot_k]; choices that are not kept may be NaN in y and count as 0. bias: f32 [T, F]."""
+  total = bias
   for k in range(slot.shape[1]):
     rows = _take(y, slot[:, k])
     if gates is not None:
