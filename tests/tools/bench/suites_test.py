@@ -114,7 +114,7 @@ def test_the_compilation_cache_is_enabled_again_afterwards():
 
 
 def test_both_depths_are_compiled_twice_in_turn_after_an_uncounted_compile():
-  depths, seconds = [], iter((99., 3., 5., 10., 12., 14., 11.))
+  depths, seconds = [], iter(((90., 9.), (2., 1.), (4., 1.5), (4., 6.), (5., 7.), (6., 8.), (5., 6.)))
   sizes = dataclasses.replace(_SIZES, rounds=11, compiled_layers=(12, 24))
   context = dataclasses.replace(_context(), sizes=sizes, config=_config())
 
@@ -123,10 +123,10 @@ def test_both_depths_are_compiled_twice_in_turn_after_an_uncounted_compile():
     return next(seconds)
 
   with mock.patch.object(training_steps, '_compile_seconds', compiled):
-    small, large, growth, cached = training_steps.compile_time(context)
+    small, large, growth, lowering, reading = training_steps.compile_time(context)
   assert depths[:3] == [(12, True, False), (12, True, True), (12, True, True)]
   assert depths[3:] == [(layers, False, False) for layers in (12, 24, 24, 12)]
-  assert cached.figure.value == 4.
+  assert (lowering.figure.value, reading.figure.value) == (3., 1.25)
   assert (small.figure.value, large.figure.value) == (10.5, 13.)
   assert growth.figure.value == pytest.approx((12 / 10 + 14 / 11) / 2)  # of the rounds' own ratios
   assert 'at D 16 on 1 cpu device;' in growth.note
