@@ -40,7 +40,8 @@ def _block(x, logits, *weights, valid=None, capacity=0.0, mesh=None, backend='ba
   plan = expert_parallel.make_plan(_route(logits, mesh), valid, 1, capacity, backend, mesh)
   first = Projection(weights[0], weights[1], ('embed',), ('heads', 'head_dim'))
   second = Projection(weights[2], weights[3], ('heads', 'head_dim'), ('embed',))
-  return expert_parallel.project(expert_parallel.project(x, first, plan, mesh, jnp.sin), second, plan, mesh), plan
+  hidden = expert_parallel.project(x, first, plan, mesh, jnp.sin)
+  return expert_parallel.project(hidden, second, plan, mesh, jnp.arctan), plan
 
 
 def _looped(x, logits, *weights, kept=None):
@@ -51,7 +52,7 @@ def _looped(x, logits, *weights, kept=None):
   def project(x, kernel, bias, letters):
     return jnp.einsum(f'bs{letters[0]},e{letters},bse->bs{letters[1:]}' if letters == 'dnh' else 'bsnh,enhd,bse->bsd',
                       x, kernel, coef) + jnp.tensordot(coef, bias, axes=1)
-  return project(jnp.sin(project(x, weights[0], weights[1], 'dnh')), weights[2], weights[3], 'nhd')
+  return jnp.arctan(project(jnp.sin(project(x, weights[0], weights[1], 'dnh')), weights[2], weights[3], 'nhd'))
 
 
 def _with_gradients(run, operands=None):
