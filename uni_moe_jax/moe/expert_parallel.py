@@ -31,6 +31,7 @@ from uni_moe_jax.moe.layers import Projection, add_bias, with_gradient_of
 from uni_moe_jax.moe.routers import RouterOutput
 from uni_moe_jax.parallel import sharding
 
+Activation = Callable[[jax.Array], jax.Array]  # of each number by itself
 LOCAL, ALL_TO_ALL, ALL_GATHER = 'local', 'all_to_all', 'all_gather'
 _BATCH = P(sharding.BATCH_AXES)
 # x of all devices of this row of the expert axis, concatenated on the first axis.
@@ -84,7 +85,7 @@ def make_plan(
 
 def project(
     x: jax.Array, projection: Projection, plan: DispatchPlan, mesh: Mesh | None,
-    activation: Callable[[jax.Array], jax.Array] = lambda y: y) -> jax.Array:
+    activation: Activation = lambda y: y) -> jax.Array:
   """activation(x [B, S, *in] through the experts of its tokens) → [B, S, *out], see `dispatch.project`.
 
   The activation is applied to rows of tokens, [B · S, *out], from which the next projection takes its own: a TPU would

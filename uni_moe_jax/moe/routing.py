@@ -12,11 +12,10 @@ from jax.sharding import Mesh
 
 from uni_moe_jax.moe import expert_parallel, layers
 from uni_moe_jax.moe.dispatch import DispatchPlan
+from uni_moe_jax.moe.expert_parallel import Activation
 from uni_moe_jax.moe.layers import Projection
 from uni_moe_jax.moe.routers import RouterOutput
 from uni_moe_jax.moe.usage import Usage
-
-Activation = Callable[[jax.Array], jax.Array]  # of each number by itself
 
 
 @flax.struct.dataclass
