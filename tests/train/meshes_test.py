@@ -139,8 +139,10 @@ def _forward(name: str) -> list[hlo.CollectiveArray]:
 @pytest.mark.slow
 def test_over_a_model_axis_half_of_the_expert_outputs_is_sent():
   """Four shards with two pairs each, two captions of 6 words and 6 queries, and [spe, word, end] of 8 sampled words.
-  A capacity for all is C = T tokens at each of 8 experts."""
-  tokens, read = 2 * (5 + 9) + 2 * (5 + 6 + 6) + 8 * 3, 2 * (1 + 1) + 2 * 6 + 8
+  A capacity for all is C = T tokens at each of 8 experts, in buffers of a multiple of 16 rows."""
+  rows = lambda *segments: sum(-(-tokens // 16) * 16 for tokens in segments)
+  tokens = rows(2 * 5, 2 * 9) + rows(2 * 5, 2 * 6, 2 * 6) + rows(8 * 3)
+  read = rows(2 * 1, 2 * 1) + rows(2 * 6) + rows(8)
   elements = 8 * tokens * (16 + 2 * 16 // 2) + 8 * read * (4 * 16 + (2 * 16 + 2 * 16) // 2)
   assert sum(s.bytes for s in _forward('token-mixed') if s.opcode == 'all-to-all') == 4 * elements
 
