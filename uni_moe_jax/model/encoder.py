@@ -96,7 +96,8 @@ class Encoder(nn.Module):
     if stack.periods:
       run = nn.scan(
           Period, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=(0, nn.broadcast),
-          length=stack.periods, metadata_params={nn.PARTITION_NAME: 'layers'})
+          length=stack.periods, metadata_params={nn.PARTITION_NAME: 'layers'},
+          check_constancy_invariants=False)  # which would trace the body once more
       first = jnp.arange(stack.periods, dtype=jnp.int32) * len(stack.period)
       x, collected['blocks'] = run(spec, stack.period, name='blocks')(
           x, (first, caches_of('blocks', len(stack.period))), context)
