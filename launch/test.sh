@@ -10,4 +10,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/env.sh
 
 install_environment test
-exec "$python" -m pytest -n 2 --dist loadfile "$@"
+# Files in alphabetical order: by default those with few tests come last, however long these take.
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -4,6 +4,7 @@ import contextlib
 import functools
 from unittest import mock
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -259,3 +260,9 @@ def test_the_router_table_has_every_built_in_condition():
   for router in ('task', 'modality'):
     rows = routers.distinct_inputs(router, (*conditions, *task_types.families().values()))
     assert set(rows) <= set(small_model.spec(router).router_names)
+
+
+def test_parameters_of_another_model_are_refused():
+  wider = small_model.params(small_model.spec('dense', mlp_dim=28))
+  with pytest.raises(flax.errors.ScopeParamShapeError, match=r'/encoder/scan\(blocks\)/block0/ffn_in'):
+    small_model.encode(small_model.spec('dense'), [small_model.sequence('text_classification')], values=wider)
