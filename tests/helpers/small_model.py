@@ -8,7 +8,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tests.helpers import fast_compile
@@ -45,8 +44,19 @@ def task_spec(task_type: str | task_types.TaskType, **changes: Any) -> TaskSpec:
   return TaskSpec(type=task_type, **fields | changes)
 
 
+def _with_equal_parameters(model_spec: ModelSpec) -> ModelSpec:
+  """The same spec for all that differ only in what no parameter depends on, since to trace a model takes a second."""
+  return dataclasses.replace(model_spec, top_k=1, drop_path=0.0, noise_std=0.0, capacity_factor=0.0, gmm='batched',
+                             remat=False, attention_impl='xla', layer_scale_init=1.0)
+
+
 def boxed(model_spec: ModelSpec) -> Any:
   """Shapes of the parameters, in boxes that name their axes."""
+  return _boxed(_with_equal_parameters(model_spec))
+
+
+@functools.cache
+def _boxed(model_spec: ModelSpec) -> Any:
   text = sequence('text_classification', batch=1)
   init = jax.eval_shape(UniPerceiver(model_spec).init, jax.random.key(0), text)
   return init['params']
@@ -60,14 +70,14 @@ def params(model_spec: ModelSpec) -> Any:
     name = jax.tree_util.keystr(path)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     if 'log_scale' in name:
-      return jnp.float32(math.log(5.0))
+      return np.float32(math.log(5.0))
     around = 1.0 if name.endswith("['scale']") or "['scale1']" in name or "['scale2']" in name else 0.0
     draws = np.asarray(rng.normal(size=leaf.shape), np.float32)
-    return jnp.asarray(around + (0.2 if around else 0.4) * draws)
+    return around + (0.2 if around else 0.4) * draws
 
-  shapes = nn.unbox(boxed(model_spec))
+  values = jax.tree_util.tree_map_with_path(fill, nn.unbox(boxed(model_spec)))
   with jax.ensure_compile_time_eval():  # a cached result must not hold tracers
-    return jax.tree_util.tree_map_with_path(fill, shapes)
+    return jax.device_put(values)
 
 
 def sequence(task_type: str | task_types.TaskType, batch: int = 2, seed: int = 0, words: int = WORDS,
@@ -75,27 +85,27 @@ def sequence(task_type: str | task_types.TaskType, batch: int = 2, seed: int = 0
   """The input side of a task type; `fields` replace the random ones."""
   task_type = task_types.TASK_TYPES[task_type] if isinstance(task_type, str) else task_type
   rng = np.random.default_rng(seed)
-  made = {'ids': jnp.arange(10, 10 + batch, dtype=jnp.uint32)}
+  made = {'ids': np.arange(10, 10 + batch, dtype=np.uint32)}
   if task_type.visual:
     frames = 2 if 'video' in task_type.name else 1
-    made['pixels'] = jnp.asarray(rng.normal(size=(batch, frames, SIDE, SIDE, 1)), jnp.float32)
+    made['pixels'] = np.asarray(rng.normal(size=(batch, frames, SIDE, SIDE, 1)), np.float32)
   if task_type.text_index is not None:
-    text = jnp.asarray(rng.integers(2, VOCABULARY, (batch, words)), jnp.int32)
-    made['text'] = jnp.concatenate([text, jnp.full_like(text, SPE)], axis=1) if task_type.two_stream else text
-    made['text_valid'] = None if task_type.two_stream else jnp.ones((batch, words), bool)
+    text = np.asarray(rng.integers(2, VOCABULARY, (batch, words)), np.int32)
+    made['text'] = np.concatenate([text, np.full_like(text, SPE)], axis=1) if task_type.two_stream else text
+    made['text_valid'] = None if task_type.two_stream else np.ones((batch, words), bool)
   if task_type.readout in ('masked', 'slot'):
     picks = 2 if task_type.readout == 'masked' else 1
     shuffled = rng.permuted(np.tile(np.arange(words), (batch, 1)), axis=1)
-    made['positions'] = jnp.asarray(shuffled[:, :picks], jnp.int32)
-  return Sequence(layout=Layout.of_task_type(task_type), **{**made, **fields})
+    made['positions'] = np.asarray(shuffled[:, :picks], np.int32)
+  return Sequence(layout=Layout.of_task_type(task_type), **{**jax.device_put(made), **fields})
 
 
 def target(condition, batch: int = 2, seed: int = 0, words: int = WORDS) -> Sequence:
   """Texts on the target side."""
   rng = np.random.default_rng(seed)
-  return Sequence(layout=Layout.of_text(condition), ids=jnp.arange(batch, dtype=jnp.uint32),
-                  text=jnp.asarray(rng.integers(2, VOCABULARY, (batch, words)), jnp.int32),
-                  text_valid=jnp.ones((batch, words), bool))
+  made = dict(ids=np.arange(batch, dtype=np.uint32), text_valid=np.ones((batch, words), bool),
+              text=np.asarray(rng.integers(2, VOCABULARY, (batch, words)), np.int32))
+  return Sequence(layout=Layout.of_text(condition), **jax.device_put(made))
 
 
 def encode(model_spec: ModelSpec, sequences, *, values=None, shards: int = 1, **options):

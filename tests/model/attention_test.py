@@ -36,9 +36,11 @@ def test_parts_equal_concatenated_keys(dtype, tolerance):
   mask = jnp.asarray(np.random.default_rng(3).random((_B, 1, 1, 5)) < .5)
   structure = jnp.asarray(np.tril(np.ones((_Q, 5), bool)))[None, None]
 
+  @jax.jit
   def separate(q, own, shared, all_share):
     return attend(q, [_part(shared), _part(all_share), _part(own, mask & structure)])
 
+  @jax.jit
   def joined(q, own, shared, all_share):
     # Rows 0 and 1 share the first of two, rows 2 and 3 the second.
     k, v = (jnp.concatenate([jnp.repeat(s, 2, 0), jnp.repeat(a, 4, 0), o], 1)
@@ -53,7 +55,7 @@ def test_parts_equal_concatenated_keys(dtype, tolerance):
   assert float(jnp.abs(b - joined(args[0], _keys(7, _B, 5, dtype), *args[2:])).max()) > .1  # keys matter
   if dtype == jnp.float32:
     total = lambda f: lambda *args: (f(*args) * jnp.arange(_B * _Q * _N * _H).reshape(_B, _Q, _N, _H)).sum()
-    grads = [jax.grad(total(f), argnums=(0, 1, 2, 3))(*args) for f in (separate, joined)]
+    grads = [jax.jit(jax.grad(total(f), argnums=(0, 1, 2, 3)))(*args) for f in (separate, joined)]
     chex.assert_trees_all_close(*grads, rtol=1e-4, atol=1e-3)
 
 

@@ -1,5 +1,7 @@
 """A model merged inside a program is the model with experts, and a loop that runs it reads no experts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,9 +29,10 @@ def test_features_are_those_of_the_model_with_experts(router, changes, others):
   spec, sequence = _spec(router, **changes), small_model.sequence('vqa')
 
   def run(values):
-    actual = merging.merge_experts(spec, values, _VQA)  # prompts have the condition of the first segment
-    wrong = actual[0], merging.merge_experts(spec, values, others)[1]
-    return [small_model.encode(s, [sequence], values=v)[0][0] for s, v in ((spec, values), actual, wrong)]
+    features = lambda spec, values: small_model.encode(spec, [sequence], values=values)[0][0]
+    merged, right = merging.merge_experts(spec, values, _VQA)  # prompts have the condition of the first segment
+    both = jax.tree.map(lambda *x: jnp.stack(x), right, merging.merge_experts(spec, values, others)[1])
+    return features(spec, values), *jax.lax.map(functools.partial(features, merged), both)
 
   experts, merged, wrong = small_model.jit(run)(small_model.params(spec))
   np.testing.assert_allclose(merged, experts, rtol=2e-5, atol=2e-5)

@@ -13,6 +13,7 @@ from tests.helpers import meshes, small_model
 from uni_moe_jax.eval import predictor
 from uni_moe_jax.model import uni_perceiver
 from uni_moe_jax.model.sequences import join_equal
+from uni_moe_jax.moe.routers import routes_tokens
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.train import router_metrics
 from uni_moe_jax.train.forward import forward
@@ -36,22 +37,26 @@ def test_padding_has_no_valid_token_and_even_batches_and_images_stay_unchanged()
   assert texts.pad_batch(_N) is texts and images.pad_batch(_MULTIPLE) is images
 
 
-@pytest.mark.parametrize('router', ['attribute', 'token', 'dense', pytest.param('context', marks=pytest.mark.nightly)])
-@pytest.mark.parametrize('valid', [True, False])
-def test_padding_changes_no_feature_gradient_or_count(router, valid):
-  # Training, with noise and dropped paths, which are drawn by ids; capacity follows shapes, so it is left out.
-  routes_tokens = router in ('token', 'context')
+@functools.cache
+def _training(router):
+  """(texts) → ((loss, (features, statistics of routers)), gradients) of the first texts, which are not padding."""
+  # With noise and dropped paths, which are drawn by ids; capacity follows shapes, so it is left out.
   spec = small_model.spec(router, num_layers=1, drop_path=0.3, noise_std=0.1)
-  texts = _texts(valid)
   weights = jnp.asarray(np.random.default_rng(0).normal(size=(_N, 1, spec.width)), jnp.float32)
 
   def run(values, sequence):
     rows, collected = small_model.encode(spec, (sequence,), values=values, key=jax.random.key(0))
-    balance = router_metrics.auxiliary_loss((('balance', 1.),), collected) if routes_tokens else 0.
+    balance = router_metrics.auxiliary_loss((('balance', 1.),), collected) if routes_tokens(router) else 0.
     return (rows[0][:_N] * weights).sum() + balance, (rows[0][:_N], _counts(collected))
 
   grads_of = small_model.jit(jax.value_and_grad(run, has_aux=True))
-  actual = lambda sequence: grads_of(small_model.params(spec), sequence)
+  return lambda sequence: grads_of(small_model.params(spec), sequence)
+
+
+@pytest.mark.parametrize('router', ['attribute', 'token', 'dense', pytest.param('context', marks=pytest.mark.nightly)])
+@pytest.mark.parametrize('valid', [True, False])
+def test_padding_changes_no_feature_gradient_or_count(router, valid):
+  texts, actual = _texts(valid), _training(router)
   filled = texts.pad_batch(_MULTIPLE)
   (_, (rows, counts)), grads = actual(texts)
   (_, (rows_filled, counts_filled)), grads_filled = actual(filled)
@@ -59,7 +64,7 @@ def test_padding_changes_no_feature_gradient_or_count(router, valid):
   chex.assert_trees_all_close(grads_filled, grads, atol=2e-4, rtol=1e-4)
   chex.assert_tree_all_finite(grads_filled)
   chex.assert_trees_all_close(counts_filled, counts, rtol=1e-5)
-  if routes_tokens:  # the control: valid examples are counted
+  if routes_tokens(router):  # the control: valid examples are counted
     (_, (_, more)), _ = actual(filled.replace(text_valid=jnp.ones_like(filled.text_valid)))
     assert float(more[0]['mlp'].tokens.sum()) > float(counts[0]['mlp'].tokens.sum())
 

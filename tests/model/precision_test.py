@@ -19,6 +19,7 @@ from uni_moe_jax.tasks import task_types
 _PLATFORMS = 'tpu', 'cuda'
 
 
+@functools.cache
 def _products(traced, platform: str) -> list[tuple[str, bool]]:
   """(type of the left operand, whether it is exact) of every product of a program lowered for a platform.
 
@@ -29,6 +30,7 @@ def _products(traced, platform: str) -> list[tuple[str, bool]]:
   return [(re.search(r': \(tensor<[\dx]*(\w+)>', line)[1], 'precision = [HIGHEST, HIGHEST]' in line) for line in lines]
 
 
+@functools.cache
 def _traced_step(router: str, dtype):
   """The gradient of similarities and linear logits of captions, texts and images, routed by the router."""
   spec = small_model.spec(router, dtype=dtype, head=3, noise_std=1.)

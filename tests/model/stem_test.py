@@ -1,5 +1,7 @@
 """The convolutional stem: its windows, its equality with convolutions, and what a token sees."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,8 +28,9 @@ def _pixels(frames=1, batch=2):
   return jnp.asarray(np.random.default_rng(1).normal(size=(batch, frames, 8, 8, 1)), jnp.float32)
 
 
-def _stem(pixels, dtype=jnp.float32):
-  return stem.conv_stem(pixels, _params(), dtype, products.PLAIN)
+@functools.partial(jax.jit, static_argnames='dtype')
+def _stem(pixels, dtype=jnp.float32, params=None):
+  return stem.conv_stem(pixels, params or _params(), dtype, products.PLAIN)
 
 
 def test_windows_by_hand():
@@ -54,7 +57,7 @@ def test_it_equals_convolutions_of_stride_two():
 
 def test_a_token_sees_its_patch_and_three_pixels_before_it():
   # Token (1, 1) of 2 × 2 starts at pixel 4. Its window starts one position of two pixels before, theirs one pixel.
-  change = jax.grad(lambda x: _stem(x)[0, 3].sum())(_pixels(batch=1))[0, 0, :, :, 0] != 0
+  change = small_model.jit(jax.grad(lambda x: _stem(x)[0, 3].sum()))(_pixels(batch=1))[0, 0, :, :, 0] != 0
   assert np.flatnonzero(change.any(0)).tolist() == np.flatnonzero(change.any(1)).tolist() == [1, 2, 3, 4, 5, 6, 7]
   assert change[1:, 1:].all()
 
@@ -79,11 +82,10 @@ def test_the_model_has_its_parameters_in_place_of_the_patch_projection():
 
 def test_positions_are_added_as_to_patches():
   values, rows = small_model.params(SPEC)['embed'], small_model.params(SPEC)['embed']['norm']
-  tokens = stem.conv_stem(_pixels(), tuple((values[f'stem{i}'], values[f'stem{i}_bias']) for i in (0, 1)),
-                          jnp.float32, products.PLAIN)
-  embed = Embed(SPEC)
-  result, position = embed.apply(
-      {'params': values}, method=lambda m: (m.visual(_pixels(), jnp.int32(1)), m.temporal[1][None] + m.spatial))
+  kernels = tuple((values[f'stem{i}'], values[f'stem{i}_bias']) for i in (0, 1))
+  tokens = _stem(_pixels(), params=kernels)
+  embedded = lambda m: (m.visual(_pixels(), jnp.int32(1)), m.temporal[1][None] + m.spatial)
+  result, position = small_model.jit(lambda: Embed(SPEC).apply({'params': values}, method=embedded))()
   x = np.asarray(tokens) + np.asarray(position)
   expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
   np.testing.assert_allclose(result, expected * np.asarray(rows['scale']) + np.asarray(rows['bias']), atol=1e-5)
@@ -98,5 +100,6 @@ def test_products_are_of_the_type_of_layers_and_everything_else_float32():
 
 @pytest.mark.parametrize('frames', [1, 2])
 def test_gradients_reach_every_parameter(frames):
-  gradients = jax.grad(lambda p: (stem.conv_stem(_pixels(frames), p, jnp.float32, products.CPU)**2).sum())(_params())
+  loss = lambda p: (stem.conv_stem(_pixels(frames), p, jnp.float32, products.CPU)**2).sum()
+  gradients = small_model.jit(jax.grad(loss))(_params())
   assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(gradients))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import gmm_backends, hlo, small_model
+from tests.helpers.gmm_backends import normal
 from uni_moe_jax.config import schema
 from uni_moe_jax.moe import dispatch, gmm, gmm_tiled, layers, routers
 from uni_moe_jax.tasks import router_names
@@ -118,16 +119,12 @@ def test_coefficients_are_the_kept_gates():
   np.testing.assert_allclose(plan.coef, [[.3, .7, 0], [0, 0, .4]], rtol=1e-6)
 
 
-def _normal(seed: int, *shape: int) -> jax.Array:
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
 _B, _S, _K, _E = 3, 5, 2, 4
 _VALID = np.arange(_S)[None] < np.array([[5], [3], [4]])
 
 
 def _inputs():
-  return _normal(0, _B, _S, 2, 3), _normal(1, _E, 2, 3, 5), _normal(2, _E, 5), _normal(3, _B, _S, _E)
+  return normal(0, _B, _S, 2, 3), normal(1, _E, 2, 3, 5), normal(2, _E, 5), normal(3, _B, _S, _E)
 
 
 def _dispatched(x, kernel, bias, logits, valid=None, capacity=0.0, groups=1, backend='tiled'):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import abstract_devices, gmm_backends, small_model
+from tests.helpers.gmm_backends import SIZES, normal
 from tests.helpers.jaxprs import equations
 from uni_moe_jax.moe import gmm, gmm_triton
 from uni_moe_jax.utils.errors import UsageError
@@ -18,14 +19,6 @@ from uni_moe_jax.utils.errors import UsageError
 _E, _D, _F, _G = 4, 6, 5, 16
 # Of an odd width and depth the last ones are cut off. Every kernel has its own.
 _TRITON_TILES = gmm_triton.Tiles(4, 2, 4), gmm_triton.Tiles(8, 4, 2), gmm_triton.Tiles(2, 8, 8)
-# Groups within a tile, over many tiles, of whole tiles, none at all, and all rows in one; and one whose last tile
-# reaches beyond all rows.
-_SIZES = {'uneven': (3, 0, 9, 2), 'whole_tiles': (4, 8, 0, 4), 'last_only': (0, 0, 0, 14), 'first_only': (16, 0, 0, 0),
-          'none': (0, 0, 0, 0), 'beyond': (3, 0, 6, 7)}
-
-
-def _normal(seed: int, *shape: int) -> jax.Array:
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def _plain(x, kernel, member):
@@ -45,7 +38,7 @@ def _program(backend, rows: int):
 
   Groups are data: one program serves all.
   """
-  weight = _normal(2, rows, _F)
+  weight = normal(2, rows, _F)
 
   def loss(x, kernel, member):
     y = _plain(x, kernel, member) if backend is None else _grouped(x, kernel, member.sum(1), backend)
@@ -63,7 +56,7 @@ def _compare(backend, sizes, starts, rows):
   """Compares the programs of a backend and of the plain loop."""
   row = np.arange(rows)
   member = np.array([(row >= a) & (row < a + n) for a, n in zip(starts, sizes)])
-  operands = _normal(0, rows, _D), _normal(1, _E, _D, _F), member
+  operands = normal(0, rows, _D), normal(1, _E, _D, _F), member
   # Read when a program is traced: by its first call.
   triton = types.SimpleNamespace(grouped_matmul=functools.partial(gmm_triton.grouped_matmul, tiles=_TRITON_TILES))
   with mock.patch.object(gmm, 'gmm_triton', triton):
@@ -73,12 +66,12 @@ def _compare(backend, sizes, starts, rows):
 
 @pytest.mark.parametrize('backend', [
     'ragged', 'megablox', 'triton', pytest.param('tokamax', marks=gmm_backends.TOKAMAX)])
-@pytest.mark.parametrize('sizes', _SIZES.values(), ids=_SIZES.keys())
+@pytest.mark.parametrize('sizes', SIZES.values(), ids=SIZES.keys())
 def test_every_backend_equals_the_plain_loop(backend, sizes):
   _compare(backend, sizes, np.cumsum(sizes) - sizes, _G)
 
 
-@pytest.mark.parametrize('sizes', [(4, 4, 4, 4), *(_SIZES[name] for name in ('uneven', 'none', 'beyond'))])
+@pytest.mark.parametrize('sizes', [(4, 4, 4, 4), *(SIZES[name] for name in ('uneven', 'none', 'beyond'))])
 def test_buffers_equal_the_plain_loop_over_equal_groups(sizes):
   capacity = max(4, *sizes)
   _compare('batched', sizes, capacity * np.arange(_E), capacity * _E)
@@ -86,7 +79,7 @@ def test_buffers_equal_the_plain_loop_over_equal_groups(sizes):
 
 def test_these_groups_differ():
   # Otherwise a backend that mixes groups up would pass.
-  kernel = _normal(1, _E, _D, _F)
+  kernel = normal(1, _E, _D, _F)
   gaps = np.abs(kernel[:, None] - kernel[None]).max((-1, -2)) + 9 * np.eye(_E)
   assert gaps.min() > .5
 
@@ -146,7 +139,7 @@ def test_tokamax_has_a_kernel_for_each_of_our_kernels(platform, ours, mark):
 @gmm_backends.TOKAMAX
 def test_tokamaxs_kernel_for_tpus_equals_ours():
   sizes = jnp.array([3, 0, 120, 65])
-  x, kernel, weight = _normal(0, 256, 128), _normal(1, _E, 128, 128), _normal(2, 256, 128)
+  x, kernel, weight = normal(0, 256, 128), normal(1, _E, 128, 128), normal(2, 256, 128)
   results = []
   for backend in ('tokamax', 'megablox'):
     def loss(x, kernel):
@@ -178,10 +171,10 @@ def test_items_cover_every_row_of_every_group_once(sizes):
   np.testing.assert_array_equal(first % 64, 0)
 
 
-@pytest.mark.parametrize('sizes', _SIZES.values(), ids=_SIZES)
+@pytest.mark.parametrize('sizes', SIZES.values(), ids=SIZES)
 def test_rounds_compute_every_row_of_every_group(sizes):
   # A round has 2 · 16 / 4 = 8 rows per group: 'uneven', 'last_only' and 'first_only' need two.
-  x, kernel, end = _normal(0, _G, _D), _normal(1, _E, _D, _F), np.cumsum(sizes)
+  x, kernel, end = normal(0, _G, _D), normal(1, _E, _D, _F), np.cumsum(sizes)
   member = np.arange(_G) < end[:, None]
   member[1:] &= np.arange(_G) >= end[:-1, None]
   y = small_model.jit(gmm.in_rounds)(x, kernel, jnp.array(sizes))

@@ -9,17 +9,11 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model
+from tests.helpers.gmm_backends import SIZES, normal
 from uni_moe_jax.moe import gmm_tiled
 
 _E, _T, _D, _F, _G = 4, 16, 6, 5, 16
 _TILES = (4, 2), (2, 0)  # of four slots while more than two are left, then of two
-# Groups within a tile, over many tiles, of whole tiles, none at all, all slots in one, and one that ends within a tile.
-_SIZES = {'uneven': (3, 0, 9, 2), 'whole_tiles': (4, 8, 0, 4), 'last_only': (0, 0, 0, 14), 'first_only': (16, 0, 0, 0),
-          'none': (0, 0, 0, 0), 'beyond': (3, 0, 6, 7)}
-
-
-def _normal(seed: int, *shape: int) -> jax.Array:
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def _slots(sizes) -> tuple[np.ndarray, np.ndarray]:
@@ -46,10 +40,10 @@ def _plain(x, kernel, gates, bias, tokens, experts, dy):
   return y, *pull_back(dy)
 
 
-@pytest.mark.parametrize('sizes', _SIZES.values(), ids=_SIZES.keys())
+@pytest.mark.parametrize('sizes', SIZES.values(), ids=SIZES.keys())
 def test_tiles_equal_the_plain_sum_over_slots(sizes):
   tokens, experts = _slots(sizes)
-  x, kernel, gates, bias, dy = (_normal(i, *s) for i, s in enumerate(
+  x, kernel, gates, bias, dy = (normal(i, *s) for i, s in enumerate(
       ((_T, _D), (_E, _D, _F), (len(tokens),), (_T, _F), (_T, _F))))
   # Slots behind the groups change nothing, whatever token and gate they have.
   behind = _G + _TILES[0][0] - 1 - len(tokens)
@@ -64,7 +58,7 @@ def test_tiles_equal_the_plain_sum_over_slots(sizes):
 def test_a_token_that_is_not_finite_stays_in_its_own_row():
   # The last tile of a group computes tokens of the next group, too.
   tokens, sizes = jnp.arange(_G + _TILES[0][0] - 1) % _T, jnp.array([3, 0, 9, 4])
-  x, kernel, dy = _normal(0, _T, _D).at[3].set(jnp.nan), _normal(1, _E, _D, _F), _normal(2, _T, _F)
+  x, kernel, dy = normal(0, _T, _D).at[3].set(jnp.nan), normal(1, _E, _D, _F), normal(2, _T, _F)
   with mock.patch.object(gmm_tiled, 'TILES', _TILES):
     y, dx, *_ = _tiled()(x, kernel, jnp.ones(tokens.shape), jnp.zeros((_T, _F)), tokens, sizes, dy)
   assert np.flatnonzero(np.isnan(y).any(1)).tolist() == [3]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import hlo
+from tests.helpers.gmm_backends import normal
 from tests.helpers.jaxprs import equations
 from uni_moe_jax.moe import layers
 from uni_moe_jax.moe.routers import route
@@ -17,10 +18,6 @@ from uni_moe_jax.moe.routing import MergedRouting
 
 # All to one of four experts, even among two, skewed, to all.
 _GATES = (0., 0., 1., 0.), (.5, 0., .5, 0.), (.75, 0., 0., .25), (.1, .2, .3, .4)
-
-
-def _normal(seed: int, *shape: int) -> jax.Array:
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def test_merge_by_hand():
@@ -31,7 +28,7 @@ def test_merge_by_hand():
   coef = route(jnp.log(jnp.array([[1., 2., 3., 4.]])), 2).coef
   np.testing.assert_allclose(layers.merge(jnp.array([[-9.], [-9.], [7.], [70.]]), coef), [[43.]], rtol=1e-6)
   # Equal experts merge to one of them.
-  kernels = jnp.stack([_normal(0, 3, 5)] * 4)
+  kernels = jnp.stack([normal(0, 3, 5)] * 4)
   np.testing.assert_allclose(layers.merge(kernels, jnp.array(_GATES)), kernels, rtol=1e-6)
 
 
@@ -56,7 +53,7 @@ def _value_and_gradients(compute):
 
 
 def _both(gates):
-  operands = _normal(1, 4, 6, 5), _normal(2, 4, 5), jnp.array(gates), _normal(3, 2, 3, 6)
+  operands = normal(1, 4, 6, 5), normal(2, 4, 5), jnp.array(gates), normal(3, 2, 3, 6)
   return _value_and_gradients(_merged)(*operands), _value_and_gradients(_mixed)(*operands)
 
 
@@ -82,7 +79,7 @@ def _dense(num_experts: int, dtype=jnp.float32) -> layers.MoeDense:
 
 
 def _routing(conditions: int = 3) -> MergedRouting:
-  output = route(_normal(0, conditions, 4), 2)
+  output = route(normal(0, conditions, 4), 2)
   return MergedRouting(output, output.coef)
 
 
@@ -100,7 +97,7 @@ def test_each_condition_has_one_kernel_and_bias():
 
 
 def test_kernels_and_biases_are_merged_by_the_same_coefficients():
-  values = {'kernel': _normal(1, 4, 40, 3, 5, 8), 'bias': _normal(2, 4, 3, 5, 8)}
+  values = {'kernel': normal(1, 4, 40, 3, 5, 8), 'bias': normal(2, 4, 3, 5, 8)}
   projection = _dense(4).apply({'params': values}, _routing())
   for name, merged in (('kernel', projection.kernel), ('bias', projection.bias)):
     expected = np.einsum('ae,e...->a...', _routing().output.coef, values[name])
@@ -133,7 +130,7 @@ def test_projection_by_hand():
 @pytest.mark.parametrize('x, kernel, bias, product', [
     ((2, 4, 6), (6, 3, 2, 5), (3, 2, 5), 'bsd,dqnh->bsqnh'), ((2, 4, 3, 5), (3, 5, 6), (6,), 'bsnh,nhd->bsd')])
 def test_one_axis_becomes_three_and_two_become_one(x, kernel, bias, product):
-  x, kernel, bias = _normal(0, *x), _normal(1, *kernel), _normal(2, *bias)
+  x, kernel, bias = normal(0, *x), normal(1, *kernel), normal(2, *bias)
   expected = np.einsum(product, x, kernel) + np.asarray(bias)
   np.testing.assert_allclose(layers.project(x, kernel, bias), expected, rtol=1e-5, atol=1e-5)
 
@@ -147,8 +144,8 @@ def _scaled(by, values, coef=None, dtype=jnp.float32) -> layers.Projection:
 
 @pytest.mark.parametrize('experts, coef', [((), None), ((2,), jnp.array([[.25, .75], [1., 0.]]))])
 def test_a_scaled_projection_multiplies_its_outputs(experts, coef):
-  x, by = _normal(2, 3, 5, 4), _normal(3, 6)
-  values = {'kernel': _normal(0, *experts, 4, 6), 'bias': _normal(1, *experts, 6)}
+  x, by = normal(2, 3, 5, 4), normal(3, 6)
+  values = {'kernel': normal(0, *experts, 4, 6), 'bias': normal(1, *experts, 6)}
   scaled, plain = _scaled(by, values, coef), _scaled(None, values, coef)
   for row in range(len(plain.kernel)):
     y, expected = (layers.project(x, of.kernel[row], of.bias[row]) for of in (scaled, plain))
@@ -185,8 +182,8 @@ def test_gradients_of_a_kernel_that_is_used_twice_are_added_in_float32():
 
 
 def test_gradients_of_a_kernel_are_summed_over_its_uses_before_they_join_those_of_others():
-  x, coef = _normal(0, 5, 3, 4), jnp.array([[.25, .75], [1., 0.], [.5, .5]])
-  values = {'kernel': _normal(1, 2, 4, 6), 'bias': _normal(2, 2, 6)}
+  x, coef = normal(0, 5, 3, 4), jnp.array([[.25, .75], [1., 0.], [.5, .5]])
+  values = {'kernel': normal(1, 2, 4, 6), 'bias': normal(2, 2, 6)}
   uses = (0, 2, 2, 0, 2)  # the kernel in the middle has none
 
   def loss(project):
@@ -219,6 +216,6 @@ def test_a_rematerialized_product_is_not_computed_again(weights, products, dtype
 
   def loss(*operands):
     return jnp.sin(jax.checkpoint(block)(*operands)).sum()
-  operands = _normal(2, 30, 50, 4), {'kernel': _normal(0, 4, 6), 'bias': _normal(1, 6)}, _normal(3, 6)
+  operands = normal(2, 30, 50, 4), {'kernel': normal(0, 4, 6), 'bias': normal(1, 6)}, normal(3, 6)
   program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*operands).compile()
   assert hlo.count_matmuls(program.as_text()) == products

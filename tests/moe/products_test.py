@@ -141,8 +141,8 @@ def test_the_method_of_a_mesh(wanted, multiplies, cpus, method):
 
 @functools.cache
 def _run(router: str, cpu_bfloat16: bool) -> train_run.Run:
-  c = tiny.config('shape', 'text', 'pair', data_dir=tiny.data_dir())
-  c.moe.router, c.train.cpu_bfloat16 = router, cpu_bfloat16
+  c = tiny.config('shape', data_dir=tiny.data_dir())
+  c.model.num_layers, c.moe.router, c.train.cpu_bfloat16 = 1, router, cpu_bfloat16
   return train_run.build(c, jax.devices()[:1])
 
 
