@@ -78,6 +78,8 @@ _PROSE = [
       for words, instead in _PROSE_WORDS.items()),
     *((re.compile(rf'(?<!\w){re.escape(string)}' + r'(?!\w)' * string[-1].isalnum()), instead)
       for string, instead in _STRINGS.items())]
+# Matches wherever one of them does, and is faster: most lines have none.
+_ANY_PROSE = re.compile(rf'(?<!\w)(?:{"|".join([*_PROSE_WORDS, *map(re.escape, _STRINGS)])})', re.IGNORECASE)
 _TEXT_TOKENS = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, 'FSTRING_MIDDLE', tokenize.STRING)}
 
 
@@ -137,7 +139,7 @@ def violations(root: pathlib.Path) -> list[str]:
       instead += [_IDENTIFIERS[identifier]] if identifier in _IDENTIFIERS else []
       matches += [f'{name}:{line}: {identifier} → {i}' for i in instead]
     for line, text in prose:
-      for pattern, instead in _PROSE if line not in allowed else ():
+      for pattern, instead in _PROSE if line not in allowed and _ANY_PROSE.search(text) else ():
         if match := pattern.search(text):
           matches.append(f'{name}:{line}: {match.group()!r} → {instead}')
   return matches

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.helpers import hub_server, shipped, tiny
+from tests.helpers import hub_server, saved_run, shipped, tiny
 from tests.helpers.shipped import assert_close
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
@@ -24,7 +24,7 @@ from uni_moe_jax.export import artifact, contents, loader, programs, torch_file,
 from uni_moe_jax.model import decoding, merging
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
-from uni_moe_jax.train import checkpoint, loop
+from uni_moe_jax.train import checkpoint
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.utils import hub
@@ -36,7 +36,7 @@ _ROWS = [dict(evaluator='captions', metric='exact_match', value=0.625, chance=1 
 
 
 def _config():
-  """One image task trained in bfloat16 and two tasks without training, which saves a compilation."""
+  """One image task trained in bfloat16 and two tasks without training."""
   c = tiny.config('shape', 'caption', 'pair', data_dir=tiny.data_dir())
   c.model.dtype = 'bfloat16'
   c.tasks.caption.batch_size = 0
@@ -49,9 +49,9 @@ def _config():
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  """(workdir, run, parameters) after two steps."""
+  """(workdir, run, parameters) of a run with a checkpoint of step 2."""
   workdir = tmp_path_factory.mktemp('run')
-  assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.FINISHED
+  saved_run.save(workdir, _config(), step=2)
   run = train_run.build(workdir_lib.load_config(workdir), jax.devices()[:1])
   with checkpoint.Checkpoints(workdir, 1) as checkpoints:
     return workdir, run, jax.device_get(checkpoints.restore_params())

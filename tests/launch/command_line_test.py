@@ -2,36 +2,47 @@
 
 import pytest
 
-from tests.helpers import processes
+from tests.helpers import in_process, processes
 
 _QUICKSTART, _NONE = '--config=configs/quickstart.py', '--workdir={folder}/none'
 _TWO_SETS = 'error: --at_init and --step name two sets of parameters; give one.'
 _NO_RUN = 'holds no run (config.json is missing)'
 
 
-@pytest.mark.parametrize('script, arguments, message', [
+# One of each script, in a process of its own.
+_ALONE = [
+    ('interference', (_NONE, '--at_init'), _NO_RUN),
+    ('experts', (_NONE,), _NO_RUN),
+    ('preflight', (_QUICKSTART, '--topology=cpu:2', '--output=/no/where.json'),
+     '--output=/no/where.json: its folder does not exist'),
+    ('train', (_QUICKSTART,), '--workdir'),
+    ('evaluate', (_NONE, '--merged', '--distributed=auto'), '--merged evaluates in one process'),
+    ('benchmark', ('--dtype=float16',), 'float16'),
+    ('sweep', ('--sweep=adaptation', '--workdir={folder}/out'), '--sweep=adaptation needs --run'),
+    ('serve', ('--model=gs://b/x',), 'must be a path of a disk'),
+    ('report', (_NONE, '--output=curves.html'), '--output=curves.html: its name must end in .png or .svg.'),
+    ('export', ('--output={folder}/out',), 'workdir'),
+]
+_OTHERS = [
     ('interference', (_NONE, '--at_init', '--step=3'), _TWO_SETS),
     ('interference', (_NONE, '--layers=3,last'),
      "error: --layers=3,last: 'last' is not an index; write --layers=3,7,11."),
     ('interference', (_NONE, '--num_batches=1'), 'flag --num_batches=1'),
-    ('interference', (_NONE, '--at_init'), _NO_RUN),
     ('experts', (_NONE, '--at_init', '--step=3'), _TWO_SETS),
     ('experts', (_NONE, '--num_batches=0'), 'flag --num_batches=0'),
-    ('experts', (_NONE,), _NO_RUN),
     ('preflight', (_QUICKSTART, '--topology=v5e:16'),
      "--topology='v5e:16' must give 2 sizes of chips, for example v5e:16x16."),
     ('preflight', (_QUICKSTART, '--topology=cpu:2', '--config.model.num_heads=5'),
      'config.model.width=128 must be a multiple of config.model.num_heads=5'),
-    ('preflight', (_QUICKSTART, '--topology=cpu:2', '--output=/no/where.json'),
-     '--output=/no/where.json: its folder does not exist'),
-    ('evaluate', (_NONE, '--merged', '--distributed=auto'), '--merged evaluates in one process'),
-    ('report', (_NONE, '--output=curves.html'), '--output=curves.html: its name must end in .png or .svg.'),
     ('export', (_NONE, '--output={folder}/out'), _NO_RUN),
     ('export', ('--workdir={folder}',), 'output'),
-    ('export', ('--output={folder}/out',), 'workdir'),
-])
-def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, script, arguments, message):
-  done = processes.python(f'launch/{script}.py', *(a.format(folder=tmp_path) for a in arguments))
+]
+
+
+@pytest.mark.parametrize('python, script, arguments, message', [
+    *((processes.python, *mistake) for mistake in _ALONE), *((in_process.python, *mistake) for mistake in _OTHERS)])
+def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, python, script, arguments, message):
+  done = python(f'launch/{script}.py', *(a.format(folder=tmp_path) for a in arguments))
   assert (done.returncode, done.stdout) == (2, ''), done.stderr
   assert done.stderr.startswith('error: ') and message in done.stderr and done.stderr.count('\n') == 1, done.stderr
   assert not list(tmp_path.iterdir())

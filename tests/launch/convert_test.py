@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import in_process, processes, tiny
+from tests.helpers import in_process, processes, small_model, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import presets, schema
 from uni_moe_jax.export import torch_layout
@@ -49,7 +49,8 @@ def _files(tmp_path_factory):
       'from uni_moe_jax.train.workdir import load_config\n'
       f'def get_config():\n  return load_config({str(folder / "saved")!r})\n')
   run = train_run.build(c, jax.devices()[:1])
-  state, _ = torch_layout.to_torch(init_params(run.spec.model, jax.random.key(5)), run.spec.model.spec)
+  params = small_model.jit(lambda key: init_params(run.spec.model, key))(jax.random.key(5))
+  state, _ = torch_layout.to_torch(params, run.spec.model.spec)
   torch.save({'model': {k: torch.from_numpy(np.array(v)) for k, v in state.items()}, 'iteration': 3},
              folder / 'theirs.pth')
   return folder, state, run.spec.model.spec

@@ -208,8 +208,8 @@ def test_a_signal_reaches_the_running_script_once_and_the_sweep_can_be_continued
     (_adaptation, ['--override=train.stps=20'], "the config has no field 'stps'"),
     (_adaptation, ['--num_seeds=0'], '--num_seeds=0')])
 def test_mistakes_are_one_sentence_before_anything_runs(root, command, arguments, message):
-  code, _, errors = _run(root, command(root, *arguments))
-  assert code == 2 and message in errors and errors.count('\n') == 1, errors
+  done = in_process.python(*command(root, *arguments))
+  assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1, done.stderr
   assert not (root / 'log').exists() and not (root / 'out').exists()
 
 

@@ -3,18 +3,15 @@
 import html.parser
 import json
 import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
+from tests.helpers import in_process
 from uni_moe_jax.eval import metrics
 from uni_moe_jax.reporting import curves
 from uni_moe_jax.reporting import html as reporting_html
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _FILES = ('evaluation.json', 'metrics.jsonl', 'samples.json', 'experts.json', 'run.json')
 _DOT = 'iVBORw0KGgo='
 
@@ -164,8 +161,7 @@ def test_a_folder_that_is_not_there_is_named():
 
 
 def _launch(*arguments):
-  return subprocess.run([sys.executable, _ROOT / 'launch/report.py', *arguments], capture_output=True, text=True,
-                        env={**os.environ, 'PYTHONPATH': str(_ROOT)}, check=False)
+  return in_process.python('launch/report.py', *arguments)
 
 
 def test_the_path_is_printed(tmp_path):

@@ -1,8 +1,6 @@
 """Mistakes at the command line end at once in one sentence without a traceback, and exit code 2."""
 
 import errno
-import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -11,24 +9,17 @@ from unittest import mock
 import jax
 import pytest
 
-from tests.helpers import small_config, tiny
+from tests.helpers import in_process, processes, small_config, tiny
 from uni_moe_jax.tasks import attributes
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import RunError, UsageError
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-
-def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-  return subprocess.run(
-      [sys.executable, str(_ROOT / 'launch' / script), *arguments], env={**os.environ, 'PYTHONPATH': str(_ROOT)},
-      capture_output=True, text=True, cwd=_ROOT, timeout=60)
-
-
-def _usage_error(done: subprocess.CompletedProcess) -> str:
+def _usage_error(script: str, *arguments: str) -> str:
   """Return the error, after checks that it is one sentence on stderr with exit code 2."""
+  done = in_process.python(f'launch/{script}', *arguments)
   assert done.returncode == 2, done.stderr
   lines = [line for line in done.stderr.splitlines() if line]
   assert len(lines) == 1 and lines[0].startswith('error: '), done.stderr
@@ -36,7 +27,7 @@ def _usage_error(done: subprocess.CompletedProcess) -> str:
 
 
 def _train(tmp_path, *arguments: str, config: str = 'configs/quickstart.py') -> str:
-  return _usage_error(_run('train.py', f'--config={config}', f'--workdir={tmp_path / "run"}', *arguments))
+  return _usage_error('train.py', f'--config={config}', f'--workdir={tmp_path / "run"}', *arguments)
 
 
 @pytest.mark.parametrize('arguments, message', [
@@ -103,13 +94,13 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
 
 
 def test_evaluating_a_folder_without_a_run_explains_how_to_train(tmp_path):
-  message = _usage_error(_run('evaluate.py', f'--workdir={tmp_path}'))
+  message = _usage_error('evaluate.py', f'--workdir={tmp_path}')
   assert 'holds no run' in message and 'uni-moe train' in message
 
 
 def _zero_shot(tmp_path, script: str, argument: str) -> str:
   config = f'--config=configs/zero_shot.py:{argument.format(run=tmp_path / "trained")}'
-  return _usage_error(_run(script, config, f'--workdir={tmp_path / "new"}'))
+  return _usage_error(script, config, f'--workdir={tmp_path / "new"}')
 
 
 @pytest.mark.parametrize('script, argument, message', [
@@ -130,14 +121,10 @@ def test_evaluating_into_a_folder_of_another_run_is_refused(tmp_path):
   assert 'belongs to a run with another config' in _zero_shot(tmp_path, 'evaluate.py', 'run={run},task=digits')
 
 
-def test_a_missing_workdir_flag_is_named():
-  assert '--workdir' in _usage_error(_run('train.py', '--config=configs/quickstart.py'))
-
-
 def test_a_defect_keeps_its_traceback(tmp_path):
   config = tmp_path / 'broken.py'
   config.write_text('def get_config():\n  return 3\n')
-  done = _run('train.py', f'--config={config}', f'--workdir={tmp_path / "run"}')
+  done = processes.python('launch/train.py', f'--config={config}', f'--workdir={tmp_path / "run"}')
   assert done.returncode == 1 and 'Traceback' in done.stderr
 
 
@@ -213,10 +200,9 @@ def test_a_usage_error_of_a_launch_script_is_reported(capsys):
     (['--suites=routers,decodin'], "--suites: 'decodin' is unknown; did you mean 'decoding'?"),
     (['--config.data.dir=/not/there'], 'Data directory /not/there does not exist'),
     (['--output=/not/there/file.json'], '--output=/not/there/file.json: its folder does not exist'),
-    (['--dtype=float16'], 'float16'),
 ])
 def test_the_benchmark_reports_what_is_wrong(arguments, message):
-  assert message in _usage_error(_run('benchmark.py', *arguments))
+  assert message in _usage_error('benchmark.py', *arguments)
 
 
 _SLOW_START = """

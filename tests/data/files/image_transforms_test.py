@@ -17,6 +17,13 @@ def _draw(i=0, crop='resize_crop', min_area=0.08):
   return {purpose: value[0] for purpose, value in draws.items()}
 
 
+def _each(view, n, crop='resize_crop', min_area=0.08):
+  """The view with each of n draws."""
+  hashes = tf.stack([hashing.mix_constant('images', i) for i in range(n)])
+  draws = image_transforms.draws(hashes, crop, min_area)
+  return list(tf.data.Dataset.from_tensor_slices(draws).map(view).as_numpy_iterator())
+
+
 def _numbered(*shape):
   """An image whose pixels all have different gray levels."""
   return np.arange(1, np.prod(shape) + 1, dtype=np.uint8).reshape(*shape, 1)
@@ -30,9 +37,9 @@ def _resize_crop(image, size, draw):
   return image_transforms.random_flip(image_transforms.resize_and_crop(image, size, draw, 'resize_crop'), draw)
 
 
-def _random_resized_crop(image, size, i, min_area=0.08):
-  draw = _draw(i, 'random_resized_crop', min_area)
-  return image_transforms.resize_and_crop(image, size, draw, 'random_resized_crop').numpy()
+def _random_resized_crops(image, size, n, min_area=0.08):
+  crop = 'random_resized_crop'
+  return _each(lambda draw: image_transforms.resize_and_crop(tf.constant(image), size, draw, crop), n, crop, min_area)
 
 
 def _evaluate(image, size, crop='random_resized_crop'):
@@ -114,7 +121,7 @@ def test_half_of_an_odd_margin_is_rounded_to_even(margin, offset):
 def test_random_crops_are_uniformly_distributed():
   image, n = _numbered(5, 5), 900
   np.testing.assert_array_equal(image_transforms.random_crop(image, 5, _draw()), image)
-  positions = [_positions(image_transforms.random_crop(image, 3, _draw(i)).numpy(), image, 3) for i in range(n)]
+  positions = [_positions(made, image, 3) for made in _each(lambda d: image_transforms.random_crop(image, 3, d), n)]
   # 3 · 3 positions, 100 each, give or take sqrt(900 · 1/9 · 8/9) = 9.4.
   counts = collections.Counter(position for [position] in positions)
   assert set(counts) == {(d, r, False) for d in range(3) for r in range(3)}
@@ -123,8 +130,8 @@ def test_random_crops_are_uniformly_distributed():
 
 def test_half_of_the_images_are_mirrored_independently_of_the_crop():
   image, n = _numbered(3, 4), 600
-  crops = [image_transforms.random_crop(image, 3, _draw(i)).numpy() for i in range(n)]
-  made = [np.asarray(image_transforms.random_flip(crop, _draw(i))) for i, crop in enumerate(crops)]
+  crops = _each(lambda draw: image_transforms.random_crop(image, 3, draw), n)
+  made = _each(lambda draw: image_transforms.random_flip(image_transforms.random_crop(image, 3, draw), draw), n)
   mirrored = [np.array_equal(m, crop[:, ::-1]) for m, crop in zip(made, crops)]
   assert all(m or np.array_equal(p, crop) for m, p, crop in zip(mirrored, made, crops))
   assert abs(np.mean(mirrored) - .5) < 4 * np.sqrt(.25 / n)
@@ -136,7 +143,7 @@ def test_half_of_the_images_are_mirrored_independently_of_the_crop():
 
 def test_random_choices_depend_on_the_hash_alone():
   image = _numbered(5, 9)
-  once, again = ([_resize_crop(image, 4, _draw(i)).numpy() for i in range(30)] for _ in range(2))
+  once, again = (_each(lambda draw: _resize_crop(tf.constant(image), 4, draw), 30) for _ in range(2))
   np.testing.assert_array_equal(once, again)
   assert len({made.tobytes() for made in once}) > 5
 
@@ -161,7 +168,7 @@ def _part(made, H, W):
 
 def test_random_resized_crops_keep_the_published_bounds_and_are_anywhere():
   H, W = 240, 320
-  crops = [_random_resized_crop(_coordinates(H, W), 64, i) for i in range(60)]
+  crops = _random_resized_crops(_coordinates(H, W), 64, 60)
   height, width, top, left = np.array([_part(made, H, W) for made in crops]).T
   share, ratio = height * width / (H * W), width / height
   # From 8 to 100 % of the area, from 3/4 to 4/3 as wide as high, with an error of two pixels. Some of 60 draws are near
@@ -177,7 +184,7 @@ def test_random_resized_crops_keep_the_published_bounds_and_are_anywhere():
 
 def test_the_smallest_random_part_is_that_of_the_task():
   H, W = 240, 320
-  crops = [_random_resized_crop(_coordinates(H, W), 64, i, min_area=0.5) for i in range(40)]
+  crops = _random_resized_crops(_coordinates(H, W), 64, 40, min_area=0.5)
   height, width, _, _ = np.array([_part(made, H, W) for made in crops]).T
   share = height * width / (H * W)
   assert 0.47 < share.min() < 0.6 and 0.85 < share.max() < 1.05
@@ -189,13 +196,12 @@ def test_an_image_too_long_for_any_draw_is_cropped_to_the_largest_allowed_center
   image = np.zeros((10, 1000, 1), np.uint8)
   image[:, 493:493 + 13] = 200
   image = image.swapaxes(0, 1) if down else image
-  assert all((_random_resized_crop(image, 8, i) == 200).all() for i in range(3))
+  assert all((made == 200).all() for made in _random_resized_crops(image, 8, 3))
 
 
 def test_the_jittered_short_side_is_between_256_and_320_of_224():
   # From 16 · 256 / 224 to 16 · 320 / 224.
-  draw = lambda size, n: [
-      int(image_transforms.jittered_short_side(size, _draw(i, 'jittered_crop'))) for i in range(n)]
+  draw = lambda size, n: _each(lambda d: image_transforms.jittered_short_side(size, d), n, 'jittered_crop')
   assert set(draw(16, 60)) == {18, 19, 20, 21, 22}
   drawn = draw(224, 150)
   assert 256 <= min(drawn) < 260 and 316 < max(drawn) <= 320
@@ -216,7 +222,7 @@ def test_evaluation_takes_the_center_of_the_short_side_or_for_classification_of_
 
 def test_resize_crop_takes_any_part_along_the_long_side():
   image = _numbered(4, 6)
-  made = {_positions(_resize_crop(image, 4, _draw(i)).numpy(), image, 4)[0] for i in range(60)}
+  made = {_positions(m, image, 4)[0] for m in _each(lambda draw: _resize_crop(tf.constant(image), 4, draw), 60)}
   assert made == {(0, right, mirrored) for right in range(3) for mirrored in (False, True)}
 
 
@@ -255,7 +261,7 @@ def _encode(image, file_format, **options):
 
 
 def _read_fast(encoded, size, draw=None, crop='resize_crop', channels=3):
-  return image_transforms.read(encoded, channels, size, draw, crop, 'fast').numpy()
+  return image_transforms.read(encoded, channels, size, draw, crop, 'fast')
 
 
 @pytest.mark.parametrize('before, size, after', [
@@ -275,7 +281,7 @@ def test_fast_resized_levels_equal_those_computed_by_hand_on_both_axes(before, s
 def test_fast_evaluation_takes_the_same_center(crop, share):
   image = np.stack([_coordinates(96, 160)[..., 0]] * 3, -1)
   encoded, middle = _encode(image, 'PNG'), 96 * share / 160 * 256 / 2
-  across = _read_fast(encoded, 32, crop=crop)[..., 0].astype(float).mean(0)
+  across = _read_fast(encoded, 32, crop=crop).numpy()[..., 0].astype(float).mean(0)
   assert abs(across[0] - (128 - middle)) < 4 and abs(across[-1] - (128 + middle)) < 4
 
 
@@ -288,14 +294,14 @@ def test_the_part_of_a_jpeg_that_is_decoded_is_the_one_that_was_drawn(crop, size
   encoded = _encode(_coordinates(H, W), 'JPEG', quality=100, subsampling=0)
   png = _encode(tf.io.decode_jpeg(encoded).numpy(), 'PNG')
   for i in range(4):
-    part, expected = (_read_fast(e, size, _draw(i, crop), crop)[..., :2].astype(int) for e in (encoded, png))
+    part, expected = (_read_fast(e, size, _draw(i, crop), crop).numpy()[..., :2].astype(int) for e in (encoded, png))
     assert np.abs(part - expected).max() <= levels
 
 
 def test_fast_crops_are_uniformly_distributed_over_the_file():
   encoded = _encode(_numbered(5, 9), 'PNG')
-  made = collections.Counter(
-      _positions(_read_fast(encoded, 5, _draw(i), channels=1), _numbered(5, 9), 5)[0][1] for i in range(500))
+  images = _each(lambda draw: _read_fast(encoded, 5, draw, channels=1), 500)
+  made = collections.Counter(_positions(image, _numbered(5, 9), 5)[0][1] for image in images)
   assert set(made) == set(range(5)) and all(abs(n - 100) < 4 * np.sqrt(500 * .2 * .8) for n in made.values())
 
 
