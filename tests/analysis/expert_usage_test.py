@@ -92,6 +92,9 @@ def test_the_content_has_overlaps_by_layer_and_their_mean():
   assert content['effective_experts'] == [[[1, 1]]] * 2
 
 
+_gate_sums = small_model.jit(expert_usage.gate_sums, static_argnums=(0, 2, 3, 4))
+
+
 def _encoded(router):
   """(spec, sequences, what the encoder collected) of captions, images and a set, in this order."""
   spec = small_model.spec(router)
@@ -118,7 +121,7 @@ def test_gate_sums_are_the_router_statistics_of_the_encoder(by_token):
     for j, condition in enumerate(s.layout.conditions):
       halves = (0, 1) if s.layout.masks[j] == 'two_stream' else (None,)
       slices += [TokenSlice(inputs.index(routers.router_input('token', condition)), i, j, half) for half in halves]
-  sums = expert_usage.gate_sums(spec, collected, slices, len(inputs), 1)
+  sums = _gate_sums(spec, collected, tuple(slices), len(inputs), 1)
   assert sums.gates.shape == (3, 2, 4, 4)
   for layer in range(3):
     subtree, period, block = spec.stack.locate(layer)
@@ -137,7 +140,7 @@ def test_words_queries_and_examples_are_separate(by_token):
   spec, _, collected = by_token
   slices = (TokenSlice(0, 0, 1, 0), TokenSlice(1, 0, 1, 1), TokenSlice(2, 1, 0, None, (0, 1)),
             TokenSlice(3, 1, 0, None, (1, 3)))
-  sums = expert_usage.gate_sums(spec, collected, slices, 4, 1)
+  sums = _gate_sums(spec, collected, slices, 4, 1)
   np.testing.assert_allclose(sums.tokens, [4, 4, 5, 10])
   routing = collected['tail'][0]['token_routing']['mlp'][1][0]  # of three images, in the last layer
   by_hand = np.zeros((3, 4))
@@ -146,7 +149,7 @@ def test_words_queries_and_examples_are_separate(by_token):
       for k in range(2):
         by_hand[example, routing.expert[example, token, k]] += routing.gates[example, token, k]
   np.testing.assert_allclose(sums.gates[2, 1, 2:], [by_hand[0], by_hand[1] + by_hand[2]], rtol=1e-5)
-  words = expert_usage.gate_sums(spec, collected, (TokenSlice(0, 0, 1),), 1, 1)
+  words = _gate_sums(spec, collected, (TokenSlice(0, 0, 1),), 1, 1)
   np.testing.assert_allclose(sums.gates[:, :, :2].sum(2), words.gates[:, :, 0], rtol=1e-5)
   assert np.abs(np.asarray(sums.gates[:, :, 0] - sums.gates[:, :, 1])).max() > .1
 
@@ -155,7 +158,7 @@ def test_examples_are_counted_in_every_shard(by_token):
   spec, _, collected = by_token
   slices = (TokenSlice(0, 1, 0, None, (0, 1)),)
   # With three images as three shards of one example, the first example of every shard is all of them.
-  one, every = (expert_usage.gate_sums(spec, collected, slices, 1, shards) for shards in (1, 3))
+  one, every = (_gate_sums(spec, collected, slices, 1, shards) for shards in (1, 3))
   np.testing.assert_allclose((one.tokens, every.tokens), [[5], [15]])
 
 

@@ -25,6 +25,7 @@ def _on(router: str, mesh: str) -> tuple[train_run.Run, Predictor]:
     task.batch_size = 8
   for evaluator, task in (('classification', 'shape'), ('retrieval', 'pair'), ('caption', 'caption')):
     c.evaluators[task] = config_lib.evaluator(evaluator, task, split='train', batch_size=5, num_examples=_EVALUATED)
+  c.evaluators.caption.beam_size = 2
   capacity_factor = 0.5 if router == 'token' else 0.0
   c.moe.update(dict(router=router, num_experts=8, top_k=2, gmm='batched', capacity_factor=capacity_factor))
   c.mesh.update({**dict(replica=1, data=1, expert=1, model=1), **_MESHES[mesh]})

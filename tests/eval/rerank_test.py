@@ -6,17 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import tiny
+from tests.helpers import shipped, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.eval import suite
 from uni_moe_jax.eval.predictor import Predictor
-from uni_moe_jax.model import decoding
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.moe import precision
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.train import finetuning
 from uni_moe_jax.train import run as train_run
@@ -62,13 +60,9 @@ def _with_scale(params, scale):
 def _beam(predictor, params):
   """(captions, scores) of every beam: lists and [B, k]."""
   run, task = _run()[0], _tasks()['caption']
-  model = UniPerceiver(run.spec.model.spec)
-  with precision.of_evaluation('float32'):
-    beam = decoding.beam_search(
-        decoding.Decoder.of(model, params, task.type), _pixels(), predictor.target_set(task.target_set),
-        temperature=task.temperature, spe=run.data.tokenizer.spe, eot=run.data.tokenizer.eot, max_len=task.max_len,
-        beam_size=BEAMS)
-  return [[run.data.tokenizer.decode(row) for row in rows] for rows in beam.tokens.tolist()], np.asarray(beam.scores)
+  tokenizer, words = run.data.tokenizer, predictor.target_set(task.target_set)
+  beam = shipped.search(run.spec.model.spec, params, task, tokenizer, _pixels(), words, beam_size=BEAMS)
+  return [[tokenizer.decode(row) for row in rows] for rows in beam.tokens.tolist()], beam.scores
 
 
 def test_of_a_beam_the_largest_sum_of_log_p_and_scaled_similarity_is_chosen():

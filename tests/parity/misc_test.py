@@ -1,9 +1,12 @@
 """What the published code computes once: position tables, their resizing, and how parameters start."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
+from tests.helpers import small_model
 from tests.parity import fixtures
 from tests.parity.fixtures import Arrays, assert_close
 from uni_moe_jax.export import resize_positions, torch_layout
@@ -30,7 +33,8 @@ def test_tables_and_their_resizing(name):
 def _start(model: str):
   """(fresh parameters under published names, published parameters that our tree lacks)."""
   spec = fixtures.model_spec(model)
-  return torch_layout.to_torch(init_params(UniPerceiver(spec), jax.random.key(0)), spec)
+  init = small_model.jit(functools.partial(init_params, UniPerceiver(spec)))
+  return torch_layout.to_torch(init(jax.random.key(0)), spec)
 
 
 @pytest.mark.parametrize('name, model', [

@@ -109,27 +109,30 @@ class _Compiler:
       assert stops()
 
 
-def test_the_first_step_is_traced_once_before_the_run_waits_and_the_cores_are_measured_after_it(tmp_path, monkeypatch):
+@pytest.fixture(name='stopped')
+def _stopped(tmp_path_factory, capsys):
+  """A run that was stopped while it waited."""
+  workdir, events = tmp_path_factory.mktemp('stopped'), []
+  compiler = _Compiler(events, lambda: signal.raise_signal(signal.SIGTERM))
+  assert loop.train(_config(), str(workdir), jax.devices()[:1], compiler=compiler) == loop.PREEMPTED
+  assert events == ['waited'] and 'stopped at step 0 of 2' in capsys.readouterr().out
+  assert not saved_run.lines(workdir)
+  return workdir
+
+
+def test_the_first_step_is_traced_once_before_the_run_waits_and_the_cores_are_measured_after_it(
+    stopped, tmp_path, monkeypatch):
   events, train_step, take = [], step_lib.train_step, loop._Trainer._take
   monkeypatch.setattr(peaks, 'of_mesh', lambda *_: events.append('measured') or 1e9)
   monkeypatch.setattr(step_lib, 'train_step', lambda *a, **k: events.append('traced') or train_step(*a, **k))
   monkeypatch.setattr(loop._Trainer, '_take', lambda *a: events.append('step') or take(*a))
   compiler = _Compiler(events)
-  assert loop.train(_config(), str(tmp_path / 'separately'), jax.devices()[:1], compiler=compiler) == loop.FINISHED
+  assert loop.train(_config(), str(stopped), jax.devices()[:1], compiler=compiler) == loop.FINISHED
   assert events == ['traced', 'waited', 'measured', 'step', 'step']
   events.clear()
-  assert loop.train(_config(), str(tmp_path / 'alone'), jax.devices()[:1]) == loop.FINISHED
+  assert loop.train(_config(), str(tmp_path), jax.devices()[:1]) == loop.FINISHED
   assert events == ['measured', 'step', 'traced', 'step']
-  assert saved_run.lines(tmp_path / 'separately') == saved_run.lines(tmp_path / 'alone')
-
-
-def test_a_stop_while_the_run_waits_takes_no_step(tmp_path, capsys):
-  events = []
-  compiler = _Compiler(events, lambda: signal.raise_signal(signal.SIGTERM))
-  assert loop.train(_config(), str(tmp_path), jax.devices()[:1], compiler=compiler) == loop.PREEMPTED
-  assert events == ['waited'] and 'stopped at step 0 of 2' in capsys.readouterr().out
-  assert not saved_run.lines(tmp_path)
-  assert loop.train(_config(), str(tmp_path), jax.devices()[:1]) == loop.FINISHED  # the positive control
+  assert saved_run.lines(stopped) == saved_run.lines(tmp_path)
   assert [line['step'] for line in saved_run.lines(tmp_path)] == [1, 2]
 
 

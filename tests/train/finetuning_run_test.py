@@ -27,9 +27,7 @@ def _config(*tasks: str):
 
 
 def _params(config, workdir):
-  run = train_run.build(config, jax.devices()[:1])
-  with Checkpoints(workdir, 2) as checkpoints:
-    state = checkpoints.restore(run.abstract_state())
+  _, state = saved_run.state(train_run.build(config, jax.devices()[:1]), workdir)
   return {path: np.asarray(leaf) for path, leaf in by_path(state.params).items()}
 
 
@@ -105,9 +103,9 @@ def test_a_run_starts_from_averaged_parameters(tmp_path):
   c.train.ema_decay, other.train.init = .5, str(tmp_path)
   saved_run.save(tmp_path, c, step=2, change=lambda state: state.replace(
       ema_params=jax.tree.map(lambda x: np.asarray(x) + 1, state.params)))
-  run = train_run.build(c, jax.devices()[:1])
-  with Checkpoints(tmp_path, 1) as checkpoints:
-    state, averaged = checkpoints.restore(run.abstract_state()), checkpoints.restore_params()
+  _, state = saved_run.state(train_run.build(c, jax.devices()[:1]), tmp_path)
+  with Checkpoints(tmp_path, None) as checkpoints:
+    averaged = checkpoints.restore_params()
   loaded = train_run.load_init_params(train_run.build(other, jax.devices()[:1]))
   for params in (averaged, loaded):
     chex.assert_trees_all_equal(params, state.ema_params)

@@ -31,10 +31,18 @@ def _names(spec=SPEC):
   return {path_of(path): getattr(x, 'names', ()) for path, x in boxed}
 
 
+@functools.cache
+def _update(on_one_cpu, **changes):
+  """(gradients, state or None) → (updates, state) of the small model, compiled."""
+  params = small_model.params(SPEC)
+  tx = optimizer.make_optimizer(_config(**changes), params, axis_names=_names(), on_one_cpu=on_one_cpu).tx
+  return small_model.jit(lambda gradients, state: tx.update(
+      gradients, tx.init(gradients) if state is None else state, params))
+
+
 def _updates(gradients, state=None, on_one_cpu=True, **changes):
   """({path: update}, state) of the small model."""
-  tx = optimizer.make_optimizer(_config(**changes), gradients, axis_names=_names(), on_one_cpu=on_one_cpu).tx
-  updates, state = tx.update(gradients, tx.init(gradients) if state is None else state, small_model.params(SPEC))
+  updates, state = _update(on_one_cpu, **changes)(gradients, state)
   return by_path(updates), state
 
 

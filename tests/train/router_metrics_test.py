@@ -28,13 +28,16 @@ def _run() -> train_run.Run:
   return train_run.build(c, jax.devices()[:1])
 
 
+_params = functools.cache(lambda: _run().init().params)
+
+
 @functools.cache
 def _problem(accum: int):
   """(spec, parameters, batch, sets, key)."""
   run = _run()
   spec = dataclasses.replace(run.spec, grad_accum_steps=accum)
   batch = next(dataclasses.replace(run.mixture(), layout=BatchLayout(accum)).iterate(0, 1))[1]
-  return spec, run.init().params, batch, run.target_sets(), jax.random.key(7)
+  return spec, _params(), batch, run.target_sets(), jax.random.key(7)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import tiny
+from tests.helpers import small_model, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.pipeline.mixtures import BatchLayout
@@ -243,9 +243,8 @@ def _gradients(accum):
   """Output of one step from the same parameters."""
   run = _set_run()
   spec = dataclasses.replace(run.spec, grad_accum_steps=accum)
-  params = run.init().params
   return jax.device_get(jax.jit(functools.partial(step.gradients, spec))(
-      params, _global_batch(run, accum), run.target_sets(), jax.random.key(7)))
+      small_model.params(spec.model.spec), _global_batch(run, accum), run.target_sets(), jax.random.key(7)))
 
 
 def test_accumulated_losses_are_those_of_one_big_batch():
@@ -359,23 +358,3 @@ def test_target_sets_are_encoded_once_for_all_micro_steps():
   assert encoded
   assert not encoded & inside
   assert (2, 5, 16) in inside  # while the images of a micro-step, 2 of [spe, 4 patches], are encoded in it
-
-
-# A sampled mixture: one task a step.
-def test_a_one_task_step_has_only_the_loss_of_its_task_whose_weight_does_not_scale_it():
-  c = tiny.config('shape', 'pair', data_dir=tiny.data_dir())
-  c.model.num_layers = 1
-  c.train.mixture = 'one_task'
-  c.tasks.shape.loss_weight = 3.
-  c.optim.param_groups = (('.*', 1., 0.),)
-  run = _build(c)
-  batch = next(batch for name, batch in run.mixture().iterate(0, 20) if name == 'shape')
-  state = run.init()
-  before = _by_path(jax.device_get(state.params))
-  state, metrics = run.step_fn('shape')(state, run.put_batch(batch), run.target_sets())
-  after = _by_path(state.params)
-  assert [k for k in metrics if k.startswith('loss/')] == ['loss/shape', 'loss/total']
-  moved = {path for path in before if (before[path] != after[path]).any()}
-  assert 'log_scale_image_classification' in moved
-  assert 'log_scale_image_retrieval' not in moved
-  assert metrics['loss/total'] == metrics['loss/shape']

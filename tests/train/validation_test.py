@@ -15,7 +15,6 @@ from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.train import loop, validation
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
-from uni_moe_jax.train.step import TrainState
 from uni_moe_jax.utils.errors import UsageError
 
 _METRIC = 'eval/masked/perplexity'
@@ -33,6 +32,13 @@ def _config(**train):
 def _train(workdir, config):
   assert loop.train(config, str(workdir), jax.devices()[:1]) == loop.FINISHED
   return workdir
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _one_step():
+  with pytest.MonkeyPatch.context() as patch:
+    saved_run.share_steps(patch)
+    yield
 
 
 @pytest.fixture(scope='module')
@@ -54,21 +60,16 @@ def _lines(workdir, evaluations: bool):
   return [line for line in saved_run.lines(workdir) if ('loss/total' not in line) == evaluations]
 
 
-def _state(run, workdir, step) -> TrainState:
-  with Checkpoints(workdir, None) as checkpoints:
-    return checkpoints.restore(run.abstract_state(), step)
-
-
 def _measured(run, params) -> dict[str, float]:
   [e] = [e for e in run.plan.evaluations if e.during_training]
   return {f'eval/masked/{s.name}': s.value for s in suite.scores(e, run.data, train_run.new_predictor(run, params), {})}
 
 
 def test_evaluation_changes_no_bit_of_training(run, evaluated, plain):
-  chex.assert_trees_all_equal(_state(run, evaluated, 5), _state(run, plain, 5))
+  chex.assert_trees_all_equal(saved_run.state(run, evaluated, 5), saved_run.state(run, plain, 5))
   assert _lines(evaluated, False) == _lines(plain, False) and len(_lines(plain, False)) == 5
   assert _lines(plain, True) == []
-  early, late = (_state(run, plain, step).params for step in (2, 5))  # the control: parameters do move
+  early, late = (saved_run.state(run, plain, step)[1].params for step in (2, 5))  # the control: parameters do move
   assert sum(jax.tree.leaves(jax.tree.map(lambda a, b: not np.array_equal(a, b), early, late))) > 10
 
 
@@ -76,7 +77,7 @@ def test_every_other_step_and_the_last_are_measured_as_their_checkpoints_are(run
   lines = _lines(evaluated, True)
   assert [line.pop('step') for line in lines] == [2, 4, 5]
   for step, line in zip((2, 4, 5), lines, strict=True):
-    state = _state(run, evaluated, step)
+    _, state = saved_run.state(run, evaluated, step)
     # Averaged parameters, and target sets that are encoded with them: those of an earlier step would differ.
     assert line == _measured(run, state.ema_params) != _measured(run, state.params)
     manifest = json.loads((evaluated / f'checkpoints/{step}/manifest.json').read_text())
