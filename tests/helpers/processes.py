@@ -48,6 +48,14 @@ def children(pid: int | str) -> set[int]:
   return {int(child) for thread in threads for child in thread.read_text().split()}
 
 
+def is_running(pid: int) -> bool:
+  """Return whether a process exists and has not ended unseen."""
+  try:
+    return pathlib.Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+  except OSError:
+    return False
+
+
 def free_address() -> str:
   """Return HOST:PORT with a free port of this machine."""
   with socket.socket() as free:

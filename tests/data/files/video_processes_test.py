@@ -100,7 +100,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, number):
   if number:
     parent.send_signal(number)
   parent.communicate()
-  _wait_for(lambda: not any(map(_runs, children)))
+  _wait_for(lambda: not any(map(processes.is_running, children)))
 
 
 @pytest.mark.skipif(not pathlib.Path('/proc/self/task').exists(), reason='reads /proc')
@@ -127,13 +127,6 @@ def test_a_fork_does_not_wait_for_processes_of_its_parent(tmp_path, two_cores):
     os.kill(fork, signal.SIGKILL)
     raise
   np.testing.assert_array_equal(read(), [[1, True], [2, True]])
-
-
-def _runs(pid):
-  try:
-    return pathlib.Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
-  except OSError:
-    return False
 
 
 def _wait_for(condition):

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -26,6 +29,31 @@ def test_buffers_are_summed_by_hand():
   # A buffer that an argument and a result share counts once; other memories of the chip, with a color, do not count.
   assert libtpu_plan.parse_buffers(_BUFFERS) == {
       'arguments': 98304 + 2048, 'results': 1024, 'temporaries': 512 + 4096 + 30000}
+
+
+_PLAN_WITH = """
+import ml_collections, sys
+from uni_moe_jax.tools.preflight import libtpu_plan, topology
+sys.executable = sys.argv[1]
+libtpu_plan.plan_program(ml_collections.ConfigDict(), None, topology.parse('v5e:2x2'))
+"""
+
+
+def test_the_compiling_process_ends_with_a_preflight_that_is_killed(tmp_path):
+  pid, compiler = tmp_path / 'pid', tmp_path / 'python'
+  compiler.write_text(f'#!/bin/sh\necho $$ > {pid}.new\nmv {pid}.new {pid}\nexec sleep 120\n')
+  compiler.chmod(0o755)
+  with subprocess.Popen([sys.executable, '-c', _PLAN_WITH, compiler], env=processes.environment(1)) as preflight:
+    while not pid.exists():
+      assert preflight.poll() is None
+      time.sleep(0.05)
+    child = int(pid.read_text())
+    assert processes.is_running(child)
+    preflight.kill()
+  deadline = time.monotonic() + 10
+  while processes.is_running(child) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert not processes.is_running(child)
 
 
 @pytest.mark.slow

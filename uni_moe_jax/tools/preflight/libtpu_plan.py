@@ -8,6 +8,7 @@ import os
 import pathlib
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import jax
 import ml_collections
 
 from uni_moe_jax.tools.preflight.topology import Topology
+from uni_moe_jax.utils import signals
 
 _ROOT = pathlib.Path(__file__).resolve().parents[3]
 _PLAN = '*after_optimizations_after_buffer_assignment.txt'
@@ -48,7 +50,8 @@ def plan_program(config: ml_collections.ConfigDict, which: Any, topology: Topolo
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(_ROOT), os.environ.get('PYTHONPATH', '')])}
     with log.open('wb') as out:
       child = subprocess.Popen([sys.executable, '-m', 'uni_moe_jax.tools.preflight.libtpu_plan', name],
-                               stdin=subprocess.PIPE, stdout=out, stderr=out, env=environment)
+                               stdin=subprocess.PIPE, stdout=out, stderr=out, env=environment,
+                               preexec_fn=signals.end_with_parent(signal.SIGKILL))
     try:
       with child.stdin as pipe:
         pickle.dump((config.copy_and_resolve_references().to_dict(), which, topology.name), pipe)
