@@ -90,7 +90,7 @@ def test_a_plan_is_complete_with_its_entry(tmp_path, text, is_complete):
   assert libtpu_plan._is_complete(tmp_path) == is_complete
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # complete compiles take three minutes of a machine without AVX-512
 def test_libtpu_plans_what_it_compiles():
   pytest.importorskip('libtpu')
   lines = [json.loads(line) for line in processes.printed(_PLANNED_AND_COMPILED, 'v5e:2x2').splitlines()]
