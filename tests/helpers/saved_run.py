@@ -47,20 +47,12 @@ def state(run: train_run.Run, folder: Folder, step: int | None = None) -> tuple[
     return step or checkpoints.latest(), checkpoints.restore(run.abstract_state(), step)
 
 
-# Fields of `train` on which no step depends.
-_AROUND_STEPS = ('best_metric', 'checkpoint_every', 'evaluate_every', 'max_nonfinite_steps', 'max_to_keep')
-
-
 def share_steps(patch: pytest.MonkeyPatch) -> None:
   """Give runs of equal configs one step from now on: to trace it takes longer than to train a tiny run."""
   steps, make = {}, train_run.Run.step_fn
 
   def step_fn(run, task=None):
-    config = run.config.copy_and_resolve_references()
-    with config.unlocked():
-      for name in _AROUND_STEPS:
-        del config.train[name]
-    return steps.setdefault((config.to_json_best_effort(), run.mesh, task), make(run, task))
+    return steps.setdefault((run.config.to_json_best_effort(), run.mesh, task), make(run, task))
 
   patch.setattr(train_run.Run, 'step_fn', step_fn)
 
@@ -83,12 +75,6 @@ def flip_bit(file: storage.Path) -> None:
   content = bytearray(file.read_bytes())
   content[len(content) // 2] ^= 1
   storage.write_bytes(file, bytes(content))
-
-
-def truncate(file: storage.Path) -> None:
-  """Remove the second half of a file or object."""
-  content = file.read_bytes()
-  storage.write_bytes(file, content[:len(content) // 2])
 
 
 def alter(checkpoint: storage.Path) -> None:

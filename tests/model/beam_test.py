@@ -114,8 +114,8 @@ def _assert_equal_without_caches(beams: int, eot: int, spec):
 
 
 @pytest.mark.parametrize('beams, spec', [
-    *((1, spec) for spec in (_SPEC, _DENSE, _DEEP)),
-    *((_K, spec) for spec in (_SPEC, _PROMPTED, _TOKEN, _CONTEXT, _TASK, _VIDEOS, _NEIGHBORS))])
+    (1, _SPEC), (_K, _SPEC), (1, _DENSE), (1, _DEEP), (1, _PROMPTED), (_K, _PROMPTED), (_K, _TOKEN), (_K, _CONTEXT),
+    (_K, _TASK), (1, _VIDEOS), (_K, _VIDEOS), (1, _NEIGHBORS), (_K, _NEIGHBORS)])
 def test_beam_search_equals_a_search_without_caches(beams, spec):
   tokens = _assert_equal_without_caches(beams, _NEVER, spec)
   # Otherwise equality would prove little: captions differ and do not repeat one word.

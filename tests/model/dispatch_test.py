@@ -80,10 +80,10 @@ def test_later_words_change_no_bit_of_earlier_states(router):
 def test_later_words_do_not_leak_at_half_the_capacity(router, gmm):
   spec = small_model.spec(router, num_layers=2, capacity_factor=.5, gmm=gmm)  # one drops a query that is to change
   _assert_no_leak(spec, jax.random.key(0))
-  # Capacity drops tokens here.
-  _, collected = small_model.run(spec, [_captions(1, _CHANGED)], jax.random.key(0), taps=True, all_rows=True)
-  for usage in collected['tail'][0]['router_stats'].values():
-    assert np.sum(usage.kept) < np.sum(usage.requested)
+  # Capacity drops tokens here: an exact model has other states.
+  dropping, _ = _states(spec, _captions(1, _CHANGED), jax.random.key(0))
+  exact, _ = _states(small_model.spec(router, num_layers=2), _captions(1, _CHANGED), jax.random.key(0))
+  assert np.abs(dropping - exact)[:, _EARLIER].max() > 1e-2
 
 
 def test_slots_given_example_by_example_would_leak():
@@ -151,17 +151,17 @@ def test_readout_rows_have_the_noise_of_all_rows():
 
 
 @pytest.mark.parametrize('router', (*router_names.MERGED, *router_names.DISPATCHED))
-@pytest.mark.parametrize('parts, placement', [
-    (('attention',), 'every_2'), (('mlp',), (1,)), (SUBLAYERS, 'every_2'), (SUBLAYERS, (1,))])
-def test_every_router_works_with_every_sublayer_and_placement(router, parts, placement):
-  spec = small_model.spec(router, sublayers=parts, placement=placement, num_deep_prompts=1)
-  shapes = small_model.nn.unbox(small_model.boxed(spec))
-  run = lambda values: small_model.encode(
-      spec, [small_model.sequence('image_caption')], values=values, key=jax.random.key(0))[0]
-  assert [f.shape for f in jax.eval_shape(run, shapes)] == [(2, 3, 16)]
-  for layer, local in enumerate(spec.pattern):
-    subtree, _, block = spec.stack.locate(layer)
-    assert {p for p in SUBLAYERS if ROUTER_PARAMS[p] in shapes['encoder'][subtree][block]} == set(local)
+@pytest.mark.parametrize('parts', (('attention',), ('mlp',), SUBLAYERS))
+def test_every_router_works_with_every_sublayer_and_placement(router, parts):
+  for placement in ('every_2', (1,)):
+    spec = small_model.spec(router, sublayers=parts, placement=placement, num_deep_prompts=1)
+    shapes = small_model.nn.unbox(small_model.boxed(spec))
+    run = lambda values, s=spec: small_model.encode(
+        s, [small_model.sequence('image_caption')], values=values, key=jax.random.key(0))[0]
+    assert [f.shape for f in jax.eval_shape(run, shapes)] == [(2, 3, 16)]
+    for layer, local in enumerate(spec.pattern):
+      subtree, _, block = spec.stack.locate(layer)
+      assert {p for p in SUBLAYERS if ROUTER_PARAMS[p] in shapes['encoder'][subtree][block]} == set(local)
 
 
 def test_tokens_are_counted_by_condition_without_padding():

@@ -55,19 +55,20 @@ def test_a_state_is_restored_bit_for_bit_in_silence(capfd, workdir):
 
 def test_the_newest_the_best_and_every_nth_checkpoint_are_kept(workdir):
   with Checkpoints(workdir, max_to_keep=1, best_metric='loss/total', keep_every=3) as checkpoints:
-    for step in (3, 4, 6, 7):
+    for step in range(3, 9):
       checkpoints.save(step, _state(step), {'loss/total': step})
     checkpoints.finish()
-    assert checkpoints.steps() == saved_steps(workdir) == [1, 3, 6, 7]
-  assert {name.split('/')[0] for name in storage.files_in(workdir / 'checkpoints')} == {'1', '3', '6', '7'}
+    assert checkpoints.steps() == saved_steps(workdir) == [1, 3, 6, 8]
+  assert {name.split('/')[0] for name in storage.files_in(workdir / 'checkpoints')} == {'1', '3', '6', '8'}
 
 
-_FLIPPED = saved_run.flip_bit, '{} differs from what was saved (by its MD5)'
+def _truncate(path):
+  storage.write_bytes(path, path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize('store, damage, message', [
-    ('gs', *_FLIPPED), ('s3', *_FLIPPED), ('gs', saved_run.truncate, '{} has '),
-    ('gs', lambda path: path.unlink(), '{} is missing')], indirect=['store'])  # both list names and sizes
+@pytest.mark.parametrize('damage, message', [
+    (saved_run.flip_bit, '{} differs from what was saved (by its MD5)'), (_truncate, '{} has '),
+    (lambda path: path.unlink(), '{} is missing')])
 def test_a_damaged_checkpoint_is_named_and_set_aside_and_its_step_can_be_saved_again(workdir, damage, message, capfd):
   folder = workdir / 'checkpoints/2'
   largest = saved_run.largest_file(folder)

@@ -27,25 +27,39 @@ def _train(workdir, *args):
   return workdir
 
 
+@pytest.fixture(autouse=True)
+def _one_step(monkeypatch):
+  saved_run.share_steps(monkeypatch)
+
+
+def _state(workdir):
+  return saved_run.state(train_run.build(_config(1), jax.devices()[:1]), workdir)
+
+
+def _assert_equal(a, b):
+  chex.assert_trees_all_equal(_state(a), _state(b))
+  assert saved_run.lines(a) == saved_run.lines(b)
+
+
 def _claim(workdir, *args, **given):
   workdir_lib.claim_workdir(workdir, _config(*args), 'print', **{'extends': True, **given})
 
 
-def test_four_steps_and_then_seven_equal_seven_at_once_or_draw_the_cosine_over_all_steps(
-    tmp_path, monkeypatch, capsys):
-  saved_run.share_steps(monkeypatch)
+def test_with_a_constant_rate_four_steps_and_then_seven_equal_seven_at_once(tmp_path, capsys):
+  parts = _train(tmp_path / 'parts', 4, 'constant')
+  _train(parts, 7, 'constant')
+  assert f'{parts} is extended from 4 to 7 steps\n' in capsys.readouterr().out
+  _assert_equal(parts, _train(tmp_path / 'one', 7, 'constant'))
+  content = json.loads((parts / workdir_lib.CONFIG_FILE).read_text())
+  assert (content['config']['train']['steps'], content['extended']) == (7, [4])
+  assert workdir_lib.provenance(parts, 7)['extended from'] == '4 steps'
+
+
+def test_with_a_cosine_the_rate_keeps_its_last_value_or_is_drawn_over_all_steps(tmp_path):
   held = _train(tmp_path / 'held', 4)
   stretched = shutil.copytree(held, tmp_path / 'stretched')
   _train(held, 7, 'cosine', 4)
-  assert f'{held} is extended from 4 to 7 steps\n' in capsys.readouterr().out
-  content = json.loads((held / workdir_lib.CONFIG_FILE).read_text())
-  assert (content['config']['train']['steps'], content['extended']) == (7, [4])
-  assert workdir_lib.provenance(held, 7)['extended from'] == '4 steps'
-  one = _train(tmp_path / 'one', 7, 'cosine', 4)
-  run = train_run.build(_config(1), jax.devices()[:1])
-  step, expected = saved_run.state(run, one)
-  chex.assert_trees_all_equal(saved_run.state(run, held), (step, expected))
-  assert saved_run.lines(held) == saved_run.lines(one)
+  _assert_equal(held, _train(tmp_path / 'one', 7, 'cosine', 4))
   _train(stretched, 7, 'cosine', 7)
   rates = {d: [line['learning_rate'] for line in saved_run.lines(d)] for d in (held, stretched)}
   # Peak .01: a step of warm-up, then cosines of 3 and of 6 steps to a quarter of it.
@@ -53,8 +67,8 @@ def test_four_steps_and_then_seven_equal_seven_at_once_or_draw_the_cosine_over_a
   np.testing.assert_allclose(rates[held], [.01, *(cosine(t, 4) for t in range(1, 7))], rtol=1e-5)
   np.testing.assert_allclose(rates[stretched][:4], rates[held][:4])
   np.testing.assert_allclose(rates[stretched][4:], [cosine(t, 7) for t in range(4, 7)], rtol=1e-5)
-  step, state = saved_run.state(run, stretched)
-  differs = jax.tree.map(lambda a, b: not np.array_equal(a, b), state.params, expected.params)
+  step, state = _state(stretched)
+  differs = jax.tree.map(lambda a, b: not np.array_equal(a, b), state.params, _state(held)[1].params)
   assert step == 7 and any(jax.tree.leaves(differs))
 
 

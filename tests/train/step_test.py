@@ -358,3 +358,23 @@ def test_target_sets_are_encoded_once_for_all_micro_steps():
   assert encoded
   assert not encoded & inside
   assert (2, 5, 16) in inside  # while the images of a micro-step, 2 of [spe, 4 patches], are encoded in it
+
+
+# A sampled mixture: one task a step.
+def test_a_one_task_step_has_only_the_loss_of_its_task_whose_weight_does_not_scale_it():
+  c = tiny.config('shape', 'pair', data_dir=tiny.data_dir())
+  c.model.num_layers = 1
+  c.train.mixture = 'one_task'
+  c.tasks.shape.loss_weight = 3.
+  c.optim.param_groups = (('.*', 1., 0.),)
+  run = _build(c)
+  batch = next(batch for name, batch in run.mixture().iterate(0, 20) if name == 'shape')
+  state = run.init()
+  before = _by_path(jax.device_get(state.params))
+  state, metrics = run.step_fn('shape')(state, run.put_batch(batch), run.target_sets())
+  after = _by_path(state.params)
+  assert [k for k in metrics if k.startswith('loss/')] == ['loss/shape', 'loss/total']
+  moved = {path for path in before if (before[path] != after[path]).any()}
+  assert 'log_scale_image_classification' in moved
+  assert 'log_scale_image_retrieval' not in moved
+  assert metrics['loss/total'] == metrics['loss/shape']

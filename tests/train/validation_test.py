@@ -34,13 +34,6 @@ def _train(workdir, config):
   return workdir
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _one_step():
-  with pytest.MonkeyPatch.context() as patch:
-    saved_run.share_steps(patch)
-    yield
-
-
 @pytest.fixture(scope='module')
 def run():
   return train_run.build(_config(evaluate_every=2), jax.devices()[:1])

@@ -72,6 +72,7 @@ def test_grouped_products(implementation, kernels):
   assert _kernels('grouped products', f'3072 x 768, {implementation}') == (kernels, 0)
 
 
-def test_captions():
-  triton, _ = _kernels('captions', 'attribute, captions')
+@pytest.mark.parametrize('router', ['dense', 'attribute'])
+def test_captions(router):
+  triton, _ = _kernels('captions', f'{router}, captions')
   assert triton == 0
