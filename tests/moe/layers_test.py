@@ -1,4 +1,4 @@
-"""Merging kernels is mixing expert outputs, in values and gradients; projections by hand."""
+"""Merging kernels is mixing expert outputs, in values and gradients; projections and LayerNorm by hand."""
 
 import functools
 import math
@@ -219,3 +219,39 @@ def test_a_rematerialized_product_is_not_computed_again(weights, products, dtype
   operands = normal(2, 30, 50, 4), {'kernel': normal(0, 4, 6), 'bias': normal(1, 6)}, normal(3, 6)
   program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*operands).compile()
   assert hlo.count_matmuls(program.as_text()) == products
+
+
+def _norm(x, scale, bias):
+  return layers.LayerNorm().apply({'params': {'scale': jnp.asarray(scale), 'bias': jnp.asarray(bias)}}, jnp.asarray(x))
+
+
+def test_layer_norm_by_hand():
+  # Mean 5, variance ((-4)² + 0 + 4² + 0) / 4 = 8, of which 1e-5 is a millionth.
+  y = _norm([[1., 5., 9., 5.]], [1., 1., 2., 1.], [0., .5, 0., 0.])
+  np.testing.assert_allclose(y, [[-math.sqrt(2), .5, 2 * math.sqrt(2), 0.]], rtol=1e-5)
+  # A row without variance is its bias, with finite gradients.
+  constant = jnp.full((1, 4), 7.)
+  np.testing.assert_array_equal(_norm(constant, jnp.ones(4), [1., 2., 3., 4.]), [[1., 2., 3., 4.]])
+  assert np.isfinite(jax.grad(lambda x: _norm(x, jnp.ones(4), jnp.zeros(4)).sum())(constant)).all()
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('rows', [(3,), (2, 5), (2, 5, 3)])
+def test_layer_norm_and_its_gradients_are_those_of_flax(rows, dtype):
+  x, weights = (3 * normal(0, *rows, 8) + 1).astype(dtype), normal(3, *rows, 8)
+  params = {'scale': normal(1, 8), 'bias': normal(2, 8)}
+
+  def value_and_gradients(module):
+    loss = lambda x, params: ((y := module.apply({'params': params}, x)) * weights).sum() + jnp.square(y).sum()
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, params)
+
+  flax_norm = nn.LayerNorm(epsilon=layers.NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False)
+  (value, (dx, dparams)), (expected, (dx_expected, dparams_expected)) = map(
+      value_and_gradients, (layers.LayerNorm(), flax_norm))
+  assert dx.dtype == dtype
+  rounding = 1e-4 if dtype == jnp.float32 else 1e-2
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  as_float = lambda x: np.asarray(x, np.float32)
+  np.testing.assert_allclose(as_float(dx), as_float(dx_expected), rtol=rounding, atol=rounding)
+  for name, gradient in dparams.items():
+    np.testing.assert_allclose(gradient, dparams_expected[name], rtol=1e-4, atol=1e-4, err_msg=name)

@@ -16,7 +16,7 @@ from uni_moe_jax.model.prompts import DeepPrompts
 from uni_moe_jax.model.sequences import KVCache
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.sublayer import Context, Hidden, Pools, Sublayer, output_projection
-from uni_moe_jax.moe.layers import layer_norm, param, xavier_uniform
+from uni_moe_jax.moe.layers import LayerNorm, param, xavier_uniform
 from uni_moe_jax.parallel import sharding
 
 # Salts that separate the uses of one (step, layer) key, beside those of the routers.
@@ -126,7 +126,7 @@ class Block(nn.Module):
     spec, mesh, sequences = self.spec, context.mesh, context.sequences
     key = None if context.key is None else jax.random.fold_in(context.key, layer)
     context = context.replace(key=key, readout_only=self.last and context.readout_only)
-    norm1, norm2 = layer_norm('norm1'), layer_norm('norm2')
+    norm1, norm2 = LayerNorm(name='norm1'), LayerNorm(name='norm2')
     layer_scale = nn.initializers.constant(spec.layer_scale_init)
     scale1, scale2 = (
         sharding.as_used(param(self, name, layer_scale, {'embed': spec.width}), ('embed',), mesh)

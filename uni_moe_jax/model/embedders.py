@@ -16,7 +16,7 @@ from uni_moe_jax.model.sequences import NO_WORD
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.stem import conv_stem, stem_params
 from uni_moe_jax.moe import products
-from uni_moe_jax.moe.layers import layer_norm, param, xavier_uniform
+from uni_moe_jax.moe.layers import LayerNorm, param, xavier_uniform
 from uni_moe_jax.parallel import sharding
 
 EMBED_STD = 0.02
@@ -84,7 +84,7 @@ class Embed(nn.Module):
       self.visual_type = table('visual_type', 1, 'type')
     if s.spe_bias:
       self.spe_bias = param(self, 'spe_bias', nn.initializers.zeros, {'embed': s.width})
-    self.norm = layer_norm(None)
+    self.norm = LayerNorm()
     self.prompts = TokenPrompts(s)
 
   def words(self, ids: jax.Array) -> jax.Array:

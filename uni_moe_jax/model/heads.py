@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from uni_moe_jax.moe.layers import layer_norm, param, xavier_uniform
+from uni_moe_jax.moe.layers import LayerNorm, param, xavier_uniform
 from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.parallel import sharding
 
@@ -41,7 +41,7 @@ class SimilarityHead(nn.Module):
 
   @nn.compact
   def __call__(self, hidden: jax.Array) -> jax.Array:
-    x = layer_norm('norm')(hidden)
+    x = LayerNorm(name='norm')(hidden)
     axes = {'embed': self.width, 'feature': self.width}
     kernel = param(self, 'kernel', xavier_uniform(self.width, self.width), axes)
     bias = param(self, 'bias', nn.initializers.zeros, {'feature': self.width})

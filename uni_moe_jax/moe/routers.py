@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from uni_moe_jax.moe.layers import layer_norm, param
+from uni_moe_jax.moe.layers import LayerNorm, param
 from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.tasks.attributes import NUM_ATTRIBUTES, Condition
 from uni_moe_jax.tasks.router_names import CONDITION_ROUTERS, DENSE, DISPATCHED
@@ -160,7 +160,7 @@ class ConditionRouter(nn.Module):
   def __call__(self, inputs: tuple[RouterInput, ...], noise_key: jax.Array | None) -> RouterOutput:
     """Routes A router inputs; without a noise key (evaluation) there is no noise."""
     embedding = NameEmbedding if CONDITION_ROUTERS[self.router].names else AttributeEmbedding
-    h = layer_norm('norm')(embedding(self.width, self.names, name='embed')(inputs))
+    h = LayerNorm(name='norm')(embedding(self.width, self.names, name='embed')(inputs))
     axes = {'embed': self.width, 'gate_experts': self.num_experts}
     logits = jnp.matmul(h, param(self, 'gate', nn.initializers.xavier_uniform(), axes), precision=EXACT)
     if noise_key is not None and self.noise_std > 0:
