@@ -64,7 +64,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   peak = 1e-3 if first else 2e-5
   c.optim.update(dict(learning_rate=peak, warmup_steps=10_000 if first else 5_000, final_lr_fraction=1e-6 / peak))
   c.train.update(dict(steps=230_000 if first else 50_000, log_every=50, checkpoint_every=2_000))
-  c.mesh.fsdp = a.size == 'large'
+  # Also where parameters would fit without: experts are then merged, and updated, where they are.
+  c.mesh.fsdp = a.size in ('base', 'large')
   return c
 
 
