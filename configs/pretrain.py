@@ -16,8 +16,11 @@ Arguments:
                        whole batch. one_task: a step has one task, drawn by its sampling weight, and retrieval contrasts
                        with the pairs of one of the 64 ranks, as published
 
-Batches are those of the 64 published ranks, in multiples of 256 examples, for 256 devices. docs/guides/benchmarks.md
-says how to obtain the data. CLIP's merges file is expected in the current folder, or at --config.tokenizer.merges_path.
+Batches are those of the 64 published ranks, in multiples of 256 examples, for 256 devices. Parameters of base and large
+are split over mesh.data (mesh.fsdp), which must divide the width: with 512 devices set mesh.data to 256 and
+mesh.replica to 2. docs/guides/benchmarks.md says how to obtain the data. CLIP's merges file is expected in the current
+folder, or at --config.tokenizer.merges_path.
+
 Sizes, loss and sampling weights, learning rates and steps are those published for the base model; other sizes use them
 too. Not as published: bfloat16 instead of float16 with loss scaling; image positions are computed; a step of all tasks
 updates every parameter. It has not been run, so no scores are known.
