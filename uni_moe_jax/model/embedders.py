@@ -91,7 +91,7 @@ class Embed(nn.Module):
     """Rows of the word table, [...] → [..., D]; `spe` with its learned bias if the model has one."""
     x = self.word[ids]
     if self.spec.spe_bias:
-      x = x + jnp.where(ids == self.spec.spe_id, 1, 0)[..., None] * self.spe_bias.reshape((1,) * ids.ndim + (-1,))
+      x = x + jnp.where(ids == self.spec.spe_id, 1, 0)[..., None] * jax.lax.broadcast_to_rank(self.spe_bias, x.ndim)
     return x
 
   def text(self, ids: jax.Array, positions: jax.Array, neighbors: jax.Array | None = None) -> jax.Array:

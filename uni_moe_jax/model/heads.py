@@ -46,7 +46,7 @@ class SimilarityHead(nn.Module):
     kernel = param(self, 'kernel', xavier_uniform(self.width, self.width), axes)
     bias = param(self, 'bias', nn.initializers.zeros, {'feature': self.width})
     kernel = sharding.as_used(kernel, tuple(axes), self.mesh)
-    return jnp.matmul(x, kernel, precision=EXACT) + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+    return jnp.matmul(x, kernel, precision=EXACT) + jax.lax.broadcast_to_rank(bias, x.ndim)
 
 
 class LinearHead(nn.Module):
@@ -59,5 +59,5 @@ class LinearHead(nn.Module):
     kernel = param(self, 'kernel', nn.initializers.zeros, {'embed': features.shape[-1], 'class': self.classes})
     bias = param(self, 'bias', nn.initializers.zeros, {'class': self.classes})
     weight = param(self, 'similarity_weight', nn.initializers.ones, {})
-    bias = bias.reshape((1,) * (features.ndim - 1) + (-1,))
+    bias = jax.lax.broadcast_to_rank(bias, features.ndim)
     return weight * logits + jnp.matmul(features, kernel, precision=EXACT) + bias

@@ -94,7 +94,7 @@ def _normalize_forward(x, scale, bias):
   x32 = x.astype(jnp.float32)
   mean = x32.mean(-1, keepdims=True)
   inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + NORM_EPSILON)  # of the standard deviation
-  scale, bias = (v.reshape((1,) * (x.ndim - 1) + v.shape) for v in (scale, bias))
+  scale, bias = (jax.lax.broadcast_to_rank(v, x.ndim) for v in (scale, bias))
   return (x32 - mean) * (inverse * scale) + bias, (x, mean, inverse, scale)
 
 
@@ -162,7 +162,7 @@ class MoeDense(nn.Module):
     elif not self.num_experts:
       kernel, bias = kernel[None], bias[None]
     if scale is not None:  # in float32: the gradient of the scale is a sum over the input axes
-      kernel, bias = (x * scale.reshape((1,) * (x.ndim - 1) + scale.shape) for x in (kernel, bias))
+      kernel, bias = (x * jax.lax.broadcast_to_rank(scale, x.ndim) for x in (kernel, bias))
     # Kernels of conditions are on every device, experts where they are sharded.
     first = 'experts' if self.num_experts and not merges else None
     as_used = lambda x, names: sharding.as_used(x, (first, *names), self.mesh)
