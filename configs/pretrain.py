@@ -67,7 +67,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   peak = 1e-3 if first else 2e-5
   c.optim.update(dict(learning_rate=peak, warmup_steps=10_000 if first else 5_000, final_lr_fraction=1e-6 / peak))
   c.train.update(dict(steps=230_000 if first else 50_000, log_every=50, checkpoint_every=2_000))
-  # Also where parameters would fit without: experts are then merged, and updated, where they are.
+  # Base would fit without: but so each device merges and updates its part of the experts alone. The widths of tiny and
+  # small are no multiples of 256 devices.
   c.mesh.fsdp = a.size in ('base', 'large')
   return c
 

@@ -15,6 +15,7 @@ from flax import traverse_util
 
 from tests.helpers import own_data, small_model
 from uni_moe_jax import config
+from uni_moe_jax.config import validate
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.tasks import task_types
@@ -106,6 +107,8 @@ def test_every_size_and_stage_has_sixteen_tasks(size, stage, mixture):
   # Published: POSEMBED_SCALE 160/224 at 224 pixels.
   assert (c.model.image_size, c.model.posemb_scale) == {'1': (160, 1), '2': (224, 160 / 224)}[stage]
   plan.check_batches(256, c.train.grad_accum_steps)
+  validate.check_mesh(plan.config, dict(replica=1, data=256, expert=1, model=1))
+  assert c.mesh.fsdp == (size in ('base', 'large'))
 
 
 @pytest.mark.parametrize('router', ROUTERS)

@@ -1,5 +1,6 @@
 """A run can be extended to more steps, and says what becomes of its learning rate."""
 
+import functools
 import json
 import shutil
 
@@ -32,8 +33,13 @@ def _one_step(monkeypatch):
   saved_run.share_steps(monkeypatch)
 
 
+@functools.cache
+def _run() -> train_run.Run:
+  return train_run.build(_config(1), jax.devices()[:1])
+
+
 def _state(workdir):
-  return saved_run.state(train_run.build(_config(1), jax.devices()[:1]), workdir)
+  return saved_run.state(_run(), workdir)
 
 
 def _assert_equal(a, b):
