@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from uni_moe_jax.tools.preflight.compiled_programs import Program
-from uni_moe_jax.tools.preflight.cost import roofline
-from uni_moe_jax.tools.preflight.remedies import Trial
+from uni_moe_jax.tools.preflight.cost import Roofline, roofline
+from uni_moe_jax.tools.preflight.remedies import Comparison, Trial, as_flags
 from uni_moe_jax.tools.preflight.topology import GIB, Topology
 
 _MOST_MOVING = 10  # places that are reported
@@ -33,6 +33,7 @@ class Findings:
   seconds: float
   largest_batch: BatchEstimate | None = None  # None without a search, an estimate, or a known device memory
   trials: tuple[Trial, ...] = ()  # because a program does not fit; if the last one fits, it is the remedy
+  comparison: Comparison | None = None  # memory traffic bounds a step, and a change may lower it
   out_of_time: bool = False  # the search had no time for another compile
 
   @property
@@ -52,7 +53,14 @@ def as_json(f: Findings) -> dict[str, Any]:
           'compiled': [{'per_device': n, 'bytes': b} for n, b in f.largest_batch.compiled]},
       'trials': [{'flags': t.flags, 'costs': [c.cost for c in t.changes], 'fits': t.fits, 'too_large': t.too_large,
                   'bytes': t.needs} for t in f.trials],
+      'comparison': f.comparison and {
+          'step': f.comparison.step, 'flags': as_flags(f.comparison.change.fields.items()),
+          'before': _roofline_json(f.comparison.before), 'after': _roofline_json(f.comparison.after)},
       'out_of_time': f.out_of_time, 'seconds': f.seconds}
+
+
+def _roofline_json(limit: Roofline) -> dict[str, Any]:
+  return {**dataclasses.asdict(limit), 'seconds': limit.seconds, 'bound': limit.bound}
 
 
 def _program_json(f: Findings, p: Program) -> dict[str, Any]:
@@ -66,7 +74,7 @@ def _program_json(f: Findings, p: Program) -> dict[str, Any]:
       'collectives': p.cost and {k: {'calls': p.cost.calls[k], 'payload': p.cost.payload[k], 'sent': p.cost.sent[k]}
                                  for k in sorted(p.cost.calls)},
       'unknown_loops': p.cost and p.cost.unknown_loops, 'unknown_kernels': p.cost and p.cost.unknown_kernels,
-      'roofline': limit and {**dataclasses.asdict(limit), 'seconds': limit.seconds, 'bound': limit.bound}}
+      'roofline': limit and _roofline_json(limit)}
 
 
 def render(f: Findings) -> str:
@@ -79,6 +87,10 @@ def render(f: Findings) -> str:
     lines += ['', *_program_lines(f, p)]
   if f.trials:
     lines += ['', *_trial_lines(f)]
+  if c := f.comparison:
+    seconds = f'{1e3 * c.after.seconds:.1f} instead of {1e3 * c.before.seconds:.1f} ms'
+    lines += ['', f'Memory traffic bounds {c.step}. With {as_flags(c.change.fields.items())} its roofline is {seconds} '
+              f'({c.change.cost}).']
   if f.largest_batch:
     points = ' and '.join(f'{n} ({_gib(b)})' for n, b in f.largest_batch.compiled)
     estimate = f'about {f.largest_batch.examples:.0f} examples, by a straight line through {points}'
