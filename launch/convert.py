@@ -63,8 +63,6 @@ def _to_torch() -> int:
   from uni_moe_jax.train import run as train_run
   config = workdir.load_config(_WORKDIR.value)
   with checkpoint.Checkpoints(_WORKDIR.value, max_to_keep=None) as checkpoints:
-    if checkpoints.latest() is None:
-      raise UsageError(f'workdir {_WORKDIR.value} has no checkpoint yet; train it first.')
     run = train_run.build(config)
     _, params = train_run.predictor(run, checkpoints)
   state, report = torch_layout.to_torch(params, run.spec.model.spec)

@@ -39,7 +39,6 @@ _PUSH_TO_HUB = flags.DEFINE_string(
 
 
 def main() -> int:
-  from uni_moe_jax.config.plan import make_plan
   from uni_moe_jax.train import workdir as workdir_lib
   workdir = storage.path(_WORKDIR.value)
   config = workdir_lib.load_config(workdir)  # report mistakes before the slow imports below
@@ -52,8 +51,6 @@ def main() -> int:
   from uni_moe_jax.train import checkpoint, loop
   from uni_moe_jax.train import run as train_run
   with checkpoint.Checkpoints(workdir, max_to_keep=None) as checkpoints:
-    if make_plan(config).tasks and checkpoints.latest() is None:
-      raise UsageError(f'workdir {workdir} has no checkpoint yet; train it first.')
     run = train_run.build(config)
     _, params = train_run.predictor(run, checkpoints)
     step = checkpoints.latest() if run.plan.tasks else 0

@@ -47,6 +47,14 @@ def state(run: train_run.Run, folder: Folder, step: int | None = None) -> tuple[
     return step or checkpoints.latest(), checkpoints.restore(run.abstract_state(), step)
 
 
+def on_host(checkpoints: Checkpoints, step: int | None = None) -> Any:
+  """A saved step (default: the newest), whatever it has, as nested dictionaries of arrays on the host."""
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  tree = checkpoints._saved_tree(checkpoints.latest() if step is None else step)
+  shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), tree)
+  return jax.device_get(checkpoints.restore(shapes, step))
+
+
 def share_steps(patch: pytest.MonkeyPatch) -> None:
   """Give runs of equal configs one step from now on: to trace it takes longer than to train a tiny run."""
   steps, make = {}, train_run.Run.step_fn

@@ -70,7 +70,7 @@ def test_a_run_in_a_bucket_that_is_stopped_and_continued_is_the_one_on_a_disk(di
   local, remote = disk / 'run', bucket / 'run'
   with Checkpoints(local, None) as ones, Checkpoints(remote, None) as others:
     assert ones.steps() == [4, 6] and others.steps() == [4, 6]
-    jax.tree.map(np.testing.assert_array_equal, ones.restore_host(), others.restore_host())
+    jax.tree.map(np.testing.assert_array_equal, saved_run.on_host(ones), saved_run.on_host(others))
   lines = saved_run.lines(local)
   assert lines == saved_run.lines(remote) and len(lines) == 6
   for file in ('evaluation.json', 'samples.json', 'interference.json', 'experts.json'):

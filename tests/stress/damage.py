@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tests.helpers import saved_run
 from tests.stress import trainer as trainer_lib
 from tests.stress.trainer import Trainer, ending
 from uni_moe_jax.train.checkpoint import Checkpoints
@@ -63,7 +64,7 @@ def damage_every_file(workdir: pathlib.Path, folder: pathlib.Path, seed: int,
   rng, counts, findings = random.Random(seed), collections.Counter(), []
   newest = saved_steps(workdir)[-1]
   with Checkpoints(workdir, max_to_keep=None) as checkpoints:
-    saved = {s: _bytes(checkpoints.restore_host(s)) for s in checkpoints.steps()}
+    saved = {s: _bytes(saved_run.on_host(checkpoints, s)) for s in checkpoints.steps()}
   checkpoint = workdir / CHECKPOINTS / str(newest)
   for alone in (False, True):
     for name in _files(checkpoint):
@@ -119,7 +120,7 @@ def _read(workdir: pathlib.Path, newest: int, saved: dict[int, Any]) -> str:
   output = io.StringIO()
   try:
     with contextlib.redirect_stderr(output), Checkpoints(workdir, max_to_keep=None) as checkpoints:
-      step, state = checkpoints.latest(), _bytes(checkpoints.restore_host())
+      step, state = checkpoints.latest(), _bytes(saved_run.on_host(checkpoints))
   except RunError:
     return REFUSED
   except Exception as e:

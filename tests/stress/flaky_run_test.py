@@ -58,7 +58,7 @@ def test_a_run_on_an_unreliable_store_is_the_one_on_a_disk(scheme, request, tmp_
   def assert_equal() -> None:
     with Checkpoints(tmp_path / 'run', None) as ones, Checkpoints(storage.path(f'{bucket}/run'), None) as others:
       assert ones.latest() == others.latest() == 12
-      jax.tree.map(np.testing.assert_array_equal, ones.restore_host(), others.restore_host())
+      jax.tree.map(np.testing.assert_array_equal, saved_run.on_host(ones), saved_run.on_host(others))
 
   def train_in_bucket(seed):
     with flaky(store, seed=seed, **_FAULTS) as (through, counts):

@@ -147,13 +147,14 @@ def differences(undisturbed: pathlib.Path, other: storage.Path) -> list[str]:
   """Compare a finished run with an undisturbed one: the entire state bit for bit, and every line of the log."""
   import jax
 
+  from tests.helpers import saved_run
   from uni_moe_jax.train.checkpoint import Checkpoints
   findings, steps, states = [], [], []
   for workdir in (undisturbed, other):
     with Checkpoints(workdir, max_to_keep=None) as checkpoints:
       steps.append(checkpoints.latest())
       states.append({jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in
-                     jax.tree_util.tree_leaves_with_path(checkpoints.restore_host())})
+                     jax.tree_util.tree_leaves_with_path(saved_run.on_host(checkpoints))})
   if steps[0] != steps[1]:
     findings.append(f'{other.name} ended at step {steps[1]} instead of {steps[0]}')
   different = [name for name, value in states[0].items() if value.tobytes() != states[1][name].tobytes()]

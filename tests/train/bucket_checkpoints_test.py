@@ -1,10 +1,12 @@
 """Checkpoints in a bucket are those of a disk: verified without a download, complete or not there, kept as long."""
 
+import errno
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from tests.helpers import processes, saved_run
@@ -132,6 +134,35 @@ def test_a_checkpoint_whose_arrays_are_not_those_that_were_saved_is_named_and_se
     checkpoints.save(2, _state(2))
     checkpoints.finish()
     assert checkpoints.steps() == saved_steps(workdir) == [1, 2]
+
+
+@pytest.mark.parametrize('error, restored', [
+    (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory'), None), (MemoryError(), None),
+    (ValueError('Error decoding chunk'), 1)])
+def test_a_checkpoint_that_is_too_large_for_the_devices_is_no_damaged_one(workdir, error, restored, monkeypatch):
+  read = ocp.StandardCheckpointHandler.restore
+
+  def refuse(handler, folder, args):
+    if folder.parent.name == '2':
+      raise error
+    return read(handler, folder, args=args)
+
+  monkeypatch.setattr(ocp.StandardCheckpointHandler, 'restore', refuse)
+  if restored:
+    _assert_step(workdir, 2, max_to_keep=3, restored=restored)
+  else:
+    with Checkpoints(workdir, max_to_keep=3) as checkpoints, pytest.raises(type(error)):
+      checkpoints.restore(_LIKE)
+    assert saved_steps(workdir) == [1, 2]
+
+
+def test_a_store_that_does_not_answer_is_no_damage(workdir, monkeypatch):
+  def refuse(folder):
+    raise OSError(errno.EIO, 'We encountered an internal error')  # as s3fs reports what it does not know
+  with monkeypatch.context() as patch, pytest.raises(OSError, match='internal error'):
+    patch.setattr(manifest.storage, 'files_in', refuse)
+    Checkpoints(workdir, max_to_keep=3)
+  assert saved_steps(workdir) == [1, 2]
 
 
 @pytest.mark.parametrize('failures, restored', [((0, 0, 1), 2), ((0, 1, 0, 1), 1)])  # elsewhere, by agreement

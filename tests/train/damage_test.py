@@ -16,6 +16,7 @@ from tests.stress import injected_faults
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.workdir import saved_steps
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import RunError
 
 
@@ -180,6 +181,37 @@ def _refuse(number):
   def refuse(folder, *_):
     raise OSError(number, os.strerror(number), str(folder))
   return refuse
+
+
+@pytest.mark.parametrize('read', ['files_in', '_read'])
+@pytest.mark.parametrize('number', [errno.EACCES, errno.ESTALE, errno.EIO])
+def test_a_checkpoint_that_cannot_be_read_is_no_damaged_one_but_for_an_error_of_the_disk(
+    workdir, monkeypatch, number, read):
+  owner = storage if read == 'files_in' else manifest
+  original = getattr(owner, read)
+  monkeypatch.setattr(owner, read, lambda folder: (_refuse(number) if folder.name == '2' else original)(folder))
+  if number == errno.EIO:
+    with Checkpoints(workdir, max_to_keep=3) as checkpoints:
+      assert checkpoints.latest() == 1
+    assert (workdir / 'damaged/2').is_dir()
+  else:
+    with pytest.raises(OSError, match=os.strerror(number)):
+      Checkpoints(workdir, max_to_keep=3)
+    assert saved_steps(workdir) == [1, 2] and not (workdir / 'damaged').exists()
+
+
+@pytest.mark.parametrize('number', [errno.EACCES, errno.EIO])
+def test_the_best_checkpoint_is_not_deleted_because_its_metrics_cannot_be_read(workdir, monkeypatch, number):
+  """If its manifest is damaged, it is not the best one any more."""
+  read = manifest._read
+  monkeypatch.setattr(manifest, 'damage', lambda folder: '')
+  monkeypatch.setattr(manifest, '_read', lambda folder: (_refuse(number) if folder.name == '1' else read)(folder))
+  if number == errno.EIO:
+    with Checkpoints(workdir, max_to_keep=1, best_metric='loss/total') as checkpoints:
+      assert checkpoints.best() is None
+  else:
+    with pytest.raises(OSError, match=os.strerror(number)):
+      Checkpoints(workdir, max_to_keep=1, best_metric='loss/total')
 
 
 def test_a_full_disk_is_reported_with_the_step_that_is_safe(workdir, monkeypatch):

@@ -109,5 +109,5 @@ def test_a_wrong_call_ends_in_one_sentence(run, images, use, message):
 
 
 def test_a_checkpoint_that_is_not_there_is_named(folder):
-  with pytest.raises(UsageError, match='has no checkpoint of step 4; it has 3'):
+  with pytest.raises(UsageError, match='has no checkpoint of step 4; it has those of 3'):
     TrainedRun.load(folder, step=4)

@@ -1,7 +1,9 @@
 """Addresses: what is refused, and that a path of the disk stays one; objects in a bucket, and faults of its store."""
 
 import concurrent.futures
+import errno
 import hashlib
+import os
 import pathlib
 
 import pytest
@@ -66,11 +68,10 @@ def test_a_path_of_the_disk_may_have_any_name(address):
   assert storage.path(pathlib.Path(address)) == pathlib.Path(address)
 
 
-def test_a_file_is_created_once_and_then_replaced(tmp_path):
+def test_a_file_is_replaced(tmp_path):
   target = tmp_path / 'file'
-  assert storage.create(target, b'1') and not storage.create(target, b'2') and not storage.create(target, b'1')
-  assert target.read_bytes() == b'1'
-  storage.write_bytes(target, b'3')
+  for content in (b'1', b'3'):
+    storage.write_bytes(target, content)
   assert target.read_bytes() == b'3' and [p.name for p in tmp_path.iterdir()] == ['file']
 
 
@@ -81,7 +82,15 @@ def test_files_of_a_folder_are_listed_with_sizes_and_removed(tmp_path):
   assert storage.files_in(tmp_path / 'a') == {'b/x': (3, None), 'y': (0, None)}
   storage.remove_folder(tmp_path / 'a')
   storage.remove_folder(tmp_path / 'a')
-  assert list(tmp_path.iterdir()) == []
+  assert list(tmp_path.iterdir()) == [] and storage.files_in(tmp_path / 'a') == {}
+
+
+def test_a_folder_that_may_not_be_listed_does_not_look_empty(tmp_path, monkeypatch):
+  def refuse(folder):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+  monkeypatch.setattr(os, 'scandir', refuse)  # which the owner of all files, root, may always do
+  with pytest.raises(PermissionError):
+    storage.files_in(tmp_path)
 
 
 def test_an_object_is_created_by_one_of_several_writers_and_then_replaced(store):

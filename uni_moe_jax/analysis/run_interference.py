@@ -82,11 +82,5 @@ def load_state(run: Run, workdir: str | os.PathLike[str], step: int | None, at_i
   if at_init:
     return initial_state(run), 'init'
   with Checkpoints(workdir, max_to_keep=None) as checkpoints:
-    steps = checkpoints.steps()
-    if not steps:
-      raise UsageError(f'workdir {workdir} has no checkpoint yet; train it first, or measure --at_init.')
-    if step is not None and step not in steps:
-      raise UsageError(f'workdir {workdir} has no checkpoint of step {step}; it has those of '
-                       f'{", ".join(map(str, steps))}.')
     state = checkpoints.restore(run.abstract_state(), step)
     return state, f'step {checkpoints.latest() if step is None else step}'

@@ -120,7 +120,7 @@ class Checkpoints:
 
     Raises:
       RunError: the step is damaged.
-      UsageError: it has other arrays than `like`.
+      UsageError: it was not saved, or has other arrays than `like`.
     """
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
 
@@ -144,7 +144,7 @@ class Checkpoints:
 
     Raises:
       RunError: the step is damaged.
-      UsageError: it has other arrays than `like`.
+      UsageError: it was not saved, or has other arrays than `like`.
     """
     def read(step):
       name, saved = self._saved_params(step)
@@ -159,17 +159,6 @@ class Checkpoints:
       return self._read_arrays(step, ocp.PyTreeCheckpointHandler(), args)[name]
 
     return self._of_intact(step, read)
-
-  def restore_host(self, step: int | None = None) -> Any:
-    """A step (default: the newest) on the host, as dictionaries and lists; see `restore`."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def read(step):
-      shapes = jax.tree.map(
-          lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), self._saved_tree(step))
-      return self._read_arrays(step, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(shapes))
-
-    return jax.device_get(self._of_intact(step, read))
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -235,8 +224,18 @@ class Checkpoints:
     return (damage := manifest.damage(folder)) and (manifest.damage(folder) if self._is_remote else damage)
 
   def _verified(self, step: int | None) -> int:
-    """The given or newest step, after pending saves. Raises RunError if it is damaged."""
+    """The given or newest step, after pending saves.
+
+    Raises:
+      RunError: it is damaged.
+      UsageError: it was not saved.
+    """
     self.finish()
+    if not (saved := sorted(self._manager.all_steps())):
+      raise UsageError(f'{self._workdir} has no checkpoint yet; train it first.')
+    if step is not None and step not in saved:
+      raise UsageError(
+          f'{self._workdir} has no checkpoint of step {step}; it has those of {", ".join(map(str, saved))}.')
     step = self.latest() if step is None else step
     if step != self._opened and step not in self._own and (damage := self._damage(step)):
       raise _DamagedError(step, self._workdir, damage)
@@ -279,7 +278,8 @@ class Checkpoints:
       try:
         saved, tree = manifest.array_sums(folder), read(folder / _ITEM)
       except Exception as e:
-        if not self._is_remote or storage.explain(e, str(self._workdir)):
+        is_of_devices = isinstance(e, (MemoryError, jax.errors.JaxRuntimeError))  # they are full, for example
+        if not self._is_remote or is_of_devices or storage.explain(e, str(self._workdir)):
           raise
         wrong = [f'{type(e).__name__} in decoding them']
       failed = multihost.sum_over_processes(bool(wrong))

@@ -6,6 +6,7 @@ instead. Where folders cannot be renamed, a checkpoint is written in place, and 
 Files of a disk are read for their SHA-256. A bucket has the MD5 of each object in its listing: nothing is read.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from uni_moe_jax.utils import storage
 FILE = 'manifest.json'
 _METADATA, _COMMITTED = '_CHECKPOINT_METADATA', 'commit_success.txt'
 _COMPLETED_LATER = 'commit_timestamp_nsecs'
+_OF_THE_DISK = {errno.EIO, errno.EISDIR, errno.ENOTDIR}  # what is there is broken, or not what was saved
 _THREADS = 4
 _NAMES = {'md5': 'MD5', 'sha256': 'SHA-256'}
 
@@ -39,7 +41,11 @@ def write(
 
 
 def damage(folder: storage.Path) -> str:
-  """Describes the damage of a checkpoint; '' if it is intact."""
+  """Describes the damage of a checkpoint; '' if it is intact.
+
+  Raises:
+    OSError: it cannot be read, for want of permission for example, which says nothing of what is there.
+  """
   try:
     files = storage.files_in(folder)
     for name in (FILE, _METADATA, _COMMITTED):
@@ -61,7 +67,11 @@ def damage(folder: storage.Path) -> str:
         return f'{name} differs from what was saved (by its {_NAMES[algorithms[name]]})'
   except FileNotFoundError:
     return 'a file is missing'  # which was there a moment ago
-  except (OSError, ValueError) as e:
+  except ValueError as e:
+    return str(e)
+  except OSError as e:
+    if storage.is_remote(folder) or e.errno not in _OF_THE_DISK:
+      raise
     return str(e)
   return ''
 
@@ -80,10 +90,14 @@ def is_unfinished(folder: storage.Path) -> bool:
 
 
 def metrics(folder: storage.Path) -> dict[str, float]:
-  """Metrics that were logged with a saved step; {} if they cannot be read."""
+  """Metrics that were logged with a saved step; {} if its manifest is damaged. Raises OSError as `damage` does."""
   try:
     return _read(folder)['metrics']
-  except (OSError, ValueError):
+  except (FileNotFoundError, ValueError):
+    return {}
+  except OSError as e:
+    if storage.is_remote(folder) or e.errno not in _OF_THE_DISK:
+      raise
     return {}
 
 

@@ -46,10 +46,6 @@ class TrainedRun:
     config.update(mesh=dict(replica=1, data=-1, expert=1, model=1, fsdp=False))
     run = run_lib.build(config, jax.devices()[:1])
     with Checkpoints(workdir, max_to_keep=None) as checkpoints:
-      steps = checkpoints.steps()
-      if run.plan.tasks and (step not in steps if step is not None else not steps):
-        raise UsageError(f'{workdir} has no checkpoint{"" if step is None else f" of step {step}"}; it has '
-                         f'{", ".join(map(str, steps)) or "none yet: train it first"}.')
       return cls(run, *run_lib.predictor(run, checkpoints, step))
 
   @property

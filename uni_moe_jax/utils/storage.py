@@ -203,21 +203,17 @@ def move_file(source: str | os.PathLike[str], target: Path) -> None:
 
 
 def create(target: Path, content: bytes) -> bool:
-  """Write a file or an object only if there is none. Of several writers one gets True.
+  """Write an object only if there is none. Of several writers one gets True.
 
   Args:
-    target: to write.
+    target: in a bucket.
     content: no two writers may give the same: it shows whose object it is where the answer to a request was lost.
   """
   try:
-    if is_remote(target):
-      filesystem(target).pipe_file(str(target), content, mode='create')
-    else:
-      with open(target, 'xb') as file:
-        file.write(content)
+    filesystem(target).pipe_file(str(target), content, mode='create')
     return True
   except FileExistsError:
-    return is_remote(target) and read_object(target) == content
+    return read_object(target) == content
 
 
 def make_folder(folder: Path) -> None:
@@ -250,14 +246,21 @@ def remove_folder(folder: Path) -> None:
 def files_in(folder: Path) -> dict[str, tuple[int, str | None]]:
   """Return {name relative to the folder: (size in bytes, MD5 or None)} of every file below it, in order.
 
-  The MD5, in hexadecimal, is that of the content as the store has it; nothing is read. A disk knows none.
+  The MD5, in hexadecimal, is that of the content as the store has it; nothing is read. A disk knows none. A folder
+  that does not exist has no files; one that may not be listed raises OSError.
   """
   if not is_remote(folder):
-    return {str(p.relative_to(folder)): (os.path.getsize(p), None) for p in sorted(folder.rglob('*')) if p.is_file()}
+    found = sorted(pathlib.Path(root, name) for root, _, names in os.walk(folder, onerror=_raise) for name in names)
+    return {str(p.relative_to(folder)): (p.stat().st_size, None) for p in found if p.is_file()}
   prefix = '/'.join(filter(None, split(folder))) + '/'  # a whole bucket has no name in it
   entries = filesystem(folder).find(str(folder), detail=True)
   return {name.removeprefix(prefix): (entry['size'], _md5(entry)) for name, entry in sorted(entries.items())
           if entry['type'] == 'file' and name.startswith(prefix)}
+
+
+def _raise(e: OSError) -> None:
+  if not isinstance(e, FileNotFoundError):
+    raise e
 
 
 def _md5(entry: Mapping[str, Any]) -> str | None:
