@@ -84,9 +84,15 @@ def test_evaluation_encodes_a_batch_and_needs_no_optimizer():
 def test_the_evaluated_sequence_is_the_one_with_most_tokens():
   def evaluated(c):
     name, examples, sequence = compiled_programs.evaluated(compiled_programs.prepare(c, jax.devices()[:2]))
+    is_set = name.startswith('target set')
+    for x in jax.tree.leaves(sequence):  # a batch is split over two devices; texts are on both
+      assert x.sharding.shard_shape(x.shape) == ((x.shape[0] // 2, *x.shape[1:]) if x.shape and not is_set else x.shape)
     return name, examples, (sequence.text if sequence.pixels is None else sequence.pixels).shape
   c = _config()
   assert evaluated(c) == ('image_classification', 32, (32, 1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 1))
+  c.evaluators.shape = config.evaluator('classification', 'shape', split='test', batch_size=7)
+  assert evaluated(c) == ('image_classification', 8, (8, 1, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 1))  # on two shards
+  del c.evaluators.shape
   # 32 images have 160 tokens; 50 names of 3 tokens have fewer, 300 of 8 more.
   c.target_sets.shapes = config.target_set('glyphs/class', family='names', max_len=8)
   c.preflight.target_lengths.shapes = ((3, 50), (8, 300))

@@ -97,7 +97,7 @@ def lowered(run: Run, which: Which) -> jax.stages.Lowered:
   """Lower a program of a run."""
   state = run.abstract_state()
   if which == EVALUATION:
-    return predictor.encode.lower(run.spec.model, state.params, _replicated(run, evaluated(run)[-1]))
+    return predictor.encode.lower(run.spec.model, state.params, evaluated(run)[-1])
   return run.step_fn(which).lower(state, batch_shapes(run, _tasks(run, which)), target_set_shapes(run))
 
 
@@ -129,20 +129,22 @@ def compile_program(run: Run, which: Which, topology: Topology | None = None) ->
 def evaluated(run: Run) -> tuple[str, int, Any]:
   """Return (name, examples, shapes) of the sequence with most tokens that evaluators encode at once.
 
-  It is the inputs of a batch, or texts of a target set. Without evaluators, training batches are taken.
+  It is the inputs of a batch, split over the batch shards, or texts of a target set, which every device has. Without
+  evaluators, training batches are taken.
   """
   tasks = [dataclasses.replace(e.task, batch_size=e.batch_size) for e in run.plan.evaluations] or run.plan.tasks
   task = max(tasks, key=lambda t: _num_tokens(run, t))
-  fields = {k: jax.ShapeDtypeStruct((task.batch_size, *shape), dtype)
+  rows = -(-task.batch_size // run.spec.model.shards) * run.spec.model.shards  # as `eval.batches` fills up a batch
+  fields = {k: jax.ShapeDtypeStruct((rows, *shape), dtype)
             for k, (shape, dtype) in _field_shapes(run, task, training=False).items() if k in predictor.INPUTS}
   inputs = jax.eval_shape(lambda f: sequences.Sequence.of_inputs(task.type, f), fields)
-  encoded = [(_num_tokens(run, task), task.type.name, task.batch_size, inputs)]
+  encoded = [(_num_tokens(run, task), task.type.name, rows, _split(run, inputs))]
   specs = {s.name: s for s in (*run.plan.sets, *run.plan.probe_sets)}
   for name in sorted({t.target_set for t in tasks if t.target_set}):
     texts = lambda: predictor.set_sequences(specs[name], run.data.target_sets[name], run.data.tokenizer.eot)
     for sequence in jax.eval_shape(texts):
       entries, length = sequence.text.shape
-      encoded.append((entries * (1 + length), f'target set {name}', entries, sequence))
+      encoded.append((entries * (1 + length), f'target set {name}', entries, _replicated(run, sequence)))
   return max(encoded, key=lambda e: e[0])[1:]
 
 
@@ -172,6 +174,13 @@ def target_set_shapes(run: Run):
 def _replicated(run: Run, arrays):
   replicated = sharding.replicated(run.mesh)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), arrays)
+
+
+def _split(run: Run, arrays):
+  """Arrays [B, …] over the batch shards; scalars are everywhere."""
+  rows, replicated = sharding.batch_sharding(run.mesh, 0), sharding.replicated(run.mesh)
+  return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows if x.shape else replicated), arrays)
 
 
 def _tasks(run: Run, task: str | None) -> Sequence[TaskSpec]:
