@@ -280,11 +280,11 @@ def test_where_memory_traffic_bounds_the_slowest_step_it_is_compiled_with_fsdp()
   comparison, compiled = _compare(_config(), shape=(3, 8), text=(5, 6))
   assert compiled == ['shape']
   assert (comparison.step, comparison.before.seconds, comparison.after.seconds) == ('train step, shape', 8, 4)
-  found = findings.Findings('own', topology.parse('v5e:2x4'), _MESH, 8, 600, dict(total=1, active=1), (), (), 1.0,
+  result = findings.Findings('own', topology.parse('v5e:2x4'), _MESH, 8, 600, dict(total=1, active=1), (), (), 1.0,
                             comparison=comparison)
   assert ('Memory traffic bounds train step, shape. With --config.mesh.fsdp=True its roofline is 4000.0 instead of '
-          '8000.0 ms (parameters are gathered in every layer).') in findings.render(found)
-  as_json = findings.as_json(found)['comparison']
+          '8000.0 ms (parameters are gathered in every layer).') in findings.render(result)
+  as_json = findings.as_json(result)['comparison']
   assert as_json['flags'] == '--config.mesh.fsdp=True' and as_json['after']['memory'] == 4
 
 
