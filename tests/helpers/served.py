@@ -33,7 +33,8 @@ def folder() -> pathlib.Path:
   from uni_moe_jax.export import artifact, contents
   from uni_moe_jax.train import run as train_run
   c = tiny.config('shape', 'motion', 'text', 'caption', 'pair', 'package', data_dir=tiny.data_dir())
-  c.model.num_layers, c.tasks.pair.max_len = 1, 16
+  c.model.num_layers = 1
+  c.model.max_text_len = c.tasks.pair.max_len = c.tasks.text.max_len  # as in the quickstart: one limit for all texts
   c.target_sets.answers = config_lib.target_set('glyphs/class', family='words')
   c.tasks.question = config_lib.task(
       'vqa', 'glyphs', batch_size=4, target_set='answers', label_column='class', template='{name} ? <spe> <eot>',

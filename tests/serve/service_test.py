@@ -153,6 +153,23 @@ def test_every_mask_is_filled_by_the_most_likely_tokens(service, model):
     assert best[0]['text'].removeprefix('##') == words.tokenizer.id_to_piece(int(row.argmax())).removeprefix('▁')
 
 
+@pytest.mark.parametrize('before, after', [('a ', ''), ('', ' a')], ids=['last', 'first'])
+def test_a_text_with_a_mask_is_read_as_a_whole_or_refused(service, model, before, after):
+  length = model.manifest['tasks']['text']['max_len']
+  assert model.manifest['model']['max_text_len'] == length  # no limit hides the other
+  text = lambda number: before * number + '[mask]' + after * number
+  longest = length // 2 - 1  # words of two tokens, beside the mask and the end
+  tokens = texts.Texts(model).masked(text(longest), length + 1)
+  assert tokens['text'].shape == (1, length)
+  log_p = np.asarray(model.run('text', 'classify', **tokens)['log_p'])[0, 0]
+  [best] = service.post('/fill', task='text', text=text(longest), top=3)['masks']
+  np.testing.assert_allclose([w['probability'] for w in best], np.sort(np.exp(log_p))[::-1][:3], atol=1e-5)
+  for number in (longest + 1, 20):
+    status, content, _ = service.request('POST', '/fill', dict(task='text', text=text(number)))
+    assert status == 422 and json.loads(content) == {
+        'error': f'The text has {2 * number + 2} tokens, and the model reads at most {length}; shorten it.'}
+
+
 def test_features_of_inputs_and_texts_are_normalized_and_equal_the_program(service, model):
   pixels = served.images(1)
   [features] = service.post('/embed', task='pair', image=served.png(pixels[0]))['features']

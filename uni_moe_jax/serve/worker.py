@@ -227,7 +227,7 @@ class _Worker:
     if 'text' in inputs:
       self._check_tokenizer()
       length = entry['max_len']
-      filled = (self._texts.masked(item.text, self._manifest['model']['max_text_len'])
+      filled = (self._texts.masked(item.text, sys.maxsize)  # uncut: a text too long is refused, and loses no mask
                 if entry['readout'] == 'masked' else self._texts.fill(task, **item.texts))
       if (n := filled['text'].shape[1]) > length:
         raise Refused(422, f'The text has {n} tokens, and the model reads at most {length}; shorten it.')
