@@ -39,5 +39,5 @@ def main(connection: Connection, folder: str, limits: Limits, cache: str) -> Non
         time.sleep(100)
       if item.text == 'crash':
         os._exit(3)
-    connection.send(('part', job, [f'{item.text}…' for item in items]))
+    connection.send(('part', job, {i: f'{item.text}…' for i, item in enumerate(items)}))
     connection.send(('done', job, [item.text for item in items]))

@@ -32,11 +32,12 @@ class _Supervisor:
 
   async def run(self, task, program, items, on_part=None):
     self.batches.append((task, program, [item.text for item in items]))
+    outputs = [Refused(422, 'bad') if item.text == 'bad' else None if i and item.text.startswith('late') else item.text
+               for i, item in enumerate(items)]
     if on_part:
-      on_part([f'{item.text}…' for item in items])
+      on_part({i: f'{output}…' for i, output in enumerate(outputs) if isinstance(output, str)})
     await self.release.wait()
-    return [Refused(422, 'bad') if item.text == 'bad' else None if i and item.text.startswith('late') else item.text
-            for i, item in enumerate(items)]
+    return outputs
 
 
 def _run(check, size: int = 4, **limits) -> None:
@@ -169,7 +170,9 @@ def test_a_request_that_gave_up_among_others_is_not_computed():
 def test_parts_of_a_batch_reach_their_requests():
   async def check(supervisor, batcher):
     supervisor.release.set()
-    parts = {'x': [], 'y': []}
-    await asyncio.gather(*(batcher.submit('a', 'encode', Item(text=t), parts[t].append) for t in parts))
-    assert parts == {'x': ['x…'], 'y': ['y…']}
+    parts = {'x': [], 'bad': [], 'y': []}
+    outputs = await asyncio.gather(
+        *(batcher.submit('a', 'encode', Item(text=t), parts[t].append) for t in parts), return_exceptions=True)
+    assert parts == {'x': ['x…'], 'bad': [], 'y': ['y…']}
+    assert outputs[::2] == ['x', 'y'] and isinstance(outputs[1], Refused) and len(supervisor.batches) == 1
   _run(check)

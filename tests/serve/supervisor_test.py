@@ -39,7 +39,7 @@ def test_a_worker_answers_with_parts_and_reports_its_batch_sizes():
   async def check(started):
     parts = []
     await started.start()
-    assert await _send(started, 'a', 'b', on_part=parts.extend) == ['a', 'b'] and parts == ['a…', 'b…']
+    assert await _send(started, 'a', 'b', on_part=parts.append) == ['a', 'b'] and parts == [{0: 'a…', 1: 'b…'}]
     assert started.ready and started.sizes == {('task', 'encode'): 4} and not started.restarts
   _run(check)
 

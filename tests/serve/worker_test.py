@@ -1,13 +1,16 @@
-"""What the worker reports while it compiles, with a model of one program that returns or raises at once."""
+"""What the worker reports while it compiles and while it captions, with a model that returns or raises at once."""
 
 import errno
 import multiprocessing
 import threading
+import types
 
+import numpy as np
 import pytest
 
 from uni_moe_jax.serve import worker as worker_lib
-from uni_moe_jax.serve.limits import Limits
+from uni_moe_jax.serve.limits import Limits, Refused
+from uni_moe_jax.serve.worker import Item
 
 
 class _Model:
@@ -58,3 +61,41 @@ def test_a_worker_whose_front_has_ended_ends_quietly(worker):
   with pytest.raises(SystemExit) as ended:
     made._warm_all()
   assert ended.value.code == 0
+
+
+class _Captioner:
+  """A model whose captions have two words and an end."""
+  _ENDS = 3
+
+  def run(self, task, program, **inputs):
+    if program == 'prefill':
+      return {'cache': len(inputs['pixels'])}
+    if program == 'caption':
+      size = len(inputs['pixels'])
+      return {'tokens': np.full((size, self._ENDS), 1), 'score': np.zeros(size)}
+    return {'cache': inputs['cache'], 'log_p': np.eye(2)[np.full(inputs['cache'], int(inputs['t'] < self._ENDS - 1))]}
+
+
+@pytest.mark.parametrize('late', [False, True])
+def test_words_of_a_stream_are_those_of_the_images_that_are_answered(worker, monkeypatch, late):
+  made, front = worker()
+  made._limits = Limits(max_batch=4)
+  made._model, made._texts = _Captioner(), types.SimpleNamespace(text=lambda ids: 'word ' * ids.count(1))
+  made._manifest = {'tokenizer': {'eot': 0}, 'tasks': {'caption': {'max_len': 5}}}
+
+  def fields(task, program, item):
+    if item.image == b'wrong':
+      raise Refused(422, 'not readable')
+    return {'pixels': np.zeros((1, 1, 2, 2, 1), np.uint8)}
+
+  made._fields = fields
+  clock = iter([0.0, 0.0, 0.0, 100.0 * late])  # the start, and before each image but the first
+  monkeypatch.setattr(worker_lib, 'time', types.SimpleNamespace(monotonic=lambda: next(clock)))
+  answers = made._answers(7, 'caption', worker_lib.STREAM, [Item(image=x) for x in (b'a', b'wrong', b'b', b'c')])
+  answered = [0, 2] if late else [0, 2, 3]
+  assert [i for i, answer in enumerate(answers) if isinstance(answer, dict)] == answered
+  assert str(answers[1]) == 'not readable' and (answers[3] is None) == late
+  parts = []
+  while front.poll():
+    parts.append(front.recv())
+  assert parts == [('part', 7, {i: text for i in answered}) for text in ('word ', 'word word ')]

@@ -112,10 +112,10 @@ class Batcher:
     return batch
 
   async def _answer(self, key: tuple[str, str], batch: list[_Waiting]) -> None:
-    def on_part(texts: list[str]) -> None:
-      for waiting, text in zip(batch, texts):
-        if waiting.on_part and not waiting.future.done():
-          waiting.on_part(text)
+    def on_part(texts: dict[int, str]) -> None:
+      for i, text in texts.items():
+        if batch[i].on_part and not batch[i].future.done():
+          batch[i].on_part(text)
 
     self._on_batch(key[1], len(batch))
     self._served[key] = time.monotonic()

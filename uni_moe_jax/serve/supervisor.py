@@ -77,8 +77,10 @@ class Supervisor:
 
   async def run(
       self, task: str, program: str, items: list[Item],
-      on_part: Callable[[list[str]], None] | None = None) -> list[Any]:
+      on_part: Callable[[dict[int, str]], None] | None = None) -> list[Any]:
     """Returns the output of every item, or the reason why it is refused; one call at a time.
+
+    on_part: called with the texts so far of the items that are answered, by their indices.
 
     Raises:
       Refused: the worker died, or took too long and was killed.

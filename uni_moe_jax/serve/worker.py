@@ -4,8 +4,8 @@ It speaks through a pipe with the front (`supervisor.py`), which may kill it at 
 
   front → worker   (job id, task, program, [item, …])
   worker → front   ('loaded', Facts), ('warm', task, program, batch size) when a program may be used, ('ready',) when
-                   all may be, ('part', job id, [text, …]) while captions stream, ('done', job id, [output, Refused
-                   or None, …]), ('failed', message) instead of 'loaded' or 'ready'
+                   all may be, ('part', job id, {index of an item that is answered: text}) while captions stream,
+                   ('done', job id, [output, Refused or None, …]), ('failed', message) instead of 'loaded' or 'ready'
 
 None: decoding the items before took long, send this one again.
 """
@@ -162,7 +162,7 @@ class _Worker:
       size = min(s for s in batch_sizes(self._limits.max_batch) if s >= len(rows))
       padded = rows + rows[-1:] * (size - len(rows))
       inputs = {name: np.concatenate([row[name] for row in padded]) for name in rows[0]}
-      parts = (lambda texts: self._send('part', job, [texts[k] for k in _inverse(fields, len(items))]))
+      parts = lambda texts: self._send('part', job, dict(zip(fields, texts)))
       outputs = self._outputs(task, program, inputs, [items[i] for i in fields], parts)
       for (i, row), output in zip(fields.items(), outputs):
         answers[i] = output | ({'png': self._media.thumbnail(row['pixels'][0])} if items[i].thumbnail else {})
@@ -172,7 +172,7 @@ class _Worker:
     """Yields the output of every item."""
     if program == STREAM:
       for words in self._words(task, inputs['pixels']):
-        parts([self._texts.text(row) for row in words[:len(items)]] + [''])
+        parts([self._texts.text(row) for row in words[:len(items)]])
       program = 'caption'
     out = {name: np.asarray(x) for name, x in self._model.run(task, program, **inputs).items()}
     for i, item in enumerate(items):
@@ -329,9 +329,3 @@ class _Worker:
         dtype, shape = re.fullmatch(r'(\w+)\[(.*)\]', described).groups()
         fields[name] = np.ones([sizes.get(n) or int(n) for n in shape.split(', ')], dtype)
     return fields
-
-
-def _inverse(kept: dict[int, Any], count: int) -> list[int]:
-  """For each of `count` items its index among the kept ones, or -1."""
-  index = {i: k for k, i in enumerate(kept)}
-  return [index.get(i, -1) for i in range(count)]
