@@ -93,6 +93,17 @@ def test_a_body_of_too_many_parts_is_not_parsed():
   assert _get(_guard(), method='POST', chunks=[b'{"names": [' + b'"a",' * 30_000 + b'"a"]}'])[0] == 200
 
 
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-16-le', 'utf-16-be', 'utf-32'])
+@pytest.mark.parametrize('space', ['', ' ', '\t', '\r\n', ' \t\r\n' * 30], ids=['none', 'space', 'tab', 'line', 'much'])
+def test_fields_are_counted_however_a_body_is_spaced_and_encoded(space, encoding):
+  def response(fields):
+    body = '{' + f',{space}'.join(f'"{i}"{space}:{space}1' for i in range(fields)) + '}'
+    assert len(json.loads(body.encode(encoding))) == fields  # what is counted is what would be parsed
+    return _get(_guard(max_body_bytes=2**25), method='POST', chunks=[body.encode(encoding)])
+  assert response(19_999)[0] == 200  # with the object itself as many as are accepted
+  assert 'has 20,001 lists, objects and fields' in _error(response(20_000), 422)
+
+
 def test_a_body_that_does_not_arrive_in_time_is_refused():
   guard = _guard(timeout=0.05)
   assert 'within 0.05 s' in _error(_get(guard, method='POST', chunks=[b'1'] * 9, pause=0.02), 408)

@@ -15,6 +15,7 @@ from uni_moe_jax.serve.limits import Limits, Refused
 _OPEN = ('/', '/healthz', '/docs', '/openapi.json')  # paths without data of the model
 _UNQUEUED = ('/', '/healthz', '/metrics', '/docs', '/openapi.json')  # answered while the service is full or ends
 _MAX_PARTS = 20_000  # lists, objects and fields of a body: an error for each would fill the memory
+_BETWEEN = b' \t\r\n\0'  # bytes that may be between a field and its colon; zeros are those of UTF-16 and UTF-32
 _MAX_HELD = 2**28  # bytes of all bodies that are in memory
 _LOCAL = ('localhost', '127.0.0.1', '[::1]')
 _JSON = b'application/json'
@@ -135,7 +136,8 @@ class Guard:
           if not message.get('more_body'):
             break
       body = b''.join(chunks)
-      if (n := sum(map(body.count, (b'[', b'{', b'":')))) > _MAX_PARTS:
+      packed = body.translate(None, _BETWEEN)
+      if (n := sum(map(packed.count, (b'[', b'{', b'":')))) > _MAX_PARTS:
         raise Refused(422, f'The body has {n:,} lists, objects and fields, and at most {_MAX_PARTS:,} are accepted; '
                            'send what GET /docs describes.')
       return body
