@@ -51,9 +51,11 @@ class Gallery:
 
   def __init__(self, facts: Facts, sources: Sequence[pathlib.Path], cache: pathlib.Path):
     self._facts, self._tasks, self._cache = facts, facts.manifest['tasks'], cache
+    searched = {self._tasks[task]['num_frames'] for task in self.searchers()}
     self._sources = list(sources) or [
-        Item(example=i, thumbnail=True) for i in range(len(facts.examples))]
+        Item(example=i, thumbnail=True) for i, e in enumerate(facts.examples) if e['num_frames'] in searched]
     self._slots: list[GalleryItem | None] = [None] * len(self._sources)
+    self._num_refused = 0
     self._stored: dict[str, np.ndarray] = {}
     self._used: set[str] = set()  # keys of `_stored`
 
@@ -64,8 +66,8 @@ class Gallery:
 
   @property
   def size(self) -> int:
-    """Files or examples, whether encoded or not."""
-    return len(self._slots)
+    """Files or examples, whether encoded yet or not, without files that are not accepted."""
+    return len(self._slots) - self._num_refused
 
   def item(self, index: int) -> GalleryItem | None:
     """An item by its index; None: there is none, or it is not encoded yet."""
@@ -88,14 +90,16 @@ class Gallery:
         while True:
           try:
             self._slots[index] = await self._encoded(index, batcher)
+            return
           except Refused as e:
             if e.status == 503:  # the worker is busy, or starts again
               await asyncio.sleep(1)
               continue
-            note(f'{self._sources[index]}: {e}')
+            problem = f'{self._sources[index]}: {e}'
           except OSError as e:
-            note(str(e))
-          return
+            problem = str(e)
+          self._num_refused += 1
+          return note(problem)
 
     await asyncio.gather(*map(add, range(len(self._sources))))
     await asyncio.to_thread(self._save)
@@ -121,6 +125,8 @@ class Gallery:
         self._stored |= {key: output['features'], png: np.frombuffer(output['png'], np.uint8)}
       self._used |= {key, png}
       made.features[task], made.png = self._stored[key], self._stored[png].tobytes()
+    if not made.features:  # a file: of the examples only those that a task searches are sources
+      raise Refused(422, f'No task of this model searches {"videos" if is_video else "images"}; remove the file.')
     return made
 
   def _load(self) -> None:

@@ -1,0 +1,61 @@
+"""The gallery: files of every medium that a task searches, and a sentence about each of the others."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from uni_moe_jax.serve.gallery import Gallery
+from uni_moe_jax.serve.limits import Limits
+from uni_moe_jax.serve.worker import Facts
+
+_FRAMES = {'image': 1, 'video': 4}
+
+
+class _Batcher:
+  """Answers for every file; records the tasks of requests."""
+
+  def __init__(self):
+    self.tasks = []
+
+  async def submit(self, task, program, item):
+    assert program == 'encode' and item.thumbnail
+    self.tasks.append(task)
+    return {'features': np.ones(2, np.float32), 'png': b'png'}
+
+
+def _encoded(tmp_path, searched, names=()):
+  """Returns a gallery of files, or of an example of each medium, whose model searches some media; and its notes."""
+  tasks = {f'{medium} search': {'num_frames': _FRAMES[medium], 'target': 'pair', 'programs': {
+      'encode': {'inputs': {'pixels': ''}}, 'encode_text': {}}} for medium in searched}
+  examples = [{'task': '', 'num_frames': frames, 'answer': medium, 'png': b''} for medium, frames in _FRAMES.items()]
+  files, notes, batcher = [tmp_path / name for name in names], [], _Batcher()
+  for file in files:
+    file.write_bytes(file.name.encode())
+  gallery = Gallery(Facts({'tasks': tasks}, examples, {}, {}), files, tmp_path / 'cache.npz')
+  asyncio.run(gallery.encode(batcher, Limits(), notes.append))
+  return gallery, notes, batcher.tasks
+
+
+_NAMES = 'a.png', 'b.mp4', 'c.gif'
+
+
+@pytest.mark.parametrize('searched, accepted, refused', [
+    (['image', 'video'], ['a.png', 'b.mp4', 'c.gif'], {}),
+    (['image'], ['a.png'], {'b.mp4': 'videos', 'c.gif': 'videos'}),
+    (['video'], ['b.mp4', 'c.gif'], {'a.png': 'images'}),
+    ([], [], {'a.png': 'images', 'b.mp4': 'videos', 'c.gif': 'videos'})])
+def test_a_file_that_no_task_searches_is_reported_and_is_no_item(tmp_path, searched, accepted, refused):
+  gallery, notes, sent = _encoded(tmp_path, searched, _NAMES)
+  assert [item.name for item in gallery.items] == accepted and len(sent) == len(accepted)
+  assert all(item.features and item.png == b'png' for item in gallery.items)
+  assert sorted(notes) == [f'{tmp_path / name}: No task of this model searches {media}; remove the file.'
+                           for name, media in refused.items()]
+  assert [gallery.item(i) is not None for i in range(3)] == [name in accepted for name in _NAMES]
+  assert gallery.size == len(accepted)
+
+
+@pytest.mark.parametrize('searched', [['image', 'video'], ['image'], ['video'], []])
+def test_examples_are_those_that_a_task_searches(tmp_path, searched):
+  gallery, notes, sent = _encoded(tmp_path, searched)
+  assert [item.text for item in gallery.items] == searched and gallery.size == len(sent) == len(searched) and not notes
