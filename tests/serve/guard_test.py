@@ -65,7 +65,8 @@ def test_a_name_of_another_site_that_points_here_is_refused(host, any_host, stat
 def test_the_token_is_needed_for_everything_that_knows_the_model():
   guard = _guard(token='secret')
   for wrong in ('', 'secret', 'Bearer secre', 'Bearer secrets', 'Bearer \xfc'):
-    assert 'Authorization: Bearer TOKEN' in _error(_get(guard, authorization=wrong), 401)
+    response = _get(guard, authorization=wrong)
+    assert 'Authorization: Bearer TOKEN' in _error(response, 401) and response[2][b'www-authenticate'] == b'Bearer'
   assert _get(guard, authorization='Bearer secret')[0] == 200
   paths = ('/', '/healthz', '/docs', '/metrics', '/examples/0')
   assert [_get(guard, path)[0] for path in paths] == [200] * 3 + [401] * 2
@@ -106,7 +107,8 @@ def test_fields_are_counted_however_a_body_is_spaced_and_encoded(space, encoding
 
 def test_a_body_that_does_not_arrive_in_time_is_refused():
   guard = _guard(timeout=0.05)
-  assert 'within 0.05 s' in _error(_get(guard, method='POST', chunks=[b'1'] * 9, pause=0.02), 408)
+  response = _get(guard, method='POST', chunks=[b'1'] * 9, pause=0.02)
+  assert 'within 0.05 s' in _error(response, 408) and response[2][b'connection'] == b'close'
   assert not guard._held
 
 

@@ -13,13 +13,13 @@ from typing import Annotated, Any
 import fastapi
 import pydantic
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from uni_moe_jax import __version__
 from uni_moe_jax.serve import service as service_lib
 from uni_moe_jax.serve.gallery import Gallery, is_searcher
-from uni_moe_jax.serve.guard import Metrics
+from uni_moe_jax.serve.guard import Metrics, refusal
 from uni_moe_jax.serve.limits import Limits, Refused
 from uni_moe_jax.serve.service import Service
 from uni_moe_jax.serve.supervisor import Supervisor
@@ -90,18 +90,18 @@ def create(supervisor: Supervisor, service: Service, gallery: Gallery, limits: L
 
   @app.exception_handler(Refused)
   async def refused(_, error: Refused) -> Response:
-    return JSONResponse({'error': error.message}, error.status, error.retry)
+    return refusal(error)
 
   @app.exception_handler(RequestValidationError)
   async def invalid(_, error: RequestValidationError) -> Response:
-    return JSONResponse({'error': sentence(error.errors()[0])}, 422)
+    return refusal(Refused(422, sentence(error.errors()[0])))
 
   @app.exception_handler(HTTPException)
   async def http_error(request: fastapi.Request, error: HTTPException) -> Response:
     known = {404: f'{request.method} {request.url.path[:60]!r} does not exist; GET /docs lists what does.',
              405: f'{request.method} is not for {request.url.path[:60]!r}; GET /docs lists what is.',
              400: 'The body is not JSON; send an object, as GET /docs describes.'}
-    return JSONResponse({'error': known.get(error.status_code, f'{error.detail}.')}, error.status_code, error.headers)
+    return refusal(Refused(error.status_code, known.get(error.status_code, f'{error.detail}.')), error.headers)
 
   @app.get('/', include_in_schema=False)
   async def index() -> Response:

@@ -2,13 +2,14 @@
 
 import asyncio
 import hmac
-import json
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 import prometheus_client
+from starlette.responses import JSONResponse
 
 from uni_moe_jax.serve.limits import Limits, Refused
 
@@ -78,14 +79,14 @@ class Guard:
       body = await self._body(scope, receive)
       await self._app(scope, _replay(body, receive), send_with_headers)
     except Refused as e:
-      await refuse(e, send_with_headers, close=e.status in (408, 413))
+      await refusal(e)(scope, receive, send_with_headers)
     except ConnectionError:  # the client has gone
       status[0] = 499
     except Exception:
       traceback.print_exc(file=sys.stderr)
       if status[0]:
         raise
-      await refuse(Refused(500, 'The service failed; its log has the reason.'), send_with_headers)
+      await refusal(Refused(500, 'The service failed; its log has the reason.'))(scope, receive, send_with_headers)
     finally:
       self._held -= len(body)
       self.active -= queued
@@ -152,15 +153,9 @@ class Guard:
                         'accepted; send a smaller file.')
 
 
-async def refuse(error: Refused, send: Any, close: bool = False) -> None:
-  """Sends a refusal as JSON."""
-  body = json.dumps({'error': error.message}).encode()
-  headers = [(b'content-type', _JSON), (b'content-length', str(len(body)).encode())]
-  headers += [(name.lower().encode(), value.encode()) for name, value in error.retry.items()]
-  headers += [(b'www-authenticate', b'Bearer')] if error.status == 401 else []
-  headers += [(b'connection', b'close')] if close else []  # the rest of the body would follow
-  await send({'type': 'http.response.start', 'status': error.status, 'headers': headers})
-  await send({'type': 'http.response.body', 'body': body})
+def refusal(error: Refused, headers: Mapping[str, str] | None = None) -> JSONResponse:
+  """The answer to a request that is refused."""
+  return JSONResponse({'error': error.message}, error.status, {**error.headers, **(headers or {})})
 
 
 def _replay(body: bytes, receive: Any) -> Any:

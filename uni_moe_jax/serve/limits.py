@@ -11,9 +11,10 @@ class Refused(Exception):
     self.status, self.message = status, message
 
   @property
-  def retry(self) -> dict[str, str]:
-    """The header of a refusal that may be none a second later."""
-    return {'Retry-After': '1'} if self.status in (429, 503) else {}
+  def headers(self) -> dict[str, str]:
+    """What the client should do: wait a second, send a token, or not send the rest of the body."""
+    later, close = {'Retry-After': '1'}, {'Connection': 'close'}
+    return {401: {'WWW-Authenticate': 'Bearer'}, 408: close, 413: close, 429: later, 503: later}.get(self.status, {})
 
   def __reduce__(self):  # crosses the pipe of the worker
     return Refused, (self.status, self.message)
