@@ -217,9 +217,7 @@ def sentence(error: dict[str, Any]) -> str:
   field = '.'.join(str(part)[:60] for part in error['loc'][1:])  # the first is 'body' or 'path'
   known = {'missing': 'is missing; give it', 'extra_forbidden': 'is unknown; GET /docs lists the fields',
            'json_invalid': 'is not JSON; send an object, as GET /docs describes'}
-  problem = known.get(error['type'], error['msg'][:1].lower() + error['msg'][1:].removeprefix('Input '))
-  if error['type'] not in known:
-    problem = problem.replace('input should', 'should').replace('nput should', 'should')
+  problem = known.get(error['type'], (error['msg'][:1].lower() + error['msg'][1:]).replace('input should', 'should'))
   name = f'Field {field!r}' if field and error['type'] != 'json_invalid' else 'The body'
   return f'{name} {problem}.'
 
