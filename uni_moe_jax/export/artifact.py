@@ -73,7 +73,7 @@ def write(
     for source, name in (_SHIPPED | ({'onnx_model.py': 'onnx_model.py'} if onnx else {})).items():
       (staging / name).write_bytes(pathlib.Path(__file__).with_name(source).read_bytes())
     if onnx:
-      _write_onnx(staging, contents, files)
+      onnx_programs.write(staging, contents.spec, contents.tasks, files, tokenizer['spe'], tokenizer['eot'])
     manifest = description.manifest(contents, files, tokenizer, provenance)
     if 'browser' in formats:
       browser.write(staging)
@@ -124,17 +124,6 @@ def _write_programs(folder: pathlib.Path, contents: Contents) -> dict[str, dict[
       (folder / file).write_bytes(data)
       entries[name] = {'file': file, 'inputs': {k: _type_of(k, x) for k, x in program.inputs.items()}}
   return result
-
-
-def _write_onnx(folder: pathlib.Path, contents: Contents, files: dict[str, dict[str, dict[str, Any]]]) -> None:
-  """Writes ONNX models, and adds the entry of each to that of its program."""
-  tokenizer, by_program = contents.data.tokenizer, {
-      task: {name: entry['file'] for name, entry in entries.items()} for task, entries in files.items()}
-  written = onnx_programs.write(
-      folder, contents.spec, contents.tasks, by_program, tokenizer.spe, tokenizer.eot)
-  for task, entries in written.items():
-    for name, entry in entries.items():
-      files[task][name]['onnx'] = entry
 
 
 def _type_of(name: str, x: Any) -> str:

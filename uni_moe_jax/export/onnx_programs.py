@@ -34,40 +34,40 @@ _TOLERANCE = 1e-5  # of the largest output
 _NOT_CONVERTED = {'caption': 'jax2onnx has no loop over a symbolic batch; search with prefill and step'}
 _SIZES = {'s': 4, 'm': 2, 'v': 5, 'c': 5}  # of inputs to compare outputs
 
-Files = dict[str, dict[str, str]]
+Files = dict[str, dict[str, dict[str, Any]]]
 
 
-def write(folder: pathlib.Path, spec: ModelSpec, tasks: tuple[ExportedTask, ...], files: Files, spe: int, eot: int
-          ) -> dict[str, dict[str, dict[str, Any]]]:
-  """Writes TASK.PROGRAM.onnx files.
+def write(
+    folder: pathlib.Path, spec: ModelSpec, tasks: tuple[ExportedTask, ...], files: Files, spe: int, eot: int) -> None:
+  """Writes TASK.PROGRAM.onnx files, and adds the entry of each to that of its program, as 'onnx'.
+
+  It is {'file', 'inputs', 'outputs', 'difference', 'cache_axes'}: names of arrays in order, the largest difference to
+  the StableHLO program, and the batch axis of each array of a cache; or {'reason'} for a program that cannot be
+  converted.
 
   Args:
     folder: has the StableHLO programs and params.safetensors.
-    spec, tasks: of the exported model.
-    files: task → program → its StableHLO file; equal programs share one, and so do their models.
+    spec, tasks: of the exported model, see `check_dtype`.
+    files: task → program → its entry with its StableHLO 'file'; equal programs share one, and so do their models.
     spe, eot: token ids.
 
-  Returns:
-    task → program → {'file', 'inputs', 'outputs', 'difference', 'cache_axes'}: names of arrays in order, the largest
-    difference to the StableHLO program, and the batch axis of each array of a cache; or {'reason'} for a program that
-    cannot be converted.
-
   Raises:
-    UsageError: products are not float32. RunError: the environment cannot be made.
+    RunError: the environment cannot be made.
   """
-  check_dtype(spec.dtype)
   cases = {}
   for exported in tasks:
     for name, program in programs(UniPerceiver(spec), exported, spe, eot).items():
-      if name not in _NOT_CONVERTED and files[exported.task.name][name] not in cases:
-        file = files[exported.task.name][name]
+      file = files[exported.task.name][name]['file']
+      if name not in _NOT_CONVERTED and file not in cases:
         cases[file] = _cases(program, folder, file, spec.vocab_size)
   with tempfile.TemporaryDirectory() as name:
     job = pathlib.Path(name, 'job')
     job.write_bytes(pickle.dumps((dataclasses.replace(spec, gmm=gmm.EVERY_EXPERT), tasks, files, spe, eot, cases)))
     if code := environments.run(python(), __spec__.name, str(folder), str(job)):
       raise RunError(f'the conversion to ONNX ended with code {code}, see above; nothing was exported.')
-    return json.loads(job.with_suffix('.json').read_text())
+    for task, entries in json.loads(job.with_suffix('.json').read_text()).items():
+      for name, entry in entries.items():
+        files[task][name]['onnx'] = entry
 
 
 def _cases(program: Program, folder: pathlib.Path, file: str, vocab_size: int) -> list[tuple[Any, list[np.ndarray]]]:
@@ -114,7 +114,7 @@ def _main(folder: pathlib.Path, job: pathlib.Path) -> None:
   for exported in tasks:
     task = exported.task.name
     for name, program in programs(model, exported, spe, eot).items():
-      if (file := files[task][name]) not in converted:
+      if (file := files[task][name]['file']) not in converted:
         entry = converted[file] = ({'reason': _NOT_CONVERTED[name]} if name in _NOT_CONVERTED else
                                    _try(folder, program, params, f'{task}.{name}.onnx', cases[file]))
         if 'cache' in program.inputs:  # which axis of each array is the batch
