@@ -119,3 +119,9 @@ def test_a_thumbnail_shows_all_frames():
 def test_of_16_bits_a_channel_the_upper_8_are_read_as_in_training():
   image = Image.fromarray(np.array([[0x0012, 0x8034], [0xff56, 0x4078]], np.uint16))
   np.testing.assert_array_equal(np.asarray(media.read_image(_file(image), _LIMITS))[..., 0], [[0, 128], [255, 64]])
+
+
+def test_the_transparent_level_of_16_bits_is_white_as_in_training():
+  image = Image.fromarray(np.array([[0x0012, 0x0013], [0xff56, 0x4078]], np.uint16))
+  shown = np.asarray(media.read_image(_file(image, transparency=0x0012), _LIMITS))
+  np.testing.assert_array_equal(shown[..., 0], [[255, 0], [255, 64]])

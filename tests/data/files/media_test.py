@@ -1,7 +1,9 @@
-"""Sizes of images and videos are checked before anything is decoded."""
+"""Sizes of images and videos are checked before anything is decoded, and what is rewritten keeps its levels."""
 
+import io
 import tracemalloc
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -51,3 +53,44 @@ def test_equal_bytes_have_equal_digests_whatever_is_rewritten(tmp_path):
     (tmp_path / name).write_bytes(own_files.encode_image(own_files.color_image('red', 1), exif=exif))
   a, b, c = (media.check_image((tmp_path / name).read_bytes()) for name in ('a.jpg', 'b.jpg', 'c.jpg'))
   assert a.note and a.digest == b.digest != c.digest
+
+
+# Levels of 16 bits and, in training, their upper 8: of the first two pixels only the lower 8 differ.
+_DEEP = np.array([0x0012, 0x0013, 0x40ff, 0xff00], np.uint16).repeat(16).reshape(8, 8)
+_UPPER = np.array([0x00, 0x00, 0x40, 0xff], np.uint8).repeat(16).reshape(8, 8)
+_ROTATED = Image.Exif()
+_ROTATED[media._EXIF_ORIENTATION] = 6  # the first row is at the right
+_PGM = b'P5 8 8 65535\n' + _DEEP.astype('>u2').tobytes()
+
+
+def _encode_deep(file_format, dtype='<u2', **options):
+  return own_files.encode_image(Image.fromarray(_DEEP.astype(dtype)), file_format, **options)
+
+
+@pytest.mark.parametrize('data, note, expected', [
+    (_encode_deep('PNG', exif=_ROTATED), 'rotated as EXIF says', _UPPER.T[:, ::-1]),
+    (_encode_deep('TIFF'), 'color mode I;16', _UPPER),
+    (_encode_deep('TIFF', '>u2'), 'color mode I;16B', _UPPER),
+    (_encode_deep('TIFF', '>u2', exif=_ROTATED), 'color mode I;16B', _UPPER.T[:, ::-1]),  # Pillow rotates it
+    (_PGM, 'color mode I', _UPPER),
+    # The level 0x12 is transparent, and 0x13 is not.
+    (_encode_deep('PNG', transparency=0x12), 'transparent: on white', np.where(_DEEP == 0x12, 255, _UPPER)),
+], ids=['rotated', 'TIFF', 'big-endian TIFF', 'rotated TIFF', 'PGM', 'transparent'])
+def test_a_rewritten_image_of_16_bits_has_the_upper_8(data, note, expected):
+  made = media.check_image(data)
+  assert made.note == note
+  pixels = np.asarray(Image.open(io.BytesIO(made.data)))
+  np.testing.assert_array_equal(pixels, np.stack([expected] * 3, -1))
+
+
+def test_a_png_of_16_bits_keeps_its_bytes_and_is_read_with_the_same_levels_in_training():
+  import tensorflow as tf
+  made = media.check_image(data := _encode_deep('PNG'))
+  assert made.data == data and not made.note
+  np.testing.assert_array_equal(tf.io.decode_image(made.data, 1)[..., 0], _UPPER)
+
+
+def test_levels_of_32_bits_have_no_known_range_and_are_clipped():
+  levels = np.array([-5, 7, 255, 70_000], np.int32).repeat(16).reshape(8, 8)
+  made = media.check_image(own_files.encode_image(Image.fromarray(levels), 'TIFF'))
+  np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(made.data)))[..., 0], levels.clip(0, 255))

@@ -80,12 +80,14 @@ def _as_displayed(data: bytes) -> Media:
     raise CorruptFile(f'smaller than {MIN_SIDE} pixels')
   if image.has_transparency_data:
     notes.append('transparent: on white')
-    image = on_white(image)
   elif image.mode not in _PLAIN_MODES and not (file_format == 'PNG' and image.mode.startswith('I')):
     notes.append(f'color mode {image.mode}')  # TensorFlow reads a PNG of 16 bits itself, and drops the lower 8
   if not notes and file_format not in _PLAIN_FORMATS:
     notes.append(f'format {file_format}')
   if notes:
+    if image.mode != 'I' or file_format == 'PPM':  # other formats have 32 bits in this mode, of an unknown range
+      image = eight_bits(image)  # Pillow's conversion would make all that is not nearly black white
+    image = on_white(image) if image.has_transparency_data else image
     image.convert('RGB').save(out := io.BytesIO(), 'PNG')
     data = out.getvalue()
   return Media(data, image.size, '; '.join(notes), digest)
@@ -98,8 +100,14 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-  """An image of 16 bits by its upper 8, as training reads it; others as they are."""
-  return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith('I') else image
+  """A gray image of 16 bits by its upper 8, as training reads it; others as they are."""
+  if not image.mode.startswith('I'):
+    return image
+  levels = np.asarray(image)
+  shown = Image.fromarray((levels >> 8).astype(np.uint8))
+  if 'transparency' in image.info:  # the level of transparent pixels, by all of its bits
+    shown.putalpha(Image.fromarray(np.where(levels == image.info['transparency'], 0, 255).astype(np.uint8)))
+  return shown
 
 
 def check_video(data: bytes) -> Media:
