@@ -229,3 +229,24 @@ def test_class_names_come_from_the_bucket(bucket, tmp_path):
   assert class_names.read_entries('file:names/x.tsv', data, 'target_sets.x') == (('a', ('cat',)), ('b', ('dog',)))
   with pytest.raises(MissingFileError, match='gone'):
     class_names.read_entries('file:gone.tsv', data, 'target_sets.x')
+
+
+def test_class_names_elsewhere_are_read_where_they_are(bucket, tmp_path):
+  from uni_moe_jax.data.pipeline import class_names
+  data, own = Mirror(f'{bucket}/data', tmp_path / 'cache'), tmp_path / 'own'
+  own.mkdir()
+  contents = {'names.txt': b'a\tcat\n', 'names.tmp': b'a draft'}
+  for name, content in contents.items():
+    (own / name).write_bytes(content)
+  before = (own / 'names.txt').stat()
+  assert class_names.read_entries(f'file:{own}/names.txt', data, 'target_sets.x') == (('a', ('cat',)),)
+  assert {path.name: path.read_bytes() for path in own.iterdir()} == contents  # and no lock
+  assert ((own / 'names.txt').stat().st_ino, (own / 'names.txt').stat().st_mtime_ns) == (
+      before.st_ino, before.st_mtime_ns)
+  storage.write_bytes(object_in(bucket, 'names.txt'), b'b\tdog\n')
+  assert class_names.read_entries(f'file:{bucket}/names.txt', data, 'target_sets.x') == (('b', ('dog',)),)
+  assert not [path for path in data.root.rglob('*') if path.is_file()]
+  # A relative path is copied from the bucket of the data.
+  storage.write_bytes(object_in(bucket, 'data/names.txt'), b'c\tbird\n')
+  assert class_names.read_entries('file:names.txt', data, 'target_sets.x') == (('c', ('bird',)),)
+  assert (data.root / 'names.txt').read_bytes() == b'c\tbird\n'

@@ -40,9 +40,10 @@ def parse_entries(values: Sequence[str | tuple[str, ...]], field: str) -> tuple[
 def read_entries(values: str, directory: str | os.PathLike[str], field: str) -> tuple[Entry, ...]:
   """Reads the entries of 'file:PATH', relative to the data directory. Raises MissingFileError, UsageError."""
   name = values.removeprefix(FILE_PREFIX)
-  if isinstance(directory, Mirror):
-    directory.fetch_unlisted(name)
   path = storage.path(name if storage.is_remote(name) else pathlib.Path(os.path.expanduser(directory), name))
+  # An absolute path after the address of a bucket would be a file of this machine, which must stay as it is.
+  if isinstance(directory, Mirror) and not os.path.isabs(name):
+    directory.fetch_unlisted(name)
   if not path.is_file():
     raise MissingFileError(f'config.{field}: the file of class names {path} does not exist; see '
                            'docs/guides/benchmarks.md for how to make it.')
