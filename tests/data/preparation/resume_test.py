@@ -1,16 +1,10 @@
 """A preparation gives the same files for any number of workers, and wherever it was interrupted."""
 
-import pathlib
 import shutil
-import subprocess
-import sys
-import time
-import types
 
 import pytest
 
 from tests.data import own_files
-from tests.helpers import processes
 from tests.stress import preparation
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.data.preparation import input_shards, workers
@@ -122,34 +116,6 @@ def test_workers_are_processes_that_give_the_same_files(source, tmp_path):
     prepare.prepare(source, tmp_path / str(num_workers), 'x', num_workers=num_workers)
   one, two = (preparation.content(tmp_path / str(n) / 'own/x') for n in (1, 2))
   assert one == two and len([name for name in one if 'array_record' in name]) == 4
-
-
-def test_progress_has_rows_per_second_and_the_time_left(monkeypatch, capsys):
-  times = iter([0., 5., 20.])
-  monkeypatch.setattr(workers, 'time', types.SimpleNamespace(monotonic=lambda: next(times)))
-  workers.run([lambda: 1000, lambda: 500], 4, 'read', 1)
-  assert capsys.readouterr().out == 'read 1,500 rows, 75 rows/s, part 2 of 4, 0.3 min left\n'
-
-
-_WORKERS = '''
-import functools, os, sys, time
-from uni_moe_jax.data.preparation import workers
-if __name__ == '__main__':
-  print(os.getpid(), flush=True)
-  workers.run([functools.partial(time.sleep, 100)] * 3, 3, 'slept', 2)
-'''
-
-
-def test_workers_end_when_their_process_is_killed(tmp_path):
-  (tmp_path / 'program.py').write_text(_WORKERS)
-  process = subprocess.Popen([sys.executable, str(tmp_path / 'program.py')], stdout=subprocess.PIPE,
-                             env=processes.environment(1))
-  process.stdout.readline()
-  children = pathlib.Path(f'/proc/{process.pid}/task/{process.pid}/children')
-  while len(children.read_text().split()) < 3:  # two workers, and the tracker of resources
-    time.sleep(0.05)
-  process.kill()
-  process.communicate(timeout=60)  # its output ends when the last process that has the pipe ends
 
 
 @pytest.mark.slow

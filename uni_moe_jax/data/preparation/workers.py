@@ -1,13 +1,24 @@
-"""Tasks of preparation in processes of this machine, with progress."""
+"""Tasks of preparation in processes of this machine, with progress.
+
+A process runs this module. Those of multiprocessing would run the program that started them once more, and one without
+`if __name__ == '__main__'` as well: in each process it would begin anew, and wait for a lock that the first one has.
+"""
 
 import collections
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
-import signal
+import pickle
+import subprocess
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
+
+from uni_moe_jax.utils.errors import RunError
 
 Task = Callable[[], int]  # returns a number of rows
 _PERIOD = 10.0  # seconds between lines of progress
@@ -28,13 +39,21 @@ def run(tasks: Iterable[Task], num_tasks: int, what: str | None, num_workers: in
     for task in tasks:
       progress.add(task())
     return
-  # A forked process would have this one's threads' locks, taken.
-  context = multiprocessing.get_context('spawn')
-  with concurrent.futures.ProcessPoolExecutor(num_workers, context, _end_with_parent) as pool:
+  with contextlib.ExitStack() as stack:
+    idle = [stack.enter_context(contextlib.closing(_Process())) for _ in range(num_workers)]
+    pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(num_workers, 'workers'))
+
+    def run_elsewhere(task: Task) -> int:
+      process = idle.pop()  # there are as many as threads
+      try:
+        return process.run(task)
+      finally:
+        idle.append(process)
+
     pending = collections.deque()
     try:
       for task in tasks:
-        pending.append(pool.submit(task))
+        pending.append(pool.submit(run_elsewhere, task))
         if len(pending) >= _PENDING * num_workers:
           progress.add(pending.popleft().result())
       while pending:
@@ -43,14 +62,57 @@ def run(tasks: Iterable[Task], num_tasks: int, what: str | None, num_workers: in
       pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-  """Ends this process with the one that started it, also if that is killed; Ctrl-C is for that one to handle."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+class _Process:
+  """A process that runs `main`. It ends with this one, also if this one is killed."""
 
-  def wait() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-  threading.Thread(target=wait, daemon=True).start()
+  def __init__(self):
+    self._connection, other = multiprocessing.Pipe()
+    with other:
+      # A session of its own: Ctrl-C is for this process to handle. Its input is open as long as this process runs.
+      self._popen = subprocess.Popen(
+          [sys.executable, '-m', __name__, str(other.fileno())], stdin=subprocess.PIPE, start_new_session=True,
+          pass_fds=[other.fileno()], env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})
+
+  def run(self, task: Task) -> int:
+    """Runs a task. Raises what it raises; RunError: the process has ended."""
+    message = pickle.dumps(task)
+    try:
+      self._connection.send_bytes(message)
+      answer = self._connection.recv_bytes()
+    except (EOFError, ConnectionError):
+      raise RunError(
+          f'a worker process ended with exit code {self._popen.wait()} (-9: killed, mostly because memory was full). '
+          'The same command continues; fewer processes, --num_workers, need less memory.') from None
+    num_rows, error = pickle.loads(answer)
+    if error is not None:
+      raise error
+    return num_rows
+
+  def close(self) -> None:
+    self._connection.close()  # `main` returns
+    self._popen.wait()
+    self._popen.stdin.close()
+
+
+def main() -> None:
+  """Runs the tasks that another process sends, and answers each with (number of rows, error or None)."""
+  threading.Thread(target=_end_with_input, daemon=True).start()
+  with Connection(int(sys.argv[1])) as connection, contextlib.suppress(EOFError, ConnectionError):
+    while True:
+      connection.send_bytes(pickle.dumps(_result(connection.recv_bytes())))
+
+
+def _result(task: bytes) -> tuple[int, Exception | None]:
+  try:
+    return pickle.loads(task)(), None
+  except Exception as e:
+    e.add_note(traceback.format_exc())  # an exception is sent without its traceback
+    return 0, e
+
+
+def _end_with_input() -> None:
+  os.read(sys.stdin.fileno(), 1)  # the stream would be locked when the interpreter ends
+  os._exit(1)
 
 
 class _Progress:
@@ -70,3 +132,7 @@ class _Progress:
       left = elapsed / self._num_done * (self._num_tasks - self._num_done)
       print(f'{self._what} {self._num_rows:,} rows, {self._num_rows / elapsed:,.0f} rows/s, part {self._num_done:,} of '
             f'{self._num_tasks:,}, {left / 60:,.1f} min left', flush=True)
+
+
+if __name__ == '__main__':
+  main()
