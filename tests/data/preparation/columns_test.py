@@ -17,19 +17,29 @@ def test_the_smallest_value_of_equal_keys_is_found_in_pieces(tmp_path, monkeypat
   smallest_by_key(((ids[i:i + 20][used[i:i + 20]], keys[i:i + 20][used[i:i + 20]], values[i:i + 20][used[i:i + 20]])
                    for i in range(0, 300, 20)), 300, out := Column(tmp_path / 'out', 'i8', 300))
   expected = {k: min(values[used & (keys == k)], default=0) for k in keys}
-  np.testing.assert_array_equal(out.read(0, 300), np.where(used, [expected[k] for k in keys], 0))
+  np.testing.assert_array_equal(out[:], np.where(used, [expected[k] for k in keys], 0))
 
 
 def test_a_column_is_read_and_written_anywhere(tmp_path):
   column = Column(tmp_path / 'x', 'i4', 5)
   column.append(np.array([1, 2]))
-  column.write(1, np.array([8, 9]))
-  column.put(np.array([6, 0]), np.array([-1, 7]))
-  assert column.read(0, 7).tolist() == [7, 8, 9, 0, 0, 1, -1] and column.take(np.array([6, 1])).tolist() == [-1, 8]
+  column[1:3] = np.array([8, 9])
+  column[np.array([6, 0])] = np.array([-1, 7])
+  assert column[0:7].tolist() == [7, 8, 9, 0, 0, 1, -1] and column[np.array([6, 1])].tolist() == [-1, 8]
 
 
 def test_one_field_of_records_is_read_from_a_row_to_another(tmp_path):
   column = Column(tmp_path / 'x', [('size', 'i8'), ('code', 'i4')])
   column.append(np.array([(10 * i, i) for i in range(5)], [('size', 'i8'), ('code', 'i4')]))
-  code = column.read_field('code', 2, 4)
+  code = column.read_field('code', slice(2, 4))
   assert code.tolist() == [2, 3] and type(code) is np.ndarray
+
+
+def test_what_was_read_is_a_copy_and_an_empty_column_is_read_and_written(tmp_path):
+  column = Column(tmp_path / 'x', 'i4', 3)
+  for read in (column[0:2], column[np.array([0, 1])]):
+    read += 1
+  assert column[:].tolist() == [0, 0, 0]
+  empty, none = Column(tmp_path / 'y', 'i4'), np.empty(0, np.int64)
+  empty[none] = none
+  assert empty[:].tolist() == empty[none].tolist() == []

@@ -167,11 +167,10 @@ def _write(merged: Merged, shards: Sequence[storage.Path], target: storage.Path,
   def tasks() -> Iterator[Write]:
     for file, (split, start, first, last) in zip(names, cuts):
       if file not in finished:
-        bounds = merged.bounds[first], merged.bounds[last]
+        rows = slice(merged.bounds[first], merged.bounds[last])
         yield Write(
             str(target), file, str(done), SPLITS.index(split), start, tuple(map(str, shards[first:last])),
-            merged.splits.read(*bounds),
-            merged.rows.read_field('signature', *bounds) if merged.dropped else np.empty(0, np.int32),
+            merged.splits[rows], merged.rows.read_field('signature', rows) if merged.dropped else np.empty(0, np.int32),
             merged.columns, merged.classes, merged.dropped)
 
   run(tasks(), len(set(names) - finished), 'written')
@@ -184,8 +183,8 @@ def _cut(merged: Merged, num_shards: int) -> list[tuple[str, int, int, int]]:
   cuts = []
   numbers = {split: [0, 0, 0, 0] for split in merged.split_sizes}  # examples before, first shard, rows, bytes
   for i in range(num_shards):
-    bounds = merged.bounds[i:i + 2]
-    sizes, splits = merged.rows.read(*bounds)['bytes'], merged.splits.read(*bounds)
+    rows = slice(*merged.bounds[i:i + 2])
+    sizes, splits = merged.rows[rows]['bytes'], merged.splits[rows]
     for split, state in numbers.items():
       selected = splits == SPLITS.index(split)
       state[2] += int(selected.sum())

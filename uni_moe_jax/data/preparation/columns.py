@@ -17,40 +17,35 @@ class Column:
 
   def __init__(self, path: pathlib.Path, dtype: np.dtype | str, size: int = 0):
     """Creates an array of zeros."""
-    self._path, self._dtype, self.size = path, np.dtype(dtype), size
-    with open(path, 'wb') as file:
-      file.truncate(size * self._dtype.itemsize)
+    self._path, self._dtype, self.size = path, np.dtype(dtype), 0
+    path.write_bytes(b'')
+    for start in range(0, size, _PIECE):  # written, since on a full disk an assignment to a hole would end the process
+      self.append(np.zeros(min(_PIECE, size - start), self._dtype))
 
   def append(self, values: np.ndarray) -> None:
     with open(self._path, 'ab') as file:
       file.write(values.astype(self._dtype, copy=False).tobytes())
     self.size += len(values)
 
-  def read(self, start: int, stop: int) -> np.ndarray:
-    return np.fromfile(self._path, self._dtype, int(stop - start), offset=int(start) * self._dtype.itemsize)
+  def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+    """A copy of some elements; they are written by an assignment."""
+    elements = self._map('r').view(f'V{self._dtype.itemsize}')  # of records, fields would be copied one by one
+    return np.array(elements[rows]).view(self._dtype)
 
-  def read_field(self, name: str, start: int, stop: int) -> np.ndarray:
+  def __setitem__(self, rows: slice | np.ndarray, values: np.ndarray) -> None:
+    self._map('r+')[rows] = values
+
+  def read_field(self, name: str, rows: slice) -> np.ndarray:
     """One field of records, of which no other is in memory."""
-    return np.array(np.memmap(self._path, self._dtype, 'r')[start:stop][name])
+    return np.array(self._map('r')[rows][name])
 
-  def write(self, start: int, values: np.ndarray) -> None:
-    with open(self._path, 'r+b') as file:
-      file.seek(start * self._dtype.itemsize)
-      file.write(values.astype(self._dtype, copy=False).tobytes())
-
-  def take(self, ids: np.ndarray) -> np.ndarray:
-    """The elements at any places."""
-    return np.memmap(self._path, self._dtype, 'r')[ids] if len(ids) else np.empty(0, self._dtype)
-
-  def put(self, ids: np.ndarray, values: np.ndarray) -> None:
-    """Writes elements at any places."""
-    if len(ids):
-      np.memmap(self._path, self._dtype, 'r+')[ids] = values
+  def _map(self, mode: str) -> np.ndarray:
+    return np.memmap(self._path, self._dtype, mode) if self.size else np.empty(0, self._dtype)
 
   def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (index of its first element, piece)."""
     for start in range(0, self.size, _PIECE):
-      yield start, self.read(start, min(start + _PIECE, self.size))
+      yield start, self[start:start + _PIECE]
 
 
 def smallest_by_key(
@@ -82,7 +77,7 @@ def smallest_by_key(
         table = table[np.lexsort([table['value'], table['key']])]
         table = table[np.concatenate([[True], table['key'][1:] != table['key'][:-1]])]
       for piece in _pieces_of(file):
-        out.put(piece['id'], table['value'][np.searchsorted(table['key'], piece['key'])])
+        out[piece['id']] = table['value'][np.searchsorted(table['key'], piece['key'])]
 
 
 def _pieces_of(file) -> Iterator[np.ndarray]:

@@ -97,7 +97,7 @@ class Merge:
   def _pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields (ids, records, reasons) of all rows."""
     for start, rows in self._rows.pieces():
-      yield np.arange(start, start + len(rows)), rows, self._reasons.read(start, start + len(rows))
+      yield (ids := np.arange(start, start + len(rows))), rows, self._reasons[ids]
 
   def _valid(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (ids, records) of the rows that have not been skipped."""
@@ -106,7 +106,7 @@ class Merge:
 
   def _skip(self, ids: np.ndarray, reasons: np.ndarray, words: np.ndarray) -> None:
     """Sets a reason, where there is none; `words`: codes."""
-    self._reasons.write(int(ids[0]), np.where(reasons == 0, words, reasons))
+    self._reasons[ids] = np.where(reasons == 0, words, reasons)
 
   def _code(self, reason: str) -> int:
     return self._words['reason'][reason]
@@ -119,7 +119,7 @@ class Merge:
     first = self._smallest('first', ((ids, rows['key'], ids) for ids, rows, _ in self._pieces()))
     of_key, of_content = self._code('duplicate key'), self._code('duplicate')
     for ids, rows, reasons in self._pieces():
-      is_repeated = first.read(ids[0], ids[-1] + 1) != ids
+      is_repeated = first[ids] != ids
       self._skip(ids, reasons, np.where(is_repeated, np.where(rows['has_key'], of_key, of_content), 0))
 
   def _skip_inconsistent(self) -> None:
@@ -147,14 +147,14 @@ class Merge:
           rows['content'][i] = 0
         rows['identity'][i] = scan.identity(int(rows['content'][i]), texts, labels)
       if len(affected):
-        self._rows.write(int(ids[0]), rows)
+        self._rows[ids] = rows
 
   def _contents(self, ids: np.ndarray) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Yields what `ScannedShard.contents` does, of rows in ascending order."""
     shards = np.searchsorted(self._result.bounds, ids, 'right') - 1
     for i in np.unique(shards).tolist():
       start, stop = self._result.bounds[i:i + 2]
-      yield from self._shards[i].contents(self._rows.read(start, stop)['bytes'], ids[shards == i] - start)
+      yield from self._shards[i].contents(self._rows[start:stop]['bytes'], ids[shards == i] - start)
 
   def _skip_repeated(self) -> None:
     """Skips rows whose content is in a later split, too, and rows that repeat another one but for the file's name."""
@@ -167,8 +167,8 @@ class Merge:
     first = self._smallest('first', entries('identity', lambda ids, _: ids))
     leaks = np.array([self._code(f'same {self._media_type or "text"} as in split {s!r}') for s in SPLITS])
     for ids, rows, reasons in self._pieces():
-      last = -later.read(ids[0], ids[-1] + 1)
-      is_repeated = (first.read(ids[0], ids[-1] + 1) != ids) & ~rows['has_key']
+      last = -later[ids]
+      is_repeated = (first[ids] != ids) & ~rows['has_key']
       words = np.where(last != _named(rows), leaks[last], np.where(is_repeated, self._code('duplicate'), 0))
       self._skip(ids, reasons, np.where(rows['content'] != 0, words, 0))
 
@@ -179,7 +179,7 @@ class Merge:
       for reason, (number, locations) in shard.manifest()['skipped'].items():
         scan.count_skipped(skipped, reason, number, locations)
         num_rows += number
-      reasons = self._reasons.read(*self._result.bounds[i:i + 2])
+      reasons = self._reasons[slice(*self._result.bounds[i:i + 2])]
       for code in np.unique(reasons[reasons != 0]).tolist():
         ids = np.flatnonzero(reasons == code)
         missing = scan.MAX_LOCATIONS - len(skipped.get(words[code], (0, []))[1])
@@ -208,14 +208,14 @@ class Merge:
       if first is None:
         splits = _named(rows)
       else:
-        digests = self._rows.take(first.read(ids[0], ids[-1] + 1))['group']
+        digests = self._rows[first[ids]]['group']
         splits = np.where(digests / 2**64 < test_fraction, SPLITS.index('test'), 0)
       splits = np.where(reasons == 0, splits, -1)
       sizes += np.bincount(splits[splits >= 0], minlength=len(SPLITS))
-      result.splits.write(int(ids[0]), splits)
+      result.splits[ids] = splits
     if first is not None and not sizes[0] and test_fraction < 1:  # too few groups: keep them for training
       for start, splits in result.splits.pieces():
-        result.splits.write(start, np.where(splits >= 0, 0, splits))
+        result.splits[start:start + len(splits)] = np.where(splits >= 0, 0, splits)
       sizes = np.array([sizes.sum(), 0, 0])
     result.split_sizes = {s: n for s, n in zip(SPLITS, sizes.tolist()) if n}
     if result.names_splits:
@@ -225,22 +225,22 @@ class Merge:
     """The first of the rows that belong together, for each row."""
     first = self._column('component', 'i8')
     for ids, _, _ in self._pieces():
-      first.write(int(ids[0]), ids)
+      first[ids] = ids
     changed = True
     while changed:
       changed = False
       for key in ('group', 'content'):
         smallest = self._smallest('smallest', (
-            (ids[joined], rows[key][joined], first.take(ids[joined]))
+            (ids[joined], rows[key][joined], first[ids[joined]])
             for ids, rows in self._valid() for joined in [(rows[key] != 0) | (key == 'group')]))
         for ids, rows in self._valid():
           joined = ids[(rows[key] != 0) | (key == 'group')]
-          before, after = first.take(joined), smallest.take(joined)
+          before, after = first[joined], smallest[joined]
           if (before != after).any():
             changed = True
-            first.put(joined, after)
+            first[joined] = after
       for start, rows in first.pieces():  # a row that the first one is joined to is joined to all
-        first.write(start, first.take(rows))
+        first[start:start + len(rows)] = first[rows]
     return first
 
   def _count_divided_groups(self) -> None:
@@ -248,7 +248,7 @@ class Merge:
                         for name, value in (('low', lambda _, rows: _named(rows)),
                                             ('high', lambda _, rows: -_named(rows)), ('first', lambda ids, _: ids)))
     self._result.groups_in_several_splits = sum(
-        int(((low.take(ids) != -high.take(ids)) & (first.take(ids) == ids)).sum()) for ids, _ in self._valid())
+        int(((low[ids] != -high[ids]) & (first[ids] == ids)).sum()) for ids, _ in self._valid())
 
   def _count_values(self) -> None:
     """Finds columns and classes: the values of 'label' and of fields whose values occur at least twice on average."""
@@ -283,8 +283,8 @@ class Merge:
     result, counts = self._result, {}
     num_splits, dropped = len(SPLITS), result.dropped
     for i, shard in enumerate(self._shards):
-      bounds = result.bounds[i:i + 2]
-      splits, signatures = result.splits.read(*bounds), result.rows.read_field('signature', *bounds)
+      rows = slice(*result.bounds[i:i + 2])
+      splits, signatures = result.splits[rows], result.rows.read_field('signature', rows)
       for name, (values, codes) in shard.labels().items():
         counter = counts.setdefault(name, collections.Counter())
         without_field = [j for j, names in dropped.items() if name in names]
