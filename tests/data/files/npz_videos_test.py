@@ -1,6 +1,8 @@
 """Arrays of videos: equal to numpy's reading, one in memory at a time, and refused by their headers."""
 
 import io
+import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,8 +12,10 @@ import numpy as np
 import pytest
 
 from tests.data import own_files
+from uni_moe_jax.data.files.formats import Row
 from uni_moe_jax.data.files.media import CorruptFile
-from uni_moe_jax.data.files.npz_videos import NpzReader, NpzVideos
+from uni_moe_jax.data.files.npz_videos import NpzVideos, open_videos
+from uni_moe_jax.data.preparation import scan
 
 _ROOT = pathlib.Path(__file__).resolve().parents[3]
 _SHAPE = (5, 4, 8, 10, 3)
@@ -42,15 +46,32 @@ def test_videos_are_those_of_the_array_in_any_order(tmp_path, save, shape):
   assert videos.read(1).digest == videos.read(1).digest != videos.read(2).digest
 
 
-def test_one_file_is_open_at_a_time(tmp_path):
+def _open_arrays():
+  """The names of the .npz files that this process has open."""
+  paths = [os.readlink(path) for path in pathlib.Path('/proc/self/fd').iterdir() if path.is_symlink()]
+  return [pathlib.Path(path).name for path in paths if path.endswith('.npz')]
+
+
+def test_each_file_is_checked_once_and_one_is_open_at_a_time(tmp_path, monkeypatch):
   for name in 'ab':
     np.savez(tmp_path / f'{name}.npz', frames=_videos())
-  reader, opened = NpzReader(), []
-  for name in 'aabba':
-    reader.read(tmp_path / f'{name}.npz', 0)
-    opened.append(reader._videos)  # what is open is not seen otherwise
-  assert [videos._file.closed for videos in opened] == [True, True, True, True, False]
-  assert opened[0] is opened[1] is not opened[2] is opened[3]
+  (tmp_path / 'c.npz').write_bytes(b'no archive')
+  checked, open_before = [], []
+  monkeypatch.setattr(scan, 'open_videos', lambda path: [checked.append(path.name), open_videos(path)][1])
+  rows = [Row(location=f'{name}:{i}', media_type='video', path=tmp_path / f'{name}.npz', array_index=i)
+          for name in 'abc' for i in range(3)]
+
+  def read_rows():
+    for row in rows:
+      open_before.append(_open_arrays())
+      yield row
+
+  assert scan._scan(read_rows(), '', tmp_path) == 9
+  assert checked == ['a.npz', 'b.npz', 'c.npz']
+  assert open_before == [[], *[['a.npz']] * 3, *[['b.npz']] * 3, [], []] and not _open_arrays()
+  manifest = json.loads((tmp_path / scan.MANIFEST).read_text())
+  reasons = [manifest['reason'][i] for i in np.load(tmp_path / scan._ROWS)['reason']]
+  assert reasons == [''] * 6 + ['corrupt array'] * 3
 
 
 _PROGRAM = """
@@ -112,4 +133,4 @@ def test_a_changed_byte_is_found_before_a_video_is_read(tmp_path):
 def test_a_line_beyond_the_last_video_is_refused(tmp_path):
   np.savez(tmp_path / 'x.npz', frames=_videos())
   with pytest.raises(CorruptFile, match='more lines than the array has videos'):
-    NpzReader().read(tmp_path / 'x.npz', 5)
+    NpzVideos(tmp_path / 'x.npz').read(5)

@@ -53,34 +53,13 @@ class NpzVideos:
     T, H, W = shape[:3]
     return Media(out.getvalue(), (T, W, H), digest=hashlib.sha256(out.getvalue()).digest())
 
-  def close(self) -> None:
-    self._file.close()
 
-
-class NpzReader:
-  """Reads videos of .npz files. The last file stays open, so that its videos are read in one pass."""
-
-  def __init__(self):
-    self._path: pathlib.Path | None = None
-    self._videos: NpzVideos | CorruptFile | None = None
-
-  def read(self, path: pathlib.Path, index: int) -> Media:
-    """Reads video `index` of a file. Raises CorruptFile."""
-    if path != self._path:
-      self.close()
-      self._path = path
-      try:
-        self._videos = NpzVideos(path)
-      except CorruptFile as e:
-        self._videos = e
-    if isinstance(self._videos, CorruptFile):
-      raise self._videos
-    return self._videos.read(index)
-
-  def close(self) -> None:
-    if isinstance(self._videos, NpzVideos):
-      self._videos.close()
-    self._path = self._videos = None
+def open_videos(path: pathlib.Path) -> NpzVideos | str:
+  """The videos of a file, or why they cannot be read."""
+  try:
+    return NpzVideos(path)
+  except CorruptFile as e:
+    return str(e)
 
 
 @contextlib.contextmanager

@@ -6,19 +6,20 @@ other shards can decide (duplicates, splits, classes) is left to `merge`.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from uni_moe_jax.data.files import formats, media
 from uni_moe_jax.data.files.formats import Row
-from uni_moe_jax.data.files.npz_videos import NpzReader
+from uni_moe_jax.data.files.npz_videos import NpzVideos, open_videos
 from uni_moe_jax.data.pipeline.npz_records import atomic_folder
 from uni_moe_jax.data.preparation import input_shards
 from uni_moe_jax.data.preparation.archives import open_binary
@@ -88,7 +89,7 @@ def _scan(rows: Iterable[Row], root: str, folder: pathlib.Path) -> int:
   values: dict[str, Codes] = collections.defaultdict(Codes)  # of fields
   codes: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)  # field → (row, code)
   skipped: dict[str, list[Any]] = {}  # reason → [count, first locations]
-  arrays, num_skipped = NpzReader(), 0  # whose last file stays open
+  arrays, num_skipped = functools.lru_cache(1)(open_videos), 0  # the last file stays open, and is read in one pass
   with open(folder / _CONTENT, 'wb') as file, warnings.catch_warnings():
     warnings.filterwarnings('ignore', module='PIL')  # damaged images are counted, not printed
     for row in rows:
@@ -113,7 +114,6 @@ def _scan(rows: Iterable[Row], root: str, folder: pathlib.Path) -> int:
           (*content.size, 0, 0, 0)[:3], len(row.texts['captions']) if 'captions' in row.texts else -1,
           _text_bytes(row.texts), words['signature'][signature(row)], words['reason'][reason],
           words['note'][content.note], SPLITS.index(row.split) if row.split else -1, bool(row.key)))
-  arrays.close()
   np.save(folder / _ROWS, np.array(records, RECORD))
   labels = np.full((len(codes), len(records)), -1, np.int32)
   for column, pairs in zip(labels, codes.values()):
@@ -133,9 +133,13 @@ def count_skipped(skipped: dict[str, list[Any]], reason: str, number: int, locat
   entry[1] += locations[:MAX_LOCATIONS - len(entry[1])]
 
 
-def _open(row: Row, arrays: NpzReader) -> media.Media:
+def _open(row: Row, arrays: Callable[[pathlib.Path], NpzVideos | str]) -> media.Media:
+  """Raises CorruptFile. arrays: see `open_videos`."""
   if row.array_index is not None:
-    return arrays.read(row.path, row.array_index)
+    videos = arrays(row.path)
+    if isinstance(videos, str):
+      raise media.CorruptFile(videos)
+    return videos.read(row.array_index)
   return media.check(row.media_type, media.read_bytes(row.path) if row.data is None else row.data)
 
 
