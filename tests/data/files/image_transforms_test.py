@@ -115,13 +115,13 @@ def test_half_of_an_odd_margin_is_rounded_to_even(margin, offset):
   image = _numbered(4 + margin, 5)
   for axes in ((0, 1, 2), (1, 0, 2)):
     expected = image[offset:offset + 4, :4].transpose(axes)
-    np.testing.assert_array_equal(image_transforms.center_crop(image.transpose(axes), 4), expected)
+    np.testing.assert_array_equal(image_transforms.square(image.transpose(axes), 4, None), expected)
 
 
 def test_random_crops_are_uniformly_distributed():
   image, n = _numbered(5, 5), 900
-  np.testing.assert_array_equal(image_transforms.random_crop(image, 5, _draw()), image)
-  positions = [_positions(made, image, 3) for made in _each(lambda d: image_transforms.random_crop(image, 3, d), n)]
+  np.testing.assert_array_equal(image_transforms.square(image, 5, _draw()), image)
+  positions = [_positions(made, image, 3) for made in _each(lambda d: image_transforms.square(image, 3, d), n)]
   # 3 · 3 positions, 100 each, give or take sqrt(900 · 1/9 · 8/9) = 9.4.
   counts = collections.Counter(position for [position] in positions)
   assert set(counts) == {(d, r, False) for d in range(3) for r in range(3)}
@@ -130,8 +130,8 @@ def test_random_crops_are_uniformly_distributed():
 
 def test_half_of_the_images_are_mirrored_independently_of_the_crop():
   image, n = _numbered(3, 4), 600
-  crops = _each(lambda draw: image_transforms.random_crop(image, 3, draw), n)
-  made = _each(lambda draw: image_transforms.random_flip(image_transforms.random_crop(image, 3, draw), draw), n)
+  crops = _each(lambda draw: image_transforms.square(image, 3, draw), n)
+  made = _each(lambda draw: image_transforms.random_flip(image_transforms.square(image, 3, draw), draw), n)
   mirrored = [np.array_equal(m, crop[:, ::-1]) for m, crop in zip(made, crops)]
   assert all(m or np.array_equal(p, crop) for m, p, crop in zip(mirrored, made, crops))
   assert abs(np.mean(mirrored) - .5) < 4 * np.sqrt(.25 / n)
@@ -201,7 +201,7 @@ def test_an_image_too_long_for_any_draw_is_cropped_to_the_largest_allowed_center
 
 def test_the_jittered_short_side_is_between_256_and_320_of_224():
   # From 16 · 256 / 224 to 16 · 320 / 224.
-  draw = lambda size, n: _each(lambda d: image_transforms.jittered_short_side(size, d), n, 'jittered_crop')
+  draw = lambda size, n: _each(lambda d: image_transforms.short_side(size, d, 'jittered_crop'), n, 'jittered_crop')
   assert set(draw(16, 60)) == {18, 19, 20, 21, 22}
   drawn = draw(224, 150)
   assert 256 <= min(drawn) < 260 and 316 < max(drawn) <= 320
@@ -234,12 +234,11 @@ def test_a_single_pixel_becomes_an_image_of_its_color(view):
   np.testing.assert_array_equal(view(pixel, 7), np.broadcast_to(pixel, (7, 7, 3)))
 
 
-@pytest.mark.parametrize('crop', [
-    image_transforms.center_crop, lambda image, size: image_transforms.random_crop(image, size, _draw())])
+@pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('sides', [(3, 9), (9, 2)])
-def test_an_image_smaller_than_its_crop_is_an_error(crop, sides):
-  with pytest.raises(tf.errors.InvalidArgumentError, match='smaller than its crop; resize it first'):
-    crop(np.zeros((*sides, 1), np.uint8), 4)
+def test_an_image_smaller_than_its_square_is_an_error(sides, training):
+  with pytest.raises(tf.errors.InvalidArgumentError):
+    image_transforms.square(np.zeros((*sides, 1), np.uint8), 4, _draw() if training else None)
 
 
 @pytest.mark.parametrize('view', [

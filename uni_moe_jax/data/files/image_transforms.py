@@ -97,9 +97,9 @@ def part(sides: tf.Tensor, size: int, draw: Draw | None, crop: str) -> tuple[tf.
   """(corner, sides) of the part of an image of `sides` that becomes [size, size], all int32 [..., 2]; see `read`."""
   if draw is not None and crop == 'random_resized_crop':
     return _random_part(sides, draw)
-  short_side = _short_side(size, draw, crop)
-  short_side = short_side if isinstance(short_side, int) else short_side[..., None]
-  side = tf.maximum(1, tf.reduce_min(sides, -1, keepdims=True) * size // short_side)
+  short = short_side(size, draw, crop)
+  short = short if isinstance(short, int) else short[..., None]
+  side = tf.maximum(1, tf.reduce_min(sides, -1, keepdims=True) * size // short)
   inner = tf.concat([side, side], -1)
   return (sides - inner) // 2 if draw is None else _random_corner(sides - inner, draw), inner
 
@@ -122,21 +122,15 @@ def resize_and_crop(image: tf.Tensor, size: int, draw: Draw | None, crop: str) -
   if draw is not None and crop == 'random_resized_crop':
     area = _slice(image, *_random_part(tf.shape(image)[:2], draw))
     return tf.ensure_shape(_resize(area, tf.constant([size, size])), [size, size, image.shape[-1]])
-  resized = resize_short_side(image, _short_side(size, draw, crop))
-  return center_crop(resized, size) if draw is None else random_crop(resized, size, draw)
+  return square(resize_short_side(image, short_side(size, draw, crop)), size, draw)
 
 
-def _short_side(size: int, draw: Draw | None, crop: str) -> int | tf.Tensor:
-  """Of a resized image from which a square of `size` is taken; see `read`."""
-  if draw is None:
-    return 256 * size // 224 if crop == 'random_resized_crop' else size
-  return size if crop == 'resize_crop' else jittered_short_side(size, draw)
-
-
-def jittered_short_side(size: int, draw: Draw) -> tf.Tensor:
-  """A short side between 256/224 and 320/224 of `size`: int32."""
+def short_side(size: int, draw: Draw | None, crop: str) -> int | tf.Tensor:
+  """Of a resized image from which a square of `size` is taken, see `read`; jittered, 256/224 to 320/224 of `size`."""
   low, high = 256 * size // 224, 320 * size // 224
-  return low + hashing.randint(draw['short side'], high - low + 1)
+  if draw is None:
+    return low if crop == 'random_resized_crop' else size
+  return size if crop == 'resize_crop' else low + hashing.randint(draw['short side'], high - low + 1)
 
 
 def _random_part(sides: tf.Tensor, draw: Draw) -> tuple[tf.Tensor, tf.Tensor]:
@@ -185,14 +179,16 @@ def _resize_down(image: tf.Tensor, height: tf.Tensor) -> tf.Tensor:
   return tf.ensure_shape(tf.reshape(levels, [height, W, C]), [None, None, image.shape[-1]])
 
 
-def center_crop(image: tf.Tensor, size: int) -> tf.Tensor:
-  """The center: uint8 [size, size, C]. Half of an odd margin is rounded to even, as by `round`."""
-  return _crop(image, lambda margin: tf.cast(tf.round(tf.cast(margin, tf.float32) / 2), tf.int32), size)
+def square(image: tf.Tensor, size: int, draw: Draw | None) -> tf.Tensor:
+  """A part, uint8 [size, size, C], at a uniformly distributed position; in evaluation the center.
 
-
-def random_crop(image: tf.Tensor, size: int, draw: Draw) -> tf.Tensor:
-  """A crop at a uniformly distributed position: uint8 [size, size, C]."""
-  return _crop(image, lambda margin: _random_corner(margin, draw), size)
+  Half of an odd margin is rounded to even, as by `round`.
+  """
+  margin = tf.shape(image)[:2] - size
+  corner = (tf.cast(tf.round(tf.cast(margin, tf.float32) / 2), tf.int32) if draw is None else
+            _random_corner(margin, draw))
+  cropped = _slice(image, corner, tf.constant([size, size]))
+  return tf.ensure_shape(cropped, [size, size, image.shape[-1]])  # unknown in a graph otherwise
 
 
 def is_mirrored(h: int) -> bool:
@@ -212,11 +208,3 @@ def _random_corner(margin: tf.Tensor, draw: Draw) -> tf.Tensor:
 
 def _slice(image: tf.Tensor, corner: tf.Tensor, sides: tf.Tensor) -> tf.Tensor:
   return tf.slice(image, tf.pad(corner, [[0, 1]]), tf.concat([sides, [-1]], 0))
-
-
-def _crop(image: tf.Tensor, corner: Callable[[tf.Tensor], tf.Tensor], size: int) -> tf.Tensor:
-  """[size, size, C] from `corner` of the margin, both int32 [2]. Raises InvalidArgumentError for a shorter side."""
-  sides = tf.shape(image)[:2]
-  tf.debugging.assert_greater_equal(sides, size, 'The image is smaller than its crop; resize it first.')
-  cropped = _slice(image, corner(sides - size), tf.constant([size, size]))
-  return tf.ensure_shape(cropped, [size, size, image.shape[-1]])  # unknown in a graph otherwise
