@@ -250,8 +250,8 @@ def files_in(folder: Path) -> dict[str, tuple[int, str | None]]:
   that does not exist has no files; one that may not be listed raises OSError.
   """
   if not is_remote(folder):
-    found = sorted(pathlib.Path(root, name) for root, _, names in os.walk(folder, onerror=_raise) for name in names)
-    return {str(p.relative_to(folder)): (p.stat().st_size, None) for p in found if p.is_file()}
+    paths = sorted(pathlib.Path(root, name) for root, _, names in os.walk(folder, onerror=_raise) for name in names)
+    return {str(p.relative_to(folder)): (p.stat().st_size, None) for p in paths if p.is_file()}
   prefix = '/'.join(filter(None, split(folder))) + '/'  # a whole bucket has no name in it
   entries = filesystem(folder).find(str(folder), detail=True)
   return {name.removeprefix(prefix): (entry['size'], _md5(entry)) for name, entry in sorted(entries.items())
