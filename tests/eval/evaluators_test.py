@@ -15,6 +15,8 @@ from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.eval import caption_metrics, evaluators, predictor
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.suite import EVALUATORS
+from uni_moe_jax.reporting import html as reporting_html
+from uni_moe_jax.utils import files
 
 
 @pytest.fixture(scope='module')
@@ -260,11 +262,12 @@ _YEARS = [('bus 1984',), ('train 2011',), ("a plane at 5 o'clock",)]
 _SPLIT_YEARS = ['bus 1 9 8 5', 'train 2 0 1 2', "a plane at 5 o ' clock"]  # wrong by one, as the tokenizer decodes them
 
 
-def _captions(data, tokenizer, references, captions, **changes):
-  """Scores of captions of three images with these references."""
+def _captions(data, tokenizer, references, captions, samples=None, **changes):
+  """Scores of captions of three images with these references. samples: a dictionary that gets some of them."""
   query = _query(data, 'caption', _Oracle(1, captions=captions), num_examples=0, batch_size=3, **changes)
   examples = dataclasses.replace(query.examples, size=3, references=lambda ids: [references[i] for i in ids])
-  return _run(dataclasses.replace(query, examples=examples, tokenizer=tokenizer))
+  samples = {} if samples is None else samples
+  return _run(dataclasses.replace(query, examples=examples, tokenizer=tokenizer, samples=samples))
 
 
 @pytest.fixture(scope='module')
@@ -297,6 +300,17 @@ def test_a_character_that_the_tokenizer_does_not_have_counts_in_references(data)
   assert '✈' not in dropped[0]
   assert _captions(data, tokenizer, references, dropped)['exact_match'].value == 2 / 3
   assert _captions(data, tokenizer, references, [text for text, in references])['exact_match'].value == 1.0
+
+
+def test_a_caption_equal_to_one_of_its_references_is_exact_in_the_score_and_in_the_samples(data, tmp_path):
+  references = [('a red bar', 'a bar'), ('a disc', 'a blue disc'), ('a star',)]
+  captions, samples = ['a bar', 'a red disc', 'a star'], {}  # the second is equal to neither of two
+  scores = _captions(data, data[1].tokenizer, references, captions, samples)
+  assert scores['exact_match'].value == 2 / 3
+  assert [(s['reference'], s['prediction']) for s in samples['caption']] == [
+      (list(several), caption) for several, caption in zip(references, captions, strict=True)]
+  files.write_json(tmp_path / 'samples.json', samples)
+  assert 'Caption · 2 of 3 exact' in reporting_html.write_report(tmp_path).read_text()
 
 
 def test_perplexity_is_the_inverse_of_a_constant_probability(data):

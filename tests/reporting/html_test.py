@@ -121,6 +121,14 @@ def test_samples_count_exact_matches_as_the_metric_does(page):
   assert page.count('<img') == 2 + 8
 
 
+def test_a_sample_equal_to_one_of_several_references_is_exact_and_another_one_shows_them_all(workdir):
+  cards = [{'image': _DOT, 'reference': ['full block', 'a <box>'], 'prediction': text} for text in ('A <box>', 'box')]
+  (workdir / 'samples.json').write_text(json.dumps({'captions': cards}))
+  page = _page(workdir)
+  assert 'Captions · 1 of 2 exact' in page and page.count('title="exact"') == 1
+  assert page.count('truth: full block | a &lt;box&gt;<') == 1
+
+
 @pytest.mark.parametrize('name', _FILES)
 def test_a_missing_file_is_reported_and_costs_only_its_section(workdir, name):
   (workdir / name).unlink()

@@ -67,8 +67,8 @@ class Query:
     pixels = self.evaluated.columns['pixels'][examples_lib.example_ids(self.evaluated, self.task)[ids]]
     return pixels[:, None] if pixels.ndim == 3 else pixels
 
-  def show(self, ids: np.ndarray, truth: Sequence[str], predicted: Sequence[str]) -> None:
-    """Adds some of the examples, with their references and predictions, to the samples."""
+  def show(self, ids: np.ndarray, truth: Sequence[str | Sequence[str]], predicted: Sequence[str]) -> None:
+    """Adds some of the examples, with their references, one or several each, and predictions, to the samples."""
     self.samples[self.evaluation.name] = samples.choose(self.pixels, ids, truth, predicted)
 
   def ranked(self, fields: Fields) -> Ranked:
@@ -270,8 +270,7 @@ def caption(q: Query) -> list[Score]:
   truth = q.examples.references(ids) if q.examples.references else q.phrases(q.evaluated)[ids].tolist()
   copied = q.neighbor_phrases(ids)
   by = lambda metric: {} if copied is None else {_NEAREST_NAME: metric(copied, truth)}
-  shown = [t if isinstance(t, str) else ' | '.join(t) for t in truth]
-  q.show(ids, shown, predicted)
+  q.show(ids, truth, predicted)
   bleu4 = caption_metrics.bleu4
   means = {'ROUGE-L': caption_metrics.rouge_l, 'CIDEr-D': caption_metrics.cider_d, 'word F1': metrics.word_f1}
   return [Score.share('exact_match', metrics.exact_matches(predicted, truth), baselines=by(metrics.exact_match)),

@@ -14,18 +14,20 @@ _ENLARGED = 64  # pixels a side
 
 
 def choose(
-    pixels: Callable[[np.ndarray], np.ndarray], ids: np.ndarray, truth: Sequence[str], predicted: Sequence[str]
-    ) -> list[dict[str, Any]]:
+    pixels: Callable[[np.ndarray], np.ndarray], ids: np.ndarray, truth: Sequence[str | Sequence[str]],
+    predicted: Sequence[str]) -> list[dict[str, Any]]:
   """Returns [{'image' or 'frames' (base64 PNG), 'reference', 'prediction'}], evenly spread over N examples.
 
-  pixels: ids → uint8 [n, T, H, W] or [n, T, H, W, C]; an image is a video of one frame.
+  pixels: ids → uint8 [n, T, H, W] or [n, T, H, W, C]; an image is a video of one frame. truth: a reference or several
+  of each example.
   """
   chosen = np.unique(np.linspace(0, len(ids) - 1, _SHOWN).astype(int))
   samples = []
   for i, video in zip(chosen, pixels(ids[chosen])):
     frames = [_png(f[..., 0] if f.ndim == 3 and f.shape[-1] == 1 else f) for f in video]
     shown = {'image': frames[0]} if len(frames) == 1 else {'frames': frames}
-    samples.append({**shown, 'reference': str(truth[i]), 'prediction': str(predicted[i])})
+    reference = truth[i] if isinstance(truth[i], str) else list(truth[i])
+    samples.append({**shown, 'reference': reference, 'prediction': str(predicted[i])})
   return samples
 
 

@@ -247,8 +247,9 @@ def _card(card: Mapping[str, Any]) -> str:
   if len(frames) > 1:
     images = f'<div class="strip">{images}</div>'
   answer = escape(card['prediction']) or '(nothing)'
+  reference = card['reference'] if isinstance(card['reference'], str) else ' | '.join(card['reference'])
   verdict = ('<span class="better" title="exact">✓</span>' if _is_exact(card) else
-             f'<span class="truth">truth: {escape(card["reference"])}</span>')
+             f'<span class="truth">truth: {escape(reference)}</span>')
   return f'<figure>{images}<figcaption><b>{answer}</b> {verdict}</figcaption></figure>'
 
 
