@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.config import presets
+from uni_moe_jax.config import presets, schema
 from uni_moe_jax.config.plan import Plan, TaskSpec, make_plan
 from uni_moe_jax.data.pipeline.examples import Examples
 from uni_moe_jax.data.pipeline.target_sets import TargetSet, bucket_by_length, vocabulary_set
@@ -41,7 +41,8 @@ class Context:
 
   def own_config(self, **model: Any) -> ml_collections.ConfigDict:
     """Return a copy of the given config, with changed fields of config.model."""
-    c = self.config.copy_and_resolve_references()
+    c = schema.apply_choices(self.config)
+    c.compat = c.model.variant = ''  # what they set is set; they would set it again over the changes
     if self.sizes.own_layers:
       c.model.num_layers = self.sizes.own_layers
     c.model.update({'dtype': self.dtype, **model})
