@@ -201,8 +201,10 @@ def test_questions_are_answered_from_their_words(tmp_path):
   records = _records(rows, {'image': 'image', 'question': 'text', 'answers': 'texts'})
   task = config_lib.task('vqa', 'own:x', batch_size=1, target_set='s', label_column='answers', max_predictions=10,
                          template='{question} <spe> <eot>', max_len=8)
-  rows, predicted = _baselines(task, ('red', 'two'), records, records, tmp_path, 'vqa').answers(np.arange(2))
+  made = _baselines(task, ('red', 'two'), records, records, tmp_path, 'vqa')
+  trained, rows, predicted = made.answers(np.arange(2))
   assert rows.tolist() == [0, 1] and predicted == {'tf-idf': ['red', '2']}  # normalized as the evaluation does
+  assert trained == ['red', '2'] * 5
 
 
 def test_rare_answers_are_left_out_but_no_class_is(tmp_path, monkeypatch):
@@ -212,7 +214,8 @@ def test_rare_answers_are_left_out_but_no_class_is(tmp_path, monkeypatch):
   values = dict(batch_size=1, target_set='s', label_column='answers', template='{question} <spe> <eot>', max_len=8)
   task = config_lib.task('vqa', 'own:x', max_predictions=10, **values)
   made = _baselines(task, ('two', 'no one'), records, records, tmp_path, 'vqa')
-  assert made.answers(np.arange(4))[1] == {'tf-idf': ['2'] * 4}
+  trained, _, predicted = made.answers(np.arange(4))
+  assert trained == ['2'] * 3 and predicted == {'tf-idf': ['2'] * 4}
   texts = _records([{'question': 'a', 'label': 'x'}, {'question': 'b', 'label': 'y'}],
                    {'question': 'text', 'label': 'class'}, {'label': ('x', 'y')})
   made = _classified(texts, texts, tmp_path, 'text_classification', ('x', 'y'), 'label', max_len=8,

@@ -89,15 +89,19 @@ def test_questions_score_by_how_many_people_agree():
   task = config_lib.task('vqa', 'own:x', batch_size=1, target_set='s', label_column='answers',
                          template='{a} <spe> <eot>', max_len=8, max_predictions=10)
   examples = _examples(3, lambda ids: [ANSWERS[i] for i in ids])
-  trained = [{'a': 'what purrs', 'answers': ('a cat',)}, {'a': 'what flies', 'answers': ('bird',)}] * 3
+  purrs, flies = {'a': 'what purrs', 'answers': ('a cat',)}, {'a': 'what flies', 'answers': ('bird',)}
+  trained = [flies, purrs] * 3 + [purrs]
   evaluated = [{'a': a, 'answers': several} for a, several in zip(('it purrs', 'it flies', 'it flies'), ANSWERS)]
   scores = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2), trained, evaluated)
   # Four of ten answered cat: 1; ten: 1; nobody dog: 0. The most frequent answers are dog, cat, bird.
   assert scores['soft score'].value == pytest.approx(2 / 3)
   assert scores['soft score'].per_example.tolist() == [1, 1, 0]
   assert scores['exact_match'].value == pytest.approx(1 / 3)
-  # By their questions: cat, bird, bird.
-  assert scores['soft score'].baselines == {"always 'dog'": pytest.approx(1 / 3), 'tf-idf': pytest.approx(2 / 3)}
+  # The most frequent answer in training is cat, though that of the evaluated questions is dog: 1, 1, 0. By their
+  # questions: cat, bird, bird.
+  assert scores['soft score'].baselines == {"always 'cat'": pytest.approx(2 / 3), 'tf-idf': pytest.approx(2 / 3)}
   without = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2), trained, evaluated,
                       baselines=False)
   assert without['soft score'].baselines == {} and without['soft score'].value == scores['soft score'].value
+  untrained = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2), [], evaluated)
+  assert untrained['soft score'].baselines == {}  # no answer to learn

@@ -67,10 +67,13 @@ class FileBaselines:
       train_labels = labels(result['trained'])
     return train_labels, rows, {name: labels(names) for name, names in result['predicted'].items()}
 
-  def answers(self, ids: np.ndarray) -> tuple[np.ndarray, dict[str, list[str]]]:
-    """(rows [Q] of `ids` that baselines answer, {baseline: normalized answers [Q]}) of questions with answers."""
+  def answers(self, ids: np.ndarray) -> tuple[list[str], np.ndarray, dict[str, list[str]]]:
+    """(training answers [N], rows [Q] of `ids` that baselines answer, {baseline: answers [Q]}), all normalized.
+
+    A training answer is the most frequent one of a question in the sample; rare ones are left out.
+    """
     rows, result = self._predict(ids)
-    return rows, result['predicted']
+    return result['trained'], rows, result['predicted']
 
   def neighbor_texts(self, ids: np.ndarray) -> list[str] | None:
     """The first text of each example's nearest training image (of videos by their middle frames).

@@ -30,19 +30,20 @@ def glue(q: Query) -> list[Score]:
 def vqa(q: Query) -> list[Score]:
   """Soft score (see `metrics.vqa_score`) of the most likely answer, and how often it is the most frequent answer.
 
-  The baselines are one answer for all questions, and answers predicted from the questions alone.
+  The baselines are the most frequent training answer for all questions, and answers predicted from the questions alone.
   """
   ids = q.ids()
   answers = [normalize_answer(q.keys[i]) for i in q.gather(ids, lambda fields: q.ranked(fields).best)]
   truth = [[normalize_answer(a) for a in several] for several in q.examples.references(ids)]
   first = [statistics.mode(several) for several in truth]
-  common = statistics.mode(first)
   soft = lambda answers, truth=truth: float(np.mean(metrics.vqa_score(answers, truth)))
   baselines = {}
   if q.evaluation.baselines:
-    rows, fitted = q.file_baselines.answers(ids)
-    baselines = {f'always {common!r}': soft([common] * len(ids)),
-                 **{name: soft(predicted, [truth[i] for i in rows]) for name, predicted in fitted.items()}}
+    trained, rows, fitted = q.file_baselines.answers(ids)
+    baselines = {name: soft(predicted, [truth[i] for i in rows]) for name, predicted in fitted.items()}
+    if trained:
+      common = statistics.mode(trained)
+      baselines = {f'always {common!r}': soft([common] * len(ids)), **baselines}
   q.show(ids, first, answers)
   chance = 1 / len(q.names)
   return [Score('soft score', soft(answers), len(ids), chance, baselines,
