@@ -1,5 +1,6 @@
 """A whole tiny run: trained, evaluated, reported."""
 
+import contextlib
 import json
 import math
 import threading
@@ -145,8 +146,9 @@ def _evaluate(monkeypatch, tmp_path, num_cores, scores):
   monkeypatch.setattr(suite.cores, 'available', lambda: num_cores)
 
   def with_sample(e, data, predictor, shown):
-    shown[e.name] = [e.name]
-    return [Score('top-1', scores(e.name), 1)]
+    value = scores(e.name)
+    shown[e.name] = [value]
+    return [Score('top-1', value, 1, per_example=np.array([value]))]
   monkeypatch.setattr(suite, 'scores', with_sample)
   return suite.evaluate(plan, None, predictor, 1, tmp_path)
 
@@ -191,3 +193,15 @@ def test_the_first_error_ends_an_evaluation(monkeypatch, tmp_path):
   with pytest.raises(ValueError, match='a1'):
     _evaluate(monkeypatch, tmp_path, 1, fail)
   assert 'a2' not in names and suite.evaluated_step(tmp_path) is None
+
+
+def test_a_reader_of_the_last_evaluation_sees_all_of_it_while_the_next_one_is_written(monkeypatch, tmp_path):
+  names = (suite.EVALUATION_FILE, samples.FILE, example_scores.FILE)
+  values = {'a1': 0.1, 'a2': 0.2, 'b1': 0.3}
+  _evaluate(monkeypatch, tmp_path, 1, values.get)
+  last = {name: (tmp_path / name).read_bytes() for name in names}
+  with contextlib.ExitStack() as stack:
+    readers = {name: stack.enter_context(open(tmp_path / name, 'rb')) for name in names}
+    _evaluate(monkeypatch, tmp_path, 1, lambda name: values[name] + 0.5)
+    assert {name: file.read() for name, file in readers.items()} == last
+  assert all((tmp_path / name).read_bytes() != last[name] for name in names)

@@ -3,7 +3,6 @@
 import concurrent.futures
 import functools
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -56,7 +55,7 @@ def evaluate(
   if writes:
     example_scores.write(workdir, measured)
     in_order = {e.name: shown[e.name] for e in plan.evaluations if e.name in shown}
-    (storage.path(workdir) / samples.FILE).write_text(json.dumps(in_order))
+    write_json(storage.path(workdir) / samples.FILE, in_order)
     write_json(storage.path(workdir) / EVALUATION_FILE, rows)
   return rows
 
