@@ -322,6 +322,14 @@ def test_perplexity_is_the_inverse_of_a_constant_probability(data):
   assert right['perplexity'].chance == V
 
 
+@pytest.mark.parametrize('baselines', [True, False])
+def test_texts_whose_words_are_all_too_long_to_be_masked_are_an_error(data, baselines):
+  query = _query(data, 'text', _Oracle(data[1].tokenizer.size), baselines=baselines)
+  without_masks = lambda *args: {**(fields := query.examples.make(*args)), 'weight': 0 * fields['weight']}
+  with pytest.raises(ValueError, match='no examples to score'):
+    _run(dataclasses.replace(query, examples=dataclasses.replace(query.examples, make=without_masks)))
+
+
 def test_a_subset_is_seeded_by_the_evaluators_name(data):
   ids = [_query(data, 'shape', None, name=name, num_examples=6).ids().tolist() for name in ('x', 'x', 'y')]
   assert ids[0] == ids[1] != ids[2] and len(set(ids[0])) == 6

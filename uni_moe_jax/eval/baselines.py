@@ -21,9 +21,9 @@ from sklearn.feature_extraction import text
 from sklearn.metrics import pairwise
 
 from uni_moe_jax.eval import metrics
-from uni_moe_jax.utils.errors import UsageError
 
-_FITTED_TEXTS, _FITTED_VIDEOS = 20_000, 6_000  # at most this many train examples are fitted
+# At most this many train examples are fitted or searched.
+_FITTED_TEXTS, _FITTED_VIDEOS, _SEARCHED_IMAGES = 20_000, 6_000, 30_000
 _ITERATIONS = 100  # of a logistic regression: a baseline must not take longer than the evaluation
 _FRAME_SIDE = 16  # frames are averaged down to about this side before the logistic regression
 
@@ -41,57 +41,38 @@ def majority_accuracy(train_labels: np.ndarray, test_labels: np.ndarray, k: int 
 def most_frequent(labels: np.ndarray, k: int) -> np.ndarray:
   """Returns the (at most) k most frequent entries of labels [N], the smaller of equals first."""
   values, counts = np.unique(labels, return_counts=True)
-  if not values.size:
-    raise UsageError(f'the {k} most frequent of no labels: there must be at least 1.')
   return values[np.argsort(-counts, kind='stable')[:k]]
 
 
-def unigram(train_counts: np.ndarray, test_tokens: np.ndarray) -> tuple[int, float, float]:
+def unigram(train_counts: np.ndarray, test_tokens: np.ndarray) -> tuple[float, float]:
   """Scores a guesser without context on masked tokens: train frequencies, with add-one smoothing over V.
 
   Args:
-    train_counts: int [V], how often each token occurs in the train split.
+    train_counts: int [V], how often each token occurs in the train split; its answer is the most frequent one.
     test_tokens: int [M] in [0, V), the true tokens at the masked positions.
 
   Returns:
-    (its only answer, which is the most frequent train token; accuracy; perplexity).
-
-  Raises:
-    UsageError: there are no tokens, or one is outside [0, V).
+    (accuracy, perplexity).
   """
-  counts, tokens = np.asarray(train_counts, np.float64), np.asarray(test_tokens).ravel()
-  if not tokens.size or tokens.min() < 0 or tokens.max() >= counts.size:
-    raise UsageError(f'the unigram baseline needs tokens in [0, {counts.size}) and at least one; got '
-                     + (f'{tokens.size} from {tokens.min()} to {tokens.max()}.' if tokens.size else 'none.'))
-  log_p = np.log(counts + 1) - math.log(counts.sum() + counts.size)
-  token = int(counts.argmax())
-  return token, float(np.mean(tokens == token)), metrics.perplexity(-log_p[tokens].sum(), tokens.size)
+  log_p = np.log(train_counts + 1) - math.log(train_counts.sum() + train_counts.size)
+  accuracy = float(np.mean(test_tokens == train_counts.argmax()))
+  return accuracy, metrics.perplexity(-log_p[test_tokens].sum(), test_tokens.size)
 
 
-def nearest_neighbor(
-    train_pixels: np.ndarray, test_pixels: np.ndarray, limit: int = 30_000, seed: int = 0) -> np.ndarray:
+def nearest_neighbor(train_pixels: np.ndarray, test_pixels: np.ndarray) -> np.ndarray:
   """Returns for each test image the index of the closest train image (Euclidean; the first of equals), int [Q].
 
   Index the train labels or names with it: the neighbor's class is the baseline of classification, its name the
   baseline of captioning, and `name_similarity` of its name the baseline of retrieval.
 
   Args:
-    train_pixels: uint8 [N, ...]; of more than `limit`, a subset drawn with `seed` is searched.
+    train_pixels: uint8 [N, ...]; of many, a subset is searched.
     test_pixels: uint8 [Q, ...] with the same trailing axes.
-
-  Raises:
-    UsageError: trailing axes differ, pixels are not uint8, or there are no train images.
   """
-  train, test = np.asarray(train_pixels), np.asarray(test_pixels)
-  if train.shape[1:] != test.shape[1:] or train.dtype != np.uint8 or test.dtype != np.uint8:
-    raise UsageError(f'train pixels {train.dtype}{list(train.shape)} and test pixels {test.dtype}{list(test.shape)} '
-                     'must be uint8 and agree after axis 0.')
-  if not len(train):
-    raise UsageError('there are no train images: there must be at least 1.')
-  kept = subset(len(train), limit, seed)
+  kept = subset(len(train_pixels), _SEARCHED_IMAGES)
   flat = lambda images: images.reshape(len(images), -1).astype(np.float32)
   # scikit-learn sums in float64, where squared distances of bytes are exact, so that the result is that of any machine.
-  return kept[pairwise.pairwise_distances_argmin(flat(test), flat(train[kept]))]
+  return kept[pairwise.pairwise_distances_argmin(flat(test_pixels), flat(train_pixels[kept]))]
 
 
 def per_question(
@@ -142,13 +123,7 @@ def tfidf_logistic(
       cosine are features too, as two linear halves cannot see agreement.
     train_labels: int or string [N].
     test_texts: as many columns [Q].
-
-  Raises:
-    UsageError: not one or two columns, or not as many of each.
   """
-  if len(train_texts) not in (1, 2) or len(train_texts) != len(test_texts):
-    raise UsageError(f'{len(train_texts)} train and {len(test_texts)} test text columns: there must be one of each, or '
-                     'two of each.')
   kept = subset(len(train_labels), _FITTED_TEXTS)
   train_texts = [np.asarray(column)[kept] for column in train_texts]
   vectorizer = text.TfidfVectorizer(
@@ -177,10 +152,8 @@ def frame_logistic(
     train_videos: uint8 [N, T, H, W] or [N, T, H, W, 3].
     train_labels: int or string [N].
     test_videos: uint8 [Q, T, ...] with the same trailing axes.
-    frames: 'all' or 'middle'; another word raises UsageError.
+    frames: 'all' or 'middle'.
   """
-  if frames not in ('all', 'middle'):
-    raise UsageError(f"frames is {frames!r}; it must be 'all' or 'middle'.")
   kept = subset(len(train_videos), _FITTED_VIDEOS)
   scaler = preprocessing.StandardScaler(with_std=False)
   train = scaler.fit_transform(_frame_features(np.asarray(train_videos)[kept], frames))

@@ -290,15 +290,16 @@ def masked_language_modeling(q: Query) -> list[Score]:
 
   (predicted, _, log_p), labels, counted = q.gather(q.ids(), score)
   n, V, unigram = int(counted.sum()), q.tokenizer.size, ({}, {})
+  accuracy = metrics.accuracy(predicted[counted], labels[counted])
   if q.evaluation.baselines:
     texts = (q.trained.sample_texts(_COUNTED) if isinstance(q.trained, FileDataset) else
              q.trained.columns['text'].tolist())
     tokens = q.tokenizer.encode_batch(texts)
     counts = np.bincount(np.concatenate([np.asarray(t, np.int64) for t in tokens]), minlength=V)
     counts[q.tokenizer.eot] += len(tokens)
-    unigram = [{'unigram': value} for value in baselines.unigram(counts, labels[counted])[1:]]
+    unigram = [{'unigram': value} for value in baselines.unigram(counts, labels[counted])]
   right, times = predicted == labels, counted.sum(1)
   per_example = lambda values: np.where(counted, values, 0).sum(1) / np.maximum(times, 1)
-  return [Score.proportion('accuracy', float(right[counted].mean()), n, 1 / V, unigram[0], per_example(right), times),
+  return [Score.proportion('accuracy', accuracy, n, 1 / V, unigram[0], per_example(right), times),
           Score('perplexity', metrics.perplexity(float(-log_p[counted].sum()), n), n, V, unigram[1],
                 per_example=per_example(log_p), weights=times)]

@@ -35,12 +35,9 @@ def best_positive_rank(similarity: np.ndarray, positives: np.ndarray) -> np.ndar
       rank down.
 
   Raises:
-    UsageError: shapes differ, or a query has no positive.
+    UsageError: a query has no positive.
   """
   similarity, positives = np.asarray(similarity), np.asarray(positives, bool)
-  if similarity.ndim != 2 or similarity.shape != positives.shape:
-    raise UsageError(f'similarity {similarity.shape} and positives {positives.shape} must have the same shape '
-                     '[queries, targets].')
   _check_positives(positives)
   best = np.where(positives, similarity, -np.inf).max(axis=1, keepdims=True)  # [Q, 1]
   # "not lower" rather than "higher": ties count against the model, and so does any NaN.
@@ -180,9 +177,6 @@ def word_f1(predictions: Sequence[str], references: Sequence[str | Sequence[str]
 
 def binomial_standard_error(proportion: float, count: int) -> float:
   """Returns sqrt(p (1 - p) / n), the standard error of a share p of n independent examples."""
-  if count < 1 or not 0 <= proportion <= 1:
-    raise UsageError(f'{proportion} of {count} examples is not a proportion: it must be in [0, 1] of at least 1 '
-                     'example.')
   return math.sqrt(proportion * (1 - proportion) / count)
 
 
