@@ -78,28 +78,8 @@ def _cell(variant='prompts', **training):
     (_cell('finetune', share=1.), None), (_cell(identical=False), 'digits-prompts-0: a frozen parameter differs'),
     (_cell(moved=False), 'nothing was trained'), (_cell('zero-shot'), None)])
 def test_a_broken_promise_is_an_error(cell, message):
-  errors = adaptation.find_errors([cell], results.summarize([_row(.5, 0)]))
+  errors = adaptation.find_errors([cell])
   assert errors == [] if message is None else message in errors[0]
-
-
-@pytest.mark.parametrize('metric, zero_shot, tuned, gains', [
-    ('top-1', .4, .5, True), ('top-1', .5, .5, False), ('top-1', .6, .5, False), ('perplexity', 9, 8, True),
-    ('perplexity', 8, 9, False)])
-def test_prompt_tuning_must_gain_in_the_first_metric_or_in_the_words_of_captions(metric, zero_shot, tuned, gains):
-  def find_errors(rows):
-    return adaptation.find_errors([_cell()], results.summarize(rows))
-  values = (('zero-shot', zero_shot), ('prompts', tuned))
-  rows = [_row(v, 0, variant, m) for variant, v in values for m in (metric, 'second')]
-  rows[3]['value'] = 0.  # the second metric does not count
-  assert find_errors(rows) == ([] if gains else [
-      f'digits, digits: prompt tuning has {metric} {tuned:.3f}, no gain over {zero_shot:.3f} zero-shot.'])
-  captions = [_row(v, 0, variant, m) for m, change in (('exact_match', -.1), ('word F1', .1))
-              for variant, v in (('zero-shot', .5), ('prompts', .5 + change))]
-  assert find_errors(captions) == []
-  captions[-1]['value'] = .4
-  assert 'has word F1 0.400' in find_errors(captions)[0]
-  # A task of the run, which it has trained on all examples of, may lose.
-  assert find_errors([{**row, 'task': 'glyph_caption'} for row in captions]) == []
 
 
 def test_the_table_has_what_was_trained():
