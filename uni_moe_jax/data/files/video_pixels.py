@@ -15,7 +15,7 @@ from PIL import Image
 from uni_moe_jax.data.files import video
 from uni_moe_jax.utils import splitmix
 
-JITTER = (256 / 224, 320 / 224)  # short side, relative to the size
+_JITTER = (256 / 224, 320 / 224)  # short side, relative to the size
 # Of a random part: width / height; number of draws.
 ASPECT_RANGE, MAX_DRAWS = (3 / 4, 4 / 3), 10
 
@@ -65,7 +65,7 @@ class VideoReader:
       height, width = _random_sides(h, H, W, self._min_area)
     else:
       # A window of S in a frame with a short side of r · S: 1 / r of the short side of the original.
-      low, high = JITTER
+      low, high = _JITTER
       r = 1.0 if self._crop == 'resize_crop' else low + (high - low) * splitmix.uniform(h, 'short side')
       height = width = min(H, W) / r
     left, top = (W - width) * splitmix.uniform(h, 'crop right'), (H - height) * splitmix.uniform(h, 'crop down')

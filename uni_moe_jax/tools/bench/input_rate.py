@@ -165,7 +165,7 @@ _FILE_TYPES = {  # by suffix
 
 
 def file_rate(context: Context) -> list[Row]:
-  """Measure JPEGs, PNGs and, with the extra `video`, videos, beside the same work by hand.
+  """Measure JPEGs and PNGs beside the same work by hand and, with the extra `video`, videos.
 
   The files are noise, which is harder to decode than photographs.
   """
@@ -182,15 +182,12 @@ def file_rate(context: Context) -> list[Row]:
       if captions:
         rows = encode_texts(sum(captions, []), tokenizer, _MAX_LEN)
         tokens = pad_tokens(rows, _MAX_LEN, tokenizer.pad)[0].reshape(count, t.num_captions, _MAX_LEN)
-        stream = plain_input.pngs(paths, tokens, t.image_size, batch_size)
-      elif t.num_frames:
-        stream = plain_input.videos(paths, classes, t.image_size, t.num_frames, batch_size)
-      else:
-        stream = plain_input.jpegs(paths, classes, t.image_size, batch_size, 'area')
+        by_hand[t.name] = plain_input.pngs(paths, tokens, t.image_size, batch_size), batch_size
+      elif not t.num_frames:
+        by_hand[t.name] = plain_input.jpegs(paths, classes, t.image_size, batch_size, 'area'), batch_size
         pillow = f"{t.name}, resize='pillow'"
         mixtures[pillow] = _file_mixture(folder, suffix, t, batch_size, tokenizer, 'pillow')
         by_hand[pillow] = plain_input.jpegs(paths, classes, t.image_size, batch_size, 'bicubic'), batch_size
-      by_hand[t.name] = stream, batch_size
     return _pipeline_rates(
         'files', mixtures, context.sizes, lambda *_: 'from prepared files, pipeline only, on all cores', by_hand)
 

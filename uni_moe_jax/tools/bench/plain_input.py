@@ -1,19 +1,17 @@
-"""The work of suite `files` as one would write it by hand in plain tf.data, for comparison.
+"""The work of suite `files` on images as one would write it by hand in plain tf.data, for comparison.
 
 Its order cannot be resumed, its batches depend on the machine, and a damaged file ends it.
 """
 
-import io
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from PIL import Image
 
 from uni_moe_jax.data.files import image_transforms
-from uni_moe_jax.data.files.video_pixels import JITTER, MAX_DRAWS
+from uni_moe_jax.data.files.video_pixels import MAX_DRAWS
 from uni_moe_jax.utils import cores
 
 
@@ -41,32 +39,6 @@ def pngs(paths: Sequence[pathlib.Path], captions: np.ndarray, size: int, batch_s
     caption = tokens[tf.random.uniform([], 0, captions.shape[1], tf.int32)]
     return tf.image.random_flip_left_right(image), caption
   return _batches(decode, (list(map(str, paths)), captions), batch_size)
-
-
-def videos(paths: Sequence[pathlib.Path], labels: Sequence[int], size: int, num_frames: int, batch_size: int):
-  """Batches of one random frame of each segment, with the same jittered crop, mirrored or not, and the label."""
-  import av  # of an extra
-
-  def read(path: bytes) -> np.ndarray:
-    rng = np.random.default_rng()
-    with av.open(io.BytesIO(pathlib.Path(path.decode()).read_bytes())) as container:
-      stream = container.streams.video[0]
-      wanted = ((np.arange(num_frames) + rng.random(num_frames)) * stream.frames / num_frames).astype(int).tolist()
-      frames = []
-      for i, frame in enumerate(container.decode(stream)):
-        if i in wanted:
-          frames.append(frame.to_image())
-        if i == wanted[-1]:
-          break
-    side = min(frames[0].size) / rng.uniform(*JITTER)
-    left, top = ((length - side) * rng.random() for length in frames[0].size)
-    box = left, top, left + side, top + side
-    made = np.stack([frame.resize((size, size), Image.Resampling.BILINEAR, box=box) for frame in frames])
-    return made[:, :, ::-1] if rng.random() < 0.5 else made
-
-  def decode(path, label):
-    return tf.ensure_shape(tf.numpy_function(read, [path], tf.uint8), [num_frames, size, size, 3]), label
-  return _batches(decode, (list(map(str, paths)), labels), batch_size)
 
 
 def _batches(decode: Callable[..., Any], examples: Any, batch_size: int) -> Iterator[Any]:
