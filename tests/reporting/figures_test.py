@@ -36,7 +36,8 @@ def test_ticks_are_round_and_inside(low, high, expected):
 
 
 @pytest.mark.parametrize('value, expected', [
-    (0, '0'), (1500, '1.5k'), (2e6, '2M'), (1e-4, '1e-4'), (2.5e-3, '2.5e-3'), (.25, '0.25'), (-.5, '-0.5')])
+    (0, '0'), (1500, '1.5k'), (2e6, '2M'), (1e-4, '1e-4'), (2.5e-3, '2.5e-3'), (3 * 1e-4, '3e-4'),
+    (.25, '0.25'), (-.5, '-0.5')])
 def test_axis_labels_are_short(value, expected):
   assert figures.short_number(value) == expected
 

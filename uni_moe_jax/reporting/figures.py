@@ -74,7 +74,8 @@ def nice_ticks(low: float, high: float, most: int = 4) -> list[float]:
 def short_number(value: float) -> str:
   """Returns an axis label: 1500 as 1.5k, 2000000 as 2M, 0.0001 as 1e-4, 0.25 as it is."""
   if 0 < abs(value) < 0.01:
-    return np.format_float_scientific(value, 2, trim='-', exp_digits=1)
+    # Rounded first: 3 · 1e-4 is 0.00030000000000000003, which would become '3.e-4'.
+    return np.format_float_scientific(float(f'{value:.2e}'), trim='-', exp_digits=1)
   bound, letter = next((b for b in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')) if abs(value) >= b[0]), (1, ''))
   return f'{value / bound:.4g}{letter}'
 
