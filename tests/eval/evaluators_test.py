@@ -64,8 +64,8 @@ class _Oracle:
     return left @ right.T
 
   def ranked(self, views, task, labels):
-    p = predictor.mean_probability([self.log_probabilities(features) for features in views])
-    return predictor.rank(jnp.log(p), labels)
+    log_p = predictor.mean_log_probability([jnp.asarray(self.log_probabilities(features)) for features in views])
+    return predictor.rank(log_p, labels)
 
   def log_probabilities(self, features):
     answer = self.labels if self.right else (self.labels + 1) % self.targets
@@ -103,6 +103,32 @@ def test_views_of_a_video_are_averaged_as_probabilities(data):
   assert rank(pixels, 0).best.tolist() == [1, 0] and rank(pixels, 0).rank.tolist() == [2, 1]
   np.testing.assert_allclose(np.exp(rank(pixels, 0).score), [0.46, 0.645], rtol=1e-6)
   np.testing.assert_allclose(np.exp(rank(pixels[:, 0], 1).score), [0.1, 0.01], rtol=1e-5)  # one view
+
+
+def test_views_are_averaged_also_where_every_probability_is_0_in_float32():
+  """The second of 20 targets is 95 behind the first and the others 100: e^-95 is 0."""
+  log_p = jnp.asarray([[[0., -95., *[-100.] * 18]]], jnp.float32)
+  assert jnp.exp(log_p).tolist() == [[[1.0] + [0.0] * 19]]
+  assert predictor.rank(predictor.mean_log_probability([log_p, log_p]), np.array([[1]])).rank.tolist() == [[2]]
+
+
+@pytest.mark.parametrize('broken', [np.nan, 0.0])
+@pytest.mark.parametrize('name, metrics', [('shape', ('top-1', 'balanced_accuracy')), ('text', ('accuracy',))])
+def test_a_model_whose_scores_are_nan_or_equal_is_never_right(data, name, metrics, broken):
+  class Broken(_Oracle):
+    def log_probabilities(self, features):
+      return np.full_like(super().log_probabilities(features), broken)
+  V = {'shape': 3, 'text': data[1].tokenizer.size}[name]
+  scores, sound = (_scores(data, name, kind(V)) for kind in (Broken, _Oracle))
+  assert {m: (scores[m].value, sound[m].value) for m in metrics} == dict.fromkeys(metrics, (0.0, 1.0))
+  assert not scores[metrics[0]].per_example.any() and sound[metrics[0]].per_example.any()
+
+
+def test_of_few_candidates_chance_is_not_above_1(data):
+  scores = _scores(data, 'pair', _Oracle(3), num_examples=3)
+  assert scores['i2t_R@1'].chance == pytest.approx(1 / 3)
+  assert scores['i2t_R@5'].chance == scores['i2t_R@10'].chance == 1.0
+  assert evaluators.metrics.verdict(scores['i2t_R@5'].row('pair', 1), 1.0) == 'level'
 
 
 @pytest.mark.parametrize('name, targets', [('shape', 3), ('motion', 2), ('package', 2)])

@@ -8,7 +8,9 @@ import pytest
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
+from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.files.file_dataset import FileDataset
+from uni_moe_jax.data.pipeline import examples as examples_lib
 from uni_moe_jax.data.pipeline.examples import Examples
 from uni_moe_jax.eval import predictor
 from uni_moe_jax.eval.evaluators import Query
@@ -54,11 +56,14 @@ def _text(**fields):
                          template='{a} <spe> <eot>', max_len=8, **fields)
 
 
-def _examples(size, references=None):
+def _examples(size, references=None, unanswered=()):
+  """unanswered: ids of examples whose answer the target set lacks."""
   def make(ids, hashes):
     import tensorflow as tf
     pixels = {} if references is None else {'pixels': tf.zeros([tf.size(ids), 1, 4, 4, 3], tf.uint8)}
-    return {'id': ids, 'label': tf.gather(tf.constant(np.resize(LABELS, size)), ids)[:, None], **pixels}
+    weight = 1 - np.isin(np.arange(size), unanswered).astype(np.float32)
+    columns = {'label': np.where(weight > 0, np.resize(LABELS, size), 0), 'weight': weight}
+    return {'id': ids, **{k: tf.gather(tf.constant(v), ids)[:, None] for k, v in columns.items()}, **pixels}
   return Examples(size, make, references)
 
 
@@ -80,9 +85,44 @@ def test_glue_counts_every_example_once_and_scores_by_hand():
   assert right['accuracy'].baselines == {}
 
 
+@pytest.mark.parametrize('evaluator, metric', [('glue', 'accuracy'), ('classification', 'top-1')])
+def test_an_answer_that_the_target_set_lacks_is_never_right(evaluator, metric):
+  """The model always gives the first entry, which is also the label of such an example."""
+  def value(**options):
+    return _evaluate(evaluator, _text(), ('no', 'yes'), _examples(7, **options), _Predicts(np.zeros(7, int), 2),
+                     baselines=False)[metric].value
+  assert value() == pytest.approx(3 / 7) and value(unanswered=(0, 2, 4)) == pytest.approx(1 / 7)
+
+
+@pytest.mark.parametrize('broken', [np.nan, 0.0])
+def test_a_model_whose_scores_are_nan_or_equal_has_no_right_answer_in_any_metric_of_glue(broken):
+  class Broken(_Predicts):
+    def ranked(self, views, task, labels):
+      return predictor.rank(np.full((*labels.shape, self.V), broken, np.float32), labels)
+  scores = _evaluate('glue', _text(), ('no', 'yes'), _examples(7), Broken(LABELS, 2), baselines=False)
+  assert {name: s.value for name, s in scores.items()} == {'accuracy': 0, 'F1': 0, 'Matthews': -1}
+
+
 def test_three_label_words_have_an_accuracy_alone():
   assert set(_evaluate('glue', _text(), ('no', 'maybe', 'yes'), _examples(7), _Predicts(LABELS, 3),
                        baselines=False)) == {'accuracy'}
+
+
+def test_questions_in_memory_have_one_answer_each(tmp_path):
+  c = tiny.config(data_dir=tiny.data_dir())
+  c.tasks.t = config_lib.task('vqa', 'glyphs', batch_size=2, target_set='s', label_column='class', max_len=12,
+                              template='{face} <eot> <spe> . <eot>')
+  c.target_sets.s = config_lib.target_set('glyphs/class', family='words')
+  c.evaluators.e = config_lib.evaluator('vqa', 't', split='train', batch_size=5)
+  plan = make_plan(c)
+  data, [e] = Data(c, plan), plan.evaluations
+  keys, records = data.entry_keys['s'], data.records('glyphs', 'train')
+  labels = examples_lib.class_indices(records, e.task, keys)[examples_lib.example_ids(records, e.task)]
+  for answers, right in ((labels, 1.0), ((labels + 1) % len(keys), 0.0)):
+    scores = {s.name: s for s in EVALUATORS['vqa'](Query(
+        e, _Predicts(answers, len(keys)), data.examples(e.task), records, records, keys, keys, None, {}, tmp_path))}
+    assert scores['exact_match'].value == right
+    assert {'majority', 'question alone', 'nearest neighbor'} == scores['soft score'].baselines.keys()
 
 
 def test_questions_score_by_how_many_people_agree():

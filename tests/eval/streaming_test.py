@@ -71,7 +71,8 @@ def _evaluate(num_examples: int):
   c.evaluators.e = config_lib.evaluator('classification', 't', split='test', batch_size=20, baselines=False)
   [e] = make_plan(c).evaluations
   records = FileDataset('own:x', num_examples, None, {}, {'label': keys}, {}, '')
-  examples = Examples(num_examples, lambda ids, hashes: {'id': ids, 'label': tf.cast(ids * 7 % _V, tf.int32)[:, None]})
+  examples = Examples(num_examples, lambda ids, hashes: {
+      'id': ids, 'label': tf.cast(ids * 7 % _V, tf.int32)[:, None], 'weight': tf.ones([tf.size(ids), 1])})
   query = Query(e, _Shifted(), examples, records, records, keys, keys, None, {}, '')
   tracemalloc.start()
   scores = {s.name: s for s in EVALUATORS['classification'](query)}

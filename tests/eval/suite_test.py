@@ -122,6 +122,14 @@ def test_the_largest_difference_is_relative_above_1():
     merged_scores.largest_difference(rows, others[:1])
 
 
+@pytest.mark.parametrize('merged, own, difference', [
+    (math.nan, .5, math.inf), (.5, math.nan, math.inf), (math.inf, 9., math.inf), (math.inf, math.inf, 0.),
+    (math.nan, math.nan, 0.), (.5, .5, 0.)])
+def test_a_score_that_is_not_finite_in_one_evaluation_alone_differs(merged, own, difference):
+  of = lambda value: [{'evaluator': 'e', 'metric': m, 'value': v} for m, v in (('a', .5), ('b', value), ('c', .5))]
+  assert merged_scores.largest_difference(of(merged), of(own))[0] == difference
+
+
 def test_experts_have_two_coefficients_per_layer_router_and_condition(finished):
   experts = json.loads((finished[0] / 'experts.json').read_text())
   assert experts['checkpoint'] == 'step 3' and (finished[0] / 'experts.png').exists()

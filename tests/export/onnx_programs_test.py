@@ -38,6 +38,16 @@ np.savez(sys.argv[2], **out)
 '''
 
 
+@pytest.mark.parametrize('outputs, difference', [
+    ([[0., 1.], [2., 2.]], 0.0), ([[0., 1.], [2., 1.]], 0.5), ([[0., 1.], [2., np.nan]], np.nan)])
+def test_nan_in_any_output_is_a_difference(monkeypatch, outputs, difference):
+  """No tolerance accepts it: it is compared by `not <=`."""
+  session = types.SimpleNamespace(get_inputs=lambda: [], run=lambda *_: [np.float32(x) for x in outputs])
+  monkeypatch.setitem(sys.modules, 'onnxruntime', types.SimpleNamespace(InferenceSession=lambda *_, **__: session))
+  np.testing.assert_equal(
+      onnx_programs._difference('x', {}, [np.float32([0, 1]), np.float32([2, 2])]), difference)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize('router', ['attribute', 'token'])
 def test_models_equal_the_programs_where_onnxruntime_and_numpy_are_alone(tmp_path, router):

@@ -40,6 +40,10 @@ def test_capacity_by_hand(factor, capacity):
   assert dispatch.capacity_of(factor, tokens=12, top_k=2, num_experts=8) == capacity
 
 
+def test_capacity_is_not_raised_by_a_rounding_error():
+  assert 1.1 * 2 * 200 / 8 > 55 == dispatch.capacity_of(1.1, tokens=200, top_k=2, num_experts=8)
+
+
 _BEHIND = [-1] * 255  # slots behind the groups, for the last tile
 
 

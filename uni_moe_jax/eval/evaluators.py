@@ -110,8 +110,8 @@ class Query:
 def classification(q: Query) -> list[Score]:
   """Top-1, top-5 and balanced accuracy among a target set, for images, videos and texts."""
   ids = q.ids()
-  (predicted, ranks, _), labels = q.gather(ids, lambda fields: (q.ranked(fields), fields['label'][:, 0]))
-  names, n, V = np.array(q.names), len(ids), len(q.names)
+  predicted, ranks, labels = answered(q, ids)
+  names, n, V = np.array([*q.names, '(none of them)', '(not in the target set)']), len(ids), len(q.names)
   train_labels, by = label_baselines(q, ids, labels)
   scores = [Score.share('top-1', metrics.hits(predicted, labels), 1 / V, by(metrics.accuracy))]
   if is_measured('top-5', V):
@@ -122,6 +122,20 @@ def classification(q: Query) -> list[Score]:
   if q.task.type.visual:
     q.show(ids, names[labels], names[predicted])
   return scores
+
+
+def answered(q: Query, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(predictions, ranks of the labels, labels) int [N] of examples with one label each, of V targets.
+
+  A label has rank 1 only if no other target has its score; if it has the highest one and not rank 1, the prediction is
+  V, none of them, since ties and NaNs count against the model. The label of an answer that the target set lacks is -1:
+  every prediction is wrong.
+  """
+  (predicted, ranks, _), labels, weights = q.gather(
+      ids, lambda fields: (q.ranked(fields), fields['label'][:, 0], fields['weight'][:, 0]))
+  V = len(q.names)
+  predicted = np.where((predicted == labels) & (ranks > 1), V, predicted)
+  return predicted, np.where(weights > 0, ranks, V + 1), np.where(weights > 0, labels, -1)
 
 
 def label_baselines(
@@ -197,7 +211,7 @@ def retrieval(q: Query) -> list[Score]:
   drawn = np.searchsorted(union, np.concatenate(draws))
   times = np.bincount(drawn)
   per_example = lambda name: np.bincount(drawn, np.concatenate([recall[name] for recall in recalls])) / times
-  return [Score.proportion(name, mean(recalls, name), number, int(name.partition('@')[2]) / number,
+  return [Score.proportion(name, mean(recalls, name), number, min(int(name.partition('@')[2]) / number, 1.0),
                            {_NEAREST_NAME: mean(baseline, name)} if baseline else {}, per_example(name), times)
           for name in recalls[0]]
 
@@ -288,9 +302,9 @@ def masked_language_modeling(q: Query) -> list[Score]:
     predicted = q.predictor.ranked([q.predictor.inputs(q.task.type, fields)], q.task, fields['label'])
     return predicted, fields['label'], fields['weight'] > 0
 
-  (predicted, _, log_p), labels, counted = q.gather(q.ids(), score)
-  n, V, unigram = int(counted.sum()), q.tokenizer.size, ({}, {})
-  accuracy = metrics.accuracy(predicted[counted], labels[counted])
+  (_, ranks, log_p), labels, counted = q.gather(q.ids(), score)
+  n, V, unigram, right = int(counted.sum()), q.tokenizer.size, ({}, {}), ranks == 1
+  accuracy = metrics.share_within(ranks[counted], 1)
   if q.evaluation.baselines:
     texts = (q.trained.sample_texts(_COUNTED) if isinstance(q.trained, FileDataset) else
              q.trained.columns['text'].tolist())
@@ -298,7 +312,7 @@ def masked_language_modeling(q: Query) -> list[Score]:
     counts = np.bincount(np.concatenate([np.asarray(t, np.int64) for t in tokens]), minlength=V)
     counts[q.tokenizer.eot] += len(tokens)
     unigram = [{'unigram': value} for value in baselines.unigram(counts, labels[counted])]
-  right, times = predicted == labels, counted.sum(1)
+  times = counted.sum(1)
   per_example = lambda values: np.where(counted, values, 0).sum(1) / np.maximum(times, 1)
   return [Score.proportion('accuracy', accuracy, n, 1 / V, unigram[0], per_example(right), times),
           Score('perplexity', metrics.perplexity(float(-log_p[counted].sum()), n), n, V, unigram[1],

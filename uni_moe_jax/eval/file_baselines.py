@@ -59,12 +59,13 @@ class FileBaselines:
     """
     index, column = {key: i for i, key in enumerate(self.keys)}, self.evaluation.task.label_column
     rows, result = self._predict(ids)
-    labels = lambda names: np.array([index[name] for name in names], int)
+    labels = lambda names: np.array([index.get(name, -1) for name in names], int)  # -1: the target set lacks it
     if column in self.trained.labels:
       known = self.trained.labels[column]
       train_labels = labels(self.trained.classes[column])[known[known >= 0]]
     else:
       train_labels = labels(result['trained'])
+      train_labels = train_labels[train_labels >= 0]
     return train_labels, rows, {name: labels(names) for name, names in result['predicted'].items()}
 
   def answers(self, ids: np.ndarray) -> tuple[list[str], np.ndarray, dict[str, list[str]]]:

@@ -1,6 +1,7 @@
 """Evaluators of answers at a slot: the GLUE tasks with their own metrics, and questions about images."""
 
 import statistics
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,14 +18,23 @@ def glue(q: Query) -> list[Score]:
   GLUE reports accuracy for most of its tasks, F1 for MRPC and QQP, Matthews for CoLA.
   """
   ids = q.ids()
-  predicted, labels = q.gather(ids, lambda fields: (q.ranked(fields).best, fields['label'][:, 0]))
+  predicted, _, labels = evaluators.answered(q, ids)
   _, by = evaluators.label_baselines(q, ids, labels)
   n, V = len(labels), len(q.names)
   scores = [Score.share('accuracy', metrics.hits(predicted, labels), 1 / V, by(metrics.accuracy))]
   if is_measured('F1', V):
-    scores += [Score('F1', metrics.f1(predicted, labels), n, baselines=by(metrics.f1)),
-               Score('Matthews', metrics.matthews(predicted, labels), n, 0.0, by(metrics.matthews))]
+    f1, matthews = map(_of_two, (metrics.f1, metrics.matthews))
+    scores += [Score('F1', f1(predicted, labels), n, baselines=by(f1)),
+               Score('Matthews', matthews(predicted, labels), n, 0.0, by(matthews))]
   return scores
+
+
+def _of_two(metric: Callable[..., float]) -> Callable[..., float]:
+  """A metric of two classes, of examples that have one: what is not the label counts as the other class."""
+  def of(predicted: np.ndarray, labels: np.ndarray) -> float:
+    known = labels >= 0
+    return metric(np.where(predicted == labels, labels, 1 - labels)[known], labels[known])
+  return of
 
 
 def vqa(q: Query) -> list[Score]:
@@ -32,13 +42,17 @@ def vqa(q: Query) -> list[Score]:
 
   The baselines are the most frequent training answer for all questions, and answers predicted from the questions alone.
   """
-  ids = q.ids()
-  answers = [normalize_answer(q.keys[i]) for i in q.gather(ids, lambda fields: q.ranked(fields).best)]
-  truth = [[normalize_answer(a) for a in several] for several in q.examples.references(ids)]
+  ids, several, named = q.ids(), q.examples.references, [normalize_answer(key) for key in q.keys]
+  predicted, labels = q.gather(ids, lambda fields: (q.ranked(fields).best, fields['label'][:, 0]))
+  answers = [named[i] for i in predicted]
+  truth = [[*map(normalize_answer, s)] for s in several(ids)] if several else [[named[i]] for i in labels]
   first = [statistics.mode(several) for several in truth]
   soft = lambda answers, truth=truth: float(np.mean(metrics.vqa_score(answers, truth)))
   baselines = {}
-  if q.evaluation.baselines:
+  if not several:  # one answer for each, by its index
+    _, by = evaluators.label_baselines(q, ids, labels)
+    baselines = by(lambda predicted, right: soft([named[i] for i in predicted], [[named[i]] for i in right]))
+  elif q.evaluation.baselines:
     trained, rows, fitted = q.file_baselines.answers(ids)
     baselines = {name: soft(predicted, [truth[i] for i in rows]) for name, predicted in fitted.items()}
     if trained:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -295,4 +296,4 @@ def _check_examples(examples: Sequence) -> None:
 
 
 def _words(text: str) -> list[str]:
-  return text.casefold().split()
+  return unicodedata.normalize('NFKC', text).casefold().split()  # as SentencePiece does before it cuts tokens

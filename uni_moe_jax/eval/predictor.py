@@ -6,6 +6,7 @@ the next batch can be queued before they are read.
 
 import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -105,7 +106,7 @@ class Predictor:
       of the batch shards, and so is the result sharded.
     """
     scores = [self._log_p(features, task, replicate=False) for features in views]
-    return rank(scores[0] if len(scores) == 1 else mean_probability(scores), labels)
+    return rank(scores[0] if len(scores) == 1 else mean_log_probability(scores), labels)
 
   def _log_p(self, features: np.ndarray | jax.Array, task: TaskSpec, replicate: bool) -> jax.Array:
     targets = self.target_set(task.target_set)
@@ -203,9 +204,9 @@ def _log_p(
 
 
 @jax.jit
-def mean_probability(log_p: list[jax.Array]) -> jax.Array:
-  """The mean p of several log p [B, R, V] of views."""
-  return sum(map(jnp.exp, log_p)) / len(log_p)
+def mean_log_probability(log_p: list[jax.Array]) -> jax.Array:
+  """The logarithm of the mean p of several log p [B, R, V] of views, also where every p is 0 in float32."""
+  return jax.nn.logsumexp(jnp.stack(log_p), axis=0) - math.log(len(log_p))
 
 
 # Apart from the functions that compute scores: fused with them, equal scores could be rounded differently.

@@ -1,5 +1,6 @@
 """Scores of a model whose experts are merged permanently, as it is exported: they are those of the trained model."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,7 +43,7 @@ def evaluate(
 
 
 def largest_difference(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
-  """The largest |a - b| / max(1, |b|) of two evaluations' metrics, and where it is.
+  """The largest |a - b| / max(1, |b|) of two evaluations' metrics, and where it is; inf if one alone is not finite.
 
   Raises:
     UsageError: they have different metrics.
@@ -50,4 +51,10 @@ def largest_difference(rows: Sequence[Mapping[str, Any]], others: Sequence[Mappi
   one, other = ({f'{r["evaluator"]}, {r["metric"]}': r['value'] for r in x} for x in (rows, others))
   if one.keys() != other.keys():
     raise UsageError('the two evaluations have different metrics; evaluate the run again with --force.')
-  return max(((abs(one[key] - b) / max(1, abs(b)), key) for key, b in other.items()), default=(0., ''))
+
+  def difference(a: float, b: float) -> float:
+    if a == b or math.isnan(a) and math.isnan(b):
+      return 0.
+    return abs(a - b) / max(1, abs(b)) if math.isfinite(a) and math.isfinite(b) else math.inf
+
+  return max(((difference(one[key], b), key) for key, b in other.items()), default=(0., ''))

@@ -129,7 +129,7 @@ def _try(folder: pathlib.Path, program: Program, params: dict[str, np.ndarray], 
   """Converts a program and compares it; returns its entry, see `write`."""
   try:
     inputs, outputs = _convert(folder, program, params, file)
-    difference = max(_difference(folder / file, *case) for case in cases)
+    difference = float(np.max([_difference(folder / file, *case) for case in cases]))  # NaN if one is
   except Exception as e:  # of jax2onnx or of onnxruntime: this program has no model, and others may have one
     (folder / file).unlink(missing_ok=True)
     return {'reason': f'{type(e).__name__}: {str(e).strip().partition(chr(10))[0][:200]}'}
@@ -209,7 +209,7 @@ def _difference(file: pathlib.Path, inputs: Any, want: list[np.ndarray]) -> floa
   parts = [np.abs(np.subtract(a, b, dtype=np.float64)).max() / max(np.abs(b).max(), 1e-30)
            for a, b in zip(got, want, strict=True) if np.issubdtype(b.dtype, np.floating) and b.size]
   wrong = [a for a, b in zip(got, want) if not np.issubdtype(b.dtype, np.floating) and not np.array_equal(a, b)]
-  return float(max([*parts, *[np.inf] * len(wrong), 0.0]))
+  return float(np.max([*parts, *[np.inf] * len(wrong), 0.0]))  # NaN if one is, as it would not be by `max`
 
 
 if __name__ == '__main__':
