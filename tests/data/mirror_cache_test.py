@@ -12,7 +12,7 @@ from array_record.python import array_record_module
 
 from tests.data.bucket_shards import object_in, open_shards, shard_name, upload_shards
 from tests.helpers import processes
-from uni_moe_jax.data import mirror
+from uni_moe_jax.data import cache_files, mirror
 from uni_moe_jax.data.mirror import Mirror
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
@@ -112,7 +112,7 @@ def test_a_process_ends_without_the_files_that_may_wait(bucket, tmp_path):
   upload_shards(bucket, tmp_path / 'sender', 6)
   script = f'''
 import time
-from uni_moe_jax.data import mirror
+from uni_moe_jax.data import cache_files, mirror
 from uni_moe_jax.utils import storage
 mirror._NUM_FETCHES = 1
 data = mirror.Mirror({bucket!r}, {str(tmp_path / "receiver")!r})
@@ -169,7 +169,7 @@ def test_parts_of_files_of_a_dead_process_are_removed_and_those_that_are_being_f
   (data.root / shard_name(0)).unlink()
   leave(other)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    with data._locked(data.root / shard_name(1).replace('x/', 'x/.')):
+    with cache_files.locked(data.root / shard_name(1).replace('x/', 'x/.')):
       fetched = pool.submit(data.fetch, shard_name(0))
       time.sleep(.3)
       assert other.exists() and not fetched.done()

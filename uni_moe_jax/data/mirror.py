@@ -9,7 +9,6 @@ files that were used longest ago are removed.
 import collections
 import concurrent.futures
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -24,18 +23,16 @@ from types import MappingProxyType
 from typing import Any
 
 from uni_moe_jax.config.schema import DataConfig
+from uni_moe_jax.data import cache_files
+from uni_moe_jax.data.cache_files import MANIFEST
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError, disk_is_full, free_space
 from uni_moe_jax.utils.files import check_local, read_json, write_json
 
-MANIFEST = 'files.json'
-# In names of files that are fetched one by one; others come with their manifest.
-_LAZY = ('.array_record', '.npz', '.npy', '.texts')
 _NUM_FETCHES = 8  # at once, and again as many in the background
 _NUM_INPUT_FETCHES = 32
 _ATTEMPTS, _PAUSE = 4, 1.0  # of a request beyond those of the library, and seconds before the second one
 _WAIT = 0.05  # seconds between looks for free space
-_PART, _LOCK = '.part', '.lock'  # ends of names beside a file that is being fetched
 
 
 class Mirror(os.PathLike):
@@ -80,7 +77,7 @@ class Mirror(os.PathLike):
           f'{remote} has no {MANIFEST}: nothing was prepared there. Prepare it: uni-moe prepare-data '
           f'--data_dir={self.address}')
     folders = {(local / name).parent for name in matches}
-    with self._locked(self.root / '.sync'):
+    with cache_files.locked(self.root / '.sync'):
       for old in list(local.rglob(MANIFEST)):
         if old.parent not in folders:
           shutil.rmtree(old.parent)
@@ -96,7 +93,7 @@ class Mirror(os.PathLike):
         folder = path.parent.relative_to(self.root)
         self._files |= {str(folder / n): (size, digest) for n, (size, digest) in files.items()}
         self._check_bound(folder, max(size for size, _ in files.values()))
-    small = [n for n in self._files if n.startswith(f'{prefix}/') and not any(part in n for part in _LAZY)]
+    small = [n for n in self._files if n.startswith(f'{prefix}/') and not any(part in n for part in cache_files.LAZY)]
     self.fetch_all(small)
 
   def _check_bound(self, folder: pathlib.Path, size: int) -> None:
@@ -123,7 +120,7 @@ class Mirror(os.PathLike):
       content = _repeat((storage.path(self.address) / name).read_bytes, f'{self.address}/{name}')
       path = self.root / name
       path.parent.mkdir(parents=True, exist_ok=True)
-      with self._locked(path.with_name(f'.{path.name}')):
+      with cache_files.locked(path.with_name(f'.{path.name}')):
         storage.write_bytes(path, content)
 
   def is_complete(self, folder: pathlib.Path) -> bool:
@@ -223,9 +220,9 @@ class Mirror(os.PathLike):
   def _fetch_verified(self, name: str) -> pathlib.Path:
     size, digest = self._files[name]
     path = self.root / name
-    temporary = path.with_name(f'.{path.name}{_PART}')
+    temporary = path.with_name(f'.{path.name}{cache_files.PART}')
     path.parent.mkdir(parents=True, exist_ok=True)
-    with self._locked(path.with_name(f'.{path.name}')), contextlib.ExitStack() as stack:
+    with cache_files.locked(path.with_name(f'.{path.name}')), contextlib.ExitStack() as stack:
       if path.exists():  # another process has fetched it
         return path
       stack.callback(temporary.unlink, missing_ok=True)
@@ -237,7 +234,7 @@ class Mirror(os.PathLike):
         with self._mutex:
           self.num_fetched, self.bytes_fetched = self.num_fetched + 1, self.bytes_fetched + size
         if _sha256(temporary) == digest:
-          with self._locked(self._cache / '.space'):  # who counts meanwhile could find neither name
+          with cache_files.locked(self._cache / '.space'):  # who counts meanwhile could find neither name
             temporary.rename(path)
           return path
         print(f'data: {self.address}/{name} arrived with other bytes than were prepared (fetch {attempt} of 2)',
@@ -245,28 +242,17 @@ class Mirror(os.PathLike):
       raise RunError(f'{self.address}/{name} is damaged: its bytes were not those that were prepared (sha256 '
                      f'{digest[:12]}…) in two fetches; write the dataset to the bucket again.')
 
-  def _cached(self) -> list[tuple[float, int, pathlib.Path]]:
-    """(time of the last use, size, path) of every file in the cache that can be fetched again, or is being fetched."""
-    entries = []
-    for folder, _, names in os.walk(self._cache):
-      for name in names:
-        if any(part in name for part in _LAZY) and not name.endswith(_LOCK):
-          with contextlib.suppress(FileNotFoundError):
-            status = os.stat(path := os.path.join(folder, name))
-            entries.append((status.st_mtime, status.st_size, pathlib.Path(path)))
-    return sorted(entries)
-
   def _total(self) -> int:
-    return sum(size for _, size, _ in self._cached())
+    return sum(size for _, size, _ in cache_files.entries(self._cache))
 
   def _free_space(self, temporary: pathlib.Path, size: int) -> None:
     """Removes what was used longest ago until a file fits, and reserves its place."""
     while True:
-      with self._locked(self._cache / '.space'):
-        entries = self._cached() if self._max_bytes else []
+      with cache_files.locked(self._cache / '.space'):
+        entries = cache_files.entries(self._cache) if self._max_bytes else []
         excess = sum(bytes_ for _, bytes_, _ in entries) + size - self._max_bytes if self._max_bytes else 0
         for _, bytes_, path in entries:
-          if excess > 0 and not _is_fetched(path):
+          if excess > 0 and not cache_files.is_fetched(path):
             path.unlink(missing_ok=True)
             excess -= bytes_
         if excess <= 0:
@@ -274,26 +260,6 @@ class Mirror(os.PathLike):
           os.truncate(temporary, size)
           return
       time.sleep(_WAIT)  # the rest is being fetched, and can be removed after that
-
-  @contextlib.contextmanager
-  def _locked(self, path: pathlib.Path) -> Iterator[None]:
-    """Excludes other threads and processes of this host."""
-    with open(path.with_name(path.name + _LOCK), 'w') as file:
-      fcntl.flock(file, fcntl.LOCK_EX)
-      yield
-
-
-def _is_fetched(path: pathlib.Path) -> bool:
-  """Whether this is a part of a file that a process is fetching."""
-  if not path.name.endswith(_PART):
-    return False
-  with contextlib.suppress(FileNotFoundError):  # the folder of a dataset that was removed meanwhile
-    with open(path.with_name(path.name.removesuffix(_PART) + _LOCK), 'w') as file:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        return True
-  return False
 
 
 def open_folder(c: DataConfig) -> str | Mirror:

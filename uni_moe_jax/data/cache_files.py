@@ -1,0 +1,45 @@
+"""The files of a folder of a host with data of buckets: which can be fetched again, and locks between processes."""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+from collections.abc import Iterator
+
+MANIFEST = 'files.json'  # of a dataset: {file: [bytes, hex sha256]}
+# In names of files that are fetched one by one; others come with their manifest.
+LAZY = ('.array_record', '.npz', '.npy', '.texts')
+PART, _LOCK = '.part', '.lock'  # ends of names beside a file that is being fetched
+
+
+def entries(cache: pathlib.Path) -> list[tuple[float, int, pathlib.Path]]:
+  """(time of the last use, size, path) of every file in the cache that can be fetched again, or is being fetched."""
+  matches = []
+  for folder, _, names in os.walk(cache):
+    for name in names:
+      if any(part in name for part in LAZY) and not name.endswith(_LOCK):
+        with contextlib.suppress(FileNotFoundError):
+          status = os.stat(path := os.path.join(folder, name))
+          matches.append((status.st_mtime, status.st_size, pathlib.Path(path)))
+  return sorted(matches)
+
+
+def is_fetched(path: pathlib.Path) -> bool:
+  """Whether this is a part of a file that a process is fetching."""
+  if not path.name.endswith(PART):
+    return False
+  with contextlib.suppress(FileNotFoundError):  # the folder of a dataset that was removed meanwhile
+    with open(path.with_name(path.name.removesuffix(PART) + _LOCK), 'w') as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        return True
+  return False
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+  """Excludes other threads and processes of this host."""
+  with open(path.with_name(path.name + _LOCK), 'w') as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
