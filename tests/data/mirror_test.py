@@ -1,6 +1,7 @@
 """Prepared data in a bucket: the same records as on a disk, verified."""
 
 import concurrent.futures
+import contextlib
 import errno
 import functools
 import pathlib
@@ -119,6 +120,93 @@ def test_a_dataset_whose_upload_was_interrupted_does_not_exist(bucket, tmp_path,
     upload_shards(bucket, tmp_path / 'sender', 4)
   with pytest.raises(MissingFileError, match=f'{bucket}/x has no files.json: nothing was prepared there'):
     Mirror(bucket, tmp_path / 'receiver').sync('x')
+
+
+@contextlib.contextmanager
+def _during_upload(bucket, monkeypatch, interrupt):
+  """Calls `interrupt` once, when the first file of an upload is written to the bucket."""
+  files, calls = storage.filesystem(bucket), []
+  put = files.put_file
+
+  def interrupted(local, remote):
+    put(local, remote)
+    if not calls:
+      calls.append(remote)
+      interrupt()
+
+  with monkeypatch.context() as patch:
+    patch.setattr(files, 'put_file', interrupted)
+    yield
+  assert calls
+
+
+def test_while_one_preparation_uploads_a_second_one_is_refused_and_removes_nothing(bucket, tmp_path, monkeypatch):
+  root = own_files.write_text_pairs(tmp_path / 'in')
+
+  def start_again():
+    with pytest.raises(UsageError, match='is locked by another process, which prepares the same dataset'):
+      prepare.prepare(root, Mirror(bucket, tmp_path / 'host'), 'texts')
+
+  with _during_upload(bucket, monkeypatch, start_again):
+    prepare.prepare(root, Mirror(bucket, tmp_path / 'host'), 'texts')
+  prepare.prepare(root, tmp_path / 'folder', 'texts')
+  expected = _records('own:texts', str(tmp_path / 'folder'))
+  for host in ('host', 'receiver'):
+    assert _records('own:texts', Mirror(bucket, tmp_path / host)) == expected
+  again = Mirror(bucket, tmp_path / 'host')
+  _records('own:texts', again)
+  assert not again.num_fetched  # what was written on this host is not fetched
+
+
+def test_who_reads_while_a_version_is_uploaded_has_the_one_before(bucket, tmp_path, monkeypatch):
+  open_sender = lambda: Mirror(bucket, tmp_path / 'sender')
+  sizes = []
+  read = lambda: sizes.append(sources.load('own:texts', open_sender(), 'train').size)
+  prepare.prepare(own_files.write_text_pairs(tmp_path / '1', 9), open_sender(), 'texts', '1.0.0')
+  with _during_upload(bucket, monkeypatch, read):
+    prepare.prepare(own_files.write_text_pairs(tmp_path / '2', 8), open_sender(), 'texts', '2.0.0')
+  read()
+  assert sizes == [27, 28]
+
+
+def test_a_dataset_that_was_removed_from_the_bucket_is_replaced_on_the_host_that_had_it(bucket, tmp_path):
+  for num_test, size in ((9, 27), (8, 28)):
+    prepare.prepare(own_files.write_text_pairs(tmp_path / f'{size}', num_test), Mirror(bucket, tmp_path / 'host'), 'x')
+    for host in ('host', f'receiver of {size}'):
+      assert sources.load('own:x', Mirror(bucket, tmp_path / host), 'train').size == size
+    storage.remove_folder(object_in(bucket, 'own/x/1.0.0'))
+
+
+@pytest.mark.parametrize('source', ['tfds:bucket_images', 'glyphs'])
+def test_two_processes_of_a_host_write_a_dataset_without_rows_of_a_user_once(bucket, tmp_path, monkeypatch, source):
+  generated = []
+
+  def splits():
+    generated.append(source)
+    yield 'train', *tiny.columns()['glyphs']
+
+  def write():
+    if source == 'glyphs':
+      npz_records.build(Mirror(bucket, tmp_path / 'host'), 'glyphs-1', splits())
+    else:
+      tfds_prepare.prepare('bucket_images', Mirror(bucket, tmp_path / 'host'))
+
+  generate = _Images._split_generators
+  monkeypatch.setattr(_Images, '_split_generators', lambda *args: generated.append(source) or generate(*args))
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    others = []
+
+    def start_second():
+      others.append(pool.submit(write))
+      with pytest.raises(TimeoutError):
+        others[0].result(1)
+
+    with _during_upload(bucket, monkeypatch, start_second):
+      write()
+    others[0].result(60)
+  assert generated == [source]
+  records = _records(source, Mirror(bucket, tmp_path / 'host'))
+  assert records == _records(source, Mirror(bucket, tmp_path / 'receiver')) and len(str(records)) > 300
 
 
 def test_what_exists_in_a_bucket_is_not_prepared_again(bucket, tmp_path):

@@ -124,24 +124,32 @@ class Mirror(os.PathLike):
         storage.write_bytes(path, content)
 
   def is_complete(self, folder: pathlib.Path) -> bool:
-    """Whether the bucket has the dataset of a folder. If not, what is left of it on this host is removed."""
+    """Whether the bucket has the dataset of a folder."""
     mark = storage.path(self.address) / str(folder.relative_to(self.root)) / MANIFEST
-    complete = _repeat(mark.exists, str(mark))
-    if not complete:
-      shutil.rmtree(folder, ignore_errors=True)
-    return complete
+    return _repeat(mark.exists, str(mark))
 
-  def upload(self, folder: pathlib.Path, uploaded: Mapping[str, tuple[int, str]] = MappingProxyType({})) -> None:
-    """Copies a complete dataset in a folder of the mirror to the bucket.
+  def upload(self, folder: pathlib.Path, source: pathlib.Path | None = None,
+             uploaded: Mapping[str, tuple[int, str]] = MappingProxyType({})) -> None:
+    """Copies a complete dataset to the bucket, as that of a folder of the mirror.
 
-    uploaded: size and digest of its files that are in the bucket, and not in the folder.
+    source: where its files are; it is renamed to `folder` when the bucket has all of them. By default `folder` itself.
+    uploaded: size and digest of its files that are in the bucket, and not in `source`, which then stays where it is.
     """
+    source = source or folder
     files, target = storage.filesystem(self.address), storage.path(self.address) / str(folder.relative_to(self.root))
-    paths = sorted(p for p in folder.rglob('*') if p.is_file() and p.name != MANIFEST)
-    names = {str(p.relative_to(folder)): size_and_digest(p) for p in paths}
-    write_json(folder / MANIFEST, {**names, **uploaded})
-    for name in (*names, MANIFEST):
-      _repeat(lambda: files.put_file(str(folder / name), str(target / name)), f'{target}/{name}')
+    paths = sorted(p for p in source.rglob('*') if p.is_file() and p.name != MANIFEST)
+    names = {str(p.relative_to(source)): size_and_digest(p) for p in paths}
+    for name in names:
+      _repeat(lambda: files.put_file(str(source / name), str(target / name)), f'{target}/{name}')
+    _repeat(lambda: write_json(target / MANIFEST, {**names, **uploaded}), f'{target}/{MANIFEST}')
+    if not uploaded:
+      with cache_files.locked(self.root / '.sync'):
+        # The folder is there if another process has synced meanwhile, and now fetches files into it.
+        if source != folder and read_json(folder / MANIFEST) != names:
+          shutil.rmtree(folder, ignore_errors=True)  # it had another dataset of this name
+          source.rename(folder)
+        # Not before the bucket has it: `sync` removes a folder with a manifest whose dataset the bucket lacks.
+        write_json(folder / MANIFEST, names)
 
   def prefetch(self, names: Iterable[str]) -> None:
     """Fetches files in the background, in order, until the bound is reached."""
@@ -283,11 +291,29 @@ def has_dataset(directory: str | os.PathLike[str], folder: pathlib.Path) -> bool
   return directory.is_complete(folder) if isinstance(directory, Mirror) else folder.is_dir()
 
 
-def publish(directory: str | os.PathLike[str], folder: pathlib.Path,
+@contextlib.contextmanager
+def preparing(directory: str | os.PathLike[str], folder: pathlib.Path) -> Iterator[bool]:
+  """Yields whether a data directory has the dataset of a folder; if not, the block prepares and publishes it.
+
+  If that is a mirror, other processes of the host wait, and what an interrupted upload has left is removed before.
+  """
+  if not isinstance(directory, Mirror):
+    yield folder.is_dir()
+    return
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with cache_files.locked(folder.with_name(f'.{folder.name}')):
+    if not (is_complete := directory.is_complete(folder)):
+      shutil.rmtree(folder, ignore_errors=True)
+    yield is_complete
+
+
+def publish(directory: str | os.PathLike[str], folder: pathlib.Path, source: pathlib.Path,
             uploaded: Mapping[str, tuple[int, str]] = MappingProxyType({})) -> None:
-  """`Mirror.upload` to the bucket of a data directory that is a mirror."""
+  """Renames `source`, a complete dataset, to `folder`; if the data directory is a mirror, by `Mirror.upload`."""
   if isinstance(directory, Mirror):
-    directory.upload(folder, uploaded)
+    directory.upload(folder, source, uploaded)
+  elif source != folder:
+    source.rename(folder)
 
 
 def sync(directory: str | os.PathLike[str], prefix: str) -> None:

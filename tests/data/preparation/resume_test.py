@@ -1,7 +1,5 @@
 """A preparation gives the same files for any number of workers, and wherever it was interrupted."""
 
-import shutil
-
 import pytest
 
 from tests.data import own_files
@@ -66,14 +64,19 @@ def test_one_that_was_killed_at_its_end_is_complete(source, tmp_path, monkeypatc
   assert not work.exists()
 
 
-def test_files_that_were_removed_before_all_was_published_are_written_again(source, tmp_path, monkeypatch):
+def test_one_that_was_killed_while_it_was_published_writes_only_files_that_are_gone(source, tmp_path, monkeypatch):
   _run(source, tmp_path / 'whole', monkeypatch)
-  with monkeypatch.context() as patch, pytest.raises(_Killed):
-    patch.setattr(prepare.mirror, 'publish', lambda *_: (_ for _ in ()).throw(_Killed))
-    _run(source, tmp_path / 'killed', monkeypatch)
-  shutil.rmtree(tmp_path / 'killed/own/x/1.0.0')  # as a mirror does with what its bucket lacks
-  assert _run(source, tmp_path / 'killed', monkeypatch) == [Write] * 4
-  assert preparation.content(tmp_path / 'killed/own/x') == preparation.content(tmp_path / 'whole/own/x')
+  for name, num_gone in (('kept', 0), ('removed', 1)):
+    data = tmp_path / name
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+      patch.setattr(prepare.mirror, 'publish', lambda *_: (_ for _ in ()).throw(_Killed))
+      _run(source, data, monkeypatch)
+    assert not (data / 'own/x/1.0.0').exists()  # who reads the folder takes no part of it
+    [target] = (data / 'own/x/.1.0.0.unfinished').glob('final-*')
+    for path in sorted(target.glob('*.array_record*'))[:num_gone]:
+      path.unlink()
+    assert _run(source, data, monkeypatch) == [Write] * num_gone
+    assert preparation.content(data / 'own/x') == preparation.content(tmp_path / 'whole/own/x')
 
 
 def test_a_wrong_input_leaves_what_is_done(source, tmp_path, monkeypatch):

@@ -104,13 +104,8 @@ def prepare(
     files = _write(merged, shards, target, work / f'written-{identity}', name, run)
     small = scratch / 'final' if in_bucket else target
     summary = _describe(merged, files, small, name, version, test_fraction)
-    if in_bucket:
-      shutil.rmtree(folder, ignore_errors=True)
-      folder.parent.mkdir(parents=True, exist_ok=True)
-      shutil.move(small, folder)
-    else:
-      target.rename(folder)
-    mirror.publish(data_dir, folder, {f.name: f.facts['file'] for f in files} if in_bucket else {})
+    # Until a bucket has all of it, it has a hidden name: who reads the mirror meanwhile takes no part of it.
+    mirror.publish(data_dir, folder, small, {f.name: f.facts['file'] for f in files} if in_bucket else {})
   storage.remove_folder(work)
   return summary
 
@@ -161,7 +156,7 @@ def _write(merged: Merged, shards: Sequence[storage.Path], target: storage.Path,
   totals = collections.Counter(split for split, *_ in cuts)
   numbers = {split: itertools.count() for split in totals}
   names = [f'{name}-{split}.array_record-{next(numbers[split]):05}-of-{totals[split]:05}' for split, *_ in cuts]
-  # Without its files if these were moved to their place, and removed there, before all was published.
+  # Not those whose file is gone: what is published has all that was written.
   finished = _names_in(done) & storage.files_in(target).keys()
 
   def tasks() -> Iterator[Write]:

@@ -28,21 +28,21 @@ def prepare(name: str, data_dir: str | os.PathLike[str]) -> str:
   source = file_dataset.TFDS + name
   builder = file_dataset.tfds_builder(source, data_dir)
   folder = pathlib.Path(builder.data_dir)
-  if not (is_there := mirror.has_dataset(data_dir, folder)):
-    builder = file_dataset.tfds_builder(source, data_dir)
-  downloads = pathlib.Path(builder.data_dir_root) / 'downloads'
-  if not builder.is_prepared():
-    check_renames_folders(pathlib.Path(data_dir), '--data_dir')
-    _check_manual_folder(builder, source, downloads / 'manual')
-    _check_network(builder, source, downloads)
-  try:
-    builder.download_and_prepare()
-  except Exception as e:  # TFDS passes on the errors of its builders, of requests and of TensorFlow
-    if error := _error(e, builder, source, downloads):
-      raise error from e
-    raise
-  if not is_there:
-    mirror.publish(data_dir, folder)
+  with mirror.preparing(data_dir, folder) as is_complete:
+    builder = file_dataset.tfds_builder(source, data_dir)  # another process may have prepared it meanwhile
+    downloads = pathlib.Path(builder.data_dir_root) / 'downloads'
+    if not builder.is_prepared():
+      check_renames_folders(pathlib.Path(data_dir), '--data_dir')
+      _check_manual_folder(builder, source, downloads / 'manual')
+      _check_network(builder, source, downloads)
+    try:
+      builder.download_and_prepare()
+    except Exception as e:  # TFDS passes on the errors of its builders, of requests and of TensorFlow
+      if error := _error(e, builder, source, downloads):
+        raise error from e
+      raise
+    if not is_complete:
+      mirror.publish(data_dir, folder, folder)
   return f'{builder.info.full_name}: ' + ', '.join(f'{s} {i.num_examples}' for s, i in builder.info.splits.items())
 
 

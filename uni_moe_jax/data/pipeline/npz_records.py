@@ -66,12 +66,13 @@ def save(
 def build(root: str | os.PathLike[str], name: str, splits: Iterable[Split]) -> None:
   """Saves splits in the folder `name` of a data directory; if that folder exists, they are not even generated."""
   folder = pathlib.Path(root) / name
-  if not mirror.has_dataset(root, folder):
-    check_renames_folders(pathlib.Path(root), '--data_dir')
-    with atomic_folder(folder) as temporary:
-      for split, columns, classes in splits:
-        save(temporary, split, columns, classes)
-    mirror.publish(root, folder)
+  with mirror.preparing(root, folder) as is_complete:
+    if not is_complete:
+      check_renames_folders(pathlib.Path(root), '--data_dir')
+      with atomic_folder(folder) as temporary:
+        for split, columns, classes in splits:
+          save(temporary, split, columns, classes)
+      mirror.publish(root, folder, folder)
 
 
 def check_directory(root: str | os.PathLike[str]) -> None:
