@@ -4,7 +4,9 @@ import concurrent.futures
 import contextlib
 import errno
 import functools
+import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -175,6 +177,51 @@ def test_a_dataset_that_was_removed_from_the_bucket_is_replaced_on_the_host_that
     for host in ('host', f'receiver of {size}'):
       assert sources.load('own:x', Mirror(bucket, tmp_path / host), 'train').size == size
     storage.remove_folder(object_in(bucket, 'own/x/1.0.0'))
+
+
+def test_nothing_is_read_of_a_dataset_whose_removal_was_interrupted(bucket, tmp_path, monkeypatch):
+  sender, unlink, steps = Mirror(bucket, tmp_path / 'sender'), os.unlink, 0
+  size = lambda host: sources.load('own:x', Mirror(bucket, host), 'train').size
+  prepare.prepare(own_files.write_text_pairs(tmp_path / '0', 7), sender, 'x', '0.1.0')
+  prepare.prepare(own_files.write_text_pairs(tmp_path / '1', 9), sender, 'x')
+  old = _records('own:x', Mirror(bucket, tmp_path / 'receiver'))
+  storage.remove_folder(object_in(bucket, 'own/x/1.0.0'))
+
+  def interrupted(*args, **kwargs):
+    nonlocal steps
+    if not steps:
+      raise KeyboardInterrupt
+    steps -= 1
+    unlink(*args, **kwargs)
+
+  hosts = []
+  for num_steps in range(100):
+    shutil.copytree(tmp_path / 'receiver', host := tmp_path / f'interrupted {num_steps}')
+    steps = num_steps
+    try:
+      with monkeypatch.context() as patch:
+        patch.setattr(os, 'unlink', interrupted)
+        Mirror(bucket, host).sync('own/x')
+      break
+    except KeyboardInterrupt:
+      hosts.append(host)
+    shutil.copytree(host, other := tmp_path / f'other {num_steps}')
+    assert size(other) == 29  # of version 0.1.0
+  assert len(hosts) > 8
+  prepare.prepare(own_files.write_text_pairs(tmp_path / '2', 8), sender, 'x')  # the files have the same names
+  new = _records('own:x', Mirror(bucket, tmp_path / 'new'))
+  assert new != old
+  for host in hosts:
+    assert _records('own:x', Mirror(bucket, host)) == new
+
+
+def test_files_without_a_manifest_are_fetched_again(bucket, tmp_path):
+  old = upload_shards(bucket, tmp_path / 'sender', 2)
+  assert open_shards(Mirror(bucket, tmp_path / 'receiver'), 2).__getitems__(range(10)) == old
+  manifest = next((tmp_path / 'receiver').rglob('files.json'))
+  new = upload_shards(bucket, tmp_path / 'other', 2, seed=1)
+  manifest.unlink()  # as if the process that removes the dataset had been killed
+  assert open_shards(Mirror(bucket, tmp_path / 'receiver'), 2).__getitems__(range(10)) == new != old
 
 
 @pytest.mark.parametrize('source', ['tfds:bucket_images', 'glyphs'])

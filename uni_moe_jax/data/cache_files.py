@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 MANIFEST = 'files.json'  # of a dataset: {file: [bytes, hex sha256]}
@@ -22,6 +23,16 @@ def entries(cache: pathlib.Path) -> list[tuple[float, int, pathlib.Path]]:
           status = os.stat(path := os.path.join(folder, name))
           matches.append((status.st_mtime, status.st_size, pathlib.Path(path)))
   return sorted(matches)
+
+
+def remove_dataset(folder: pathlib.Path) -> None:
+  """Removes a folder if it exists; its manifest last, by which `Mirror.sync` finds what an interrupted removal left."""
+  for path in folder.iterdir() if folder.is_dir() else ():
+    if path.is_dir():
+      shutil.rmtree(path)
+    elif path.name != MANIFEST:
+      path.unlink(missing_ok=True)
+  shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_fetched(path: pathlib.Path) -> bool:

@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import random
-import shutil
 import tempfile
 import threading
 import time
@@ -80,12 +79,13 @@ class Mirror(os.PathLike):
     with cache_files.locked(self.root / '.sync'):
       for old in list(local.rglob(MANIFEST)):
         if old.parent not in folders:
-          shutil.rmtree(old.parent)
+          cache_files.remove_dataset(old.parent)
       for name in matches:
         files = json.loads(_repeat((remote / name).read_bytes, f'{remote}/{name}'))
         path = local / name
         old = read_json(path, {})
-        for changed in (n for n in old if old[n] != files.get(n)):
+        # A file that the old manifest does not list may be of another dataset, whose removal was interrupted.
+        for changed in (n for n in {**old, **files} if old.get(n) != files.get(n)):
           (path.parent / changed).unlink(missing_ok=True)
         for parent in {(path.parent / n).parent for n in (MANIFEST, *files)}:
           parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ class Mirror(os.PathLike):
       with cache_files.locked(self.root / '.sync'):
         # The folder is there if another process has synced meanwhile, and now fetches files into it.
         if source != folder and read_json(folder / MANIFEST) != names:
-          shutil.rmtree(folder, ignore_errors=True)  # it had another dataset of this name
+          cache_files.remove_dataset(folder)  # another one of this name
           source.rename(folder)
         # Not before the bucket has it: `sync` removes a folder with a manifest whose dataset the bucket lacks.
         write_json(folder / MANIFEST, names)
@@ -303,7 +303,8 @@ def preparing(directory: str | os.PathLike[str], folder: pathlib.Path) -> Iterat
   folder.parent.mkdir(parents=True, exist_ok=True)
   with cache_files.locked(folder.with_name(f'.{folder.name}')):
     if not (is_complete := directory.is_complete(folder)):
-      shutil.rmtree(folder, ignore_errors=True)
+      with cache_files.locked(directory.root / '.sync'):
+        cache_files.remove_dataset(folder)
     yield is_complete
 
 
