@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
+from tests.data import own_files
 from tests.data.bucket_shards import object_in, open_shards, shard_name, upload_shards
-from tests.helpers import processes
+from tests.helpers import processes, tiny
 from uni_moe_jax.data import cache_files, mirror
+from uni_moe_jax.data.files import prepare
 from uni_moe_jax.data.mirror import Mirror
+from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.utils import storage
-from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils.errors import RunError, UsageError
 
 
 def test_the_cache_keeps_its_bound_and_what_was_used_last(bucket, tmp_path):
@@ -50,6 +53,53 @@ def test_the_cache_keeps_its_bound_and_what_was_used_last(bucket, tmp_path):
   assert len(present()) == 3
   with pytest.raises(UsageError, match=r'config\.data\.cache_gb=1e-05 is less than the largest file of .*/x'):
     Mirror(bucket, tmp_path / 'small', max_bytes=10_000).sync('x')
+
+
+def test_the_bound_removes_only_what_can_be_fetched_again(bucket, tmp_path):
+  upload_shards(f'{bucket}/.hidden', tmp_path / 'sender', 2)
+  size = object_in(bucket, f'.hidden/{shard_name(0)}').stat().length
+  cache, data = tmp_path / 'cache', Mirror(f'{bucket}/.hidden', tmp_path / 'cache', max_bytes=int(1.5 * size))
+  data.sync('x')
+  data.fetch(shard_name(0))
+  made = [*(data.root / 'own/pets' / name for name in (
+      '.1.0.0.unfinished/shards/a/rows.npy', '.1.0.0.unfinished/final-a/pets-train.array_record-00000-of-00001',
+      '.1.0.0.unfinished/written-a/b/caption.texts', '2.0.0/pets-train.array_record-00000-of-00001')),
+          data.root / 'tfds/d/1.0.0.incompleteA/d-train.array_record-00000-of-00001', data.root / 'tokens/a/tokens.npy',
+          data.root / '.glyphs-1.a/train.npz', *(cache / '.input-a/videos' / name for name in ('x.npz', 'files.json'))]
+  for path in made:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(2 * size))
+    os.utime(path, (0, 0))  # not used for longer than what was fetched
+  data.fetch(shard_name(1))  # they do not count, either: there is enough space
+  assert [path for path in made if not path.exists()] == []
+  assert [path.name[-1] for path in (data.root / 'x').glob('x.array_record-*')] == ['1']  # the other one was removed
+
+
+def test_a_dataset_that_has_lost_a_file_is_not_uploaded(bucket, tmp_path, monkeypatch):
+  upload = Mirror.upload
+
+  def without(pattern):
+    def remove_and_upload(self, folder, source, *args):
+      [path] = source.glob(pattern)
+      path.unlink()
+      upload(self, folder, source, *args)
+    return remove_and_upload
+
+  root, columns = own_files.write_text_pairs(tmp_path / 'in'), tiny.columns()['glyphs']
+  for i, (pattern, write) in enumerate((
+      ('*train.array_record*', lambda data: prepare.prepare(root, data, 'texts')),
+      ('train-text_a.npy', lambda data: prepare.prepare(root, data, 'texts')),
+      ('test-text_b.texts', lambda data: prepare.prepare(root, data, 'texts')),
+      ('test.npz', lambda data: npz_records.build(data, 'glyphs-1', [(s, *columns) for s in ('train', 'test')])))):
+    data = Mirror(bucket, tmp_path / f'{i}')
+    with monkeypatch.context() as patch:
+      patch.setattr(Mirror, 'upload', without(pattern))
+      with pytest.raises(RunError, match=f'has no {pattern.replace("*", ".*")}.*: another process has removed'):
+        write(data)
+    assert not [name for name in storage.files_in(storage.path(bucket)) if name.endswith('files.json')]
+    write(data)
+    assert [name for name in storage.files_in(storage.path(bucket)) if name.endswith('files.json')]
+    storage.remove_folder(storage.path(bucket))
 
 
 def test_threads_that_need_more_than_the_bound_read_what_they_need_within_it(bucket, tmp_path, monkeypatch):
@@ -180,7 +230,9 @@ def test_two_processes_of_a_host_fetch_a_file_once(bucket, tmp_path):
   upload_shards(bucket, tmp_path / 'sender', 6)
   script = f'''
 import hashlib, types, sys
+from uni_moe_jax.data.files import prepare
 from uni_moe_jax.data.mirror import Mirror
+from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.shards import Shards
 data = Mirror({bucket!r}, {str(tmp_path / "receiver")!r})
 data.sync('x')

@@ -14,10 +14,17 @@ PART, _LOCK = '.part', '.lock'  # ends of names beside a file that is being fetc
 
 
 def entries(cache: pathlib.Path) -> list[tuple[float, int, pathlib.Path]]:
-  """(time of the last use, size, path) of every file in the cache that can be fetched again, or is being fetched."""
-  matches = []
-  for folder, _, names in os.walk(cache):
-    for name in names:
+  """(time of the last use, size, path) of every file in the cache that can be fetched again, or is being fetched.
+
+  Only files of a dataset with a manifest can: others are made on this host, such as those of a preparation.
+  """
+  matches, datasets = [], set()
+  for folder, folders, names in os.walk(cache):
+    if folder == str(cache):  # copies of inputs, in which a file may have the name of a manifest, are hidden
+      folders[:] = (name for name in folders if not name.startswith('.'))
+    if MANIFEST in names or os.path.dirname(folder) in datasets:  # of which this is a subfolder
+      datasets.add(folder)
+    for name in names if folder in datasets else ():
       if any(part in name for part in LAZY) and not name.endswith(_LOCK):
         with contextlib.suppress(FileNotFoundError):
           status = os.stat(path := os.path.join(folder, name))

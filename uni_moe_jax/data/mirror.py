@@ -25,7 +25,7 @@ from uni_moe_jax.config.schema import DataConfig
 from uni_moe_jax.data import cache_files
 from uni_moe_jax.data.cache_files import MANIFEST
 from uni_moe_jax.utils import storage
-from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError, disk_is_full, free_space
+from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError, disk_is_full, first_few, free_space
 from uni_moe_jax.utils.files import check_local, read_json, write_json
 
 _NUM_FETCHES = 8  # at once, and again as many in the background
@@ -128,17 +128,21 @@ class Mirror(os.PathLike):
     mark = storage.path(self.address) / str(folder.relative_to(self.root)) / MANIFEST
     return _repeat(mark.exists, str(mark))
 
-  def upload(self, folder: pathlib.Path, source: pathlib.Path | None = None,
+  def upload(self, folder: pathlib.Path, source: pathlib.Path | None = None, required: Iterable[str] = (),
              uploaded: Mapping[str, tuple[int, str]] = MappingProxyType({})) -> None:
     """Copies a complete dataset to the bucket, as that of a folder of the mirror.
 
     source: where its files are; it is renamed to `folder` when the bucket has all of them. By default `folder` itself.
+    required: files that it must have. Raises RunError if one is gone: without it the dataset would count as complete.
     uploaded: size and digest of its files that are in the bucket, and not in `source`, which then stays where it is.
     """
     source = source or folder
     files, target = storage.filesystem(self.address), storage.path(self.address) / str(folder.relative_to(self.root))
     paths = sorted(p for p in source.rglob('*') if p.is_file() and p.name != MANIFEST)
     names = {str(p.relative_to(source)): size_and_digest(p) for p in paths}
+    if missing := sorted({*required} - names.keys() - uploaded.keys()):
+      raise RunError(f'{source} has no {first_few(missing)}: another process has removed what this one has written. '
+                     'It was not published; run the same command again.')
     for name in names:
       _repeat(lambda: files.put_file(str(source / name), str(target / name)), f'{target}/{name}')
     _repeat(lambda: write_json(target / MANIFEST, {**names, **uploaded}), f'{target}/{MANIFEST}')
@@ -309,10 +313,10 @@ def preparing(directory: str | os.PathLike[str], folder: pathlib.Path) -> Iterat
 
 
 def publish(directory: str | os.PathLike[str], folder: pathlib.Path, source: pathlib.Path,
-            uploaded: Mapping[str, tuple[int, str]] = MappingProxyType({})) -> None:
+            required: Iterable[str], uploaded: Mapping[str, tuple[int, str]] = MappingProxyType({})) -> None:
   """Renames `source`, a complete dataset, to `folder`; if the data directory is a mirror, by `Mirror.upload`."""
   if isinstance(directory, Mirror):
-    directory.upload(folder, source, uploaded)
+    directory.upload(folder, source, required, uploaded)
   elif source != folder:
     source.rename(folder)
 

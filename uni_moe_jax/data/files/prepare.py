@@ -105,7 +105,8 @@ def prepare(
     small = scratch / 'final' if in_bucket else target
     summary = _describe(merged, files, small, name, version, test_fraction)
     # Until a bucket has all of it, it has a hidden name: who reads the mirror meanwhile takes no part of it.
-    mirror.publish(data_dir, folder, small, {f.name: f.facts['file'] for f in files} if in_bucket else {})
+    mirror.publish(data_dir, folder, small, _required(summary, files),
+                   {f.name: f.facts['file'] for f in files} if in_bucket else {})
   storage.remove_folder(work)
   return summary
 
@@ -221,6 +222,15 @@ def _describe(merged: Merged, files: Sequence[_File], folder: pathlib.Path, name
              **summarize(merged, test_fraction)}
   (folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
   return summary
+
+
+def _required(summary: dict, files: Sequence[_File]) -> list[str]:
+  """The names of what loading reads."""
+  names = [SUMMARY, *(f.name for f in files)]
+  for column, column_type in summary['columns'].items():
+    suffixes = () if column_type in MEDIA_TYPES else ('.npy', TEXTS) if column_type in TEXT_TYPES else ('.npy',)
+    names += [f'{split}-{column}{suffix}' for split in summary['splits'] for suffix in suffixes]
+  return names
 
 
 def _write_metadata(merged: Merged, files: Sequence[_File], folder: pathlib.Path, name: str, version: str) -> None:

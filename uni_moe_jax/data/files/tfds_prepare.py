@@ -42,7 +42,8 @@ def prepare(name: str, data_dir: str | os.PathLike[str]) -> str:
         raise error from e
       raise
     if not is_complete:
-      mirror.publish(data_dir, folder, folder)
+      names = [name for info in builder.info.splits.values() for name in info.filenames]
+      mirror.publish(data_dir, folder, folder, names)
   return f'{builder.info.full_name}: ' + ', '.join(f'{s} {i.num_examples}' for s, i in builder.info.splits.items())
 
 

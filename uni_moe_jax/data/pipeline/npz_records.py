@@ -70,9 +70,11 @@ def build(root: str | os.PathLike[str], name: str, splits: Iterable[Split]) -> N
     if not is_complete:
       check_renames_folders(pathlib.Path(root), '--data_dir')
       with atomic_folder(folder) as temporary:
+        names = []
         for split, columns, classes in splits:
           save(temporary, split, columns, classes)
-      mirror.publish(root, folder, folder)
+          names.append(f'{split}.npz')
+      mirror.publish(root, folder, folder, names)
 
 
 def check_directory(root: str | os.PathLike[str]) -> None:
