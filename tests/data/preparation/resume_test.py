@@ -1,10 +1,15 @@
 """A preparation gives the same files for any number of workers, and wherever it was interrupted."""
 
+import json
+import pathlib
+import shutil
+
 import pytest
 
 from tests.data import own_files
 from tests.stress import preparation
-from uni_moe_jax.data.files import prepare
+from uni_moe_jax.data.files import file_dataset, prepare
+from uni_moe_jax.data.mirror import Mirror
 from uni_moe_jax.data.preparation import input_shards, workers
 from uni_moe_jax.data.preparation.scan import Scan
 from uni_moe_jax.data.preparation.write import Write
@@ -56,12 +61,44 @@ def test_what_is_done_is_not_done_again(source, tmp_path, monkeypatch):
     assert preparation.content(data / 'own/x') == expected
 
 
-def test_one_that_was_killed_at_its_end_is_complete(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize('directory', ['folder', 'bucket'])
+def test_one_that_was_killed_at_its_end_is_complete_for_the_same_input_and_options(
+    source, tmp_path, monkeypatch, request, directory):
+  address = request.getfixturevalue('gcs').address + '/killed' if directory == 'bucket' else ''
+  open_data = lambda: Mirror(address, tmp_path / 'cache') if address else tmp_path / 'data'
+  other, data = own_files.write_captioned_images(tmp_path / 'other', 9), pathlib.Path(open_data())
+  _run(source, open_data(), monkeypatch)
+  work, summary = data / 'own/x/.1.0.0.unfinished', data / 'own/x/1.0.0/prepared.json'
+  expected = json.loads(summary.read_text())
+  for changed in (dict(source=other), dict(test_fraction=0.2), dict(gif='video')):
+    (work / 'shards/a').mkdir(parents=True)
+    (work / 'shards/a/manifest.json').touch()
+    with pytest.raises(UsageError, match='own/x/1.0.0 already exists; give another --version or --name, or remove it'):
+      prepare.prepare(**{'source': source, 'data_dir': open_data(), 'name': 'x', **changed})
+    assert (work / 'shards/a/manifest.json').exists()
+    with monkeypatch.context() as patch:
+      patch.setattr(locks, 'lock', lambda *_: 'another process')
+      with pytest.raises(UsageError, match='is locked by another process'):
+        prepare.prepare(source, open_data(), 'x')
+    assert work.exists()
+    if address:  # as if it had been killed before the folder had its name in the cache
+      shutil.rmtree(summary.parent)
+    assert prepare.prepare(source, open_data(), 'x') == expected
+    assert not work.exists()
+  with pytest.raises(UsageError, match='already exists'):  # it was not killed
+    prepare.prepare(source, open_data(), 'x')
+
+
+def test_data_that_was_prepared_without_an_identity_is_read_and_not_replaced(source, tmp_path, monkeypatch):
   _run(source, tmp_path, monkeypatch)
-  work = tmp_path / 'own/x/.1.0.0.unfinished'
-  work.mkdir()
-  assert prepare.prepare(source, tmp_path, 'x')['splits'] == {'train': 24, 'test': 7}
-  assert not work.exists()
+  summary = tmp_path / 'own/x/1.0.0/prepared.json'
+  content = json.loads(summary.read_text())
+  assert content.pop('identity')
+  summary.write_text(json.dumps(content))
+  (tmp_path / 'own/x/.1.0.0.unfinished').mkdir()
+  with pytest.raises(UsageError, match='already exists'):
+    prepare.prepare(source, tmp_path, 'x')
+  assert file_dataset.load('own:x', tmp_path, 'train').size == 24
 
 
 def test_one_that_was_killed_while_it_was_published_writes_only_files_that_are_gone(source, tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 """Preparation of a user's own data: read, check, split, write as a TFDS dataset of array records.
 
   data_dir/own/NAME/VERSION/      features and shards as TFDS lays them out; tfds.builder_from_directory(…) reads them
-                    prepared.json splits, columns, classes, statistics, skipped rows (first locations), fingerprints
+                    prepared.json splits, columns, classes, statistics, skipped rows (first locations), fingerprints,
+                                  identity of the input and the options
                     {split}-{column}.npy: class indices int32 [N], -1 for none; of texts their numbers int32 [N]
                     {split}-{column}.texts: a line each
            own/NAME/.VERSION.unfinished/  what is done of it; the same command continues
@@ -36,7 +37,7 @@ from uni_moe_jax.data.preparation.summary import summarize
 from uni_moe_jax.data.preparation.write import MODULUS, TEXT_TYPES, TEXTS, Write
 from uni_moe_jax.utils import locks, storage
 from uni_moe_jax.utils.errors import UsageError
-from uni_moe_jax.utils.files import check_renames_folders
+from uni_moe_jax.utils.files import check_renames_folders, read_json
 
 FOLDER, SUMMARY = 'own', 'prepared.json'
 FORMAT = 5  # of prepared data; data of another format must be prepared again
@@ -72,12 +73,11 @@ def prepare(
   in_bucket = beam_options is not None and isinstance(data_dir, mirror.Mirror)
   parent = storage.path(str(data_dir)) / FOLDER / name if in_bucket else folder.parent
   work = parent / f'.{version}.unfinished'
-  if mirror.has_dataset(data_dir, folder):
-    if not in_bucket and work.is_dir() and (folder / SUMMARY).exists():  # it was killed when all was done
-      shutil.rmtree(work)
-      return json.loads((folder / SUMMARY).read_text())
-    raise UsageError(f'{folder} already exists; give another --version or --name, or remove it.')
-  check_renames_folders(pathlib.Path(data_dir), '--data_dir')
+  existing = UsageError(f'{folder} already exists; give another --version or --name, or remove it.')
+  if not mirror.has_dataset(data_dir, folder):
+    check_renames_folders(pathlib.Path(data_dir), '--data_dir')
+  elif not work.is_dir():
+    raise existing
   with contextlib.ExitStack() as stack:
     storage.make_folder(work)
     after_lock = stack.enter_context(contextlib.ExitStack())  # the lock is in the folder
@@ -93,22 +93,40 @@ def prepare(
       run = functools.partial(on_beam.run, folder=work / 'tasks', options=beam_options)
     shards = None
     try:
+      if mirror.has_dataset(data_dir, folder):  # another process has ended meanwhile, or was killed when all was done
+        names = [Scan(shard, '', gif, allow_outside).name for shard in input_shards.plan(source)]
+        summary = _read_summary(data_dir, folder)
+        if summary.get('identity') != _identity(test_fraction, names):
+          raise existing
+        after_lock.callback(storage.remove_folder, work)
+        return summary
       shards = _scan(source, work / 'shards', scratch, run, gif, allow_outside)
       merged = Merge([ScannedShard(shard) for shard in shards], scratch)(test_fraction, max_corrupt_fraction, source)
     except UsageError:
       if shards is not None or not _names_in(work / 'shards'):  # the user will change the files; or nothing is done
         after_lock.callback(storage.remove_folder, work)
       raise
-    identity = hashlib.sha256(repr((FORMAT, test_fraction, [s.name for s in shards])).encode()).hexdigest()[:20]
+    identity = _identity(test_fraction, [shard.name for shard in shards])
     target = parent / version if in_bucket else work / f'final-{identity}'
     files = _write(merged, shards, target, work / f'written-{identity}', name, run)
     small = scratch / 'final' if in_bucket else target
-    summary = _describe(merged, files, small, name, version, test_fraction)
+    summary = _describe(merged, files, small, name, version, test_fraction, identity)
     # Until a bucket has all of it, it has a hidden name: who reads the mirror meanwhile takes no part of it.
     mirror.publish(data_dir, folder, small, _required(summary, files),
                    {f.name: f.facts['file'] for f in files} if in_bucket else {})
   storage.remove_folder(work)
   return summary
+
+
+def _identity(test_fraction: float, names: list[str]) -> str:
+  """Is equal for the same input and options. names: of the shards, with what they depend on."""
+  return hashlib.sha256(repr((FORMAT, test_fraction, names)).encode()).hexdigest()[:20]
+
+
+def _read_summary(data_dir: str | os.PathLike[str], folder: pathlib.Path) -> dict:
+  """The content of prepared.json of a dataset that is there; {} if it has none."""
+  mirror.sync(data_dir, f'{FOLDER}/{folder.parent.name}')
+  return read_json(mirror.local(data_dir, folder / SUMMARY), {})
 
 
 def _remove_temporary(work: pathlib.Path) -> None:
@@ -192,7 +210,7 @@ def _cut(merged: Merged, num_shards: int) -> list[tuple[str, int, int, int]]:
 
 
 def _describe(merged: Merged, files: Sequence[_File], folder: pathlib.Path, name: str, version: str,
-              test_fraction: float) -> dict:
+              test_fraction: float, identity: str) -> dict:
   """Writes arrays and metadata; returns the content of prepared.json."""
   folder.mkdir(exist_ok=True)
   for split, size in merged.split_sizes.items():
@@ -218,7 +236,7 @@ def _describe(merged: Merged, files: Sequence[_File], folder: pathlib.Path, name
   sums = {split: sum(int(f.facts['fingerprint'], 16) for f in files if f.split == split) % MODULUS
           for split in merged.split_sizes}
   fingerprints = {split: hashlib.sha256(f'{x:064x}{names_of}'.encode()).hexdigest() for split, x in sums.items()}
-  summary = {'format': FORMAT, 'name': name, 'version': version, 'fingerprints': fingerprints,
+  summary = {'format': FORMAT, 'name': name, 'version': version, 'fingerprints': fingerprints, 'identity': identity,
              **summarize(merged, test_fraction)}
   (folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
   return summary
