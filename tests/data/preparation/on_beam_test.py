@@ -3,6 +3,7 @@
 import functools
 import operator
 
+import numpy as np
 import pytest
 
 from tests.data import own_files
@@ -58,7 +59,7 @@ def test_a_pipeline_writes_into_a_bucket(gcs, tmp_path, monkeypatch):
   local = prepare.prepare(root, tmp_path / 'one', 'x')
   summary = prepare.prepare(root, Mirror(bucket, tmp_path / 'sender'), 'x', beam_options=_OPTIONS)
   assert summary == local
-  records = [sources.load('own:x', directory, 'train').read(range(24))
+  records = [sources.load('own:x', directory, 'train').read(np.arange(24))
              for directory in (str(tmp_path / 'one'), Mirror(bucket, tmp_path / 'receiver'))]
   assert records[0] == records[1]
   assert not any('unfinished' in name for name in storage.files_in(storage.path(bucket)))
