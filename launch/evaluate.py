@@ -63,7 +63,7 @@ def main() -> int:
       from uni_moe_jax.train import run as train_run
       run = train_run.build(config)
       if _CONFIG.present:
-        workdir_lib.claim_workdir(workdir, config, run.data.fingerprint, writes)
+        workdir_lib.claim_workdir(workdir, config, run.data.fingerprint, writes, extends=not plan.tasks)
       predictor, params = train_run.predictor(run, checkpoints, step if _BEST.value else None)
       if not old:
         step = checkpoints.latest() if plan.tasks and not _BEST.value else step

@@ -123,6 +123,16 @@ def test_a_run_cannot_be_shortened_and_only_training_extends_it(tmp_path):
     assert workdir_lib.load_config(tmp_path).train.steps == (2000 if given['writes'] else 1000)
 
 
+def test_an_extended_run_that_continues_with_another_field_keeps_the_list_of_its_extensions(tmp_path):
+  _claim(tmp_path, 1000, 'constant')
+  _claim(tmp_path, 2000, 'constant')
+  c = _config(2000, 'constant')
+  c.train.max_to_keep = 9
+  workdir_lib.claim_workdir(tmp_path, c, 'print', extends=True)
+  content = json.loads((tmp_path / workdir_lib.CONFIG_FILE).read_text())
+  assert (content['config']['train']['max_to_keep'], content['extended']) == (9, [1000])
+
+
 @pytest.mark.parametrize('damage', [{'extended': 3}, {'extended': ['x']}])
 def test_other_extensions_than_numbers_are_damage(tmp_path, damage):
   _claim(tmp_path, 1000)

@@ -6,6 +6,7 @@ import pytest
 
 import uni_moe_jax
 from tests.helpers import tiny
+from uni_moe_jax import config as config_lib
 from uni_moe_jax.train import workdir
 
 
@@ -38,6 +39,30 @@ def test_some_fields_may_change(tmp_path, section, field, value):
   c = _claimed(tmp_path)
   c[section][field] = value
   workdir.claim_workdir(tmp_path, c, 'print')
+
+
+def test_a_run_that_continues_records_what_may_change_and_one_that_is_only_checked_does_not(tmp_path):
+  c = _claimed(tmp_path)
+  before = _content(tmp_path)
+  c.train.best_metric, c.data.dir, c.mesh.data = 'loss/total', '/elsewhere', 1
+  c.evaluators.shapes = config_lib.evaluator('classification', 'shape', split='train')
+  for given in (dict(fingerprint='print'), dict(extends=True), dict(fingerprint='print', extends=True, writes=False)):
+    workdir.claim_workdir(tmp_path, c, **given)
+    assert _content(tmp_path) == before
+  workdir.claim_workdir(tmp_path, c, 'print', extends=True)
+  assert workdir.load_config(tmp_path).to_dict() == c.to_dict()
+  assert {k: v for k, v in _content(tmp_path).items() if k != 'config'} == {
+      **{k: v for k, v in before.items() if k != 'config'}, 'extended': []}
+
+
+def test_a_run_that_continues_unchanged_writes_nothing(tmp_path):
+  c = _claimed(tmp_path)
+  before = (tmp_path / workdir.CONFIG_FILE).stat()
+  workdir.claim_workdir(tmp_path, c, 'print', extends=True)
+  assert (tmp_path / workdir.CONFIG_FILE).stat() == before
+  c.train.log_every = 7  # the positive control
+  workdir.claim_workdir(tmp_path, c, 'print', extends=True)
+  assert (tmp_path / workdir.CONFIG_FILE).stat() != before
 
 
 @pytest.mark.parametrize('section, field, message', [

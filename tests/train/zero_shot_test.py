@@ -84,6 +84,7 @@ def test_it_is_evaluated_again_after_more_steps_of_the_run_or_with_another_evalu
 
   assert evaluated() and not evaluated()
   assert evaluated('--config.evaluators.package.num_examples=3')
+  assert workdir.load_config(tmp_path / 'new').evaluators.package.num_examples == 3  # as other commands read it
   with Checkpoints(folder, 2) as checkpoints:
     checkpoints.save(5, trained.state_from(run[2]))
   assert evaluated('--config.evaluators.package.num_examples=0')

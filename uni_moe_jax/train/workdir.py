@@ -127,8 +127,9 @@ def claim_workdir(
     fingerprint: of its data; None before the data is read: checks only, and creates nothing.
     writes: whether this process creates it; one of several does.
     inputs: digest of the data and of the files it depends on, see `Data.inputs_fingerprint`; None: not compared.
-    extends: whether it may have more `train.steps` than the run, which is then extended: with any config if the rate
-      is constant, else with one whose `optim.decay_steps` says where the schedule ends.
+    extends: whether the run continues with this config: fields in `MAY_CHANGE` are recorded as they are now, since
+      other commands read them here, and with more `train.steps` it is extended: with any config if the rate is
+      constant, else with one whose `optim.decay_steps` says where the schedule ends.
 
   Raises:
     UsageError: it belongs to a run with another config or other data; names the fields. Or a field is wrong.
@@ -148,10 +149,11 @@ def claim_workdir(
     if changed:
       raise UsageError(f'workdir {workdir} belongs to a run with another config '
                        f'({first_few(changed, separator="; ")}); give another --workdir, or the config of that run.')
-    if extended and fingerprint is not None and writes:
+    if extends and fingerprint is not None and writes and plain != old['config']:
       steps = old['config']['train']['steps']
-      write_json(path, {**old, 'config': plain, 'extended': [*old['extended'], steps]})
-      print(f'{workdir} is extended from {steps} to {plain["train"]["steps"]} steps', flush=True)
+      write_json(path, {**old, 'config': plain, 'extended': [*old['extended'], *([steps] if extended else [])]})
+      if extended:
+        print(f'{workdir} is extended from {steps} to {plain["train"]["steps"]} steps', flush=True)
   elif fingerprint is not None and writes:
     storage.make_folder(path.parent)
     write_json(path, {_PACKAGE: __version__, **new, 'versions': versions()})
