@@ -7,8 +7,8 @@ The second command evaluates a run zero-shot on another task, in a work director
 
 Runs the evaluators of the config on the newest checkpoint (averaged parameters if the run has them), prints the main
 metric of each and writes evaluation.json with all of them, evaluation_examples.npz with the scores of single examples,
-samples.json and, for routers by condition, experts.json and experts.png. A finished evaluation is not repeated without
---force. All devices take part; on several hosts run the same command in every process, with --distributed=auto.
+samples.json and, for routers by condition, experts.json and experts.png. A step is not evaluated twice by the same
+evaluators without --force. All devices take part; on several hosts run it in all processes with --distributed=auto.
 """
 
 from absl import flags
@@ -54,7 +54,7 @@ def main() -> int:
     config.data.dir = _DATA_DIR.value
   with checkpoint.Checkpoints(workdir, max_to_keep=None, best_metric=config.train.best_metric) as checkpoints:
     step = evaluated.find_step(config, plan, checkpoints, workdir, _BEST.value)
-    old = [] if _FORCE.value else evaluated.finished_rows(workdir, step, config.evaluators)
+    old = [] if _FORCE.value else suite.finished_rows(workdir, plan, step)
     if rows := old:
       print(f'step {step} is already evaluated; --force repeats it.')
     if not old or _MERGED.value:

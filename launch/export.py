@@ -13,7 +13,7 @@ import functools
 
 from absl import flags
 
-from uni_moe_jax.utils import cli, files, hub, storage
+from uni_moe_jax.utils import cli, hub, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of uni-moe train.', required=True)
@@ -57,7 +57,7 @@ def main() -> int:
   exported = contents.make_contents(
       run.spec.model.spec, params, run.plan, run.data, tasks=_TASKS.value, bake_targets=_BAKE_TARGETS.value,
       dtype=_DTYPE.value, num_examples=_NUM_EXAMPLES.value)
-  rows = files.read_json(workdir / suite.EVALUATION_FILE) if step == suite.evaluated_step(workdir) else []
+  rows = suite.finished_rows(workdir, run.plan, step)
   provenance = workdir_lib.provenance(workdir, step) | {'exported by commit': loop.commit()}
   formats = [flag.name for flag in (_TORCH, _SAVED_MODEL, _ONNX, _BROWSER) if flag.value]
   write_start = functools.partial(checkpoint.write_start, params=params, step=step, provenance=provenance)

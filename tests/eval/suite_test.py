@@ -93,6 +93,54 @@ def test_an_evaluation_has_the_step_of_its_checkpoint(finished, tmp_path):
   assert suite.evaluated_step(tmp_path) is None
 
 
+def test_a_finished_evaluation_counts_for_its_step_and_its_evaluators_alone(finished):
+  workdir, rows = finished
+  c = load_config(workdir)
+  assert suite.finished_rows(workdir, make_plan(c), 3) == rows
+  assert suite.finished_rows(workdir, make_plan(c), 2) == []
+  c.evaluators['my shape'].num_examples = 2
+  assert suite.finished_rows(workdir, make_plan(c), 3) == []
+
+
+def _evaluate_one(workdir, monkeypatch, value, num_examples):
+  """Writes an evaluation by one evaluator without a model. Returns its plan."""
+  c = tiny.config('shape', data_dir=tiny.data_dir())
+  c.evaluators.e = config_lib.evaluator('classification', 'shape', split='train', num_examples=num_examples)
+  monkeypatch.setattr(suite, '_measure', lambda *_, **__: [('e', Score.proportion('top-1', value, 4))])
+  plan = make_plan(c)
+  suite.evaluate(plan, None, types.SimpleNamespace(mesh=None), 3, workdir)
+  return plan
+
+
+def test_an_evaluation_without_the_record_of_its_evaluators_does_not_count(tmp_path, monkeypatch):
+  plan = _evaluate_one(tmp_path, monkeypatch, .5, 4)
+  assert [row['value'] for row in suite.finished_rows(tmp_path, plan, 3)] == [.5]
+  (tmp_path / suite.EVALUATORS_FILE).unlink()  # as of an earlier version
+  assert suite.finished_rows(tmp_path, plan, 3) == []
+
+
+@pytest.mark.parametrize('number', [1, 2, 3])
+def test_an_evaluation_that_is_killed_while_it_writes_never_has_scores_of_other_evaluators(
+    tmp_path, monkeypatch, number):
+  first, writes = _evaluate_one(tmp_path, monkeypatch, .5, 4), []
+
+  def write(path, content):
+    writes.append(path.name)
+    if len(writes) == number:
+      raise KeyboardInterrupt
+    write_json(path, content)
+
+  write_json = suite.write_json
+  monkeypatch.setattr(suite, 'write_json', write)
+  with pytest.raises(KeyboardInterrupt):
+    _evaluate_one(tmp_path, monkeypatch, .75, 2)
+  assert [row['value'] for row in suite.finished_rows(tmp_path, first, 3)] in ([], [.5])
+  monkeypatch.undo()
+  second = _evaluate_one(tmp_path, monkeypatch, .75, 2)
+  assert [row['value'] for row in suite.finished_rows(tmp_path, second, 3)] == [.75]
+  assert suite.finished_rows(tmp_path, first, 3) == []
+
+
 def test_a_model_with_merged_experts_has_the_scores_of_the_trained_one(finished):
   workdir, rows = finished
   with checkpoint.Checkpoints(workdir, 1) as checkpoints:

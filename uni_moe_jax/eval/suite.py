@@ -1,6 +1,7 @@
-"""Runs a plan's evaluators and writes evaluation.json, samples.json and the scores of examples."""
+"""Runs a plan's evaluators and writes evaluation.json, evaluators.json, samples.json and the scores of examples."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import os
@@ -21,6 +22,7 @@ from uni_moe_jax.utils import cores, storage
 from uni_moe_jax.utils.files import read_json, write_json
 
 EVALUATION_FILE = 'evaluation.json'
+EVALUATORS_FILE = 'evaluators.json'  # those that made it
 MERGED_FILE = 'merged.json'  # how far the scores of a merged model are from these
 EVALUATORS: dict[str, Callable[[Query], list[Score]]] = {
     'classification': evaluators.classification,
@@ -35,7 +37,7 @@ EVALUATORS: dict[str, Callable[[Query], list[Score]]] = {
 def evaluate(
     plan: Plan, data: Data, predictor: Predictor, step: int, workdir: str | os.PathLike[str],
     writes: bool = True) -> list[dict]:
-  """Runs every evaluator; returns the rows of evaluation.json and writes that file last.
+  """Runs every evaluator; returns the rows of evaluation.json and writes that file, then which evaluators made it.
 
   step: of the predictor's parameters. writes: True in the one process that writes; all processes take part.
   """
@@ -53,10 +55,13 @@ def evaluate(
     measured = list(itertools.chain(*done))
   rows = [score.row(name, step) for name, score in measured]
   if writes:
+    # Empty while files change: rows are never taken for those of other evaluators, whenever this process is killed.
+    write_json(storage.path(workdir) / EVALUATORS_FILE, {})
     example_scores.write(workdir, measured)
     in_order = {e.name: shown[e.name] for e in plan.evaluations if e.name in shown}
     write_json(storage.path(workdir) / samples.FILE, in_order)
     write_json(storage.path(workdir) / EVALUATION_FILE, rows)
+    write_json(storage.path(workdir) / EVALUATORS_FILE, _settings(plan))
   return rows
 
 
@@ -79,6 +84,19 @@ def scores(e: Evaluation, data: Data, predictor: Predictor, shown: dict[str, lis
   return EVALUATORS[e.type](Query(
       e, predictor, examples, data.records(e.task.source, e.split), data.records(e.task.source, e.task.split), names,
       data.entry_keys.get(e.task.target_set, ()), data.tokenizer, shown, data.dir))
+
+
+def _settings(plan: Plan) -> dict[str, dict[str, Any]]:
+  """The fields of every evaluator, as `EVALUATORS_FILE` has them."""
+  return {name: dataclasses.asdict(e) for name, e in plan.config.evaluators.items()}
+
+
+def finished_rows(workdir: str | os.PathLike[str], plan: Plan, step: int) -> list[dict[str, Any]]:
+  """The rows of evaluation.json if the evaluators of a plan made it, at a step; else []."""
+  made_by = read_json(storage.path(workdir) / EVALUATORS_FILE)  # None: of a version that did not write it
+  if step != evaluated_step(workdir) or made_by != _settings(plan):
+    return []
+  return read_json(storage.path(workdir) / EVALUATION_FILE)
 
 
 def evaluated_step(workdir: str | os.PathLike[str]) -> int | None:

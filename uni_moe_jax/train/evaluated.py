@@ -1,15 +1,10 @@
-"""Which checkpoint an evaluation is about, and whether it was evaluated before."""
-
-import os
-from typing import Any
+"""Which checkpoint an evaluation is about."""
 
 import ml_collections
 
 from uni_moe_jax.config.plan import Plan
-from uni_moe_jax.eval import suite
 from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.train.checkpoint import Checkpoints
-from uni_moe_jax.utils import files, storage
 from uni_moe_jax.utils.errors import UsageError
 
 
@@ -32,13 +27,3 @@ def find_step(config: ml_collections.ConfigDict, plan: Plan, checkpoints: Checkp
   if step is None:
     raise UsageError(f'workdir {source} has no {missing}.')
   return step
-
-
-def finished_rows(
-    workdir: str | os.PathLike[str], step: int, evaluators: ml_collections.ConfigDict) -> list[dict[str, Any]]:
-  """The rows of evaluation.json if it is about a step and these evaluators, else []."""
-  # An evaluated folder has a config; claim_workdir allows no other difference than the evaluators.
-  if step != suite.evaluated_step(workdir) or evaluators.to_dict() != (
-      workdir_lib.load_config(workdir).evaluators.to_dict()):
-    return []
-  return files.read_json(storage.path(workdir) / suite.EVALUATION_FILE)
