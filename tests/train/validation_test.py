@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import shutil
+import signal
 
 import chex
 import jax
@@ -15,6 +17,7 @@ from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.train import loop, validation
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.train.metrics_log import TIMINGS
 from uni_moe_jax.utils.errors import UsageError
 
 _METRIC = 'eval/masked/perplexity'
@@ -78,6 +81,65 @@ def test_every_other_step_and_the_last_are_measured_as_their_checkpoints_are(run
   assert len({line[_METRIC] for line in lines}) == 3
 
 
+def _train_with_a_signal_in(step, workdir):
+  def hook(taken, *_):
+    if taken + 1 == step:
+      signal.raise_signal(signal.SIGTERM)
+    return {}
+
+  config = _config(evaluate_every=2, best_metric=_METRIC)
+  return loop.train(config, str(workdir), jax.devices()[:1], [lambda run: hook])
+
+
+class _Stopped(loop.Stop):
+  requested = True
+
+
+def _metrics(workdir, step):
+  """What a checkpoint has of the metrics of its step, without times."""
+  manifest = json.loads((workdir / f'checkpoints/{step}/manifest.json').read_text())
+  return {k: v for k, v in manifest['metrics'].items() if k not in TIMINGS}
+
+
+def test_an_evaluation_that_a_signal_prevents_is_made_up_for_by_the_next_start(
+    run, evaluated, tmp_path, monkeypatch, capfd):
+  saved_run.share_steps(monkeypatch)
+  measured = lambda: [line['step'] for line in _lines(tmp_path, True)]
+  assert _train_with_a_signal_in(4, tmp_path) == loop.PREEMPTED and measured() == [2]
+  assert _train_with_a_signal_in(5, tmp_path) == loop.PREEMPTED and measured() == [2, 4]
+  assert 'stopped at step 5 of 5 before its evaluation; the same command continues' in capfd.readouterr().out
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, 'Stop', _Stopped)  # a start that is stopped at once makes up for nothing
+    assert _train_with_a_signal_in(None, tmp_path) == loop.PREEMPTED and measured() == [2, 4]
+  for _ in range(2):
+    capfd.readouterr()
+    assert _train_with_a_signal_in(None, tmp_path) == loop.FINISHED
+    assert 'is finished: 5 of 5 steps' in capfd.readouterr().out
+
+  assert saved_run.lines(tmp_path) == saved_run.lines(evaluated) and measured() == [2, 4, 5]
+  best = []
+  for workdir in (tmp_path, evaluated):
+    with Checkpoints(workdir, None, _METRIC) as checkpoints:
+      assert checkpoints.steps() == [2, 4, 5]
+      best.append(checkpoints.best())
+  assert best[0] == best[1] != 2  # step 2 alone was measured before the first signal
+  assert [_metrics(tmp_path, step) for step in (2, 4, 5)] == [_metrics(evaluated, step) for step in (2, 4, 5)]
+  chex.assert_trees_all_equal(saved_run.state(run, tmp_path, 5), saved_run.state(run, evaluated, 5))
+
+
+def test_a_finished_run_is_evaluated_when_evaluations_are_switched_on_later(plain, tmp_path):
+  workdir = shutil.copytree(plain, tmp_path / 'plain')
+  _train(workdir, _config(evaluate_every=2))
+  assert [line['step'] for line in _lines(workdir, True)] == [5]
+
+
+def test_a_run_whose_evaluations_have_no_finite_value_finishes(plain, tmp_path, monkeypatch):
+  workdir = shutil.copytree(plain, tmp_path / 'plain')
+  monkeypatch.setattr(validation.suite, 'scores', lambda *_: [Score('accuracy', float('nan'), 1)])
+  _train(workdir, _config(evaluate_every=2))
+  assert _lines(workdir, True) == []
+
+
 def test_the_best_checkpoint_is_kept_by_its_validation_metric(tmp_path, monkeypatch):
   values = iter([.1, .9, .5])
   scores = lambda e, *_: [Score.proportion('accuracy', next(values), 10)]
@@ -95,11 +157,20 @@ def test_a_run_that_is_to_stop_measures_nothing_more(run, monkeypatch):
   monkeypatch.setattr(validation.suite, 'scores', lambda e, *_: [ran.append((e.name, e.baselines)), scores][1])
   measure = validation.Validation(run, lambda *phase: contextlib.nullcontext(phases.append(phase)))
   state = run.abstract_state()
-  assert measure(4, state, lambda: True) == {} and not ran
+  assert measure(4, state, lambda: True) is None and not ran
   assert measure(4, state, lambda: False) == {'eval/masked/accuracy': .5}  # without what is not finite
   assert ran == [('masked', False)]  # baselines do not change while a model trains
   assert phases == [('evaluating the parameters', 4)] * 2
   assert [step for step in range(1, 6) if measure.is_due(step)] == [2, 4, 5]
+
+
+def test_an_evaluation_is_missing_if_it_is_due_and_not_logged(run, tmp_path):
+  measure = validation.Validation(run, None)
+  missing = lambda: [step for step in range(6) if measure.is_missing(step, tmp_path)]
+  assert missing() == [2, 4, 5]  # not at step 0, where training starts
+  rows = {'step': 2, 'eval/masked/accuracy': .5}, {'step': 3, 'eval/masked/accuracy': .5}, {'step': 4, 'loss/total': 1.}
+  (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows) + '{"step": 5, "eva')
+  assert missing() == [4, 5]
 
 
 def test_a_metric_that_few_targets_do_not_have_is_refused_before_the_first_step():

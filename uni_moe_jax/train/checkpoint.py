@@ -102,6 +102,12 @@ class Checkpoints:
     with self._report_disk_errors():
       self._manager.save(step, args=ocp.args.StandardSave(state))
 
+  def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Adds metrics to those of a saved step, as if they had been logged before the save."""
+    if distributed.is_primary():
+      manifest.add_metrics(self._folder / str(step), metrics)
+    self._metrics[step] = {**self._metrics.get(step, {}), **metrics}
+
   def check(self) -> None:
     """Raises RunError if a save has failed since the last call, without waiting."""
     if self._pending is not None and not self._manager.is_saving_in_progress():

@@ -167,9 +167,10 @@ def _loop(
     run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, detector: HangDetector, started: float, hooks,
     compiler: CompilerProcess | None) -> int:
   saved, last = checkpoints.latest(), run.config.train.steps
-  first = saved or 0
-  if first >= last:
-    print(f'{workdir} is finished: {first} of {last} steps.')
+  first, validation = saved or 0, Validation(run, detector.phase)
+  finished = f'{workdir} is finished: {first} of {last} steps.'
+  if first >= last and not validation.is_missing(first, workdir):
+    print(finished)
     return FINISHED
   if saved is not None:  # may be step 0, which uni-moe convert writes
     with detector.phase(RESTORE, first):
@@ -180,17 +181,20 @@ def _loop(
     if saved is None:
       state = initial_state(run)
     log = MetricsLog(workdir, first, last, distributed.is_primary())
-    trainer = _Trainer(run, checkpoints, detector, log, hooks, compiler)
+    trainer = _Trainer(run, checkpoints, detector, log, validation, hooks, compiler)
+  is_missing = validation.is_missing(first, workdir)
   print(f'ready after {time.perf_counter() - started:.0f} s; {"another process" if compiler else "the first step"} '
         'compiles', flush=True)
   with log:
-    done = trainer.train(state, first, stop, started)
+    done = trainer.train(state, first, stop, started, is_missing)
   if done is None:
     return ERROR
-  if done < last:
-    print(f'stopped at step {done} of {last}; the same command continues.', flush=True)
+  if done < last or trainer.lacks_evaluation:
+    where = f'{done} of {last}{" before its evaluation" if done >= last else ""}'
+    print(f'stopped at step {where}; the same command continues.', flush=True)
     return PREEMPTED
-  print(f'trained {last} steps; {time.perf_counter() - started:.0f} s in this process', flush=True)
+  print(finished if first >= last else
+        f'trained {last} steps; {time.perf_counter() - started:.0f} s in this process', flush=True)
   return FINISHED
 
 
@@ -198,12 +202,13 @@ class _Trainer:
   """Takes the steps of a run, logs their metrics, evaluates and saves checkpoints; each phase has a time limit."""
 
   def __init__(
-      self, run: Run, checkpoints: Checkpoints, detector: HangDetector, log: MetricsLog, hooks,
+      self, run: Run, checkpoints: Checkpoints, detector: HangDetector, log: MetricsLog, validation: Validation, hooks,
       compiler: CompilerProcess | None):
+    self.lacks_evaluation = False  # whether a stop was requested before the newest evaluation that was due had ended
     self._compiler = compiler
     self._run, self._checkpoints, self._phase, self._log = run, checkpoints, detector.phase, log
     self._config, self._mixture, self._target_sets = run.config.train, run.mixture(), run.target_sets()
-    self._validation = Validation(run, detector.phase)
+    self._validation = validation
     self._hooks = [hook for make in hooks if (hook := make(run))]
     self._step_fn = functools.cache(run.step_fn)  # by task
     self._peak = self._measure_peak() if compiler is None else None  # its process uses the cores: after it
@@ -211,18 +216,27 @@ class _Trainer:
     self._pending: dict[str, jax.Array] | None = None  # metrics of the running step, read when the next one is queued
     self._means: dict[str, float] = {}  # as logged at the newest step; {} if that step is not logged
 
-  def train(self, state: TrainState, first: int, stop: Stop, started: float) -> int | None:
-    """Number of steps taken when a stop was requested or all are; None after too many that were not finite."""
+  def train(
+      self, state: TrainState, first: int, stop: Stop, started: float, is_evaluation_missing: bool) -> int | None:
+    """Number of steps taken when a stop was requested or all are; None after too many that were not finite.
+
+    is_evaluation_missing: whether the run was stopped before the evaluations that follow step `first`.
+    """
     batches = Lookahead(self._mixture.iterate(first, self._config.steps), self._place)
     try:
-      return self._train(state, first, stop, started, batches)
+      return self._train(state, first, stop, started, is_evaluation_missing, batches)
     finally:
       gc.unfreeze()
       with self._phase(BATCH):  # the next batch may be in the making
         batches.close()
 
-  def _train(self, state: TrainState, first: int, stop: Stop, started: float, batches: Lookahead) -> int | None:
+  def _train(
+      self, state: TrainState, first: int, stop: Stop, started: float, is_evaluation_missing: bool,
+      batches: Lookahead) -> int | None:
     stops, done = multihost.AnyProcess(self._run.mesh), first
+    evaluate = functools.partial(self._evaluate, stopped=lambda: stops(stop.requested))
+    if is_evaluation_missing:
+      evaluate(first, state, of_checkpoint=True)
     for step in range(first, self._config.steps):
       with self._phase(STEP, step):
         if stops(stop.requested):
@@ -256,10 +270,7 @@ class _Trainer:
       if not self._add_metrics(done, metrics):
         return None
       if self._validation.is_due(done):
-        evaluated = self._validation(done, state, lambda: stops(stop.requested))
-        with self._phase(SAVE, done):
-          self._log.evaluated(done, evaluated)
-        self._means |= evaluated
+        self._means |= evaluate(done, state)
       if done % self._config.checkpoint_every == 0 and done != self._config.steps:
         with self._phase(SAVE, done):
           self._log.copy()
@@ -271,6 +282,17 @@ class _Trainer:
       self._checkpoints.save(done, state, self._means)
       self._checkpoints.finish()
     return done
+
+  def _evaluate(
+      self, step: int, state: TrainState, stopped: Callable[[], bool], of_checkpoint: bool = False) -> dict[str, float]:
+    """Evaluates and logs the state after a step; returns the metrics. of_checkpoint: the step is saved already."""
+    evaluated = self._validation(step, state, stopped)
+    self.lacks_evaluation = evaluated is None
+    with self._phase(SAVE, step):
+      if evaluated and of_checkpoint:  # before they are logged: what is logged is not evaluated again
+        self._checkpoints.add_metrics(step, evaluated)
+      self._log.evaluated(step, evaluated or {})
+    return evaluated or {}
 
   def _place(self, item: tuple[str | None, Batch]) -> tuple[str | None, Batch, dict[str, int]]:
     """(task, batch on the devices, its sizes in all processes); runs in another thread."""

@@ -35,9 +35,15 @@ def write(
   """
   files = {k: v for k, v in storage.files_in(folder).items() if k not in (FILE, _METADATA, _COMMITTED)}
   digests = _digests(folder, {name: 'md5' if md5 else 'sha256' for name, (_, md5) in files.items()}, files)
-  content = {'files': digests, 'metadata': _metadata(folder), 'in_place': folder == final, 'metrics': dict(metrics),
-             'sums': dict(sums), 'committed': f'Checkpoint commit was successful to {final}'}
-  storage.write_bytes(folder / FILE, json.dumps({**content, 'sha256': _own_checksum(content)}).encode())
+  _write(folder, {
+      'files': digests, 'metadata': _metadata(folder), 'in_place': folder == final, 'metrics': dict(metrics),
+      'sums': dict(sums), 'committed': f'Checkpoint commit was successful to {final}'})
+
+
+def add_metrics(folder: storage.Path, metrics: Mapping[str, float]) -> None:
+  """Adds metrics to those of a saved step, atomically. Raises ValueError if its manifest is damaged."""
+  content = _read(folder)
+  _write(folder, {**content, 'metrics': {**content['metrics'], **metrics}})
 
 
 def damage(folder: storage.Path) -> str:
@@ -104,6 +110,10 @@ def metrics(folder: storage.Path) -> dict[str, float]:
 def array_sums(folder: storage.Path) -> dict[str, int]:
   """The sums of the arrays of a step, by path; {} if it was saved without."""
   return _read(folder)['sums']
+
+
+def _write(folder: storage.Path, content: Mapping[str, Any]) -> None:
+  storage.write_bytes(folder / FILE, json.dumps({**content, 'sha256': _own_checksum(content)}).encode())
 
 
 def _read(folder: storage.Path) -> dict[str, Any]:

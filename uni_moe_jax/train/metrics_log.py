@@ -130,6 +130,13 @@ class MetricsLog:
     self._folder.copy()
 
 
+def is_evaluated(workdir: str | os.PathLike[str], step: int) -> bool:
+  """Whether a work directory has the metrics of evaluations after a step."""
+  path = storage.path(workdir) / FILE
+  lines = path.read_text().splitlines() if path.exists() else ()
+  return any(_step_of(line) == step and any(k.startswith('eval/') for k in json.loads(line)) for line in lines)
+
+
 def _step_of(line: str) -> int:
   """Step of a line; a line that a crash truncated counts as later than any step."""
   try:

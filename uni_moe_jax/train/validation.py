@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from uni_moe_jax.config.metric_names import is_measured
 from uni_moe_jax.eval import suite
+from uni_moe_jax.parallel import distributed, multihost
+from uni_moe_jax.train import metrics_log
 from uni_moe_jax.train.hang_detection import EVALUATE
 from uni_moe_jax.train.run import Run, new_predictor
 from uni_moe_jax.train.step import TrainState
@@ -32,8 +35,14 @@ class Validation:
     """Whether evaluations follow a step, the last one among them."""
     return bool(self._every) and (step % self._every == 0 or step == self._run.config.train.steps)
 
-  def __call__(self, step: int, state: TrainState, stopped: Callable[[], bool]) -> dict[str, float]:
-    """{'eval/EVALUATOR/METRIC': value} of what is finite; {} if the run is to stop. All processes take part.
+  def is_missing(self, step: int, workdir: str | os.PathLike[str]) -> bool:
+    """Whether a run was stopped before the evaluations that follow a step. All processes take part."""
+    # Of step 0, which a converted checkpoint has, there are none.
+    return bool(step and self.is_due(step) and multihost.broadcast_from_primary(
+        distributed.is_primary() and not metrics_log.is_evaluated(workdir, step)))
+
+  def __call__(self, step: int, state: TrainState, stopped: Callable[[], bool]) -> dict[str, float] | None:
+    """{'eval/EVALUATOR/METRIC': value} of what is finite; None if the run is to stop. All processes take part.
 
     state: after `step` steps. stopped: called before each evaluator, in all processes.
     """
@@ -43,6 +52,6 @@ class Validation:
     for e in self._evaluations:
       with self._phase(EVALUATE, step):
         if stopped():
-          return {}
+          return None
         metrics |= {f'eval/{e.name}/{s.name}': s.value for s in suite.scores(e, self._run.data, predictor, {})}
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
