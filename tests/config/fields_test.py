@@ -55,6 +55,7 @@ def test_valid_configs_pass():
      r'config\.target_sets\.classes\.entries=3 must be a string or a tuple of strings'),
     ('target_sets.classes.entries', [[3]], r'config\.target_sets\.classes\.entries\[0\]\[0\]=3 must be a string'),
     ('data.dir', 'gcs://bucket/data', r"config\.data\.dir='gcs://bucket/data' has the unknown scheme 'gcs'"),
+    ('data.cache_dir', 'gcs://b/cache', r"config\.data\.cache_dir='gcs://b/cache' has the unknown scheme 'gcs'"),
     ('tasks.shape.source', 'gs://b/x', r"config\.tasks\.shape\.source='gs://b/x' has the bucket 'b'"),
     ('train', 'fast', r"config\.train='fast' must be a section with the fields "),
     ('train.stpes', 3, r"config\.train\.stpes: the config has no such field; did you mean 'steps'"),

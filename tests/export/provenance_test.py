@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
+from uni_moe_jax.config import schema
 from uni_moe_jax.train import workdir
 
 
@@ -47,3 +50,18 @@ def test_files_and_folders_are_reduced_to_their_names(tmp_path):
   assert provenance['config']['data']['dir'] == 'prepared'
   assert provenance['config']['tokenizer']['merges_path'] == 'merges.txt.gz'
   assert '/home/me' not in json.dumps(provenance)
+
+
+@pytest.mark.parametrize('section, field', [
+    ('data', 'dir'), ('data', 'cache_dir'), ('tokenizer', 'path'), ('tokenizer', 'merges_path'), ('train', 'init')])
+def test_every_path_is_reduced_to_its_name_unless_it_is_the_default(tmp_path, section, field):
+  default = config_lib.base()[section][field]
+  provenances = [_provenance(tmp_path / str(i), **{section: {field: value}})
+                 for i, value in enumerate(('/home/me/secret/last', default))]
+  assert [p['config'][section][field] for p in provenances] == ['last', default]
+  assert '/home/me' not in json.dumps(provenances[0])
+
+
+def test_the_fields_that_the_schema_declares_as_paths_are_those_above():
+  assert set(schema.PATHS) == {
+      ('data', 'dir'), ('data', 'cache_dir'), ('tokenizer', 'path'), ('tokenizer', 'merges_path'), ('train', 'init')}

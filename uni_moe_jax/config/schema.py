@@ -16,7 +16,6 @@ from uni_moe_jax.config.task_schema import EvaluatorConfig, TargetSetConfig, Tas
 from uni_moe_jax.tasks.router_names import ROUTERS
 from uni_moe_jax.utils.errors import UsageError
 
-PATHS = (('data', 'dir'), ('tokenizer', 'path'), ('tokenizer', 'merges_path'), ('train', 'init'))
 FREEZE = 'freeze'
 SUBLAYERS = ('attention', 'mlp')
 GMM_BACKENDS = ('auto', 'xla', 'tiled', 'batched', 'ragged', 'megablox', 'triton', 'tokamax')  # see moe/gmm.py
@@ -169,7 +168,7 @@ class DataConfig:
   dir: str = field('~/.cache/uni_moe_jax', 'Folder of the prepared data, also gs://… or s3://…; see '
                    'uni-moe prepare-data.', path=True)
   cache_dir: str = field(
-      '~/.cache/uni_moe_jax/buckets', 'Folder of this host where files of a data.dir in a bucket are kept.')
+      '~/.cache/uni_moe_jax/buckets', 'Folder of this host where files of a data.dir in a bucket are kept.', path=True)
   cache_gb: float = field(
       0.0, 'Bound of cache_dir in GB, past which the files used longest ago are removed; 0: none.', at_least=0)
   max_corrupt_fraction: float = field(
@@ -296,6 +295,11 @@ class Config:
   train: TrainConfig = TrainConfig()
   evaluators: Mapping[str, EvaluatorConfig] = entries(EvaluatorConfig, '{name: config.evaluator(…)}')
   mesh: MeshConfig = MeshConfig()
+
+
+# (section, field) of every path outside the sections of named entries.
+PATHS = tuple((section.name, f.name) for section in dataclasses.fields(Config) if dataclasses.is_dataclass(section.type)
+              for f in dataclasses.fields(section.type) if f.metadata.get('path'))
 
 
 def base() -> ml_collections.ConfigDict:

@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 
 from uni_moe_jax import __version__
-from uni_moe_jax.config.schema import PATHS, apply_choices, parse_config
+from uni_moe_jax.config.schema import PATHS, apply_choices, base, parse_config
 from uni_moe_jax.data.pipeline import class_names
 from uni_moe_jax.train import manifest
 from uni_moe_jax.utils import hub, storage
@@ -215,11 +215,12 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
   """Origin of a run's parameters, as JSON for an export. Files and folders of this machine appear only by name."""
   stored, trained, converted = (
       read_json(storage.path(workdir) / name, {}) for name in (CONFIG_FILE, RUN_FILE, CONVERSION_FILE))
-  config = stored['config']
+  config, defaults = stored['config'], base()
   for section, field in PATHS:
     if field in config.get(section, {}):
       address = config[section][field]
-      config[section][field] = address if address.startswith(hub.SCHEME) else pathlib.Path(address).name
+      is_public = address.startswith(hub.SCHEME) or address == defaults[section][field]  # the same on every machine
+      config[section][field] = address if is_public else pathlib.Path(address).name
   prefix = class_names.FILE_PREFIX
   for target_set in config['target_sets'].values():
     entries = target_set['entries']
