@@ -63,7 +63,7 @@ def _to_torch() -> int:
   from uni_moe_jax.train import run as train_run
   config = workdir.load_config(_WORKDIR.value)
   with checkpoint.Checkpoints(_WORKDIR.value, max_to_keep=None) as checkpoints:
-    run = train_run.build(config)
+    run = train_run.build(config, workdir=_WORKDIR.value)
     _, params = train_run.predictor(run, checkpoints)
   state, report = torch_layout.to_torch(params, run.spec.model.spec)
   torch_file.write(_OUTPUT.value, state)

@@ -36,9 +36,23 @@ def _workdir(tmp_path):
   return tmp_path / 'run'
 
 
-def test_a_run_is_evaluated_by_its_own_evaluators_after_an_evaluation_by_others(workdir, tmp_path, monkeypatch, capfd):
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
   build = train_run.build
-  monkeypatch.setattr(train_run, 'build', lambda c, *_, **given: build(c, jax.devices()[:1], **given))
+  on_one = lambda c, devices=None, **given: build(c, devices or jax.devices()[:1], **given)
+  monkeypatch.setattr(train_run, 'build', on_one)
+
+
+def test_a_tuned_run_is_evaluated_after_its_parent_was_moved(workdir, tmp_path):
+  c = config(tiny.data_dir())
+  c.train.init = str(workdir)
+  saved_run.save(tmp_path / 'tuned', c, step=3)
+  workdir.rename(tmp_path / 'moved')
+  assert in_process.run(_ROOT / 'launch/evaluate.py', f'--workdir={tmp_path / "tuned"}') == 0
+  assert json.loads((tmp_path / 'tuned/evaluation.json').read_text())[0]['step'] == 3
+
+
+def test_a_run_is_evaluated_by_its_own_evaluators_after_an_evaluation_by_others(workdir, tmp_path, capfd):
   file = tmp_path / 'config.py'
   file.write_text(_CONFIG.format(root=str(_ROOT), data_dir=tiny.data_dir()))
 

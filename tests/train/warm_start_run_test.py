@@ -1,5 +1,8 @@
 """A run that starts from another reads that run's parameters and nothing else, each straight onto its devices."""
 
+import pathlib
+import shutil
+
 import chex
 import jax
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 
 from tests.helpers import saved_run, tiny
 from uni_moe_jax.model.embedders import sincos_table
+from uni_moe_jax.train import loop, trained_run, workdir
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.utils.tree_paths import by_path
@@ -119,3 +123,49 @@ def test_a_frozen_position_table_is_computed_anew_at_another_image_size(tmp_path
   np.testing.assert_array_equal(spatial(side, 1.), saved)  # that of the run, which is another
   np.testing.assert_array_equal(spatial(2 * side, .5), sincos_table(2 * side // patch, width, .5))
   np.testing.assert_array_equal(spatial(side, .5), sincos_table(side // patch, width, .5))
+
+
+@pytest.fixture(name='tuned')
+def _tuned(tmp_path, monkeypatch):
+  """(Folder, config, parameters) of a run that started from another, whose relative address is `parent`."""
+  monkeypatch.chdir(tmp_path)
+  c = _config()
+  c.moe.router = 'task'  # with names that must be those of the parent
+  saved_run.save('parent', c, step=2)
+  c.train.init, c.model.num_deep_prompts = 'parent', 2
+  return tmp_path / 'tuned', c, saved_run.save(tmp_path / 'tuned', c, step=3)
+
+
+def _build(folder, **given):
+  return train_run.build(workdir.load_config(folder), jax.devices()[:1], **given)
+
+
+def test_a_tuned_run_works_without_its_parent_and_from_another_folder(tuned, tmp_path, monkeypatch):
+  folder, c, params = tuned
+  (tmp_path / 'elsewhere').mkdir()
+  monkeypatch.chdir(tmp_path / 'elsewhere')
+  run = _build(folder, workdir=folder)
+  with Checkpoints(folder, max_to_keep=None) as checkpoints:
+    chex.assert_trees_all_equal(train_run.predictor(run, checkpoints)[1], params)
+  assert trained_run.TrainedRun.load(folder).tasks == ('shape',)
+  assert loop.train(c, str(folder), jax.devices()[:1]) == loop.FINISHED  # from step 3 to 6
+  assert loop.compile_steps(c, str(folder), jax.devices()[:1]) == loop.FINISHED
+  for given in ({}, {'workdir': 'new'}):  # the positive control: a run that starts needs it
+    with pytest.raises(ValueError, match="workdir parent holds no run"):
+      _build(folder, **given)
+
+
+def test_a_tuned_run_has_its_own_tokenizer_after_its_parent_was_replaced(tuned):
+  folder = tuned[0]
+  before = _build(folder).data
+  pathlib.Path('parent/tokenizer.model').write_bytes(pathlib.Path(tiny.tokenizer_file()).read_bytes())
+  data = _build(folder, workdir=folder).data
+  assert (data.tokenizer.size, data.fingerprint) == (before.tokenizer.size, before.fingerprint)
+  assert data.tokenizer_file == folder / 'tokenizer.model'
+  assert _build(folder).data.fingerprint != before.fingerprint  # the positive control
+
+
+def test_a_run_without_a_checkpoint_has_the_tokenizer_of_its_parent_not_a_copy(tuned):
+  folder = tuned[0]
+  shutil.rmtree(folder / 'checkpoints')
+  assert _build(folder, workdir=folder).data.tokenizer_file == pathlib.Path('parent/tokenizer.model')

@@ -75,7 +75,7 @@ def test_it_is_evaluated_again_after_more_steps_of_the_run_or_with_another_evalu
   folder, trained = tmp_path / 'run', train_run.build(run[1], jax.devices()[:1])
   shutil.copytree(run[0], folder)
   build = train_run.build
-  monkeypatch.setattr(train_run, 'build', lambda c: build(c, jax.devices()[:1]))
+  monkeypatch.setattr(train_run, 'build', lambda c, **given: build(c, jax.devices()[:1], **given))
 
   def evaluated(*more):
     arguments = f'--config={_FILE}:run={folder},task=package', f'--workdir={tmp_path / "new"}', *more

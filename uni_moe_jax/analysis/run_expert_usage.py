@@ -31,7 +31,7 @@ def measure_expert_usage(
   Raises:
     UsageError: a model without experts, a step without a checkpoint, a run that trains no task.
   """
-  run = build(config, devices)
+  run = build(config, devices, workdir=workdir)
   if not expert_usage.expert_layers(run.spec.model.spec):
     raise UsageError(f'config.moe.router={config.moe.router!r}, placement={config.moe.placement!r}: the model has no '
                      'experts.')

@@ -28,7 +28,7 @@ def measure_interference(
   Raises:
     UsageError: a step without a checkpoint, parameters that do not exist, a task whose gradient is not finite.
   """
-  run = build(config, devices)
+  run = build(config, devices, workdir=workdir)
   slices = param_subsets.select(run.shapes.params, run.spec.model.spec.stack, pattern, layers, '--parameters')
   state, checkpoint = load_state(run, workdir, step, at_init)
   tasks = [t.name for t in run.plan.tasks]

@@ -40,12 +40,22 @@ class Data:
       sets that are read from files.
   """
 
-  def __init__(self, config: ml_collections.ConfigDict, plan: Plan):
-    """Raises MissingFileError for data that is not prepared, UsageError for a config that does not fit it."""
+  def __init__(self, config: ml_collections.ConfigDict, plan: Plan, tokenizer_copy: storage.Path | None = None):
+    """Reads the data of a run.
+
+    Args:
+      config, plan: of the run.
+      tokenizer_copy: read in place of the tokenizer file that the config names, of which it is a copy; ignored if the
+        config names none.
+
+    Raises:
+      MissingFileError: data is not prepared. UsageError: the config does not fit it.
+    """
     self.dir, self._model, self._plan = mirror.open_folder(config.data), config.model, plan
     self._records: dict[tuple[str, str], Records | FileDataset] = {}
     records = [self.records(t.source, t.split) for t in plan.tasks]
-    self.tokenizer, self.tokenizer_file, tokenizer_fingerprint = self._make_tokenizer(config, records)
+    self.tokenizer, self.tokenizer_file, tokenizer_fingerprint = self._make_tokenizer(
+        config, records, tokenizer_copy)
     specs = (*plan.sets, *plan.probe_sets, *plan.answer_sets)
     entries = {s.name: self._entries(s) for s in specs}
     self.target_sets: dict[str, TargetSet] = {
@@ -121,8 +131,9 @@ class Data:
       raise UsageError(f'config.{field}: source {source!r} has no classes {column!r}; {nearest(column, classes)}.')
     return class_names.parse_entries(classes[column], field)
 
-  def _make_tokenizer(self, config: ml_collections.ConfigDict,
-                      records: list[Records | FileDataset]) -> tuple[Tokenizer, pathlib.Path, str]:
+  def _make_tokenizer(
+      self, config: ml_collections.ConfigDict, records: list[Records | FileDataset], copy: storage.Path | None,
+  ) -> tuple[Tokenizer, pathlib.Path, str]:
     """(tokenizer, its file, fingerprint); one that is trained for this text and size is cached."""
     c, expand = config.tokenizer, lambda path: storage.path(os.path.expanduser(path))
     if c.type == 'clip':
@@ -130,7 +141,7 @@ class Data:
       return tokenizer, expand(c.merges_path), tokenizer.fingerprint
     # The initial parameters belong to the token ids of their run.
     if file := c.path or config.train.init and os.path.join(config.train.init, 'tokenizer.model'):
-      path = expand(file)
+      path = copy or expand(file)
       if not path.is_file():
         raise MissingFileError(f'config.tokenizer.path={file!r} does not exist; give the tokenizer.model of a run.')
       return (tokenizer := SentencePieceTokenizer(path)), path, tokenizer.fingerprint

@@ -107,7 +107,7 @@ def train(
   with stop.on_signals(), HangDetector(
       config.train.hang_timeout, _buckets(workdir, config.data.dir)) as detector, contextlib.ExitStack() as stack:
     with detector.phase(START), multihost.exit_with_peers():
-      run = build(config, devices)
+      run = build(config, devices, workdir=workdir)
       run.plan.check_trains()
       multihost.check_same_data(run.data.inputs_fingerprint)
       is_primary = distributed.is_primary()
@@ -150,7 +150,7 @@ def compile_steps(config, workdir: str, devices=None) -> int:
   if is_finished(workdir, config.train.steps):
     print(f'{workdir} is finished: nothing to compile.')
     return FINISHED
-  run = build(config, devices)
+  run = build(config, devices, workdir=workdir)
   target_sets = run.target_sets()
   tasks = {t.name for t in run.plan.tasks} if run.config.train.mixture == 'one_task' else {None}
   for task, batch in run.mixture().iterate(0, config.train.steps):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import flax.linen as nn
@@ -23,7 +24,8 @@ from uni_moe_jax.moe import products
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.attributes import Condition
-from uni_moe_jax.train import optimizer, warm_start, workdir
+from uni_moe_jax.train import optimizer, warm_start
+from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.forward import StepSpec, TargetSets
 from uni_moe_jax.train.step import Step, TrainState, forward_flops, init_state
@@ -174,7 +176,7 @@ def load_init_params(run: Run) -> Any:
     if checkpoints.latest() is None:
       raise UsageError(f'config.train.init={init!r} has no checkpoint yet; train it first.')
     # A frozen position table is that of its image size and scale.
-    model, old = run.config.model, workdir.load_config(init).model
+    model, old = run.config.model, workdir_lib.load_config(init).model
     moved = (model.image_size, model.posemb_scale) != (old.image_size, old.posemb_scale)
     computed = ['embed/spatial'] if model.posemb == old.posemb == 'frozen' and moved else []
     added, dropped = warm_start.compare_models(run.shapes.params, checkpoints.param_shapes(), init, computed)
@@ -212,23 +214,35 @@ def _check_router(config: ml_collections.ConfigDict, plan: Plan, old: ml_collect
                      f"{', '.join(known)}; declare that run's task types, in its order.")
 
 
-def build(config: ml_collections.ConfigDict, devices=None, data: Data | None = None) -> Run:
-  """Checks a config and builds its run; by default on all devices, and on the data that the config names.
+def build(
+    config: ml_collections.ConfigDict, devices=None, data: Data | None = None,
+    workdir: str | os.PathLike[str] | None = None) -> Run:
+  """Checks a config and builds its run.
+
+  Args:
+    config: of the run.
+    devices: of its mesh; default: all.
+    data: of the run; default: what the config names.
+    workdir: of the run. If it has a checkpoint, the run in `config.train.init`, which may have moved since, is not
+      read: the tokenizer is the copy in `workdir`.
 
   Raises:
     UsageError: a field is wrong or data is missing; see `make_plan` and `Data`.
   """
   plan = make_plan(config)
   config = schema.apply_choices(config)
-  if config.train.init:
-    _check_router(config, plan, workdir.load_config(config.train.init))
+  # A run that trains nothing has its parameters from the other one each time.
+  has_started = workdir is not None and plan.tasks and workdir_lib.saved_step(workdir) is not None
+  if config.train.init and not has_started:
+    _check_router(config, plan, workdir_lib.load_config(config.train.init))
   mesh = sharding.make_mesh({axis: config.mesh[axis] for axis in sharding.AXES}, devices)
   validate.check_mesh(plan.config, mesh.shape)
   shards = sharding.batch_shards(mesh.shape)
   plan.check_batches(shards, config.train.grad_accum_steps)
   if config.train.interference_every:
     plan.check_halves(shards, config.train.grad_accum_steps)
-  data = Data(config, plan) if data is None else data
+  if data is None:
+    data = Data(config, plan, workdir_lib.tokenizer_copy(workdir) if has_started else None)
   model = UniPerceiver(_model_spec(config, plan, data), shards, mesh if mesh.size > 1 else None)
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
   params = nn.unbox(boxed)

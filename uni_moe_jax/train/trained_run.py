@@ -44,7 +44,7 @@ class TrainedRun:
     """
     config = workdir_lib.load_config(workdir)
     config.update(mesh=dict(replica=1, data=-1, expert=1, model=1, fsdp=False))
-    run = run_lib.build(config, jax.devices()[:1])
+    run = run_lib.build(config, jax.devices()[:1], workdir=workdir)
     with Checkpoints(workdir, max_to_keep=None) as checkpoints:
       return cls(run, *run_lib.predictor(run, checkpoints, step))
 

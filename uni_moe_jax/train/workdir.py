@@ -211,6 +211,12 @@ def copy_tokenizer(workdir: str | os.PathLike[str], file: storage.Path, writes: 
     storage.write_bytes(path, file.read_bytes())
 
 
+def tokenizer_copy(workdir: str | os.PathLike[str]) -> storage.Path | None:
+  """The copy of a run's sentencepiece model in its folder, see `copy_tokenizer`; None if there is none."""
+  path = storage.path(workdir) / f'{TOKENIZER_STEM}.model'
+  return path if path.is_file() else None
+
+
 def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
   """Origin of a run's parameters, as JSON for an export. Files and folders of this machine appear only by name."""
   stored, trained, converted = (
