@@ -22,6 +22,7 @@ from uni_moe_jax.utils.suggest import nearest
 
 _MAX_READS_PER_TOKEN = 2  # of a row of running text; some records cannot be read
 _WINDOW_CHARS_PER_TOKEN = 12  # more than S tokens of any language
+_MAX_WORD = 50  # characters between spaces; some languages have none
 
 
 Specs = dict[str, tuple[type, tuple[int, ...]]]  # feature → dtype, shape without the batch axis
@@ -187,9 +188,9 @@ def running_text(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, tra
   """Running text for masked language modeling: (ids int [n], hashes uint64 [n]) → int32 [n, S].
 
   Row i starts with record i and continues with the next ones until it is full. A row is thus found without packing the
-  whole text, and every record begins a row. Of a long record only a window is read, another one in every epoch, which
-  the hashes choose. A record that cannot be read is skipped and counted, by `CorruptExampleCounter.count` or a function
-  like it, the third argument.
+  whole text. In evaluation the row has the beginning of a long record; in training it has a window, which the hashes
+  choose, another one in every epoch. A record that cannot be read is skipped and counted, by
+  `CorruptExampleCounter.count` or a function like it, the third argument.
   """
   column, S, N = task.label_column or 'text', task.max_len, records.size
   if records.columns.get(column) != 'text':
@@ -197,14 +198,20 @@ def running_text(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, tra
         f'config.tasks.{task.name}: source {task.source!r} has no text column {column!r} (set by label_column; the '
         f"default is 'text'); {nearest(column, _columns_of_type(records, 'text'))}.")
 
-  def window(text, h):
-    """A part of a text much longer than a row, from the beginning of a word."""
-    size = _WINDOW_CHARS_PER_TOKEN * S
-    if len(text) <= 2 * size:
-      return text
-    start = splitmix.mix(h, 'window') % (len(text) - size) if training else 0
-    start = text.find(' ', start) + 1 if start else 0
-    return text[start:start + size]
+  size = _WINDOW_CHARS_PER_TOKEN * S
+
+  def first_tokens(text, h):
+    """Of the record that a row starts with. Of a text much longer than a row only a part of `size` is tokenized."""
+    is_long, stop = len(text) > 2 * size, len(text)
+    if not training:
+      return [*tokenizer.encode(text[:size] if is_long else text), tokenizer.eot]
+    if is_long:
+      start = _window_start(len(text), size, h, 'window')
+      stop = start + size
+    tokens = tokenizer.encode(text[_word_start(text, start):_word_start(text, stop)] if is_long else text)
+    if stop == len(text):
+      tokens = [*tokens, tokenizer.eot]
+    return tokens[_window_start(len(tokens), S, h, 'token'):] if len(tokens) > S else tokens
 
   def read(ids, hashes, count=counter.count):
     out = np.zeros((len(ids), S), np.int32)
@@ -218,8 +225,9 @@ def running_text(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, tra
         if isinstance(record, CorruptExample):
           corrupt.append(f'{records.location(int(next_ids[i]))}: {record}')
           continue
-        text = window(record[column], int(hashes[i])) if turn == 0 else record[column]
-        tokens = [*tokenizer.encode(text), tokenizer.eot][:S - lengths[i]]
+        text = record[column]
+        tokens = (first_tokens(text, int(hashes[i])) if turn == 0 else
+                  [*tokenizer.encode(text[:2 * size]), tokenizer.eot])[:S - lengths[i]]  # it may be a book
         out[i, lengths[i]:lengths[i] + len(tokens)] = tokens
         lengths[i] += len(tokens)
       count(len(chunk), corrupt)
@@ -227,6 +235,19 @@ def running_text(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, tra
     counter.has_no_replacement = True
     return out
   return read
+
+
+def _window_start(length: int, size: int, h: int, purpose: str) -> int:
+  """Draws the start of a window of `size` of `length`. The ends are in a window as often as the middle."""
+  return min(max(0, splitmix.mix(h, purpose) % (length + size) - size), length - size)
+
+
+def _word_start(text: str, i: int) -> int:
+  """The start of the word that has character i, which may also be the end of the text."""
+  if i == len(text):
+    return i
+  start = text.rfind(' ', max(0, i - _MAX_WORD), i) + 1
+  return start if start or i <= _MAX_WORD else i
 
 
 def _phrase_chooser(task: TaskSpec, records: FileDataset, training: bool) -> Callable[[Record, int], str]:
