@@ -10,6 +10,7 @@
 Tar and Parquet files may be in a bucket: whoever reads a shard opens them there.
 """
 
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -21,7 +22,6 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO
 
 from uni_moe_jax.data import mirror
 from uni_moe_jax.data.files import formats
@@ -35,7 +35,10 @@ _RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
 _ARCHIVES = ('.tar', '.parquet')
 _TABLES = {'.csv': ',', '.tsv': '\t'}  # suffix → delimiter
 _FILES = (('.jsonl',), *((suffix,) for suffix in _ARCHIVES), tuple(_TABLES), ('.txt',))  # the first ones scanned count
-_MAX_FIELD = 2**24  # characters of a field of a table: one may lack its second quote
+# Of a table, where a quote may lack the second one: characters of a field, and lines of a record.
+_MAX_FIELD, _MAX_LINES = 2**24, 10_000
+# Delimiter → number of lines from which on it is no coincidence that each of them could be a record.
+_MIN_RECORDS = {',': 10, '\t': 2}
 _SPLIT_PREFIX = re.compile('[A-Za-z]+(?=-|$)')  # of 'train-00000-of-00004'
 
 
@@ -195,28 +198,31 @@ def _divide(file: storage.Path) -> Iterator[InputShard]:
     yield shard(stop=status.st_size)  # videos of an array are read in one pass
   else:
     with archives.open_binary(str(file)) as lines:
-      first_line = 1
+      start, first_line = 0, 1
       if suffix in _TABLES:
-        records = _records(lines, _TABLES[suffix])
-        columns, first_line = _names(records)
-        shard = functools.partial(shard, columns=columns)
-        steps = ((last - first, 0) for first, last, _ in records)
+        columns, num_lines, start = _header(lines, _TABLES[suffix])
+        lines.seek(start)
+        shard, first_line = functools.partial(shard, columns=columns), 1 + num_lines
+        steps = ((size, count, 0) for count, size, _ in _records(lines, _TABLES[suffix], len(columns)))
       elif suffix == '.txt':
-        texts = (_texts(line, i == 0) for i, line in enumerate(lines))
-        steps = ((len(t), sum(not one_line(line) for line in t)) for t in texts)
+        texts = ((line, _texts(line, i == 0)) for i, line in enumerate(lines))
+        steps = ((len(line), len(t), sum(not one_line(text) for text in t)) for line, t in texts)
       else:
-        steps = ((1, 0) for _ in lines)
-      yield from _cut(lines, steps, shard, first_line)
+        steps = ((len(line), 1, 0) for line in lines)
+      yield from _cut(steps, shard, start, first_line)
 
 
-def _cut(file: BinaryIO, steps: Iterator[tuple[int, int]], shard: Callable[..., InputShard],
+def _cut(steps: Iterator[tuple[int, int, int]], shard: Callable[..., InputShard], start: int,
          line: int) -> Iterator[InputShard]:
-  """Shards of a file of which each step has read some lines and ends of documents; `line`: number of the first one."""
-  start, document = file.tell(), 0
+  """Shards of a file of which each step is some bytes, lines and ends of documents.
+
+  start, line: the first byte, and the number of its line.
+  """
+  document = 0
   while chunk := list(itertools.islice(steps, _NUM_ROWS)):
-    yield shard(start=start, stop=(start := file.tell()), line=line, document=document)
-    line += sum(lines for lines, _ in chunk)
-    document += sum(documents for _, documents in chunk)
+    size, lines, documents = map(sum, zip(*chunk))
+    yield shard(start=start, stop=start + size, line=line, document=document)
+    start, line, document = start + size, line + lines, document + documents
 
 
 def _lines(shard: InputShard) -> Iterator[bytes]:
@@ -262,36 +268,73 @@ def _read_jsonl(shard: InputShard, allow_outside: bool) -> Iterator[Row]:
 def _columns(file: storage.Path) -> tuple[str, ...]:
   """The names in the first line of a table."""
   with archives.open_binary(str(file)) as lines:
-    return _names(_records(lines, _TABLES[file.suffix.lower()]))[0]
+    return _header(lines, _TABLES[file.suffix.lower()])[0]
 
 
-def _names(records: Iterator[tuple[int, int, list[str] | None]]) -> tuple[tuple[str, ...], int]:
-  """(names in the first record of a table, number of the line after it)."""
-  _, num_lines, names = next(records, (0, 0, None))
-  return tuple(map(one_line, names or ())), 1 + num_lines
+def _header(lines: Iterable[bytes], delimiter: str) -> tuple[tuple[str, ...], int, int]:
+  """(names in the first record of a table, its number of lines, of bytes)."""
+  num_lines, size, names = next(_records(lines, delimiter), (0, 0, None))
+  return tuple(map(one_line, names or ())), num_lines, size
 
 
-def _records(lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, int, list[str] | None]]:
-  """Yields (number of lines before, and after it, fields) of each record of a table; None for one that is damaged."""
+def _records(lines: Iterable[bytes], delimiter: str,
+             num_fields: int | None = None) -> Iterator[tuple[int, int, list[str] | None]]:
+  """Yields (number of lines, of bytes, fields) of each record of a table; None for a damaged one, which is one line.
+
+  A quote that has no second one would make a text of all lines after it, or of those up to a quote of another record.
+  """
   csv.field_size_limit(_MAX_FIELD)
-  reader = csv.reader((line.decode('utf-8-sig' if i == 0 else 'utf-8', 'surrogateescape')
-                       for i, line in enumerate(lines)), delimiter=delimiter)
+  source = ((line, line.decode('utf-8-sig' if i == 0 else 'utf-8', 'surrogateescape')) for i, line in enumerate(lines))
+  record, ahead = [], collections.deque()  # lines as bytes and as text: those that were read, and are read again
+
+  def texts():
+    while line := ahead.popleft() if ahead else next(source, None):
+      record.append(line)
+      if len(record) > _MAX_LINES:
+        raise csv.Error
+      yield line[1]
+
+  reader = csv.reader(texts(), delimiter=delimiter, strict=True)
   while True:
-    before = reader.line_num
+    record.clear()
     try:
-      record = next(reader)
+      fields = next(reader)
     except StopIteration:
       return
     except csv.Error:
-      record = None
-    yield before, reader.line_num, record
+      fields = None
+    if fields is None or len(record) > 1 and num_fields and (
+        len(fields) != num_fields or _are_records([text for _, text in record], delimiter, num_fields)):
+      ahead.extendleft(reversed(record[1:]))
+      del record[1:]
+      fields = _fields_of_line(record[0][1], delimiter, num_fields)
+      reader = csv.reader(texts(), delimiter=delimiter, strict=True)
+    yield len(record), sum(len(line) for line, _ in record), fields
+
+
+def _are_records(lines: list[str], delimiter: str, num_fields: int) -> bool:
+  """Whether the lines between two quotes are records rather than a text."""
+  return num_fields > 1 and len(lines) >= _MIN_RECORDS[delimiter] and all(
+      line.count(delimiter) == num_fields - 1 for line in lines)
+
+
+def _fields_of_line(line: str, delimiter: str, num_fields: int | None) -> list[str] | None:
+  """The fields of a line that breaks the rules for quotes: `"yes" he said` is a text; None if that is none either."""
+  line = line.rstrip('\r\n')
+  try:
+    # Many programs write .tsv without any quoting.
+    fields = line.split(delimiter) if delimiter == '\t' else next(csv.reader([f'{line}\n'], delimiter=delimiter))
+  except csv.Error:
+    return None
+  return fields if len(fields) == num_fields and not fields[-1].endswith('\n') else None  # the quote is not closed
 
 
 def _read_table(shard: InputShard, allow_outside: bool) -> Iterator[Row]:
   root, delimiter = pathlib.Path(shard.root), _TABLES[f'.{shard.reader}']
-  for before, _, record in _records(_lines(shard), delimiter):
+  number = shard.line
+  for num_lines, _, record in _records(_lines(shard), delimiter, len(shard.columns)):
+    location, number = shard.location(number), number + num_lines
     if record != []:
-      location = shard.location(shard.line + before)
       try:
         if record is None or len(record) != len(shard.columns):
           raise formats.Skip('another number of fields than in the first line')
