@@ -142,7 +142,33 @@ def test_damage_of_a_parquet_file_costs_its_own_rows(tmp_path):
   summary, records = _prepare(tmp_path / 'in', tmp_path)
   assert [r['source_location'] for r in records] == [*(f'0.parquet:{i}' for i in range(1, 7)),
                                                      *(f'1.parquet:{i}' for i in (4, 5, 6))]
-  assert _skipped(summary) == {'corrupt Parquet file': ['1.parquet:1', '2.parquet:1']}
+  assert _skipped(summary) == {'corrupt Parquet file': ['1.parquet:1', '1.parquet:2', '1.parquet:3', '2.parquet:1']}
+
+
+def test_a_value_of_parquet_that_cannot_be_read_costs_one_row(tmp_path):
+  texts = pa.array([b'caf\xe9' if i == 70 else f'number {i}'.encode() for i in range(200)])
+  pq.write_table(pa.table({
+      'text': pa.Array.from_buffers(pa.string(), 200, texts.buffers()), 'label': ['a', 'b'] * 100,
+      # Values that nobody can use: nanoseconds, which Python's times do not have, and vectors.
+      'when': pa.array([1] * 200, pa.timestamp('ns')), 'vector': [[0.5]] * 200,
+      # And some that are used.
+      'tags': [['x', 'y']] * 200, 'code': pa.array(['c'] * 200).dictionary_encode(), 'none': [None] * 200,
+      'width': [1.5] * 200, 'extra': pa.array(['{}'] * 200, pa.json_()),
+  }), tmp_path / 'x.parquet')
+  summary, records = _prepare(tmp_path / 'x.parquet', tmp_path)
+  assert [r['source_location'] for r in records] == [f'x.parquet:{i + 1}' for i in range(200) if i != 70]
+  assert _skipped(summary) == {'not UTF-8': ['x.parquet:71']} and summary['skipped']['not UTF-8']['count'] == 1
+  assert summary['columns'] == {
+      'text': 'text', 'tags': 'texts', **dict.fromkeys(('label', 'code', 'width', 'extra'), 'class')}
+  assert summary['dropped_fields'] == {"'when'": 199, "'vector'": 199}
+
+
+def test_a_time_in_place_of_a_text_costs_its_own_row(tmp_path):
+  when = pa.array([None, 10**9, 1], pa.timestamp('ns'))  # the last one is a fraction of a microsecond
+  pq.write_table(pa.table({'text': ['one', 'two', 'three'], 'caption': when}), tmp_path / 'x.parquet')
+  [shard] = input_shards.plan(tmp_path)
+  assert [(row.texts.get('text'), row.skipped) for row in input_shards.read(shard)] == [
+      ('one', ''), (None, "wrong type of 'caption'"), (None, 'a value that Python cannot represent')]
 
 
 @pytest.mark.parametrize('suffix, delimiter', [('csv', ','), ('tsv', '\t')])

@@ -20,7 +20,7 @@ SPLIT_NAMES = {'train': 'train', 'training': 'train', 'val': 'validation', 'vali
                'validation': 'validation', 'dev': 'validation', 'test': 'test', 'testing': 'test'}
 LOCATION = 'source_location'  # column of the file or line that a row was read from
 NO_CONTENT = 'no image, video or text'
-_NOT_UTF8 = 'not UTF-8'
+NOT_UTF8 = 'not UTF-8'
 # The text of an example itself; a row must not lack it where most rows have it.
 TEXT_FIELDS = ('text', 'text_a', 'text_b')
 _STRING_FIELDS = (*MEDIA_TYPES, 'caption', 'label_name', 'split', *TEXT_FIELDS)
@@ -62,7 +62,7 @@ def class_folder_row(root: pathlib.Path, name: pathlib.PurePath, gif: str) -> Ro
              'not an image or video': not media_type,
              'not in a folder [split/]class': len(folders) not in (1, 2),
              'split folder is not train, validation or test': len(folders) == 2 and not split,
-             _NOT_UTF8: printable(folder) != folder,
+             NOT_UTF8: printable(folder) != folder,
              'empty label': not label}
   skipped = next((reason for reason, applies in reasons.items() if applies), '')
   return Row(printable(str(name)), split, media_type, root / name, labels={'label': label}, skipped=skipped)
@@ -81,7 +81,7 @@ def decode_json(line: bytes, encoding: str = 'utf-8') -> Any:
       json.dumps(value, ensure_ascii=False).encode()  # fails for an unpaired surrogate
     return value
   except UnicodeError:
-    raise Skip(_NOT_UTF8) from None
+    raise Skip(NOT_UTF8) from None
   except (ValueError, RecursionError):
     raise Skip('not JSON') from None
 
@@ -91,7 +91,7 @@ def decode_text(data: bytes) -> str:
   try:
     return data.decode('utf-8-sig')
   except UnicodeError:
-    raise Skip(_NOT_UTF8) from None
+    raise Skip(NOT_UTF8) from None
 
 
 def parse(value: Any, location: str, folder: pathlib.Path, split: str, allow_outside: bool,

@@ -87,18 +87,52 @@ def row_groups(address: str) -> list[int]:
 
 def read_parquet(
     address: str, group: int, first: int, root: pathlib.Path, split: str, allow_outside: bool) -> Iterator[Row]:
-  """Yields the rows of a row group; where it is damaged it ends, with a row that says so."""
-  name, number = os.path.basename(address), first
+  """Yields the rows of a row group; where it is damaged, the others of the group are rows that say so."""
+  name, number, stop = os.path.basename(address), first, first + 1
+  location = lambda: printable(f'{name}:{number}')
   with open_binary(address) as file:
     try:
-      for batch in _parquet(file).iter_batches(_BATCH, row_groups=[group]):
-        for value in batch.to_pylist():
-          yield _parquet_row(value, printable(f'{name}:{number}'), root, split, allow_outside)
+      parquet = _parquet(file)
+      stop = first + parquet.metadata.row_group(group).num_rows
+      columns = [field.name for field in parquet.schema_arrow if _is_read(field)]
+      dropped = tuple(shorten(field.name) for field in parquet.schema_arrow if not _is_read(field))
+      for batch in parquet.iter_batches(_BATCH, row_groups=[group], columns=columns):
+        for value in _values(batch):
+          yield (Row(location(), skipped=value) if isinstance(value, str) else
+                 _parquet_row(value, location(), root, split, allow_outside, dropped))
           number += 1
     except (ValueError, OSError) as e:  # pyarrow's errors are of these classes
       if storage.is_remote(address) and storage.explain(e, address):
         raise
-      yield Row(printable(f'{name}:{number}'), skipped=_CORRUPT_PARQUET)
+      while number < stop:
+        yield Row(location(), skipped=_CORRUPT_PARQUET)
+        number += 1
+
+
+def _is_read(field: Any) -> bool:
+  """Whether a column may be an image, a video or a field; what others have could not be used, and may be large."""
+  import pyarrow.types as types
+  if field.name in formats.RESERVED_FIELDS or formats.media_type_of(f'.{field.name}'):
+    return True  # if it cannot be used, that is a reason to skip the row
+  unwrap = lambda t: t.value_type if types.is_dictionary(t) else getattr(t, 'storage_type', t)  # of an extension
+  value = unwrap(field.type)
+  if is_list := types.is_list(value) or types.is_large_list(value) or types.is_fixed_size_list(value):
+    value = unwrap(value.value_type)
+  is_string = types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)
+  return is_string or types.is_null(value) or not is_list and (
+      types.is_integer(value) or types.is_floating(value) or types.is_boolean(value))
+
+
+def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
+  """Yields the values of each row, or why it has none."""
+  try:
+    yield from batch.to_pylist()  # of all rows, before the first one
+  except ValueError:
+    for i in range(len(batch)):
+      try:
+        yield from batch.slice(i, 1).to_pylist()
+      except ValueError as e:
+        yield formats.NOT_UTF8 if isinstance(e, UnicodeError) else 'a value that Python cannot represent'
 
 
 def _parquet(file: BinaryIO) -> Any:
@@ -107,7 +141,9 @@ def _parquet(file: BinaryIO) -> Any:
 
 
 def _parquet_row(
-    value: dict[str, Any], location: str, root: pathlib.Path, split: str, allow_outside: bool) -> Row:
+    value: dict[str, Any], location: str, root: pathlib.Path, split: str, allow_outside: bool,
+    dropped: tuple[str, ...]) -> Row:
+  """dropped: names of columns that were not read."""
   content = []
   for name, field in list(value.items()):
     is_file = isinstance(field, dict) and isinstance(field.get('bytes'), bytes)
@@ -121,6 +157,7 @@ def _parquet_row(
   try:
     if len(content) > 1:
       raise Skip('several images or videos')
-    return formats.parse(value, location, root, split, allow_outside, data=content[0] if content else None)
+    row = formats.parse(value, location, root, split, allow_outside, data=content[0] if content else None)
+    return dataclasses.replace(row, dropped_fields=(*row.dropped_fields, *dropped))
   except Skip as e:
     return Row(location, skipped=str(e))
