@@ -197,6 +197,39 @@ def test_a_table_without_known_columns_is_a_note_beside_folders_of_classes(tmp_p
   assert _skipped(summary) == {'not an image or video': ['sizes.csv']}
 
 
+def test_links_to_folders_of_classes_are_followed_but_not_around_a_cycle(tmp_path):
+  for split, color in (('train', 'red'), ('train', 'blue'), ('test', 'red')):
+    own_files.write_image(tmp_path / f'elsewhere/{split}/{color}/{split}.png', color, len(split))
+  (tmp_path / 'in').mkdir()
+  (tmp_path / 'in/train').symlink_to(tmp_path / 'elsewhere/train')
+  (tmp_path / 'in/test').symlink_to('../elsewhere/test')
+  expected = ['test/red/test.png', 'train/blue/train.png', 'train/red/train.png']
+  rows = lambda: [row for shard in input_shards.plan(tmp_path / 'in') for row in input_shards.read(shard)]
+  assert [row.location for row in rows()] == expected
+  assert [(row.split, row.labels['label'], row.skipped) for row in rows()] == [
+      ('test', 'red', ''), ('train', 'blue', ''), ('train', 'red', '')]
+  # Links to the input, to a folder that contains it, to a folder that a link leads to, and to themselves.
+  (tmp_path / 'in/train/red/input').symlink_to(tmp_path / 'in')
+  (tmp_path / 'in/train/red/here').symlink_to('.')
+  (tmp_path / 'in/test/red/train').symlink_to(tmp_path / 'elsewhere/train')
+  (tmp_path / 'in/test/red/self').symlink_to('self')
+  locations = [row.location for row in rows()]
+  # Once by each link, and never through one folder twice.
+  assert sorted(set(locations) - set(expected)) == [
+      'test/red/self', 'test/red/train/blue/train.png', 'test/red/train/red/train.png']
+  assert len(locations) == len(set(locations)) == 6
+
+
+def test_links_to_nothing_are_missing_files(tmp_path):
+  own_files.write_image(tmp_path / 'in/red/0.png', 'red', 0)
+  (tmp_path / 'in/red/1.png').symlink_to(tmp_path / 'gone.png')
+  (tmp_path / 'in/red/2.png').symlink_to('0.png')
+  (tmp_path / 'in/blue').symlink_to(tmp_path / 'gone')
+  summary, records = _prepare(tmp_path / 'in', tmp_path)
+  assert [r['source_location'] for r in records] == ['red/0.png']
+  assert _skipped(summary) == {'missing file': ['blue', 'red/1.png'], 'duplicate': ['red/2.png']}
+
+
 def _inputs(root: pathlib.Path) -> dict[str, pathlib.Path]:
   """An input of every kind, with odd rows."""
   own_files.write_captioned_images(root / 'jsonl', 12)

@@ -58,7 +58,8 @@ def class_folder_row(root: pathlib.Path, name: pathlib.PurePath, gif: str) -> Ro
   split = SPLIT_NAMES.get(folders[0].lower(), '') if len(folders) == 2 else ''
   folder = folders[-1] if folders else ''
   label = one_line(folder)
-  reasons = {'text beside folders of classes': suffix == '.txt' and not folders,
+  reasons = {'missing file': not media_type and not (root / name).exists(),  # a link to a folder that is gone
+             'text beside folders of classes': suffix == '.txt' and not folders,
              'not an image or video': not media_type,
              'not in a folder [split/]class': len(folders) not in (1, 2),
              'split folder is not train, validation or test': len(folders) == 2 and not split,

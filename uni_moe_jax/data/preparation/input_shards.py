@@ -165,19 +165,26 @@ def _has_media(source: pathlib.Path) -> bool:
 
 
 def _class_folders(root: pathlib.Path) -> Iterator[InputShard]:
-  paths = _files_below(str(root), '')
+  paths = _files_below(str(root), '', (os.path.realpath(root),))
   while batch := tuple(itertools.islice(paths, _NUM_ROWS)):
     yield InputShard('folder', str(root), paths=batch)
 
 
-def _files_below(folder: str, prefix: str) -> Iterator[str]:
-  """The names of files below a folder, in the order of sorted paths; hidden ones are ignored."""
+def _files_below(folder: str, prefix: str, real_paths: tuple[str, ...]) -> Iterator[str]:
+  """The names of files below a folder, in the order of sorted paths; hidden ones are ignored.
+
+  real_paths: of the folder, the last one, and of those that it was reached through; a link to one of them would be
+  followed without end. A link to nothing is a file, which is missing.
+  """
   with os.scandir(folder) as entries:
     scanned = sorted((e for e in entries if not e.name.startswith('.')), key=lambda entry: entry.name)
   for entry in scanned:
-    if entry.is_dir(follow_symlinks=False):
-      yield from _files_below(entry.path, f'{prefix}{entry.name}/')
-    elif entry.is_file():
+    is_link = entry.is_symlink()
+    if os.path.isdir(entry.path) if is_link else entry.is_dir():
+      real_path = os.path.realpath(entry.path) if is_link else os.path.join(real_paths[-1], entry.name)
+      if real_path not in real_paths:
+        yield from _files_below(entry.path, f'{prefix}{entry.name}/', (*real_paths, real_path))
+    elif os.path.isfile(entry.path) or not os.path.exists(entry.path) if is_link else entry.is_file():
       yield prefix + entry.name
 
 
