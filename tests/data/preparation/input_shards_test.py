@@ -230,6 +230,18 @@ def test_links_to_nothing_are_missing_files(tmp_path):
   assert _skipped(summary) == {'missing file': ['blue', 'red/1.png'], 'duplicate': ['red/2.png']}
 
 
+def test_nan_is_no_value(tmp_path):
+  nan = float('nan')
+  own_files.write_jsonl(tmp_path / 'train.jsonl', [
+      {'text': 'one', 'label': 'a', 'key': nan, 'group': nan}, {'text': 'two', 'label': nan, 'key': nan, 'size': nan},
+      {'text': 'three', 'label': 'b', 'key': '3', 'group': 'g', 'size': 0.5}, {'text': nan, 'label': 'a'}])
+  assert 'NaN' in (tmp_path / 'train.jsonl').read_text()
+  rows = [row for shard in input_shards.plan(tmp_path) for row in input_shards.read(shard)]
+  assert [(row.labels, row.key, row.group, row.skipped) for row in rows] == [
+      ({'label': 'a'}, '', '', ''), ({}, '', '', ''), ({'label': 'b', 'size': '0.5'}, '3', 'g', ''),
+      ({}, '', '', 'no image, video or text')]
+
+
 def _inputs(root: pathlib.Path) -> dict[str, pathlib.Path]:
   """An input of every kind, with odd rows."""
   own_files.write_captioned_images(root / 'jsonl', 12)

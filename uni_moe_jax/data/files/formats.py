@@ -6,6 +6,7 @@ Whatever is not an example has the reason to skip it. No image or video is opene
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -110,7 +111,8 @@ def parse(value: Any, location: str, folder: pathlib.Path, split: str, allow_out
   """
   if not isinstance(value, dict):
     raise Skip('not an object')
-  value = {k: v for k, v in value.items() if v is not None}
+  # NaN is what pandas writes for a missing value.
+  value = {k: v for k, v in value.items() if v is not None and not (isinstance(v, float) and math.isnan(v))}
   dropped = [name for name, v in value.items() if not _can_be_column(name, v)]
   if wrong := next((name for name in dropped if name in RESERVED_FIELDS), ''):
     raise Skip(f'wrong type of {shorten(wrong)}')

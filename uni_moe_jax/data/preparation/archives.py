@@ -7,7 +7,6 @@ bytes, in a column of that name or of a file suffix ('jpg'), or of the type {byt
 
 import dataclasses
 import itertools
-import math
 import os
 import pathlib
 import tarfile
@@ -152,8 +151,6 @@ def _parquet_row(
         content.append((media_type, field['bytes'] if is_file else field))
       if not isinstance(field, str):
         del value[name]
-    elif isinstance(field, float) and math.isnan(field):
-      del value[name]
   try:
     if len(content) > 1:
       raise Skip('several images or videos')
