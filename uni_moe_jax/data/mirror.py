@@ -331,7 +331,8 @@ def sync(directory: str | os.PathLike[str], prefix: str) -> None:
 def local_input(address: str | os.PathLike[str], name: str, cache_dir: str) -> Iterator[pathlib.Path]:
   """Yields a file or folder; if it is in a bucket, a copy that is removed afterwards.
 
-  Of a .jsonl file the whole folder is copied, since its lines name files beside it. name: of the flag, for errors.
+  Of .jsonl and tables the whole folder is copied, since their lines name files beside them. name: of the flag, for
+  errors.
   """
   source = storage.path(os.path.expanduser(address), name)
   if isinstance(source, pathlib.Path):
@@ -339,7 +340,7 @@ def local_input(address: str | os.PathLike[str], name: str, cache_dir: str) -> I
     return
   storage.check_access(source, name)
   files, is_file = storage.filesystem(address), bool(source.suffix) and source.is_file()
-  folder = source.parent if source.suffix == '.jsonl' and is_file else source
+  folder = source.parent if source.suffix.lower() in ('.jsonl', '.csv', '.tsv') and is_file else source
   names = [''] if folder == source and is_file else list(storage.files_in(folder))
   os.makedirs(cache := os.path.expanduser(cache_dir), exist_ok=True)
   with tempfile.TemporaryDirectory(prefix='.input-', dir=cache) as copy:

@@ -84,6 +84,17 @@ def row_groups(address: str) -> list[int]:
   return list(itertools.accumulate(sizes, initial=1))[:-1]
 
 
+def names_files(address: str) -> bool:
+  """Whether a Parquet file has a column of paths of images or videos; False if it is damaged."""
+  import pyarrow.types as types
+  try:
+    with open_binary(address) as file:
+      media_types = [field.type for field in _parquet(file).schema_arrow if field.name in formats.MEDIA_TYPES]
+      return any(types.is_string(t) or types.is_large_string(t) for t in media_types)
+  except ValueError:  # ArrowInvalid among others
+    return False
+
+
 def read_parquet(
     address: str, group: int, first: int, root: pathlib.Path, split: str, allow_outside: bool) -> Iterator[Row]:
   """Yields the rows of a row group; where it is damaged, the others of the group are rows that say so."""

@@ -78,12 +78,20 @@ class InputShard:
 
 @contextlib.contextmanager
 def opened(address: str, cache_dir: str) -> Iterator[storage.Path]:
-  """Yields the input; from a bucket it is copied for that time, unless its rows are in tar or Parquet files."""
+  """Yields the input; from a bucket it is copied for that time, unless its rows are in tar or Parquet files.
+
+  Parquet files that name files are copied with their folder.
+  """
   source = storage.path(os.path.expanduser(address), '--input')
   if storage.is_remote(source):
     storage.check_access(source.parent if _RANGE.search(source.name) else source, '--input')
-    if any(file.suffix.lower() in _ARCHIVES for file in _row_files(source)):
+    files = [file for file in _row_files(source) if file.suffix.lower() in _ARCHIVES]
+    if files and not (files[0].suffix.lower() == '.parquet' and archives.names_files(str(files[0]))):
       yield source
+      return
+    if files and files[0].parent != source:
+      with mirror.local_input(source.parent, '--input', cache_dir) as copy:
+        yield copy / source.name
       return
   with mirror.local_input(address, '--input', cache_dir) as copy:
     yield copy
