@@ -16,12 +16,12 @@ from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
 SIDE = 16
 
 
-def _questions(**fields):
-  """Training examples of one question about an image that is brighter on the left; answers a, b, and others."""
+def _questions(answers=('a',) * 4 + ('b',) * 2 + ('c',) * 4, **fields):
+  """Training examples of one question about an image that is brighter on the left; c is no entry of the set."""
   pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
   pixels[:, :SIDE // 2] = 250
   record = {'image': own_files.encode_image(Image.fromarray(pixels), 'PNG'), 'q': 'is A to the left of ab? b',
-            'answers': ('a',) * 4 + ('b',) * 2 + ('c',) * 4}
+            'answers': answers}
   dataset = file_dataset.FileDataset(
       'own:x', 2000, lambda ids: [record] * len(ids), {'image': 'image', 'q': 'text', 'answers': 'texts'}, {}, {}, '')
   c = tiny.config(data_dir='')
@@ -49,6 +49,14 @@ def test_one_answer_is_drawn_by_its_soft_score():
   every = _make(_questions(), range(3))
   np.testing.assert_allclose(every['weight'], [[0.4, 0.2]] * 3)
   assert (every['label'] == [0, 1]).all()
+
+
+def test_of_a_few_answers_each_is_drawn_by_its_share():
+  for answers, share in ((('b',), 0), (('a', 'a', 'b'), 2 / 3)):
+    fields = _make(_questions(answers, single_answer=True), range(2000))
+    assert (fields['weight'] == [1, 0]).all()
+    assert abs(np.mean(fields['label'][:, 0] == 0) - share) <= 3 * np.sqrt(share * (1 - share) / 2000)
+  np.testing.assert_allclose(_make(_questions(('b',)), range(1))['weight'], [[1, 0]])
 
 
 def test_words_and_answers_change_places_with_the_sides_of_a_mirrored_image():

@@ -32,8 +32,11 @@ def soft_score(same: int, people: int) -> float:
   """Returns the official score of an answer that `same` of a number of people gave, in [0, 1].
 
   It is the mean over people of min(1, others who gave the same answer / 3): 0.3, 0.6, 0.9 and 1 for an answer of one,
-  two, three, or more of ten.
+  two, three, or more of ten. Of fewer than four people nobody has three others: it is the share that gave the answer,
+  as the official score is of four.
   """
+  if people < 4:
+    return same / people
   # Who gave this answer has one fewer of it among the others.
   mine, others = min(1.0, (same - 1) / 3), min(1.0, same / 3)
   return (same * mine + (people - same) * others) / people
