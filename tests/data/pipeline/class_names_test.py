@@ -17,6 +17,12 @@ def test_a_file_has_a_line_per_class(tmp_path):
       ('n01', ('crane', 'heron')), ('n02', ('crane',)), ('plain name', ('plain name',)))
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+  for first, expected in (('n01\ttench\n', (('n01', ('tench',)),)), ('# fish\n', ())):
+    (tmp_path / 'x.tsv').write_bytes(b'\xef\xbb\xbf' + f'{first}n02\tgoldfish\n'.encode())
+    assert class_names.read_entries('file:x.tsv', tmp_path, 'target_sets.x') == (*expected, ('n02', ('goldfish',)))
+
+
 @pytest.mark.parametrize('values, message', [
     (('a', 'b', 'a'), "config.target_sets.x: entry 'a' occurs twice"),
     ((('k',),), "entry 'k' has no name"),

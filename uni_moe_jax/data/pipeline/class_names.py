@@ -48,7 +48,7 @@ def read_entries(values: str, directory: str | os.PathLike[str], field: str) -> 
     raise MissingFileError(f'config.{field}: the file of class names {path} does not exist; see '
                            'docs/guides/benchmarks.md for how to make it.')
   entries = []
-  for line in map(str.strip, path.read_text(encoding='utf-8').splitlines()):
+  for line in map(str.strip, path.read_text(encoding='utf-8-sig').splitlines()):
     if line and not line.startswith('#'):
       key, tab, names = line.partition('\t')
       entries.append((key, *(n.strip() for n in names.split('|'))) if tab else key)
