@@ -138,6 +138,11 @@ _FIELD_ERRORS = [
      {'tasks.package.batch_size': 0}),
     # Target families of the config.
     ('target_families.answers', (1, 1), r'must be four bits: .*for example \(1, 0, 0, 1\)'),
+    ('target_families.answers', 1, r'must be four bits: .*for example \(1, 0, 0, 1\)'),
+    ('target_families.answers', 'word', 'must be four bits: '),
+    # The seed: JAX's keys have 32 bits, 2**32 + 1 would be 1.
+    ('seed', 2**32 + 1, r'must be in \[0, 4294967295\]'),
+    ('seed', -1, r'must be in \[0, 4294967295\]'),
 ]
 
 
@@ -175,6 +180,17 @@ _VALIDATION = _evaluator('mlm', 'text', split='validation', during_training=True
      r"'freeze'\)"),
     ({'optim.param_groups': (('(', 1.0, 0.0),)},
      r"config\.optim\.param_groups\[0\]\[0\]='\(' is not a regular expression"),
+    ({'optim.param_groups': ((5, 1.0, 0.0),)},
+     r"config\.optim\.param_groups\[0\]\[0\]=5 must be a string, a regular expression .*; for example '\.\*'"),
+    ({'optim.param_groups': ((None, 'freeze'),)}, r'config\.optim\.param_groups\[0\]\[0\]=None must be a string'),
+    *(({'optim.param_groups': (('bias', 'freeze'), ('.*', factor, 0.0))},
+       rf'config\.optim\.param_groups\[1\]\[1\]={factor!r} must be a factor of the learning rate, a finite number of '
+       r'at least 0; give 1\.0') for factor in ('x', None, True, 'freeze', -1.0, float('nan'), float('inf'))),
+    *(({'optim.param_groups': (('.*', 1.0, decay),)},
+       rf'config\.optim\.param_groups\[0\]\[2\]={decay!r} must be a weight decay, a finite number of at least 0; 0\.0 '
+       'is off') for decay in ('0', None, False, -2.0, float('nan'))),
+    ({'optim.param_groups': (('.*', float('nan'), 0.0),), 'compat': 'published'}, r'config\.compat='),
+    ({'optim.param_groups': (('bias', 'freeze'), ('norm', 0, 0), ('.*', 2, 0.1)), 'seed': 2**32 - 1}, None),
     # Target sets and tasks.
     ({'target_sets.classes.softmax': 'sampled', 'target_sets.classes.num_sampled': 4},
      r"config\.target_sets\.classes: softmax='sampled' needs entries='vocabulary' and num_sampled ≥ 1"),
@@ -205,8 +221,14 @@ _VALIDATION = _evaluator('mlm', 'text', split='validation', during_training=True
     ({'task_types.tag': {k: v for k, v in _TAG.items() if k != 'target'}},
      r'config\.task_types\.tag: target missing or unknown; give inputs, readout, router_task, target'),
     ({'task_types.tag': {**_TAG, 'inputs': ('visual',)}},
-     r"config\.task_types\.tag\.inputs=\('visual',\) must contain \(modality, mask\) pairs, for example \(\('visual', "
-     r"'full'\),\)"),
+     r"config\.task_types\.tag\.inputs=\('visual',\) must be a tuple of \(modality, mask\) pairs, for example "
+     r"\(\('visual', 'full'\),\)"),
+    ({'task_types.tag': {**_TAG, 'inputs': 1}}, r"config\.task_types\.tag\.inputs=1 must be a tuple of "),
+    ({'task_types.tag': {**_TAG, 'inputs': ((1,),)}}, r"config\.task_types\.tag\.inputs=\(\(1,\),\) must be a tuple"),
+    ({'task_types.tag': {**_TAG, 'target': ()}},
+     r"config\.task_types\.tag\.target=\(\) must be a string, such as 'words'"),
+    ({'task_types.tag': 1},
+     r'config\.task_types\.tag=1 must be a section with inputs, readout, router_task, target'),
     ({'target_families.words': (1, 1, 1, 1)},
      r'config\.target_families\.words: a built-in family has this name, and its bits are frozen; choose'),
     # Evaluators.

@@ -76,14 +76,14 @@ def parse(cls: type[T], given: Any, name: str = '') -> T:
   """
   declared, hints = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
   if not isinstance(given, ml_collections.ConfigDict):
-    raise UsageError(f'config.{name}={_short(given)} must be a section with the fields {", ".join(declared)}.')
+    raise UsageError(f'config.{name}={short(given)} must be a section with the fields {", ".join(declared)}.')
   prefix = f'{name}.' if name else ''
   for key in given:
     if key not in declared:
       raise UsageError(f'config.{prefix}{key}: the config has no such field; {nearest(key, declared)}.')
   for key, f in declared.items():
     if key not in given:
-      default = f'; its default is {_short(f.default)}' if f.default is not REQUIRED else ''
+      default = f'; its default is {short(f.default)}' if f.default is not REQUIRED else ''
       raise UsageError(f'config.{prefix}{key} is missing{default}.')
   return cls(**{key: _parse_field(f'{prefix}{key}', given[key], f, hints[key]) for key, f in declared.items()})
 
@@ -93,7 +93,7 @@ def _parse_field(name: str, value: Any, f: dataclasses.Field, hint: Any) -> Any:
     return parse(hint, value, name)
   if 'entry' in f.metadata:
     if not isinstance(value, ml_collections.ConfigDict):
-      raise UsageError(f'config.{name}={_short(value)} must be a section of named entries.')
+      raise UsageError(f'config.{name}={short(value)} must be a section of named entries.')
     cls = f.metadata['entry']
     return {key: parse(cls, x, f'{name}.{key}') if cls else x for key, x in value.items()}
   _check_type(name, value, hint)
@@ -115,7 +115,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         for i, x in enumerate(value) if item is not object else ():
           _check_type(f'{name}[{i}]', x, item)
       return
-  raise UsageError(f'config.{name}={_short(value)} must be {" or ".join(map(_type_name, options))}.')
+  raise UsageError(f'config.{name}={short(value)} must be {" or ".join(map(_type_name, options))}.')
 
 
 def _type_name(hint: Any) -> str:
@@ -141,11 +141,15 @@ def _check_value(name: str, value: Any, m: Mapping[str, Any]) -> None:
 
 def bounds(m: Mapping[str, Any]) -> str:
   """'at least 1', 'in [0, 1)': the bounds in a field's metadata; '' if there are none."""
-  low = [f'{bracket}{m[b]:g}' for b, bracket in (('at_least', '['), ('above', '(')) if m[b] is not None]
-  high = [f'{m[b]:g}{bracket}' for b, bracket in (('at_most', ']'), ('below', ')')) if m[b] is not None]
+  low = [f'{bracket}{_plain(m[b])}' for b, bracket in (('at_least', '['), ('above', '(')) if m[b] is not None]
+  high = [f'{_plain(m[b])}{bracket}' for b, bracket in (('at_most', ']'), ('below', ')')) if m[b] is not None]
   if low and high:
     return f'in {low[0]}, {high[0]}'
-  return ' or '.join(f'{b.replace("_", " ")} {m[b]:g}' for b in _BOUNDS if m[b] is not None)
+  return ' or '.join(f'{b.replace("_", " ")} {_plain(m[b])}' for b in _BOUNDS if m[b] is not None)
+
+
+def _plain(bound: float) -> str:
+  return str(bound) if isinstance(bound, int) else f'{bound:g}'  # all digits of a large whole number
 
 
 def fail_if(wrong: Any, message: str) -> None:
@@ -158,6 +162,13 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
   """Raise UsageError unless `value` is one of `choices`."""
   if value not in choices:
     raise UsageError(f'config.{name}={value!r} is unknown; {nearest(value, choices)}.')
+
+
+def check_not_negative(name: str, value: Any, meaning: str, fix: str) -> None:
+  """Raise UsageError unless `value`, inside a field of several types, is a finite number from 0 on."""
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  fail_if(not is_number or not 0 <= value <= _LARGEST,  # NaN is not, either
+          f'{name}={short(value)} must be {meaning}, a finite number of at least 0; {fix}.')
 
 
 def check_pattern(name: str, pattern: str) -> None:
@@ -175,7 +186,7 @@ def _check_template(name: str, template: str) -> None:
     raise UsageError(f'config.{name}: {e}') from None
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
   """`repr` in at most 60 characters."""
   try:
     text = repr(dict(value) if isinstance(value, Mapping) else value)

@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 
 from uni_moe_jax.config import schema, validate
-from uni_moe_jax.config.fields import check_choice, fail_if
+from uni_moe_jax.config.fields import check_choice, fail_if, short
 from uni_moe_jax.config.schema import Config, ModelConfig
 from uni_moe_jax.config.task_schema import VOCABULARY, EvaluatorConfig, TargetSetConfig, TaskConfig
 from uni_moe_jax.tasks import task_types
@@ -178,8 +178,8 @@ def _own_family(name: str, bits: Any) -> Condition:
   field = f'target_families.{name}'
   fail_if(name in task_types.families(),
           f'{field}: a built-in family has this name, and its bits are frozen; choose another.')
-  fail_if(isinstance(bits, str) or len(bits) != 4 or any(b not in (0, 1) for b in bits),
-          f'{field}={bits!r} must be four bits: input visual, input text, target visual, target text; for example '
+  fail_if(not isinstance(bits, (tuple, list)) or len(bits) != 4 or any(b not in (0, 1) for b in bits),
+          f'{field}={short(bits)} must be four bits: input visual, input text, target visual, target text; for example '
           '(1, 0, 0, 1).')
   return task_types.family_condition(name, tuple(bits))
 
@@ -187,10 +187,17 @@ def _own_family(name: str, bits: Any) -> Condition:
 def _own_task_type(name: str, values: Any) -> TaskType:
   field, expected = f'task_types.{name}', {f.name for f in dataclasses.fields(TaskType)} - {'name'}
   fail_if(name in task_types.TASK_TYPES, f'{field}: a built-in task type has this name; choose another.')
+  fail_if(not isinstance(values, ml_collections.ConfigDict),
+          f'{field}={short(values)} must be a section with {", ".join(sorted(expected))}.')
   wrong = set(values) ^ expected
   fail_if(wrong, f'{field}: {", ".join(sorted(wrong))} missing or unknown; give {", ".join(sorted(expected))}.')
-  fail_if(any(isinstance(s, str) or len(s) not in (1, 2) for s in values.inputs),
-          f"{field}.inputs={values.inputs!r} must contain (modality, mask) pairs, for example (('visual', 'full'),).")
+  is_segment = lambda s: isinstance(s, (tuple, list)) and len(s) in (1, 2) and all(isinstance(x, str) for x in s)
+  fail_if(not isinstance(values.inputs, (tuple, list)) or not all(map(is_segment, values.inputs)),
+          f'{field}.inputs={short(values.inputs)} must be a tuple of (modality, mask) pairs, for example '
+          "(('visual', 'full'),).")
+  for key in sorted(expected - {'inputs'}):
+    fail_if(not isinstance(values[key], str), f'{field}.{key}={short(values[key])} must be a string, such as '
+                                              f'{getattr(task_types.TASK_TYPES["vqa"], key)!r}.')
   return TaskType(**{**values, 'name': name, 'inputs': tuple(task_types.Segment(*s) for s in values.inputs)})
 
 

@@ -278,7 +278,8 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """A run."""
-  seed: int = field(0, 'Seed of parameters, data order and noise.')
+  # JAX keeps 32 bits of a seed: others would repeat parameters and noise of a run with another seed.
+  seed: int = field(0, 'Seed of parameters, data order and noise.', at_least=0, at_most=2**32 - 1)
   compat: str = field('', "'published' sets every field that has a published value to it. These fields must then be "
                       'left at their defaults; of param_groups, the weight decay of kernels may differ. A config file '
                       'that deviates calls `presets.published` instead.', choices=('', 'published'))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from uni_moe_jax.config.fields import check_choice, check_pattern, fail_if
+from uni_moe_jax.config.fields import check_choice, check_not_negative, check_pattern, fail_if, short
 from uni_moe_jax.config.metric_names import metric_names
 from uni_moe_jax.config.schema import FREEZE, Config
 from uni_moe_jax.config.task_schema import TaskConfig
@@ -90,10 +90,22 @@ def _check_train(c: Config) -> None:
           'again past its end.')
   fail_if(c.optim.name == 'muon' and c.optim.unused_params != 'update',
           f"optim.unused_params={c.optim.unused_params!r} needs config.optim.name='adamw', not 'muon'.")
+  _check_param_groups(c)
+
+
+def _check_param_groups(c: Config) -> None:
   for i, group in enumerate(c.optim.param_groups):
     fail_if(len(group) != 3 and not (len(group) == 2 and group[1] == FREEZE),
-            f"optim.param_groups: {group!r} is neither (pattern, lr factor, weight decay) nor (pattern, '{FREEZE}').")
-    check_pattern(f'optim.param_groups[{i}][0]', group[0])
+            f'optim.param_groups: {short(group)} is neither (pattern, lr factor, weight decay) nor (pattern, '
+            f"'{FREEZE}').")
+    pattern, *numbers = group
+    name = f'optim.param_groups[{i}]'
+    fail_if(not isinstance(pattern, str),
+            f"{name}[0]={short(pattern)} must be a string, a regular expression for parameters; for example '.*'.")
+    check_pattern(f'{name}[0]', pattern)
+    if len(numbers) == 2:
+      check_not_negative(f'{name}[1]', numbers[0], 'a factor of the learning rate', 'give 1.0 for the rate itself')
+      check_not_negative(f'{name}[2]', numbers[1], 'a weight decay', '0.0 is off')
 
 
 def _check_validation(c: Config) -> None:
