@@ -31,9 +31,6 @@ def main(argv: list[str]) -> int:
   except UsageError as e:
     print(f'error: {e}', file=sys.stderr)
     return restarts.USAGE
-  except OSError as e:
-    print(f'error: {argv[1]!r} is no program ({e.strerror}).', file=sys.stderr)
-    return restarts.USAGE
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """keep_running: what is restarted, when, how often, and how signals are handled. The command is a stand-in."""
 
+import errno
 import os
 import pathlib
 import re
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from tests.helpers import stand_in
+from uni_moe_jax.train import restarts
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Executes the next word of the file `script`: an exit code, after `save:STEP`s and `drop:STEP`s; `kill`; `wait` (for
@@ -93,6 +95,36 @@ def test_a_start_that_falls_back_to_an_older_checkpoint_makes_no_progress(tmp_pa
   _, output, _ = _run(tmp_path, 'save:7,save:9,1 drop:9,75 save:8,1 1 1', '--max_restarts=3', '--backoff=0')
   assert re.findall(r'(\d) of 3 starts', output) == ['0', '1', '0', '1', '2']
   assert re.search(r'stopped by a signal after \d+ s, no checkpoint after that of step 7', output)
+
+
+def test_a_disk_that_cannot_be_listed_is_noted_and_does_not_end_the_restarts(tmp_path, monkeypatch, capsys):
+  """Answers of the disk, before and after each start: it fails for a while."""
+  answers = [5, 5, OSError(errno.EIO, 'Input/output error', 'run/checkpoints'), PermissionError(errno.EACCES, 'no'), 9]
+
+  def saved_step(_):
+    answer = answers.pop(0)
+    if isinstance(answer, OSError):
+      raise answer
+    return answer
+
+  monkeypatch.setattr(restarts, 'saved_step', saved_step)
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'script').write_text('1 0')
+  (tmp_path / 'stand_in.py').write_text(_STAND_IN)
+  assert restarts.keep_running([sys.executable, 'stand_in.py', '--workdir=run'], max_restarts=3, backoff=0) == 0
+  note, report, denied = capsys.readouterr().out.splitlines()
+  assert note.startswith('keep_running: the checkpoints in run cannot be listed (') and 'Input/output error' in note
+  assert 'exit code 1 after ' in report and 'restarting in 0 s (1 of 3 starts without progress)' in report
+  assert 'the checkpoints in run cannot be listed ([Errno 13] no)' in denied and answers == []
+
+
+def test_a_program_that_is_gone_after_it_has_worked_is_started_again_up_to_the_limit(tmp_path):
+  program = tmp_path / 'program'
+  program.write_text('#!/bin/sh\nrm "$0"\nexit 1\n')
+  program.chmod(0o755)
+  code, output, _ = _run(tmp_path, '', '--max_restarts=3', '--backoff=0', command=[str(program)])
+  assert code == 2 and output.count(f"'{program}' is no program that can be started (No such file or directory)") == 2
+  assert 'giving up after 3 starts' in output and 'error: ' not in output
 
 
 def test_without_a_workdir_progress_is_unknown(tmp_path):

@@ -26,13 +26,22 @@ def keep_running(command: Sequence[str], max_restarts: int, backoff: float) -> i
 
   Returns:
     An exit code: the command's; 75 if a signal to this process stopped it; 128 + number if a signal killed the command.
+
+  Raises:
+    UsageError: the command is no program, and has not run before, or its --workdir is no address.
   """
   workdir, failures, child = _workdir(command), 0, _Child()
   worked = _saved(workdir) is not None  # whether a start has ever passed the checks of its command
   with signals.handled(child.pass_on, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     while True:
       started, before = time.monotonic(), _saved(workdir)
-      code = child.run(command)
+      try:
+        code = child.run(command)
+      except UsageError as e:
+        if not worked:
+          raise
+        _print(str(e))
+        code = USAGE
       after = _saved(workdir)
       is_newer = after is not None and (before is None or after > before)
       report = f'{_ending(code)} after {time.monotonic() - started:.0f} s, {_progress(workdir, after, is_newer)}'
@@ -65,9 +74,13 @@ class _Child:
     self.signaled = threading.Event()
 
   def run(self, command: Sequence[str]) -> int:
-    """Exit code of the command; minus the number of the signal that killed it."""
+    """Exit code of the command; minus the number of the signal that killed it. UsageError if it cannot be started."""
     # In our process group a terminal's Ctrl-C would reach it a second time, which means: stop at once, without saving.
-    self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=signals.end_with_parent())
+    try:
+      self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=signals.end_with_parent())
+    except OSError as e:
+      raise UsageError(f'{command[0]!r} is no program that can be started ({e.strerror}); give its name or path after '
+                       '--.') from None
     if self.signaled.is_set() and not self._passed_on:  # just before it started
       self._process.terminate()
     return self._process.wait()
@@ -88,12 +101,14 @@ def _workdir(command: Sequence[str]) -> str | None:
 
 
 def _saved(workdir: str | None) -> int | None:
+  """The newest checkpoint; None, with a note, if the disk or the store does not answer: the command may still run."""
   try:
     return None if workdir is None else saved_step(workdir)
   except Exception as e:
-    if isinstance(e, UsageError) or not storage.is_remote(workdir):
+    remote = storage.is_remote(workdir)
+    if isinstance(e, UsageError) or not (remote or isinstance(e, OSError)):
       raise
-    _print(f'the checkpoints in {workdir} cannot be listed ({storage.explain(e, workdir) or e}).')
+    _print(f'the checkpoints in {workdir} cannot be listed ({remote and storage.explain(e, workdir) or e}).')
     return None
 
 
