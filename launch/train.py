@@ -52,7 +52,7 @@ def main() -> int:
     with HangDetector(config.train.hang_timeout, buckets) as detector, detector.phase(START):  # a disk may hang
       shared_folder.check(cluster, _WORKDIR.value, create=True)
       workdir.claim_workdir(_WORKDIR.value, config, extends=True)
-      workdir.check_versions(_WORKDIR.value, _ALLOW_VERSION_MISMATCH.value)
+      workdir.check_versions(_WORKDIR.value, _ALLOW_VERSION_MISMATCH.value, writes=False)
       npz_records.check_directory(config.data.dir)
       separately = separately and not workdir.is_finished(_WORKDIR.value, config.train.steps)
     compiler = None
@@ -64,7 +64,8 @@ def main() -> int:
     from uni_moe_jax.train import loop
     if _COMPILE_ONLY.value:
       return loop.compile_steps(config, _WORKDIR.value)
-    return loop.train(config, _WORKDIR.value, hooks=(interference_hook,), compiler=compiler)
+    return loop.train(config, _WORKDIR.value, hooks=(interference_hook,), compiler=compiler,
+                      allow_version_mismatch=_ALLOW_VERSION_MISMATCH.value)
 
 
 if __name__ == '__main__':

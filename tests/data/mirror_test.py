@@ -255,6 +255,16 @@ def test_two_processes_of_a_host_write_a_dataset_without_rows_of_a_user_once(buc
   assert records == _records(source, Mirror(bucket, tmp_path / 'receiver')) and len(str(records)) > 300
 
 
+def test_what_a_killed_process_had_begun_to_write_is_not_uploaded(bucket, tmp_path):
+  mirrored = Mirror(bucket, tmp_path)
+  folder = mirrored.root / 'own/x'
+  folder.mkdir(parents=True)
+  for name in ('records', '.hidden', f'.{"0" * 16}.tmp'):
+    (folder / name).write_bytes(b'1')
+  mirrored.upload(folder)
+  assert storage.files_in(storage.path(f'{bucket}/own/x')).keys() == {'records', '.hidden', mirror.MANIFEST}
+
+
 def test_what_exists_in_a_bucket_is_not_prepared_again(bucket, tmp_path):
   root = own_files.write_text_pairs(tmp_path / 'in')
   prepare.prepare(root, Mirror(bucket, tmp_path / '1'), 'texts')

@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -15,13 +16,14 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import processes, saved_run, tiny
+from tests.helpers import in_process, processes, saved_run, tiny
 from tests.helpers.stop_request import StopAfterThreeSteps
 from tests.stress import injected_faults
 from uni_moe_jax.data.pipeline import lookahead
 from uni_moe_jax.train import loop, metrics_log
 from uni_moe_jax.train import run as train_run
-from uni_moe_jax.utils import locks, signals
+from uni_moe_jax.train.workdir import claim_workdir
+from uni_moe_jax.utils import cli, locks, signals
 
 
 def _config():
@@ -201,6 +203,42 @@ def test_a_work_directory_in_which_another_process_trains_is_refused(tmp_path):
     with pytest.raises(ValueError, match=message):
       loop.train(_config(), str(tmp_path), jax.devices()[:1])
   assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock']  # nothing of the run that trains has changed
+
+
+def _with_older_jax(workdir):
+  """Changes the versions that a run was started with. Returns its config.json."""
+  file = workdir / 'config.json'
+  content = json.loads(file.read_text())
+  file.write_text(json.dumps({**content, 'versions': {**content['versions'], 'jax': '0.1.0'}}))
+  return file
+
+
+def test_an_allowed_version_mismatch_is_recorded_once_no_other_process_trains_there(uninterrupted, tmp_path):
+  shutil.copytree(uninterrupted, workdir := tmp_path / 'run')
+  file = _with_older_jax(workdir)
+  before = file.read_bytes()
+  train = functools.partial(loop.train, _config(), str(workdir), jax.devices()[:1], allow_version_mismatch=True)
+  with contextlib.ExitStack() as stack:
+    assert locks.lock(workdir, stack) is None
+    with pytest.raises(ValueError, match='another process trains in'):
+      train()
+  assert file.read_bytes() == before
+  assert train() == loop.FINISHED
+  content = json.loads(file.read_text())
+  assert [content[k]['jax'] if k == 'versions' else content[k][0]['jax'] for k in ('versions', 'earlier_versions')] == [
+      jax.__version__, '0.1.0']
+
+
+def test_the_command_leaves_an_allowed_mismatch_to_the_loop_which_has_the_lock(tmp_path, monkeypatch):
+  flag, workdir, passed = tiny.write_config(tmp_path / 'c.py', 'shape'), tmp_path / 'run', []
+  claim_workdir(workdir, cli.config_from(flag.removeprefix('--config='), []), 'print')
+  file = _with_older_jax(workdir)
+  before = file.read_bytes()
+  monkeypatch.setattr(loop, 'train', lambda *_, **options: passed.append(options['allow_version_mismatch']) or 0)
+  command = processes.ROOT / 'launch/train.py', flag, f'--workdir={workdir}'
+  assert in_process.run(*command, '--allow_version_mismatch') == 0 and passed == [True]
+  assert file.read_bytes() == before
+  assert in_process.run(*command) == 2 and passed == [True]
 
 
 def test_where_folders_cannot_be_renamed_a_run_reports_it_at_the_start_and_ends_the_same(

@@ -171,6 +171,13 @@ def test_another_patch_version_is_noted(tmp_path, capsys):
   assert 'note: workdir' in note and 'numpy: ' in note and 'last digits' in note
 
 
+def test_of_several_processes_those_that_do_not_write_allow_a_mismatch_and_record_nothing(tmp_path):
+  _started_with(tmp_path, jax='0.9.1')
+  before = _content(tmp_path)
+  workdir.check_versions(tmp_path, allow_mismatch=True, writes=False)
+  assert _content(tmp_path) == before
+
+
 def test_an_allowed_mismatch_records_the_installed_versions(tmp_path, capsys):
   _started_with(tmp_path, jax='0.9.1')
   workdir.check_versions(tmp_path, allow_mismatch=True)

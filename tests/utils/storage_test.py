@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import errno
+import functools
 import hashlib
 import os
 import pathlib
+import signal
 
 import pytest
 
@@ -73,6 +75,41 @@ def test_a_file_is_replaced(tmp_path):
   for content in (b'1', b'3'):
     storage.write_bytes(target, content)
   assert target.read_bytes() == b'3' and [p.name for p in tmp_path.iterdir()] == ['file']
+
+
+def test_threads_that_write_one_file_leave_what_one_of_them_has_written(tmp_path):
+  contents = [b'%d' % i * 10_000 for i in range(8)]
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    for _ in range(20):
+      list(pool.map(functools.partial(storage.write_bytes, tmp_path / 'file'), contents))
+      assert (tmp_path / 'file').read_bytes() in contents
+  assert [p.name for p in tmp_path.iterdir()] == ['file']
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch):
+  def fail(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  (tmp_path / 'file').write_bytes(b'old')
+  monkeypatch.setattr(pathlib.Path, 'rename', fail)
+  with pytest.raises(OSError, match='No space left'):
+    storage.write_bytes(tmp_path / 'file', b'new')
+  assert (tmp_path / 'file').read_bytes() == b'old' and [p.name for p in tmp_path.iterdir()] == ['file']
+
+
+def test_a_process_that_is_killed_leaves_the_old_content_and_a_hidden_file_that_is_recognized(tmp_path):
+  target = tmp_path / 'config.json'
+  target.write_bytes(b'old')
+  killed = processes.python('-c', f'''
+import os, pathlib, signal
+from uni_moe_jax.utils import storage
+pathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+storage.write_bytes(pathlib.Path({str(target)!r}), b'new')''')
+  assert killed.returncode == -signal.SIGKILL and target.read_bytes() == b'old'
+  [left] = set(tmp_path.iterdir()) - {target}
+  assert left.name.startswith('.') and left.read_bytes() == b'new' and storage.is_leftover(left)
+  storage.write_bytes(target, b'newer')
+  assert target.read_bytes() == b'newer' and not any(map(storage.is_leftover, (target, tmp_path / '.lock')))
 
 
 def test_files_of_a_folder_are_listed_with_sizes_and_removed(tmp_path):

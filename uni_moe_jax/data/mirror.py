@@ -138,7 +138,7 @@ class Mirror(os.PathLike):
     """
     source = source or folder
     files, target = storage.filesystem(self.address), storage.path(self.address) / str(folder.relative_to(self.root))
-    paths = sorted(p for p in source.rglob('*') if p.is_file() and p.name != MANIFEST)
+    paths = sorted(p for p in source.rglob('*') if p.is_file() and p.name != MANIFEST and not storage.is_leftover(p))
     names = {str(p.relative_to(source)): size_and_digest(p) for p in paths}
     if missing := sorted({*required} - names.keys() - uploaded.keys()):
       raise RunError(f'{source} has no {first_few(missing)}: another process has removed what this one has written. '

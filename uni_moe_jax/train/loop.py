@@ -90,7 +90,7 @@ StepHook = Callable[[int, Any, Any, Any], dict[str, jax.Array]]
 
 def train(
     config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], StepHook | None]] = (),
-    compiler: CompilerProcess | None = None) -> int:
+    compiler: CompilerProcess | None = None, allow_version_mismatch: bool = False) -> int:
   """Trains to `config.train.steps`, from the newest checkpoint of `workdir` if there is one. Returns an exit code.
 
   Args:
@@ -98,6 +98,7 @@ def train(
     devices: of the mesh; default: all.
     hooks: called with the run before the first step; each returns a `StepHook`, or None if the config disables it.
     compiler: compiles the steps meanwhile, by `compile_steps`; the first step waits for it.
+    allow_version_mismatch: whether the run may continue with other package versions, which are then recorded.
 
   Raises:
     UsageError: another process trains in `workdir`, or what `build`, `claim_workdir`, `check_versions`,
@@ -120,7 +121,7 @@ def train(
       if multihost.broadcast_from_primary(owner is not None):
         raise UsageError(f'{owner or "another process"} trains in {workdir}: wait until it has ended, or give another '
                          '--workdir.')
-      check_versions(workdir)
+      check_versions(workdir, allow_version_mismatch, writes=is_primary)
       claim(writes=is_primary)  # last: a start that is refused changes nothing
       copy_tokenizer(workdir, run.data.tokenizer_file, is_primary)
       if is_primary:

@@ -159,10 +159,13 @@ def claim_workdir(
     write_json(path, {_PACKAGE: __version__, **new, 'versions': versions()})
 
 
-def check_versions(workdir: str | os.PathLike[str], allow_mismatch: bool = False) -> None:
+def check_versions(workdir: str | os.PathLike[str], allow_mismatch: bool = False, writes: bool = True) -> None:
   """Checks that a run continues with its package versions; notes other patch versions. A new folder passes.
 
-  allow_mismatch: record the installed versions as the run's instead.
+  Args:
+    workdir: of the run.
+    allow_mismatch: record the installed versions as the run's instead.
+    writes: whether this process records them; one of several does, when no other trains in the folder.
 
   Raises:
     UsageError: a package's major or minor version differs, so that the run might not continue as it started.
@@ -177,8 +180,9 @@ def check_versions(workdir: str | os.PathLike[str], allow_mismatch: bool = False
   if not changed:
     return
   if allow_mismatch:
-    earlier = [*content.get('earlier_versions', []), recorded]
-    write_json(path, {**content, 'versions': installed, 'earlier_versions': earlier})
+    if writes:
+      earlier = [*content.get('earlier_versions', []), recorded]
+      write_json(path, {**content, 'versions': installed, 'earlier_versions': earlier})
     return
   listed = ', '.join(f'{name}: {old} → {new}' for name, (old, new) in changed.items())
   breaking = {name: old for name, (old, new) in changed.items() if old.split('.')[:2] != new.split('.')[:2]}

@@ -13,6 +13,7 @@ import logging
 import os
 import pathlib
 import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -29,6 +30,7 @@ from uni_moe_jax.utils.suggest import nearest
 Path = pathlib.Path | epath.Path
 _PACKAGES = {'gs': ('gcsfs', 'gcs'), 's3': ('s3fs', 's3')}  # scheme → package, extra that installs it
 _BUCKET = re.compile(r'[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]')
+_LEFTOVER = re.compile(r'\.[0-9a-f]{16}\.tmp')
 _UNFIT = re.compile(r'[\x00-\x1f\x7f#?*\[\]\\]|\s')  # patterns and versions for some libraries
 _CONNECT_TIMEOUT, _READ_TIMEOUT = 20, 60  # seconds without any progress until a request is repeated
 _ATTEMPTS = 8
@@ -179,13 +181,24 @@ def explain(e: BaseException | None, address: str) -> str | None:
 
 
 def write_bytes(target: Path, content: bytes) -> None:
-  """Write a file or an object atomically: a process that is killed leaves the old content."""
+  """Write a file or an object atomically: a process that is killed leaves the old content, and on a disk perhaps a
+  hidden file, see `is_leftover`. Of several writers one is the last."""
   if is_remote(target):
     filesystem(target).pipe_file(str(target), content)
-  else:
-    temporary = target.with_suffix('.tmp')
+    return
+  temporary = target.with_name(f'.{secrets.token_hex(8)}.tmp')  # of this call alone: another may write the same file
+  try:
     temporary.write_bytes(content)
     temporary.rename(target)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    raise
+
+
+def is_leftover(file: Path) -> bool:
+  """Return whether a file is one that `write_bytes` had begun when its process was killed; it may be deleted."""
+  return _LEFTOVER.fullmatch(file.name) is not None
 
 
 def read_object(target: Path) -> bytes:
