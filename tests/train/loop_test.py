@@ -19,7 +19,7 @@ import pytest
 from tests.helpers import in_process, processes, saved_run, tiny
 from tests.helpers.stop_request import StopAfterThreeSteps
 from tests.stress import injected_faults
-from uni_moe_jax.data.pipeline import lookahead
+from uni_moe_jax.data.pipeline import lookahead, mixtures
 from uni_moe_jax.train import loop, metrics_log
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.workdir import claim_workdir
@@ -53,6 +53,37 @@ def test_compiling_ahead_trains_nothing_and_creates_no_work_directory(tmp_path, 
   assert loop.compile_steps(_config(), str(tmp_path / 'run'), jax.devices()[:1]) == loop.FINISHED
   assert 'compiled after' in capsys.readouterr().out
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('weights, num_drawn', [((1., 1.), 2), ((1., 1e-9), 1), ((1., .02), 2)])
+def test_compiling_ahead_makes_one_batch_of_each_task_that_the_run_draws(tmp_path, monkeypatch, weights, num_drawn):
+  c, compiled, made, iterate = _config(), [], [], mixtures.Mixture.iterate
+  c.train.update(dict(mixture='one_task', steps=100))
+  for task, weight in zip(c.tasks.values(), weights, strict=True):
+    task.sampling_weight = weight
+  batches = dict(reversed(list(train_run.build(c, jax.devices()[:1]).mixture().iterate(0, 100))))  # first of each
+
+  class Step:
+    def __init__(self, task):
+      self._task = task
+
+    def lower(self, _, batch, __):
+      compiled.append((self._task, jax.tree.map(np.asarray, batch)))
+      return self
+
+    def compile(self):
+      pass
+
+  def counted(*args):
+    for batch in iterate(*args):
+      made.append(batch)
+      yield batch
+
+  monkeypatch.setattr(mixtures.Mixture, 'iterate', counted)
+  monkeypatch.setattr(train_run.Run, 'step_fn', lambda _, task: Step(task))
+  assert loop.compile_steps(c, str(tmp_path), jax.devices()[:1]) == loop.FINISHED
+  assert len(made) == len(compiled) == len(batches) == num_drawn
+  chex.assert_trees_all_equal(dict(compiled), batches)
 
 
 def test_compiling_for_a_finished_run_is_skipped(uninterrupted, capsys):

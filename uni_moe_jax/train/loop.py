@@ -152,14 +152,10 @@ def compile_steps(config, workdir: str, devices=None) -> int:
     print(f'{workdir} is finished: nothing to compile.')
     return FINISHED
   run = build(config, devices, workdir=workdir)
-  target_sets = run.target_sets()
-  tasks = {t.name for t in run.plan.tasks} if run.config.train.mixture == 'one_task' else {None}
-  for task, batch in run.mixture().iterate(0, config.train.steps):
-    if task in tasks:
-      run.step_fn(task).lower(run.abstract_state(), run.put_batch(batch), target_sets).compile()
-      tasks.remove(task)
-    if not tasks:
-      break
+  target_sets, mixture = run.target_sets(), run.mixture()
+  for step in mixture.first_steps(config.train.steps):  # no batch between them: a task may be drawn late, or never
+    [(task, batch)] = mixture.iterate(step, step + 1)
+    run.step_fn(task).lower(run.abstract_state(), run.put_batch(batch), target_sets).compile()
   print(f'compiled after {time.perf_counter() - started:.0f} s', flush=True)
   return FINISHED
 

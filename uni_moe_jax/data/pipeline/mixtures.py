@@ -71,6 +71,12 @@ class Mixture:
     for name in drawn[start:]:
       yield str(name), next(iterators[name])
 
+  def first_steps(self, stop: int) -> list[int]:
+    """Returns the first step of each task that steps 0…stop-1 draw, in order; [0] if a step has every task."""
+    if self.mode == 'all_tasks':
+      return [0]
+    return sorted(np.unique(draw_tasks(self.plan, self.seed, stop), return_index=True)[1].tolist())
+
   def num_ahead(self, batch: Batch) -> int:
     """Returns how many batches like this one, of every task, are at most made or being made for the consumer."""
     num_bytes = sum(feature.nbytes for fields in batch.values() for feature in fields.values())
