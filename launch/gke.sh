@@ -26,18 +26,26 @@ To continue a run, repeat the command after `kubectl delete jobset NAME`.
 HELP
 }
 
+# check_value OPTION [VALUE...]: ends the script if the option has no value.
+check_value() {
+  if (($# < 2)) || [[ "$2" == --* ]]; then
+    echo "gke.sh: $1 needs a value. See --help." >&2
+    exit 2
+  fi
+}
+
 name='' image='' claim='' account=default dry_run='' script=train.py
 accelerator=tpu-v5-lite-podslice topology=4x4 chips=4 restarts=20
 while (($#)); do
   case "$1" in
-    --name) name="$2"; shift 2 ;;
-    --image) image="$2"; shift 2 ;;
-    --claim) claim="$2"; shift 2 ;;
-    --service_account) account="$2"; shift 2 ;;
-    --accelerator) accelerator="$2"; shift 2 ;;
-    --topology) topology="$2"; shift 2 ;;
-    --chips) chips="$2"; shift 2 ;;
-    --max_restarts) restarts="$2"; shift 2 ;;
+    --name) check_value "$@"; name="$2"; shift 2 ;;
+    --image) check_value "$@"; image="$2"; shift 2 ;;
+    --claim) check_value "$@"; claim="$2"; shift 2 ;;
+    --service_account) check_value "$@"; account="$2"; shift 2 ;;
+    --accelerator) check_value "$@"; accelerator="$2"; shift 2 ;;
+    --topology) check_value "$@"; topology="$2"; shift 2 ;;
+    --chips) check_value "$@"; chips="$2"; shift 2 ;;
+    --max_restarts) check_value "$@"; restarts="$2"; shift 2 ;;
     --evaluate) script=evaluate.py; shift ;;
     --dry_run) dry_run=yes; shift ;;
     --) shift; break ;;

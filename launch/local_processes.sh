@@ -21,13 +21,21 @@ continues, or 0. UNI_MOE_PYTHON names the interpreter (default: .venv/bin/python
 HELP
 }
 
+# check_value OPTION [VALUE...]: ends the script if the option has no value.
+check_value() {
+  if (($# < 2)) || [[ "$2" == --* ]]; then
+    echo "local_processes.sh: $1 needs a value. See --help." >&2
+    exit 2
+  fi
+}
+
 processes=2 devices='' script=train.py port='' dry_run=''
 while (($#)); do
   case "$1" in
-    --processes) processes="$2"; shift 2 ;;
-    --devices) devices="$2"; shift 2 ;;
+    --processes) check_value "$@"; processes="$2"; shift 2 ;;
+    --devices) check_value "$@"; devices="$2"; shift 2 ;;
     --evaluate) script=evaluate.py; shift ;;
-    --port) port="$2"; shift 2 ;;
+    --port) check_value "$@"; port="$2"; shift 2 ;;
     --dry_run) dry_run=yes; shift ;;
     --) shift; break ;;
     -h | --help) usage; exit 0 ;;
@@ -43,9 +51,19 @@ if (($# == 0)); then
   exit 2
 fi
 
+python=''
+if [[ -n "${UNI_MOE_PYTHON:-}" ]]; then  # may be relative to the current folder
+  if ! python=$(type -P "$UNI_MOE_PYTHON"); then
+    echo "local_processes.sh: UNI_MOE_PYTHON=$UNI_MOE_PYTHON is not an executable program; correct or unset it." >&2
+    exit 2
+  fi
+  if [[ "$python" != /* ]]; then python="$PWD/$python"; fi
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python="${UNI_MOE_PYTHON:-$PWD/.venv/bin/python}"
-command -v "$python" >/dev/null || python=python3
+if [[ -z "$python" ]]; then
+  python="$PWD/.venv/bin/python"
+  if [[ ! -x "$python" ]]; then python=python3; fi
+fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 if [[ -z "$port" && -n "$dry_run" ]]; then port=PORT; fi
 if [[ -z "$port" ]]; then

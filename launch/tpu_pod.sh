@@ -31,16 +31,24 @@ gcloud compute tpus tpu-vm delete NAME.
 HELP
 }
 
+# check_value OPTION [VALUE...]: ends the script if the option has no value.
+check_value() {
+  if (($# < 2)) || [[ "$2" == --* ]]; then
+    echo "tpu_pod.sh: $1 needs a value. See --help." >&2
+    exit 2
+  fi
+}
+
 name='' zone='' project='' create='' version='' account='' before='' install=yes script=train.py stop='' dry_run=''
 while (($#)); do
   case "$1" in
-    --name) name="$2"; shift 2 ;;
-    --zone) zone="$2"; shift 2 ;;
-    --project) project="$2"; shift 2 ;;
-    --create) create="$2"; shift 2 ;;
-    --version) version="$2"; shift 2 ;;
-    --service_account) account="$2"; shift 2 ;;
-    --before) before="$2"; shift 2 ;;
+    --name) check_value "$@"; name="$2"; shift 2 ;;
+    --zone) check_value "$@"; zone="$2"; shift 2 ;;
+    --project) check_value "$@"; project="$2"; shift 2 ;;
+    --create) check_value "$@"; create="$2"; shift 2 ;;
+    --version) check_value "$@"; version="$2"; shift 2 ;;
+    --service_account) check_value "$@"; account="$2"; shift 2 ;;
+    --before) check_value "$@"; before="$2"; shift 2 ;;
     --skip_install) install=''; shift ;;
     --evaluate) script=evaluate.py; shift ;;
     --stop) stop=yes; shift ;;

@@ -65,6 +65,40 @@ def test_a_mistake_is_reported_and_runs_nothing(script, arguments, message):
   assert message in done.stderr and done.stderr.count('\n') == 1
 
 
+@pytest.mark.parametrize('script, options', [
+    ('local_processes.sh', ['--processes', '--devices', '--port']),
+    ('tpu_pod.sh', ['--name', '--zone', '--project', '--create', '--version', '--service_account', '--before']),
+    ('gke.sh', ['--name', '--image', '--claim', '--service_account', '--accelerator', '--topology', '--chips',
+                '--max_restarts'])])
+def test_an_option_without_a_value_is_named(script, options):
+  help_text = _run(script, '--help').stdout
+  for option in options:
+    assert f'{option} ' in help_text
+    for rest in ([], ['--'], ['--dry_run', '--', 'a']):
+      done = _run(script, option, *rest)
+      assert (done.returncode, done.stdout, done.stderr) == (2, '', f'{script}: {option} needs a value. See --help.\n')
+
+
+@pytest.mark.parametrize('given', ['bin/python', './bin/python', '{folder}/bin/python', 'python-of-this-test'])
+def test_the_interpreter_of_local_processes_may_be_relative_to_the_current_folder_or_on_the_path(tmp_path, given):
+  for name in ('python', 'python-of-this-test'):
+    _write_program(tmp_path / 'bin' / name, 'exit 0')
+  environment = {**os.environ, 'UNI_MOE_PYTHON': given.format(folder=tmp_path),
+                 'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}'}
+  done = subprocess.run([str(_ROOT / 'launch/local_processes.sh'), '--devices', '1', '--dry_run', '--', *_TRAIN],
+                        cwd=tmp_path, env=environment, capture_output=True, text=True)
+  interpreters = [pathlib.Path(shlex.split(line)[3]) for line in done.stdout.splitlines()]
+  name = 'python-of-this-test' if 'test' in pathlib.Path(given).name else 'python'
+  assert all(p.is_absolute() for p in interpreters)
+  assert [p.resolve() for p in interpreters] == [(tmp_path / 'bin' / name).resolve()] * 2
+
+
+def test_local_processes_refuse_an_interpreter_that_is_missing():
+  done = _run('local_processes.sh', '--dry_run', '--', *_TRAIN, UNI_MOE_PYTHON='missing/python')
+  message = 'UNI_MOE_PYTHON=missing/python is not an executable program; correct or unset it.'
+  assert (done.returncode, done.stdout, done.stderr) == (2, '', f'local_processes.sh: {message}\n')
+
+
 def test_local_processes_differ_only_in_their_number():
   lines = _dry('local_processes.sh', '--processes', '3', '--devices', '4', '--port', '7733', '--dry_run', '--', *_TRAIN,
                XLA_FLAGS='--a=1', UNI_MOE_PYTHON='/bin/sh')
