@@ -247,6 +247,19 @@ def test_slurm_requeues_after_75_or_a_signal_up_to_a_limit(tmp_path, code, after
   assert not requeued or (tmp_path / 'requeued').read_text() == 'requeue 17\n'
 
 
+@pytest.mark.parametrize('code', ['75', '143', '137'])
+def test_slurm_does_not_requeue_after_a_mistake_of_one_task_for_which_srun_killed_the_others(tmp_path, code):
+  _write_program(tmp_path / 'srun', 'touch "$UNI_MOE_MISTAKE_FILE"', f'exit {code}')
+  _write_program(tmp_path / 'scontrol', 'echo "$@" >requeued')
+  environment = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID='17')
+  assert _run('slurm.sbatch', *_TRAIN, **environment).returncode == 2
+  assert not (tmp_path / 'requeued').exists() and not list(tmp_path.glob('.mistake*'))
+  # What a job left that was killed is none of the next one's.
+  (tmp_path / '.mistake-17').touch()
+  _write_program(tmp_path / 'srun', 'exit 75')
+  assert _run('slurm.sbatch', *_TRAIN, **environment).returncode == 75 and (tmp_path / 'requeued').exists()
+
+
 def test_slurms_tasks_get_the_requested_processors(tmp_path):
   _write_program(tmp_path / 'srun', 'echo "$SRUN_CPUS_PER_TASK"')
   done = _run('slurm.sbatch', 'a', PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(tmp_path),

@@ -5,9 +5,11 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
+from tests.helpers import processes
 from uni_moe_jax.parallel import distributed
 from uni_moe_jax.parallel.distributed import Cluster
 from uni_moe_jax.utils.errors import UsageError
@@ -63,12 +65,72 @@ def test_two_processes_see_the_devices_of_both_and_the_first_one_prints():
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  processes = [_join(Cluster(f'127.0.0.1:{port}', 2, i)) for i in range(2)]
-  outputs = [p.communicate(timeout=120) for p in processes]
-  assert [p.returncode for p in processes] == [0, 0], outputs
+  joined = [_join(Cluster(f'127.0.0.1:{port}', 2, i)) for i in range(2)]
+  outputs = [p.communicate(timeout=120) for p in joined]
+  assert [p.returncode for p in joined] == [0, 0], outputs
   assert outputs[0][0] == 'out True True 0 of 2, 4 devices\n'
   assert outputs[1][0] == ''
   assert 'err False False 1 of 2, 4 devices\n' in outputs[1][1]
+
+
+# A command of three arguments: the address, the number of this process, and what each of the two does.
+_COMMAND = '''
+import sys
+import time
+from uni_moe_jax.parallel import distributed, multihost
+from uni_moe_jax.utils import cli
+from uni_moe_jax.utils.errors import RunError, UsageError
+address, i, actions = sys.argv[1:]
+
+def main():
+  distributed.initialize(distributed.Cluster(address, 2, int(i)))
+  multihost.sum_over_processes(1)
+  action = actions.split(',')[int(i)]
+  if action == 'later':
+    time.sleep(2)
+  if action in ('mistake', 'later'):
+    raise UsageError(f'the folder is missing for {i}.')
+  if action == 'failure':
+    raise RunError('the checkpoint is damaged.')
+  if action == 'denied':
+    raise PermissionError(13, 'Permission denied', '/data')
+  if action == 'defect':
+    raise KeyError('image')
+  with multihost.exit_with_peers():
+    multihost.sum_over_processes(1)
+  return 0
+
+sys.exit(cli.guarded(main))
+'''
+
+
+_LOST = 'error: another process of this run has died'
+
+
+@pytest.mark.parametrize('actions, codes, messages', [
+    ('continue,continue', (0, 0), ('', '')),
+    ('continue,mistake', (1, 2), (_LOST, 'error: the folder is missing for 1.')),
+    pytest.param('continue,failure', (1, 1), (_LOST, 'error: the checkpoint is damaged.'), marks=pytest.mark.slow),
+    pytest.param('continue,denied', (1, 1), (_LOST, 'error: /data: Permission denied. '), marks=pytest.mark.slow),
+    ('continue,defect', (1, 1), (_LOST, "KeyError: 'image'")),
+    ('mistake,later', (2, 2), ('error: the folder is missing for 0.', 'error: the folder is missing for 1.')),
+], ids=lambda x: x.replace(',', '_and_') if isinstance(x, str) else '')
+def test_a_process_that_fails_ends_at_once_with_its_code_and_reason_and_the_other_one_too(actions, codes, messages):
+  command, started = [sys.executable, '-c', _COMMAND, processes.free_address()], time.monotonic()
+  ended = processes.together(*([*command, str(i), actions] for i in range(2)), timeout=100)
+  assert time.monotonic() - started < 90, ended
+  for (code, output), expected, message in zip(ended, codes, messages, strict=True):
+    assert code == expected and message in output, output
+    assert output.count('error: ') == message.count('error: '), output
+
+
+@pytest.mark.slow
+def test_a_mistake_of_the_process_that_coordinates_ends_the_others_too():
+  command = [sys.executable, '-c', _COMMAND, processes.free_address()]
+  (code, output), (other, _) = processes.together(
+      *([*command, str(i), 'mistake,continue'] for i in range(2)), timeout=100)
+  assert code == 2 and 'error: the folder is missing for 0.' in output
+  assert other not in (0, 2)
 
 
 def test_auto_without_a_cluster_is_an_error():

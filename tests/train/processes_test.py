@@ -135,3 +135,15 @@ def test_work_directories_that_are_not_shared_are_refused_at_the_start(tmp_path,
     [error] = [line for line in output.splitlines() if line.startswith('error: ')]
     assert code == 2 and f'workdir {folders[i]} is not shared: what process 0 (' in error, output
   assert list(folders[0].iterdir()) == [] and not folders[1].exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_which_one_process_lacks_the_data_ends_within_seconds_and_names_the_folder(tmp_path):
+  common = [sys.executable, 'launch/train.py', _config(tmp_path), f'--workdir={tmp_path / "run"}',
+            f'--coordinator_address={processes.free_address()}', '--num_processes=2']
+  missing = f'--config.data.dir={tmp_path / "missing"}'
+  (other, lost), (code, output) = processes.together(
+      [*common, '--process_id=0'], [*common, '--process_id=1', missing], devices=4, timeout=180)
+  assert code == 2 and output.count('error: ') == 1 and f'{tmp_path / "missing"} does not exist' in output, output
+  assert other == 1 and 'error: another process of this run has died or cannot be reached' in lost, lost
+  assert not (tmp_path / 'run/config.json').exists()

@@ -196,6 +196,21 @@ def test_a_usage_error_of_a_launch_script_is_reported(capsys):
   assert capsys.readouterr().err == 'error: --a and --b exclude each other\n'
 
 
+@pytest.mark.parametrize('error, code', [(UsageError('a mistake'), 2), (RunError('a failure'), 1)])
+def test_an_error_ends_what_was_to_end_with_it_after_its_report_and_a_mistake_leaves_a_file_if_one_is_named(
+    tmp_path, monkeypatch, capsys, error, code):
+  def main():
+    raise error
+
+  ended = []
+  monkeypatch.setattr(cli, '_endings', [])
+  monkeypatch.setenv('UNI_MOE_MISTAKE_FILE', str(tmp_path / 'mistake'))
+  cli.at_failure(lambda code: ended.append((code, capsys.readouterr().err)))
+  assert cli.guarded(lambda: 1) == 1 and not ended  # all processes return a code together
+  assert cli.guarded(main) == code and ended == [(code, f'error: {error}\n')]
+  assert (tmp_path / 'mistake').exists() == (code == 2)
+
+
 @pytest.mark.parametrize('arguments, message', [
     (['--suites=routers,decodin'], "--suites: 'decodin' is unknown; did you mean 'decoding'?"),
     (['--config.data.dir=/not/there'], 'Data directory /not/there does not exist'),

@@ -9,13 +9,16 @@ import dataclasses
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 
 from absl import flags
 
+from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 OFF, AUTO = 'off', 'auto'
+_GRACE = 5.0  # seconds in which processes that fail alike have ended
 _ADDRESS = re.compile(r'[\w.\-\[\]:]+:\d+')
 flags.disclaim_key_flags()  # --help of a script lists the flags that it defines through this module
 
@@ -61,6 +64,8 @@ def parse(mode: str, address: str | None, num_processes: int | None, process_id:
 def initialize(cluster: Cluster | None) -> bool:
   """Joins the other processes of the run. Returns whether this one is primary; the others get no standard output.
 
+  A process whose command fails from here on ends at once, see `_leave`.
+
   Raises:
     UsageError: no cluster is detected. Going on alone would let several processes write into one work directory.
   """
@@ -76,9 +81,25 @@ def initialize(cluster: Cluster | None) -> bool:
           'a TPU VM, or give --coordinator_address, --num_processes and --process_id.') from error
   else:
     jax.distributed.initialize(**dataclasses.asdict(cluster), cluster_detection_method='deactivate')
+  cli.at_failure(_leave)
   if not is_primary():
     sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # pylint: disable=consider-using-with
   return is_primary()
+
+
+def _leave(code: int) -> None:
+  """Ends this process, which has failed and said why, without JAX's shutdown barrier.
+
+  A process that fails alone, for want of a folder for example, would wait there up to 300 s for the others, and they
+  for it. Without it they end at their next collective, see `multihost.exit_with_peers`. Where all fail alike, JAX would
+  abort those that still run when its coordination service ends, which is in the primary process: that one is the last.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  import jax  # pylint: disable=g-import-not-at-top
+  if is_primary() and jax.process_count() > 1:
+    time.sleep(_GRACE)
+  os._exit(code)
 
 
 def is_primary() -> bool:

@@ -71,7 +71,7 @@ def exit_with_peers(end: Callable[[int], None] = os._exit) -> Iterator[None]:
 
   JAX alone would end the processes, too, but late: one that fails waits up to 300 s at JAX's shutdown barrier, and one
   whose peer died waits there, or up to 100 s for heartbeats, and then aborts. A lost peer is reported in one sentence.
-  All processes raise a UsageError together, so that it passes.
+  A UsageError passes: the command reports it and ends this process, see `distributed.initialize`.
   """
   try:
     yield

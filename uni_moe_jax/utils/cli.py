@@ -1,5 +1,6 @@
 """The error boundary of the commands: a mistake of the user ends in one sentence and exit code 2."""
 
+import atexit
 import contextlib
 import os
 import pathlib
@@ -23,6 +24,8 @@ from uni_moe_jax.utils.suggest import nearest
 _MAX_PATH = 200  # characters of a path in a message
 # Errors of parsing flags, which loads the config file.
 _PARSE_ERRORS = flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError
+_MISTAKE_FILE = 'UNI_MOE_MISTAKE_FILE'  # environment: a file that is created where a command ends with code 2
+_endings: list[Callable[[int], None]] = []
 
 flags.disclaim_key_flags()  # --help of a script lists the flags that it defines through this module
 
@@ -140,31 +143,48 @@ def _silence_repeated_errors() -> None:
   sys.unraisablehook = unraisable
 
 
+def at_failure(end: Callable[[int], None]) -> None:
+  """Call `end` with the exit code where an error ends the command, once it is reported."""
+  _endings.append(end)
+
+
 def guarded(main: Callable[[], int]) -> int:
   """Return the exit code of `main`. Errors are printed as one sentence, see `run`."""
   try:
     return main()
-  except UsageError as e:
-    return _report(str(e), USAGE)
-  except RunError as e:
-    return _report(str(e), ERROR)
   except Exception as e:
-    if errors.disk_is_full(e):
-      file = getattr(e, 'filename', None)
-      what = f': {file} could not be written' if file else ''
-      return _report(f'the disk is full{what}. Free some space and repeat the same command; it continues.', ERROR)
-    if isinstance(e, OSError) and e.filename is not None:
-      return _report(f'{str(e.filename)[:_MAX_PATH]}: {e.strerror}. Check that the path is correct, that its disk is '
-                     'reachable and that you have permission to read and write it.', ERROR)
-    buckets = dict.fromkeys(re.findall(r'(?:gs|s3)://[^\s,]+', ' '.join(sys.argv)))
-    if buckets and (sentence := storage.explain(e, ' or '.join(buckets))):
-      return _report(sentence, ERROR)
-    raise
+    message, code = (str(e), USAGE) if isinstance(e, UsageError) else (_sentence(e), ERROR)
+    if message is None:
+      for end in _endings:
+        atexit.register(end, ERROR)  # after the traceback
+      raise
+    _report(message, code)
+    for end in _endings:
+      end(code)
+    return code
+
+
+def _sentence(e: Exception) -> str | None:
+  """Return what an error that no change of the command would avoid means; None for a defect."""
+  if isinstance(e, RunError):
+    return str(e)
+  if errors.disk_is_full(e):
+    file = getattr(e, 'filename', None)
+    what = f': {file} could not be written' if file else ''
+    return f'the disk is full{what}. Free some space and repeat the same command; it continues.'
+  if isinstance(e, OSError) and e.filename is not None:
+    return (f'{str(e.filename)[:_MAX_PATH]}: {e.strerror}. Check that the path is correct, that its disk is reachable '
+            'and that you have permission to read and write it.')
+  buckets = dict.fromkeys(re.findall(r'(?:gs|s3)://[^\s,]+', ' '.join(sys.argv)))
+  return storage.explain(e, ' or '.join(buckets)) if buckets else None
 
 
 def _report(message: str, code: int) -> int:
   """Print an error as one line. Return the exit code."""
   print(f'error: {" ".join(message.split())}', file=sys.stderr, flush=True)
+  if code == USAGE and (file := os.environ.get(_MISTAKE_FILE)):
+    with contextlib.suppress(OSError):
+      pathlib.Path(file).touch()
   return code
 
 
