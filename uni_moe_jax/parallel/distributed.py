@@ -18,7 +18,7 @@ from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 OFF, AUTO = 'off', 'auto'
-_GRACE = 5.0  # seconds in which processes that fail alike have ended
+_GRACE = 5.0  # seconds in which other processes that fail the same way have ended
 _ADDRESS = re.compile(r'[\w.\-\[\]:]+:\d+')
 flags.disclaim_key_flags()  # --help of a script lists the flags that it defines through this module
 
@@ -91,7 +91,7 @@ def _leave(code: int) -> None:
   """Ends this process, which has failed and said why, without JAX's shutdown barrier.
 
   A process that fails alone, for want of a folder for example, would wait there up to 300 s for the others, and they
-  for it. Without it they end at their next collective, see `multihost.exit_with_peers`. Where all fail alike, JAX would
+  for it. Without it they end at their next collective, see `multihost.exit_with_peers`. Where all fail, JAX would
   abort those that still run when its coordination service ends, which is in the primary process: that one is the last.
   """
   sys.stdout.flush()
