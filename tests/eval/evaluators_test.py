@@ -119,7 +119,7 @@ def test_a_model_whose_scores_are_nan_or_equal_is_never_right(data, name, metric
     def log_probabilities(self, features):
       return np.full_like(super().log_probabilities(features), broken)
   V = {'shape': 3, 'text': data[1].tokenizer.size}[name]
-  scores, sound = (_scores(data, name, kind(V)) for kind in (Broken, _Oracle))
+  scores, sound = (_scores(data, name, oracle(V)) for oracle in (Broken, _Oracle))
   assert {m: (scores[m].value, sound[m].value) for m in metrics} == dict.fromkeys(metrics, (0.0, 1.0))
   assert not scores[metrics[0]].per_example.any() and sound[metrics[0]].per_example.any()
 
