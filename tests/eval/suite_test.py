@@ -198,7 +198,8 @@ def test_the_report_shows_the_run(finished):
 def _evaluate(monkeypatch, tmp_path, num_cores, scores):
   """Rows of two evaluators of one task and one of another, whose scores are made by a function of the name."""
   named = [types.SimpleNamespace(name=name, task=types.SimpleNamespace(name=name[0])) for name in ('a1', 'a2', 'b1')]
-  plan, predictor = types.SimpleNamespace(evaluations=named), types.SimpleNamespace(mesh=None)
+  settings = types.SimpleNamespace(evaluators={})
+  plan, predictor = types.SimpleNamespace(evaluations=named, config=settings), types.SimpleNamespace(mesh=None)
   monkeypatch.setattr(suite.cores, 'available', lambda: num_cores)
 
   def with_sample(e, data, predictor, shown):

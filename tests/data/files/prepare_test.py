@@ -1,6 +1,7 @@
 """Preparation of a user's own data: which rows are accepted, rewritten or skipped, and why."""
 
 import io
+import shutil
 import zipfile
 
 import numpy as np
@@ -176,6 +177,8 @@ def test_a_version_is_written_once_and_the_newest_is_read(images, tmp_path):
   assert again['fingerprints'] == summary['fingerprints']
   (root / 'data.jsonl').write_text(''.join((root / 'data.jsonl').read_text(errors='replace').splitlines(True)[:20]))
   prepare.prepare(root, tmp_path, 'colors', '1.10.0')
+  for copy in ('1.11.0.bak', 'old'):  # of the user: no versions
+    shutil.copytree(tmp_path / 'own/colors/1.0.0', tmp_path / 'own/colors' / copy)
   assert file_dataset.load('own:colors', tmp_path, 'train').size == 16
   assert file_dataset.load('own:colors/1.0.0', tmp_path, 'train').size == 46
 

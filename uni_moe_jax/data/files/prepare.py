@@ -39,7 +39,7 @@ from uni_moe_jax.utils import locks, storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.files import check_renames_folders, read_json
 
-FOLDER, SUMMARY = 'own', 'prepared.json'
+FOLDER, SUMMARY, VERSIONS = 'own', 'prepared.json', re.compile(r'\d+\.\d+\.\d+')
 FORMAT = 5  # of prepared data; data of another format must be prepared again
 VERSION = '1.0.0'  # of a dataset, by default
 _FILE_BYTES, _FILE_ROWS = 2**28, 2**20  # after which another file of records begins
@@ -67,7 +67,7 @@ def prepare(
   """
   if not re.fullmatch('[a-z][a-z0-9_]*', name):
     raise UsageError(f'--name={name!r} must consist of lower-case letters, digits and underscores, a letter first.')
-  if not re.fullmatch(r'\d+\.\d+\.\d+', version):
+  if not VERSIONS.fullmatch(version):
     raise UsageError(f'--version={version!r} must look like {VERSION}.')
   folder = pathlib.Path(data_dir) / FOLDER / name / version
   in_bucket = beam_options is not None and isinstance(data_dir, mirror.Mirror)
