@@ -17,7 +17,8 @@ _PROGRAM = '''
 import functools, os
 from uni_moe_jax.data.preparation import workers
 print('program', os.getpid(), flush=True)
-task = functools.partial(eval, "print('task', __import__('os').getpid(), flush=True) or 1")
+# By one call each: several processes write to this pipe, and `print` may write a line in parts.
+task = functools.partial(eval, "(o := __import__('os')).write(1, f'task {o.getpid()}{o.linesep}'.encode()) and 1")
 workers.run([task] * 6, 6, None, 2)
 '''
 
