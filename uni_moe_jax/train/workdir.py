@@ -225,7 +225,7 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
   """Origin of a run's parameters, as JSON for an export. Files and folders of this machine appear only by name."""
   stored, trained, converted = (
       read_json(storage.path(workdir) / name, {}) for name in (CONFIG_FILE, RUN_FILE, CONVERSION_FILE))
-  config, defaults = stored['config'], base()
+  config, defaults = stored['config'], base().to_dict()
   for section, field in PATHS:
     if field in config.get(section, {}):
       address = config[section][field]
