@@ -26,13 +26,8 @@ To continue a run, repeat the command after `kubectl delete jobset NAME`.
 HELP
 }
 
-# check_value OPTION [VALUE...]: ends the script if the option has no value.
-check_value() {
-  if (($# < 2)) || [[ "$2" == --* ]]; then
-    echo "gke.sh: $1 needs a value. See --help." >&2
-    exit 2
-  fi
-}
+# shellcheck source=launch/options.sh
+. "$(dirname "${BASH_SOURCE[0]}")/options.sh"
 
 name='' image='' claim='' account=default dry_run='' script=train.py
 accelerator=tpu-v5-lite-podslice topology=4x4 chips=4 restarts=20

@@ -21,13 +21,8 @@ continues, or 0. UNI_MOE_PYTHON names the interpreter (default: .venv/bin/python
 HELP
 }
 
-# check_value OPTION [VALUE...]: ends the script if the option has no value.
-check_value() {
-  if (($# < 2)) || [[ "$2" == --* ]]; then
-    echo "local_processes.sh: $1 needs a value. See --help." >&2
-    exit 2
-  fi
-}
+# shellcheck source=launch/options.sh
+. "$(dirname "${BASH_SOURCE[0]}")/options.sh"
 
 processes=2 devices='' script=train.py port='' dry_run=''
 while (($#)); do

@@ -31,13 +31,8 @@ gcloud compute tpus tpu-vm delete NAME.
 HELP
 }
 
-# check_value OPTION [VALUE...]: ends the script if the option has no value.
-check_value() {
-  if (($# < 2)) || [[ "$2" == --* ]]; then
-    echo "tpu_pod.sh: $1 needs a value. See --help." >&2
-    exit 2
-  fi
-}
+# shellcheck source=launch/options.sh
+. "$(dirname "${BASH_SOURCE[0]}")/options.sh"
 
 name='' zone='' project='' create='' version='' account='' before='' install=yes script=train.py stop='' dry_run=''
 while (($#)); do
@@ -80,6 +75,7 @@ where=(--zone "$zone" ${project:+--project "$project"})
 on_all() { run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command "$1"; }
 
 if [[ -n "$stop" ]]; then
+  # shellcheck disable=SC2016  # the hosts expand it
   on_all 'pkill -TERM -P "$(cat ~/run.pid)"'
   exit
 fi

@@ -347,7 +347,8 @@ end(action, suffix=index)
 
 def _processes(folder: pathlib.Path, *does: str) -> subprocess.Popen:
   (folder / 'launch').mkdir()
-  shutil.copy(_ROOT / 'launch/local_processes.sh', folder / 'launch')
+  for name in ('local_processes.sh', 'options.sh'):
+    shutil.copy(_ROOT / 'launch' / name, folder / 'launch')
   (folder / 'launch/train.py').write_text(_STAND_IN)
   for i, what in enumerate(does):
     (folder / f'does{i}').write_text(what)

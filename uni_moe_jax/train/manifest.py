@@ -76,7 +76,7 @@ def damage(folder: storage.Path) -> str:
   except ValueError as e:
     return str(e)
   except OSError as e:
-    if storage.is_remote(folder) or e.errno not in _OF_THE_DISK:
+    if not _is_damage(e, folder):
       raise
     return str(e)
   return ''
@@ -102,7 +102,7 @@ def metrics(folder: storage.Path) -> dict[str, float]:
   except (FileNotFoundError, ValueError):
     return {}
   except OSError as e:
-    if storage.is_remote(folder) or e.errno not in _OF_THE_DISK:
+    if not _is_damage(e, folder):
       raise
     return {}
 
@@ -110,6 +110,11 @@ def metrics(folder: storage.Path) -> dict[str, float]:
 def array_sums(folder: storage.Path) -> dict[str, int]:
   """The sums of the arrays of a step, by path; {} if it was saved without."""
   return _read(folder)['sums']
+
+
+def _is_damage(e: OSError, folder: storage.Path) -> bool:
+  """Whether an error of reading says something of what is there, and not of who reads it or of the way there."""
+  return not storage.is_remote(folder) and e.errno in _OF_THE_DISK
 
 
 def _write(folder: storage.Path, content: Mapping[str, Any]) -> None:

@@ -181,8 +181,10 @@ def explain(e: BaseException | None, address: str) -> str | None:
 
 
 def write_bytes(target: Path, content: bytes) -> None:
-  """Write a file or an object atomically: a process that is killed leaves the old content, and on a disk perhaps a
-  hidden file, see `is_leftover`. Of several writers one is the last."""
+  """Write a file or an object atomically; of several writers one is the last.
+
+  A process that is killed leaves the old content, and on a disk perhaps a hidden file, see `is_leftover`.
+  """
   if is_remote(target):
     filesystem(target).pipe_file(str(target), content)
     return

@@ -25,7 +25,7 @@ import numpy as np
 
 from uni_moe_jax.data.files.video import CorruptVideo
 from uni_moe_jax.data.files.video_pixels import VideoReader
-from uni_moe_jax.utils import cores, heap
+from uni_moe_jax.utils import cores, heap, module_process
 
 _MAX_PROCESSES = 32  # each takes about 60 MB
 # Messages are pickled: a request (reader, bytes of each video, hash of each), a result [problem or None of each video].
@@ -111,12 +111,7 @@ class _Process:
 
   def __init__(self):
     self._shared = _Shared(_unnamed_file())
-    fd = self._shared.file.fileno()
-    # A session of its own: a terminal's Ctrl-C is for the process that trains.
-    self._popen = subprocess.Popen(
-        [sys.executable, '-m', __name__, str(fd)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        start_new_session=True, pass_fds=[fd],
-        env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})
+    self._popen = module_process.start(__name__, self._shared.file.fileno(), subprocess.PIPE)
     self._end = weakref.finalize(self, _end, self._popen, os.getpid())
 
   def read(self, reader: VideoReader, videos: Sequence[bytes], hashes: Sequence[int],

@@ -1,7 +1,6 @@
 """Tasks of preparation in processes of this machine, with progress.
 
-A process runs this module. Those of multiprocessing would run the program that started them once more, and one without
-`if __name__ == '__main__'` as well: in each process it would begin anew, and wait for a lock that the first one has.
+Processes of multiprocessing would begin the program that started them anew, and wait for a lock that the first one has.
 """
 
 import collections
@@ -10,7 +9,6 @@ import contextlib
 import multiprocessing
 import os
 import pickle
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 
+from uni_moe_jax.utils import module_process
 from uni_moe_jax.utils.errors import RunError
 
 Task = Callable[[], int]  # returns a number of rows
@@ -68,10 +67,7 @@ class _Process:
   def __init__(self):
     self._connection, other = multiprocessing.Pipe()
     with other:
-      # A session of its own: Ctrl-C is for this process to handle. Its input is open as long as this process runs.
-      self._popen = subprocess.Popen(
-          [sys.executable, '-m', __name__, str(other.fileno())], stdin=subprocess.PIPE, start_new_session=True,
-          pass_fds=[other.fileno()], env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})
+      self._popen = module_process.start(__name__, other.fileno())
 
   def run(self, task: Task) -> int:
     """Runs a task. Raises what it raises; RunError: the process has ended."""
