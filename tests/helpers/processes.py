@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,13 @@ from tests.helpers import fast_compile
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TWO = ('launch/local_processes.sh', '--processes', '2', '--devices', '4')  # then '--' and arguments
+
+
+def copy_launcher(folder: pathlib.Path) -> None:
+  """Copy local_processes.sh and what it sources to `folder`/launch, where a test writes its own train.py."""
+  (folder / 'launch').mkdir()
+  for name in ('local_processes.sh', 'options.sh'):
+    shutil.copy(ROOT / 'launch' / name, folder / 'launch')
 
 
 def environment(devices: int = 4) -> dict[str, str]:

@@ -12,7 +12,7 @@ import sys
 import pytest
 import yaml
 
-from tests.helpers import stand_in
+from tests.helpers import processes, stand_in
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SCRIPTS = ('local_processes.sh', 'tpu_pod.sh', 'slurm.sbatch', 'gke.sh')
@@ -346,9 +346,7 @@ end(action, suffix=index)
 
 
 def _processes(folder: pathlib.Path, *does: str) -> subprocess.Popen:
-  (folder / 'launch').mkdir()
-  for name in ('local_processes.sh', 'options.sh'):
-    shutil.copy(_ROOT / 'launch' / name, folder / 'launch')
+  processes.copy_launcher(folder)
   (folder / 'launch/train.py').write_text(_STAND_IN)
   for i, what in enumerate(does):
     (folder / f'does{i}').write_text(what)

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import re
-import shutil
 import sys
 
 import pytest
@@ -15,8 +14,7 @@ from uni_moe_jax.utils import storage
 @pytest.mark.slow
 def test_loss_and_gradients_equal_those_of_one_device(tmp_path):
   """The launcher starts them, in a tree whose launch/train.py takes one step."""
-  (tmp_path / 'launch').mkdir()
-  shutil.copy(processes.ROOT / processes.TWO[0], tmp_path / 'launch')
+  processes.copy_launcher(tmp_path)
   (tmp_path / 'launch/train.py').write_text(
       'import sys\nfrom tests.helpers import process_step\nprocess_step.main(*sys.argv[1:])\n')
   processes.run([*processes.TWO, '--', str(tmp_path), *process_step.CASES], folder=tmp_path)
