@@ -199,6 +199,7 @@ def test_examples_have_the_same_answers_as_at_export(served, exported):
   assert all(line.endswith('as at export') for line in lines)
 
 
+@pytest.mark.slow
 def test_a_changed_byte_in_any_file_is_detected(exported):
   folder, _ = exported
   load, rng = shipped.module(folder), np.random.default_rng(1)

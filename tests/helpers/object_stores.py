@@ -155,7 +155,7 @@ def s3(object_stores: Stores, monkeypatch: pytest.MonkeyPatch) -> Store:
   return _use('s3', object_stores, monkeypatch)
 
 
-@pytest.fixture(params=SERVERS)
+@pytest.fixture(params=['gs', pytest.param('s3', marks=pytest.mark.slow)])
 def store(request: pytest.FixtureRequest, object_stores: Stores, monkeypatch: pytest.MonkeyPatch) -> Store:
   """Each of the two servers in turn, which this process uses."""
   return _use(request.param, object_stores, monkeypatch)

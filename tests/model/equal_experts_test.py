@@ -99,6 +99,7 @@ def _moe():
   return _loss('attribute', gradient=True)(_equal_experts('attribute'))
 
 
+@pytest.mark.slow
 def test_the_loss_of_attribute_routing_is_the_dense_loss():
   np.testing.assert_allclose(_moe()[0], _dense()[0], rtol=1e-5)
 

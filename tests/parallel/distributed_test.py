@@ -113,7 +113,8 @@ _LOST = 'error: another process of this run has died'
     pytest.param('continue,failure', (1, 1), (_LOST, 'error: the checkpoint is damaged.'), marks=pytest.mark.slow),
     pytest.param('continue,denied', (1, 1), (_LOST, 'error: /data: Permission denied. '), marks=pytest.mark.slow),
     ('continue,defect', (1, 1), (_LOST, "KeyError: 'image'")),
-    ('mistake,later', (2, 2), ('error: the folder is missing for 0.', 'error: the folder is missing for 1.')),
+    pytest.param('mistake,later', (2, 2), ('error: the folder is missing for 0.',
+                                           'error: the folder is missing for 1.'), marks=pytest.mark.slow),
 ], ids=lambda x: x.replace(',', '_and_') if isinstance(x, str) else '')
 def test_a_process_that_fails_ends_at_once_with_its_code_and_reason_and_the_other_one_too(actions, codes, messages):
   command, started = [sys.executable, '-c', _COMMAND, processes.free_address()], time.monotonic()

@@ -82,6 +82,7 @@ resharding_config.register()
 """
 
 
+@pytest.mark.slow
 def test_every_fault_can_be_injected():  # what it replaces still exists
   done = subprocess.run([sys.executable, '-c', _INJECT_ALL], cwd=ROOT, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr

@@ -120,6 +120,7 @@ def _stopped(tmp_path_factory, capsys):
   return workdir
 
 
+@pytest.mark.slow
 def test_the_first_step_is_traced_once_before_the_run_waits_and_the_cores_are_measured_after_it(
     stopped, tmp_path, monkeypatch):
   events, train_step, take = [], step_lib.train_step, loop._Trainer._take

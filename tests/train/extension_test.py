@@ -61,6 +61,7 @@ def test_with_a_constant_rate_four_steps_and_then_seven_equal_seven_at_once(tmp_
   assert workdir_lib.provenance(parts, 7)['extended from'] == '4 steps'
 
 
+@pytest.mark.slow
 def test_with_a_cosine_the_rate_keeps_its_last_value_or_is_drawn_over_all_steps(tmp_path):
   held = _train(tmp_path / 'held', 4)
   stretched = shutil.copytree(held, tmp_path / 'stretched')

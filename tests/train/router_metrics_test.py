@@ -51,6 +51,7 @@ def test_loss_weights_come_from_the_config():
   assert dict(_run().spec.auxiliary) == WEIGHTS
 
 
+@pytest.mark.slow
 def test_the_total_is_that_of_the_tasks_and_of_the_routers():
   output = _gradients(1)
   routed = sum(f * output.metrics[f'router/{n}'] for n, f in WEIGHTS.items())

@@ -47,6 +47,7 @@ def _text(run):
   return run.step_fn().lower(run.abstract_state(), *_arguments()).as_text()
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_numbers_share_a_compiled_program():
   assert _text(_run(0)) == _text(_run(1))
   assert _text(_built(_config(0, **{'optim.b2': .9}))) != _text(_run(0))

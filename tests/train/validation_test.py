@@ -61,6 +61,7 @@ def _measured(run, params) -> dict[str, float]:
   return {f'eval/masked/{s.name}': s.value for s in suite.scores(e, run.data, train_run.new_predictor(run, params), {})}
 
 
+@pytest.mark.slow
 def test_evaluation_changes_no_bit_of_training(run, evaluated, plain):
   chex.assert_trees_all_equal(saved_run.state(run, evaluated, 5), saved_run.state(run, plain, 5))
   assert _lines(evaluated, False) == _lines(plain, False) and len(_lines(plain, False)) == 5
@@ -101,6 +102,7 @@ def _metrics(workdir, step):
   return {k: v for k, v in manifest['metrics'].items() if k not in TIMINGS}
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_signal_prevents_is_made_up_for_by_the_next_start(
     run, evaluated, tmp_path, monkeypatch, capfd):
   saved_run.share_steps(monkeypatch)

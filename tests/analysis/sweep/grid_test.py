@@ -138,6 +138,7 @@ def test_dense_wide_has_the_parameters_of_the_experts(overrides):
   assert wide == pytest.approx(experts, rel=.02) and dense < .8 * experts
 
 
+@pytest.mark.slow
 def test_all_variants_of_a_seed_have_the_same_batches_and_another_seed_has_others():
   def batches(name, seed=0):
     c = _config(name)

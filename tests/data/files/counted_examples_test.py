@@ -60,6 +60,7 @@ def counted():
   return count
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_made_twice_is_counted_once(counted):
   valid = counted()
   assert valid == counted(once=True)

@@ -90,6 +90,7 @@ def test_attention_is_measured_and_cudnn_is_not_available_on_cpu():
   assert '[12, 5, 2, 8]' in rows[0].note  # 64 tokens at most
 
 
+@pytest.mark.slow
 def test_grouped_products_have_tiles_and_are_compared_with_what_is_installed():
   rows = _rows('grouped products', 7)  # of the first shape
   assert [r.name.partition(', fastest tiles')[0] for r in rows[:3]] == [

@@ -135,6 +135,7 @@ def test_both_depths_are_compiled_twice_in_turn_after_an_uncounted_compile():
   assert 'at D 16 on 1 cpu device;' in growth.note
 
 
+@pytest.mark.slow
 def test_a_repeated_step_continues_from_its_last_state():
   step = cases.RepeatedStep(_context().synthetic(_context().images_and_names()))
   losses = [float(step()['loss/total']) for _ in range(3)]

@@ -45,6 +45,7 @@ def _step() -> Program:
   return _findings().programs[0]
 
 
+@pytest.mark.slow
 def test_every_device_has_all_parameters_and_two_moments_of_each():
   total = _findings().parameters['total']
   assert _step().memory.params == 4 * total
