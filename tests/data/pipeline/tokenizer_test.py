@@ -7,6 +7,7 @@ import pytest
 
 from uni_moe_jax.data.pipeline import tokenizer
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
+from uni_moe_jax.data.pipeline.words import number_words
 
 _TEXTS = [line for _, text in sorted(pydoc_data.topics.topics.items()) for line in text.split('\n')][:4000]
 _SIZE = 400
@@ -76,6 +77,19 @@ def test_words_and_punctuation_start_units(words):
   assert np.flatnonzero(words.word_start[ids]).tolist() == [0, comma, comma + 1]
   assert 1 < comma < len(ids) - 2
   assert words.word_start[list(words.special_ids)].all()
+
+
+def test_where_a_script_has_no_spaces_every_piece_is_a_unit(tmp_path):
+  """Pieces are words of such a script, more or less; a Latin word among them is one unit, of however many pieces."""
+  texts = ['東京は日本の首都', 'กรุงเทพฯ', 'ab ba jaxb'] * 50
+  t = SentencePieceTokenizer.train(texts, tmp_path / 'mixed.model', 30, allow_smaller_vocab=True)
+  ids = t.encode('首都jaxb東京')
+  latin = [i for i, one in enumerate(ids) if t.decode([one]).isascii() and t.decode([one])]
+  assert len(latin) > 1 and latin == list(range(latin[0], latin[-1] + 1)) and 0 < latin[0] and latin[-1] < len(ids) - 1
+  units = number_words(np.array([ids]), t).numpy()[0].tolist()
+  assert len(set(units[latin[0]:latin[-1] + 1])) == 1 and len(set(units)) == len(ids) - len(latin) + 1
+  thai = t.encode('กรุงเทพ')[1:]  # after the piece of a beginning
+  assert len(thai) > 1 and len(set(number_words(np.array([thai]), t).numpy()[0].tolist())) == len(thai)
 
 
 def test_a_missing_file_and_a_model_without_special_tokens_are_refused(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -28,6 +29,11 @@ _TRAINER = dict(
     num_threads=2,  # fixed: it is stored in the model, and sums would be added in another order
     minloglevel=2,
 )
+# Letters of scripts that put no spaces between words: Thai, Lao, Tibetan; Myanmar; Khmer; Chinese and Japanese, in
+# Unicode's order.
+_WITHOUT_SPACES = re.compile(
+    '[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff'
+    '\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]')
 
 
 class Tokenizer(Protocol):
@@ -90,10 +96,12 @@ class SentencePieceTokenizer(Tokenizer):
       raise UsageError(f'The tokenizer {model_file} has no {missing[0]}. SentencePieceTokenizer.train adds it.')
     self.pad, self.unk, self.spe, self.eot = map(pieces.index, special)
     self.special_ids = frozenset((self.pad, self.unk, self.spe, self.eot))
-    self.word_start = np.array([
+    # Pieces do not mark the ends of words. Where no space marks their starts either, a piece is a unit by itself: a
+    # whole clause would hardly ever fit into the budget of masked tokens.
+    self.word_end = np.array([bool(_WITHOUT_SPACES.search(piece)) for piece in pieces])
+    self.word_start = self.word_end | np.array([
         i in self.special_ids or piece.startswith('▁') or not any(map(str.isalnum, piece))
         for i, piece in enumerate(pieces)])
-    self.word_end = np.zeros(self.size, bool)  # pieces do not mark the ends of words
 
   def __reduce__(self):
     return type(self), (self._file,)
