@@ -63,6 +63,10 @@ def test_one_image_alone_gets_the_answer_that_it_gets_in_a_batch(run, images):
   assert dict(alone) == pytest.approx(dict(together), abs=1e-5)
 
 
+def test_images_may_be_a_list(run, images):
+  assert run.classify('shape', list(images)) == run.classify('shape', images)
+
+
 def test_captions_are_those_of_the_predictor(run, folder, images):
   _, predictor, _ = saved_run.load(_config(), folder)
   task = next(t for t in run._run.plan.tasks if t.name == 'caption')
@@ -102,6 +106,15 @@ def test_features_are_unit_vectors_of_both_sides_and_images_differ(run, images):
     (lambda run, x: run.embed_text('shape', ['a']), 'only retrieval encodes a paired text'),
     (lambda run, x: run.embed('pair', x[..., 0]), r'images are uint8 \[4, 16, 16\]'),
     (lambda run, x: run.embed('pair', x / 255), r'images are float64 \[4, 16, 16, 1\]'),
+    (lambda run, x: run.embed('pair', x[:, :8, :8]), r'images are uint8 \[4, 8, 8, 1\]; .* uint8 \[B, 16, 16, 1\]'),
+    (lambda run, x: run.classify('shape', x.repeat(3, 3)), r'images are uint8 \[4, 16, 16, 3\]'),
+    (lambda run, x: run.caption('caption', x[None, :0]), 'videos of 0 frames; this run takes 1 to 4 '),
+    (lambda run, x: run.caption('caption', x.repeat(2, 0)[None]), 'videos of 8 frames; this run takes 1 to 4 '),
+    (lambda run, x: run.caption('caption', x, 0), 'beam_size=0 must be at least 1'),
+    (lambda run, x: run.classify('shape', x, 'bar'), r"names='bar' is one text; give a list, \['bar'\]"),
+    (lambda run, x: run.embed_text('pair', 'red bar'), "texts='red bar' is one text"),
+    (lambda run, x: run.examples('shape', 'train', 0), "number=0 must be 1 to 24, the examples of split 'train'"),
+    (lambda run, x: run.examples('shape', 'train', 25), 'number=25 must be 1 to 24'),
 ])
 def test_a_wrong_call_ends_in_one_sentence(run, images, use, message):
   with pytest.raises(UsageError, match=message):

@@ -56,6 +56,8 @@ class TrainedRun:
   def examples(self, task: str, split: str, number: int) -> np.ndarray:
     """The first images or videos of a split of a task's source, uint8."""
     examples = self._run.data.examples(self._task(task, visual=True), split)
+    if not 1 <= number <= examples.size:
+      raise UsageError(f'number={number} must be 1 to {examples.size}, the examples of split {split!r}.')
     batch = next(iter(evaluation_batches(examples, np.arange(number), number)))[0]
     pixels = batch['pixels'][:number]
     return pixels[:, 0] if pixels.shape[1] == 1 else pixels
@@ -71,19 +73,23 @@ class TrainedRun:
     if not spec.type.has_classes:
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}, which has no classes; use `caption` or `embed`.')
     predictor, texts = self._predictor, self._run.data.target_sets[spec.target_set].names
+    fields = self._fields(images)
     if names:
+      _check_list('names', names)
       trained = next(s for s in (*self._run.plan.sets, *self._run.plan.probe_sets) if s.name == spec.target_set)
       set_spec = dataclasses.replace(trained, name=_NAMES, entries=tuple(names), label_prompts=False)
       target = build_target_set(set_spec, tuple((name,) for name in names), self._run.data.tokenizer)
       predictor = Predictor(self._run.spec.model, self._params, {_NAMES: (set_spec, target)}, self._run.data.tokenizer)
       spec, texts = dataclasses.replace(spec, target_set=_NAMES, linear_head=False), tuple(names)
-    features = predictor.inputs(spec.type, _fields(images) | self._slot(spec, columns, len(images)))
+    features = predictor.inputs(spec.type, fields | self._slot(spec, columns, len(images)))
     probabilities = np.exp(predictor.log_probabilities(features, spec)[:, 0])
     order = np.argsort(-probabilities, axis=1)[:, :top]
     return [[(texts[i], float(p[i])) for i in best] for p, best in zip(probabilities, order, strict=True)]
 
   def caption(self, task: str, images: np.ndarray, beam_size: int = 1, rerank_by: str = '') -> list[str]:
     """A caption per image or video, by beam search; see the field `rerank_by` of evaluators."""
+    if beam_size < 1:
+      raise UsageError(f'beam_size={beam_size} must be at least 1.')
     spec = self._task(task, visual=True)
     if spec.type.readout != 'queries':
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}, which has no captions.')
@@ -93,19 +99,36 @@ class TrainedRun:
     if reranker and reranker.temperature not in self._run.plan.temperatures:
       raise UsageError(f'rerank_by={rerank_by!r}: no trained task has its temperature {reranker.temperature!r}, so '
                        'that its scale is unknown.')
-    return self._predictor.captions(spec, np.asarray(_fields(images)['pixels']), beam_size, reranker=reranker)
+    captions = self._predictor.captions(
+        spec, np.asarray(self._fields(images)['pixels']), beam_size, reranker=reranker)
+    return [self._run.data.tokenizer.detokenize(caption) for caption in captions]
 
   def embed(self, task: str, images: np.ndarray) -> np.ndarray:
     """Normalized features f32 [B, D] of images or videos."""
     spec = self._task(task, visual=True)
-    return np.asarray(normalize(self._predictor.inputs(spec.type, _fields(images))[:, 0]))
+    return np.asarray(normalize(self._predictor.inputs(spec.type, self._fields(images))[:, 0]))
 
   def embed_text(self, task: str, texts: Sequence[str]) -> np.ndarray:
     """Normalized features f32 [N, D] of texts, as the target side of a retrieval task encodes them."""
     spec = self._task(task)
     if spec.type.target != 'pair':
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}; only retrieval encodes a paired text.')
+    _check_list('texts', texts)
     return np.asarray(normalize(self._predictor.texts(spec, list(texts))))
+
+  def _fields(self, images: np.ndarray) -> Fields:
+    """The batch fields of images [B, H, W, C] or videos [B, T, H, W, C]."""
+    images, model = np.asarray(images), self._run.spec.model.spec
+    side, C = model.image_size, model.channels
+    # The model would also take fewer pixels or channels, without a word.
+    if images.ndim not in (4, 5) or images.dtype != np.uint8 or images.shape[-3:] != (side, side, C):
+      raise UsageError(f'images are {images.dtype} {list(images.shape)}; this run takes images uint8 '
+                       f'[B, {side}, {side}, {C}] and videos uint8 [B, T, {side}, {side}, {C}].')
+    pixels = images[:, None] if images.ndim == 4 else images
+    if not 1 <= pixels.shape[1] <= model.max_num_frames:
+      raise UsageError(f'videos of {pixels.shape[1]} frames; this run takes 1 to {model.max_num_frames} '
+                       '(config.model.max_num_frames).')
+    return {'id': np.arange(len(images), dtype=np.uint32), 'pixels': pixels}
 
   def _slot(self, spec: TaskSpec, columns: Mapping[str, str], batch: int) -> Fields:
     """The batch fields of a template's text, the same for all examples; none for a task type without a slot."""
@@ -126,10 +149,6 @@ class TrainedRun:
     return self._tasks[name]
 
 
-def _fields(images: np.ndarray) -> Fields:
-  """The batch fields of images [B, H, W, C] or videos [B, T, H, W, C]."""
-  if images.ndim not in (4, 5) or images.dtype != np.uint8:
-    raise UsageError(f'images are {images.dtype} {list(images.shape)}; images must be uint8 [B, H, W, C], videos uint8 '
-                     '[B, T, H, W, C].')
-  pixels = images[:, None] if images.ndim == 4 else images
-  return {'id': np.arange(len(images), dtype=np.uint32), 'pixels': pixels}
+def _check_list(argument: str, texts: Sequence[str]) -> None:
+  if isinstance(texts, str):  # it is a sequence of strings, too: its letters
+    raise UsageError(f'{argument}={texts!r} is one text; give a list, [{texts!r}].')
