@@ -2,6 +2,8 @@
 
 import io
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.data import own_files
+from tests.helpers import processes
 from uni_moe_jax.data.files import file_dataset, prepare
 from uni_moe_jax.data.preparation.summary import describe
 
@@ -316,3 +319,34 @@ def test_the_first_of_several_rows_with_one_key_is_kept(tmp_path):
   summary = _prepare(tmp_path, rows, 'keyed', max_corrupt_fraction=0.5)
   assert summary['skipped'] == {'duplicate key': {'count': 1, 'first': ['train.jsonl:3']}}
   assert [r['text_a'] for r in _read_all(tmp_path, source='own:keyed')[1]] == ['one', 'two', 'one']
+
+
+# Prepares on a small disk: with 40 kB left for an array that needs 43 kB, then with more.
+_SMALL_DISK = '''
+import os, pathlib, sys
+from uni_moe_jax.data.files import prepare
+from uni_moe_jax.utils import errors
+disk, filler, describe = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1], 'filler'), prepare._describe
+(disk / 'data').mkdir()
+(disk / 'in.txt').write_text(''.join(f'{i}\\n' for i in range(12_000)))
+def on_a_full_disk(*arguments):
+  filler.write_bytes(bytes(os.statvfs(disk).f_bavail * 4096 - 40_000))
+  return describe(*arguments)
+prepare._describe = on_a_full_disk
+try:
+  prepare.prepare(disk / 'in.txt', disk / 'data', 'x')
+except OSError as e:
+  print('full:', errors.disk_is_full(e))
+filler.unlink()
+prepare._describe = describe
+print(sum(prepare.prepare(disk / 'in.txt', disk / 'data', 'x')['splits'].values()))
+'''
+
+
+def test_a_disk_that_is_full_when_arrays_are_written_is_an_error_and_no_signal(tmp_path):
+  if subprocess.run(['unshare', '-rm', 'true'], capture_output=True, check=False).returncode:
+    pytest.skip('this machine has no user namespaces')
+  mount = f'mount -t tmpfs -o size=16m tmpfs {tmp_path} && exec "$@"'
+  done = subprocess.run(['unshare', '-rm', 'bash', '-c', mount, '', sys.executable, '-c', _SMALL_DISK, str(tmp_path)],
+                        capture_output=True, text=True, env=processes.environment(1), check=False)
+  assert (done.returncode, done.stdout) == (0, 'full: True\n12000\n'), done.stderr

@@ -217,14 +217,12 @@ def _describe(merged: Merged, files: Sequence[_File], folder: pathlib.Path, name
     members = [f for f in files if f.split == split]
     for column, column_type in merged.columns.items():
       if column_type not in MEDIA_TYPES:
-        array = np.lib.format.open_memmap(folder / f'{split}-{column}.npy', 'w+', np.int32, (size,))
-        start = 0
-        for f in members:
-          with (f.folder / f'{column}.npy').open('rb') as file:
-            part = np.load(file)
-          array[start:start + len(part)] = part
-          start += len(part)
-        array.flush()
+        # Written, since on a full disk an assignment to a mapped hole would end the process.
+        with (folder / f'{split}-{column}.npy').open('wb') as file:
+          np.lib.format.write_array_header_1_0(file, {'descr': '<i4', 'fortran_order': False, 'shape': (size,)})
+          for f in members:
+            with (f.folder / f'{column}.npy').open('rb') as part:
+              file.write(np.load(part).astype('<i4').tobytes())
       if column_type in TEXT_TYPES:
         with (folder / f'{split}-{column}{TEXTS}').open('wb') as file:
           for f in members:
