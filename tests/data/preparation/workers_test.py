@@ -32,6 +32,13 @@ def test_a_program_without_a_guard_runs_once_and_its_tasks_elsewhere(tmp_path):
   assert len({*pids[1:]}) == 2 and pids[0] not in pids[1:]
 
 
+def test_files_of_the_current_folder_are_no_modules_of_a_worker(tmp_path, monkeypatch):
+  (tmp_path / 'pickle.py').write_text('raise SystemExit("a file of the user")')
+  monkeypatch.chdir(tmp_path)
+  assert subprocess.run([sys.executable, '-m', 'pickle'], capture_output=True, check=False).returncode  # as it would be
+  workers.run([functools.partial(int, '1')] * 2, 2, None, 2)
+
+
 @pytest.mark.parametrize('num_workers', [1, 2])
 def test_an_error_of_a_task_is_raised_and_ends_all(num_workers):
   others = processes.children('self')
