@@ -94,13 +94,28 @@ def test_an_answer_that_the_target_set_lacks_is_never_right(evaluator, metric):
   assert value() == pytest.approx(3 / 7) and value(unanswered=(0, 2, 4)) == pytest.approx(1 / 7)
 
 
+class _Broken(_Predicts):
+  def __init__(self, score, V):
+    super().__init__([], V)
+    self.score = score
+
+  def ranked(self, views, task, labels):
+    return predictor.rank(np.full((*labels.shape, self.V), self.score, np.float32), labels)
+
+
 @pytest.mark.parametrize('broken', [np.nan, 0.0])
 def test_a_model_whose_scores_are_nan_or_equal_has_no_right_answer_in_any_metric_of_glue(broken):
-  class Broken(_Predicts):
-    def ranked(self, views, task, labels):
-      return predictor.rank(np.full((*labels.shape, self.V), broken, np.float32), labels)
-  scores = _evaluate('glue', _text(), ('no', 'yes'), _examples(7), Broken(LABELS, 2), baselines=False)
+  scores = _evaluate('glue', _text(), ('no', 'yes'), _examples(7), _Broken(broken, 2), baselines=False)
   assert {name: s.value for name, s in scores.items()} == {'accuracy': 0, 'F1': 0, 'Matthews': -1}
+
+
+@pytest.mark.parametrize('broken', [np.nan, 0.0])
+def test_a_model_whose_scores_are_nan_or_equal_has_no_right_answer_to_a_question(broken):
+  """The first entry would be right for two of three."""
+  task, examples = _text(), _examples(3, lambda ids: [ANSWERS[i] for i in ids])
+  task.update(type='vqa', label_column='answers', max_predictions=10)
+  scores = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Broken(broken, 2), baselines=False)
+  assert {name: s.value for name, s in scores.items()} == {'soft score': 0, 'exact_match': 0}
 
 
 def test_three_label_words_have_an_accuracy_alone():

@@ -33,6 +33,9 @@ def test_ranks_on_the_device_are_those_of_the_metrics():
   np.testing.assert_array_equal(ranked.rank.ravel(), expected)
   assert ranked.rank[0, 0] == ranked.rank[2, 0] == 5 and len(set(expected.tolist())) >= 4
   np.testing.assert_array_equal(ranked.best, scores.argmax(-1))
+  counts = (scores == scores.max(-1, keepdims=True)).sum(-1)  # none equals NaN
+  assert {0, 1, 2} <= set(counts.ravel().tolist())
+  np.testing.assert_array_equal(ranked.is_alone, counts == 1)
   np.testing.assert_array_equal(ranked.score, np.take_along_axis(scores, labels[..., None], -1)[..., 0])
 
 

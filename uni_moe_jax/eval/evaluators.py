@@ -28,6 +28,7 @@ from uni_moe_jax.utils import templates
 from uni_moe_jax.utils.errors import UsageError
 
 _COUNTED = 20_000  # records in files whose words are counted for the unigram baseline
+NONE = '(none of them)'  # in place of an answer where several have the highest score, or one is NaN
 DRAWS = 3  # of retrieval candidates; the mean is reported, with the error of a single draw
 _NEAREST_NAME = "nearest neighbor's name"
 
@@ -111,7 +112,7 @@ def classification(q: Query) -> list[Score]:
   """Top-1, top-5 and balanced accuracy among a target set, for images, videos and texts."""
   ids = q.ids()
   predicted, ranks, labels = answered(q, ids)
-  names, n, V = np.array([*q.names, '(none of them)', '(not in the target set)']), len(ids), len(q.names)
+  names, n, V = np.array([*q.names, NONE, '(not in the target set)']), len(ids), len(q.names)
   train_labels, by = label_baselines(q, ids, labels)
   scores = [Score.share('top-1', metrics.hits(predicted, labels), 1 / V, by(metrics.accuracy))]
   if is_measured('top-5', V):
@@ -131,7 +132,7 @@ def answered(q: Query, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
   V, none of them, since ties and NaNs count against the model. The label of an answer that the target set lacks is -1:
   every prediction is wrong.
   """
-  (predicted, ranks, _), labels, weights = q.gather(
+  (predicted, ranks, *_), labels, weights = q.gather(
       ids, lambda fields: (q.ranked(fields), fields['label'][:, 0], fields['weight'][:, 0]))
   V = len(q.names)
   predicted = np.where((predicted == labels) & (ranks > 1), V, predicted)
@@ -302,7 +303,7 @@ def masked_language_modeling(q: Query) -> list[Score]:
     predicted = q.predictor.ranked([q.predictor.inputs(q.task.type, fields)], q.task, fields['label'])
     return predicted, fields['label'], fields['weight'] > 0
 
-  (_, ranks, log_p), labels, counted = q.gather(q.ids(), score)
+  (_, ranks, log_p, _), labels, counted = q.gather(q.ids(), score)
   n, V, unigram, right = int(counted.sum()), q.tokenizer.size, ({}, {}), ranks == 1
   accuracy = metrics.share_within(ranks[counted], 1)
   if q.evaluation.baselines:

@@ -40,11 +40,13 @@ def _of_two(metric: Callable[..., float]) -> Callable[..., float]:
 def vqa(q: Query) -> list[Score]:
   """Soft score (see `metrics.vqa_score`) of the most likely answer, and how often it is the most frequent answer.
 
-  The baselines are the most frequent training answer for all questions, and answers predicted from the questions alone.
+  Where several answers have the highest score, or one is NaN, none is right. The baselines are the most frequent
+  training answer for all questions, and answers predicted from the questions alone.
   """
   ids, several, named = q.ids(), q.examples.references, [normalize_answer(key) for key in q.keys]
-  predicted, labels = q.gather(ids, lambda fields: (q.ranked(fields).best, fields['label'][:, 0]))
-  answers = [named[i] for i in predicted]
+  ranked, labels = q.gather(ids, lambda fields: (q.ranked(fields), fields['label'][:, 0]))
+  chosen = np.where(ranked.is_alone, ranked.best, len(named))
+  answers = np.array([*named, evaluators.NONE])[chosen].tolist()  # no normalized answer has parentheses
   truth = [[*map(normalize_answer, s)] for s in several(ids)] if several else [[named[i]] for i in labels]
   first = [statistics.mode(several) for several in truth]
   soft = lambda answers, truth=truth: float(np.mean(metrics.vqa_score(answers, truth)))

@@ -38,6 +38,7 @@ class Ranked(NamedTuple):
   best: jax.Array  # int32, the target with the highest score; of equals the first
   rank: jax.Array  # int32, of the label, 1 is best; ties and NaNs count against the model
   score: jax.Array  # f32, of the label
+  is_alone: jax.Array  # bool, whether every other target has a lower score than `best`; never if one is NaN
 
 
 class Predictor:
@@ -216,7 +217,9 @@ def rank(scores: jax.Array, labels: jax.Array) -> Ranked:
   is_label = jnp.arange(scores.shape[-1]).reshape(1, 1, -1) == labels[..., None]
   score = jnp.sum(jnp.where(is_label, scores, 0), axis=-1, keepdims=True)  # one number and zeros
   not_lower = ~is_label & ~(scores < score)  # as in `metrics.best_positive_rank`
-  return Ranked(jnp.argmax(scores, -1).astype(jnp.int32), 1 + not_lower.sum(-1, dtype=jnp.int32), score[..., 0])
+  highest = (~(scores < scores.max(-1, keepdims=True))).sum(-1, dtype=jnp.int32)  # all where one is NaN
+  return Ranked(jnp.argmax(scores, -1).astype(jnp.int32), 1 + not_lower.sum(-1, dtype=jnp.int32), score[..., 0],
+                highest == 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
