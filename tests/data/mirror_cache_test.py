@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import os
 import pathlib
 import time
@@ -53,6 +54,17 @@ def test_the_cache_keeps_its_bound_and_what_was_used_last(bucket, tmp_path):
   assert len(present()) == 3
   with pytest.raises(UsageError, match=r'config\.data\.cache_gb=1e-05 is less than the largest file of .*/x'):
     Mirror(bucket, tmp_path / 'small', max_bytes=10_000).sync('x')
+
+
+def test_a_disk_without_locks_is_a_mistake_in_cache_dir(bucket, tmp_path, monkeypatch):
+  upload_shards(bucket, tmp_path / 'sender', 1)
+
+  def flock(*_):  # as on Lustre and NFS without a service for it
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+  monkeypatch.setattr(cache_files.fcntl, 'flock', flock)
+  with pytest.raises(UsageError, match=f'in {tmp_path}/receiver/.*No locks available.*config.data.cache_dir'):
+    Mirror(bucket, tmp_path / 'receiver').sync('x')
 
 
 def test_the_bound_removes_only_what_can_be_fetched_again(bucket, tmp_path):

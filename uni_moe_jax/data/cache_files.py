@@ -7,6 +7,8 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+from uni_moe_jax.utils.errors import UsageError
+
 MANIFEST = 'files.json'  # of a dataset: {file: [bytes, hex sha256]}
 # In names of files that are fetched one by one; others come with their manifest.
 LAZY = ('.array_record', '.npz', '.npy', '.texts')
@@ -57,7 +59,12 @@ def is_fetched(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-  """Excludes other threads and processes of this host."""
+  """Excludes other threads and processes of this host. Raises UsageError where files cannot be locked."""
   with open(path.with_name(path.name + _LOCK), 'w') as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as e:
+      raise UsageError(
+          f'files cannot be locked in {path.parent} ({e.strerror}), by which processes of a host share data of a '
+          'bucket: set config.data.cache_dir, of prepare-data --cache_dir, to a folder of a local disk.') from e
     yield
