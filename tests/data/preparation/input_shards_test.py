@@ -131,7 +131,7 @@ def test_images_of_parquet_are_bytes_or_paths(tmp_path):
 
 def test_damage_of_a_parquet_file_costs_its_own_rows(tmp_path):
   rows = {'jpg': [_image(i) for i in range(6)], 'caption': [f'number {i}' for i in range(6)]}
-  for name in ('0', '1', '2'):
+  for name in ('0', '1', '2', '3'):
     (tmp_path / 'in').mkdir(exist_ok=True)
     pq.write_table(pa.table(rows | {'key': [f'{name}{i}' for i in range(6)]}), tmp_path / f'in/{name}.parquet',
                    row_group_size=3, compression='none')
@@ -139,10 +139,15 @@ def test_damage_of_a_parquet_file_costs_its_own_rows(tmp_path):
   content[4:40] = bytes(36)  # the header of the first page
   (tmp_path / 'in/1.parquet').write_bytes(content)
   (tmp_path / 'in/2.parquet').write_bytes(b'PAR1')
+  content = bytearray((tmp_path / 'in/3.parquet').read_bytes())
+  length = 8 + int.from_bytes(content[-8:-4], 'little')  # of the metadata at the end, with this number and PAR1
+  content[-length:4 - length] = b'\xff' * 4
+  (tmp_path / 'in/3.parquet').write_bytes(content)
   summary, records = _prepare(tmp_path / 'in', tmp_path)
   assert [r['source_location'] for r in records] == [*(f'0.parquet:{i}' for i in range(1, 7)),
                                                      *(f'1.parquet:{i}' for i in (4, 5, 6))]
-  assert _skipped(summary) == {'corrupt Parquet file': ['1.parquet:1', '1.parquet:2', '1.parquet:3', '2.parquet:1']}
+  assert _skipped(summary) == {'corrupt Parquet file': ['1.parquet:1', '1.parquet:2', '1.parquet:3', '2.parquet:1',
+                                                      '3.parquet:1']}
 
 
 def test_a_value_of_parquet_that_cannot_be_read_costs_one_row(tmp_path):
@@ -163,8 +168,11 @@ def test_a_value_of_parquet_that_cannot_be_read_costs_one_row(tmp_path):
   assert summary['dropped_fields'] == {"'when'": 199, "'vector'": 199}
 
 
-def test_a_time_in_place_of_a_text_costs_its_own_row(tmp_path):
-  when = pa.array([None, 10**9, 1], pa.timestamp('ns'))  # the last one is a fraction of a microsecond
+@pytest.mark.parametrize('unit, impossible', [
+    ('ns', 1),  # a fraction of a microsecond
+    ('us', 2**62)])  # in the year 148,108
+def test_a_time_in_place_of_a_text_costs_its_own_row(tmp_path, unit, impossible):
+  when = pa.array([None, 10**9, impossible], pa.timestamp(unit))
   pq.write_table(pa.table({'text': ['one', 'two', 'three'], 'caption': when}), tmp_path / 'x.parquet')
   [shard] = input_shards.plan(tmp_path)
   assert [(row.texts.get('text'), row.skipped) for row in input_shards.read(shard)] == [

@@ -10,7 +10,7 @@ import itertools
 import os
 import pathlib
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from uni_moe_jax.data.files import formats, media
@@ -75,29 +75,39 @@ def _sample(file: str, key: tuple[str, str], members: dict[str, bytes], split: s
 
 def row_groups(address: str) -> list[int]:
   """The number of the first row of each row group of a Parquet file; [1] if it is damaged."""
-  try:
-    with open_binary(address) as file:
-      metadata = _parquet(file).metadata
-      sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-  except ValueError:  # ArrowInvalid among others
+  metadata = _of_metadata(address, lambda parquet: parquet.metadata)
+  if metadata is None:
     return [1]
+  sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
   return list(itertools.accumulate(sizes, initial=1))[:-1]
 
 
 def names_files(address: str) -> bool:
   """Whether a Parquet file has a column of paths of images or videos; False if it is damaged."""
   import pyarrow.types as types
+  fields = _of_metadata(address, lambda parquet: list(parquet.schema_arrow)) or ()
+  return any(types.is_string(field.type) or types.is_large_string(field.type) for field in fields
+             if field.name in formats.MEDIA_TYPES)
+
+
+def _of_metadata(address: str, get: Callable[[Any], Any]) -> Any:
+  """What a function gets of a Parquet file without reading its rows; None if it is damaged."""
+  import pyarrow as pa
   try:
     with open_binary(address) as file:
-      media_types = [field.type for field in _parquet(file).schema_arrow if field.name in formats.MEDIA_TYPES]
-      return any(types.is_string(t) or types.is_large_string(t) for t in media_types)
-  except ValueError:  # ArrowInvalid among others
-    return False
+      return get(_parquet(file))
+  except (pa.ArrowException, ValueError):
+    return None
+  except OSError as e:  # also pyarrow's errors of decoding
+    if e.errno is not None or storage.is_remote(address) and storage.explain(e, address):
+      raise
+    return None
 
 
 def read_parquet(
     address: str, group: int, first: int, root: pathlib.Path, split: str, allow_outside: bool) -> Iterator[Row]:
   """Yields the rows of a row group; where it is damaged, the others of the group are rows that say so."""
+  import pyarrow as pa
   name, number, stop = os.path.basename(address), first, first + 1
   location = lambda: printable(f'{name}:{number}')
   with open_binary(address) as file:
@@ -111,7 +121,7 @@ def read_parquet(
           yield (Row(location(), skipped=value) if isinstance(value, str) else
                  _parquet_row(value, location(), root, split, allow_outside, dropped))
           number += 1
-    except (ValueError, OSError) as e:  # pyarrow's errors are of these classes
+    except (pa.ArrowException, ValueError, OSError) as e:
       if storage.is_remote(address) and storage.explain(e, address):
         raise
       while number < stop:
@@ -137,11 +147,11 @@ def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
   """Yields the values of each row, or why it has none."""
   try:
     yield from batch.to_pylist()  # of all rows, before the first one
-  except ValueError:
+  except Exception:  # of Python, too, as for times after the year 9999
     for i in range(len(batch)):
       try:
         yield from batch.slice(i, 1).to_pylist()
-      except ValueError as e:
+      except Exception as e:
         yield formats.NOT_UTF8 if isinstance(e, UnicodeError) else 'a value that Python cannot represent'
 
 
