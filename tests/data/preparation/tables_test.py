@@ -93,3 +93,22 @@ def test_damaged_rows_do_not_depend_on_the_size_of_shards(tmp_path, monkeypatch,
     monkeypatch.setattr(input_shards, '_NUM_ROWS', size)
     assert len(list(input_shards.plan(tmp_path / f'x.{suffix}'))) > 3
     assert _rows(tmp_path / f'x.{suffix}', content.replace(',', delimiter)) == rows
+
+
+_FIELDS = 'the first line of a table must name fields such as text, .*separated by commas, in UTF-8 .*it names'
+
+
+@pytest.mark.parametrize('content, names', [
+    (b'', 'none'), (b'text;label\none;1\n', "'text;label'"), (b'title,price\none,1\n', "'title', 'price'"),
+    ('text,label\none,1\n'.encode('utf-16'), r"'.*t\\x00e.*"), (b'text,label\rone,1\r', 'none')])
+def test_the_error_for_a_table_whose_first_line_has_no_field_gives_what_it_names(tmp_path, content, names):
+  (tmp_path / 'x.csv').write_bytes(content)
+  with pytest.raises(UsageError, match=f'{_FIELDS} {names}'):
+    prepare.prepare(tmp_path / 'x.csv', tmp_path / 'data', 'x')
+
+
+@pytest.mark.parametrize('name', ['x.csv', 'x.txt', 'x.jsonl'])
+def test_an_input_without_rows_is_refused_as_such(tmp_path, name):
+  (tmp_path / name).write_text('text,label\n' if name == 'x.csv' else '\n')
+  with pytest.raises(UsageError, match=f'{name} has no rows'):
+    prepare.prepare(tmp_path / name, tmp_path / 'data', 'x')

@@ -147,7 +147,7 @@ def _row_files(source: storage.Path) -> list[storage.Path]:
   for suffixes in _FILES[:3] if remote else _FILES:
     files = [p for p in paths if p.suffix.lower() in suffixes]
     if suffixes == tuple(_TABLES) and files != [source]:  # others are notes
-      files = [p for p in files if set(formats.RESERVED_FIELDS) & set(_columns(p))]
+      files = [p for p in files if _has_fields(_columns(p))]
     if suffixes == ('.txt',) and files != [source] and _has_media(source):
       files = []
     if files:
@@ -216,6 +216,11 @@ def _divide(file: storage.Path) -> Iterator[InputShard]:
       start, first_line = 0, 1
       if suffix in _TABLES:
         columns, num_lines, start = _header(lines, _TABLES[suffix])
+        if not _has_fields(columns):
+          raise UsageError(
+              f'--input={file}: the first line of a table must name fields such as text, caption, image or label, '
+              f'separated by {"tabs" if suffix == ".tsv" else "commas"}, in UTF-8 and with a line feed at its end; it '
+              f'names {first_few([formats.shorten(name) for name in columns]) or "none"}.')
         lines.seek(start)
         shard, first_line = functools.partial(shard, columns=columns), 1 + num_lines
         steps = ((size, count, 0) for count, size, _ in _records(lines, _TABLES[suffix], len(columns)))
@@ -284,6 +289,10 @@ def _columns(file: storage.Path) -> tuple[str, ...]:
   """The names in the first line of a table."""
   with archives.open_binary(str(file)) as lines:
     return _header(lines, _TABLES[file.suffix.lower()])[0]
+
+
+def _has_fields(columns: Iterable[str]) -> bool:
+  return not set(formats.RESERVED_FIELDS).isdisjoint(columns)
 
 
 def _header(lines: Iterable[bytes], delimiter: str) -> tuple[tuple[str, ...], int, int]:

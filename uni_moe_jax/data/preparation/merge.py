@@ -188,6 +188,8 @@ class Merge:
     self._result.skipped = {reason: (number, first) for reason, (number, first) in
                             sorted(skipped.items(), key=lambda item: -item[1][0])}
     num_skipped = sum(number for number, _ in skipped.values())
+    if not num_rows:
+      raise UsageError(f'{source} has no rows; give a file or folder that has some.')
     if num_skipped == num_rows or num_skipped > max_corrupt_fraction * num_rows:
       detail = ''.join(f'; most often: {reason!r} ({number}, first {first[0]})'
                        for reason, (number, first) in list(self._result.skipped.items())[:1])
