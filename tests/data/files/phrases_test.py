@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from tests.data import own_files
-from tests.helpers import tiny
+from tests.helpers import file_size, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.files import file_dataset, phrases, prepare
@@ -120,6 +120,19 @@ def test_where_nothing_can_be_written_captions_are_tokenized_with_their_record(r
   for name, value in expected.items():
     np.testing.assert_array_equal(made[name], value, name)
   assert f'note: {tmp_path}/file/tokens cannot be written (Not a directory)' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('num_bytes', [4000, 8000])  # of 8,228; a part has 3,280 at most
+def test_tokens_that_cannot_be_written_whole_are_not_kept(records, monkeypatch, capsys, num_bytes):
+  monkeypatch.setattr(phrases, '_CHUNK', 1)
+  monkeypatch.setattr(phrases.cores, 'available', lambda: 1)
+  tokenizer = SentencePieceTokenizer(tiny.tokenizer_file())  # a larger file
+  with file_size.at_most(num_bytes):
+    made = _make(_build(records, tokenizer=tokenizer))
+  assert _num_tokenized(records) == 0 and 'tokens cannot be written (File too large)' in capsys.readouterr().err
+  for name, value in _make(_build(records)).items():
+    np.testing.assert_array_equal(made[name], value, name)
+  assert _num_tokenized(records) == 1
 
 
 def test_a_text_without_a_field_and_a_split_without_captions(records):

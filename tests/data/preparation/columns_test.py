@@ -1,8 +1,11 @@
 """Arrays in files: what a dictionary gives, in pieces."""
 
+import errno
+
 import numpy as np
 import pytest
 
+from tests.helpers import file_size
 from uni_moe_jax.data.preparation import columns
 from uni_moe_jax.data.preparation.columns import Column, smallest_by_key
 
@@ -43,3 +46,13 @@ def test_what_was_read_is_a_copy_and_an_empty_column_is_read_and_written(tmp_pat
   empty, none = Column(tmp_path / 'y', 'i4'), np.empty(0, np.int64)
   empty[none] = none
   assert empty[:].tolist() == empty[none].tolist() == []
+
+
+def test_an_array_that_cannot_be_written_whole_is_an_error(tmp_path):
+  array = np.arange(1000, dtype=np.int32)  # 4,128 bytes with its header
+  with file_size.at_most(4128):
+    columns.save(tmp_path / 'x.npy', array)
+  np.testing.assert_array_equal(np.load(tmp_path / 'x.npy'), array)
+  with file_size.at_most(4096), pytest.raises(OSError) as raised:
+    columns.save(tmp_path / 'y.npy', array)
+  assert raised.value.errno == errno.EFBIG

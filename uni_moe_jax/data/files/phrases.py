@@ -180,7 +180,7 @@ def _tokenize(
   workers.run(tasks(), len(parts), 'tokenized', min(cores.available(), len(parts) // _CHUNKS_PER_WORKER))
   with contextlib.ExitStack() as stack:
     files = {name: stack.enter_context((folder / name).open('wb')) for name in _dtypes(tokenizer)}
-    num_tokens = 0
+    num_tokens = 0  # written as bytes: on a full disk, `tofile` may lose the end of an array without an error
     for part in parts:
       with np.load(part) as arrays:
         arrays = dict(arrays)
@@ -188,10 +188,10 @@ def _tokenize(
       num_tokens += len(arrays['tokens'])
       for name, array in (arrays | {'offsets': offsets}).items():
         if name in files:
-          array.astype(_dtypes(tokenizer)[name]).tofile(files[name])
+          files[name].write(array.astype(_dtypes(tokenizer)[name]).tobytes())
       part.unlink()
-    np.array([num_tokens]).tofile(files['offsets'])
-    np.zeros(1, _dtypes(tokenizer)['tokens']).tofile(files['tokens'])  # no empty file can be mapped
+    files['offsets'].write(np.array([num_tokens], np.int64).tobytes())
+    files['tokens'].write(np.zeros(1, _dtypes(tokenizer)['tokens']).tobytes())  # no empty file can be mapped
 
 
 @dataclasses.dataclass(frozen=True)

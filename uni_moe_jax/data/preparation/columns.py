@@ -1,6 +1,7 @@
 """Arrays with an element per row, in files: memory does not grow with the number of rows."""
 
 import contextlib
+import io
 import pathlib
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,12 @@ import numpy as np
 _PIECE = 2**18  # rows in memory at once
 _MAX_PARTS = 500  # open files
 _ENTRY = np.dtype([('id', 'i8'), ('key', 'u8'), ('value', 'i8')])
+
+
+def save(path: pathlib.Path, array: np.ndarray) -> None:
+  """Writes an .npy file. By itself NumPy may lose the end of an array on a full disk, without an error."""
+  np.save(content := io.BytesIO(), array)
+  path.write_bytes(content.getbuffer())
 
 
 class Column:

@@ -21,7 +21,7 @@ from uni_moe_jax.data.files import formats, media
 from uni_moe_jax.data.files.formats import Row
 from uni_moe_jax.data.files.npz_videos import NpzVideos, open_videos
 from uni_moe_jax.data.pipeline.npz_records import atomic_folder
-from uni_moe_jax.data.preparation import input_shards
+from uni_moe_jax.data.preparation import columns, input_shards
 from uni_moe_jax.data.preparation.archives import open_binary
 from uni_moe_jax.data.preparation.input_shards import InputShard
 from uni_moe_jax.utils import storage
@@ -114,11 +114,11 @@ def _scan(rows: Iterable[Row], root: str, folder: pathlib.Path) -> int:
           (*content.size, 0, 0, 0)[:3], len(row.texts['captions']) if 'captions' in row.texts else -1,
           _text_bytes(row.texts), words['signature'][signature(row)], words['reason'][reason],
           words['note'][content.note], SPLITS.index(row.split) if row.split else -1, bool(row.key)))
-  np.save(folder / _ROWS, np.array(records, RECORD))
+  columns.save(folder / _ROWS, np.array(records, RECORD))
   labels = np.full((len(codes), len(records)), -1, np.int32)
   for column, pairs in zip(labels, codes.values()):
     column[[i for i, _ in pairs]] = [code for _, code in pairs]
-  np.save(folder / _LABELS, labels)
+  columns.save(folder / _LABELS, labels)
   (folder / MANIFEST).write_text(json.dumps({
       **{name: list(words[name]) for name in WORDS}, 'skipped': skipped,
       'labels': {name: list(known) if len(known) <= MAX_CLASSES or name == 'label' else None

@@ -13,6 +13,7 @@ import numpy as np
 from uni_moe_jax.data import mirror
 from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
 from uni_moe_jax.data.pipeline.npz_records import atomic_folder
+from uni_moe_jax.data.preparation import columns
 from uni_moe_jax.data.preparation.merge import without
 from uni_moe_jax.data.preparation.scan import MANIFEST, ScannedShard
 from uni_moe_jax.utils import storage
@@ -71,7 +72,7 @@ class Write:
                'file': mirror.size_and_digest(path) if storage.is_remote(target) else None}
       storage.move_file(path, target)
       for column, array in arrays.items():
-        np.save(folder / f'{column}.npy', np.array(array, np.int32))
+        columns.save(folder / f'{column}.npy', np.array(array, np.int32))
       (folder / MANIFEST).write_text(json.dumps(facts))
     return number - self.start
 
