@@ -1,13 +1,16 @@
 """A work directory belongs to one config."""
 
 import json
+import shlex
 
+import numpy as np
 import pytest
 
 import uni_moe_jax
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.train import workdir
+from uni_moe_jax.train.checkpoint import Checkpoints
 
 
 def _claimed(tmp_path):
@@ -73,6 +76,25 @@ def test_another_config_is_refused_with_the_field(tmp_path, section, field, mess
   for fingerprint in ('print', None):
     with pytest.raises(ValueError, match=f'belongs to a run with another config .*{message}'):
       workdir.claim_workdir(tmp_path, c, fingerprint)
+
+
+def test_a_run_whose_parent_has_moved_continues_with_the_field_of_the_message(tmp_path):
+  """With a checkpoint, which is when the parent is no longer read."""
+  c = tiny.config('shape', data_dir='/somewhere')
+  c.train.init = "/runs/it's here"
+  workdir.claim_workdir(tmp_path, c, 'print')
+  c.train.init = '/elsewhere/parent'
+  with pytest.raises(ValueError, match='train.init: .*config of that run[.]$'):
+    workdir.claim_workdir(tmp_path, c, 'print')
+  with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
+    checkpoints.save(1, {'params': {'a': np.zeros(1)}}, {})
+  with pytest.raises(ValueError) as refused:
+    workdir.claim_workdir(tmp_path, c, 'print')
+  [c.train.init] = shlex.split(str(refused.value).rpartition('--config.train.init=')[2].removesuffix('.'))
+  workdir.claim_workdir(tmp_path, c, 'print')
+  c.model.width = 99  # the control: of another field nothing is advised
+  with pytest.raises(ValueError, match='config of that run[.]$'):
+    workdir.claim_workdir(tmp_path, c, 'print')
 
 
 def test_other_data_and_other_files_of_the_tokenizer_or_class_names_are_refused(tmp_path):

@@ -8,8 +8,9 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -148,7 +149,8 @@ def claim_workdir(
       changed = ['the content of the tokenizer file, or of a file of class names']
     if changed:
       raise UsageError(f'workdir {workdir} belongs to a run with another config '
-                       f'({first_few(changed, separator="; ")}); give another --workdir, or the config of that run.')
+                       f'({first_few(changed, separator="; ")}); give another --workdir, or the config of that run.'
+                       f'{_hint_of_init(workdir, old["config"], changed)}')
     if extends and fingerprint is not None and writes and plain != old['config']:
       steps = old['config']['train']['steps']
       write_json(path, {**old, 'config': plain, 'extended': [*old['extended'], *([steps] if extended else [])]})
@@ -157,6 +159,15 @@ def claim_workdir(
   elif fingerprint is not None and writes:
     storage.make_folder(path.parent)
     write_json(path, {_PACKAGE: __version__, **new, 'versions': versions()})
+
+
+def _hint_of_init(
+    workdir: str | os.PathLike[str], old: Mapping[str, Any], changed: Sequence[str]) -> str:
+  """How a run continues when the one that it started from, which it no longer reads, has another address now."""
+  if not any(field.startswith('train.init:') for field in changed) or saved_step(workdir) is None:
+    return ''
+  return (' If it is the same run at another address, or another revision of it, add '
+          f'--config.train.init={shlex.quote(old["train"]["init"])}.')
 
 
 def check_versions(workdir: str | os.PathLike[str], allow_mismatch: bool = False, writes: bool = True) -> None:

@@ -84,10 +84,8 @@ def row_groups(address: str) -> list[int]:
 
 def names_files(address: str) -> bool:
   """Whether a Parquet file has a column of paths of images or videos; False if it is damaged."""
-  import pyarrow.types as types
   fields = _of_metadata(address, lambda parquet: list(parquet.schema_arrow)) or ()
-  return any(types.is_string(field.type) or types.is_large_string(field.type) for field in fields
-             if field.name in formats.MEDIA_TYPES)
+  return any(_is_text(_unwrapped(field.type)) for field in fields if field.name in formats.MEDIA_TYPES)
 
 
 def _of_metadata(address: str, get: Callable[[Any], Any]) -> Any:
@@ -134,13 +132,22 @@ def _is_read(field: Any) -> bool:
   import pyarrow.types as types
   if field.name in formats.RESERVED_FIELDS or formats.media_type_of(f'.{field.name}'):
     return True  # if it cannot be used, that is a reason to skip the row
-  unwrap = lambda t: t.value_type if types.is_dictionary(t) else getattr(t, 'storage_type', t)  # of an extension
-  value = unwrap(field.type)
+  value = _unwrapped(field.type)
   if is_list := types.is_list(value) or types.is_large_list(value) or types.is_fixed_size_list(value):
-    value = unwrap(value.value_type)
-  is_string = types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)
-  return is_string or types.is_null(value) or not is_list and (
+    value = _unwrapped(value.value_type)
+  return _is_text(value) or types.is_null(value) or not is_list and (
       types.is_integer(value) or types.is_floating(value) or types.is_boolean(value))
+
+
+def _unwrapped(type_: Any) -> Any:
+  """The type of the values of a dictionary or of an extension type."""
+  import pyarrow.types as types
+  return type_.value_type if types.is_dictionary(type_) else getattr(type_, 'storage_type', type_)
+
+
+def _is_text(type_: Any) -> bool:
+  import pyarrow.types as types
+  return types.is_string(type_) or types.is_large_string(type_) or types.is_string_view(type_)
 
 
 def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
