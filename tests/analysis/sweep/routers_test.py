@@ -139,11 +139,31 @@ def test_a_diverged_run_is_reported_and_the_others_are_compared(tmp_path):
   results.write(report, tmp_path / 'out')
 
 
+@pytest.mark.parametrize('log, status', [
+    ([_attempt('interference at init')], 'not trained yet'),  # another sweep trains it right now
+    ([_attempt('interference at init'), _attempt('train', 1)], 'train failed with exit code 1')])
+def test_a_run_that_has_not_trained_to_its_end_is_reported_and_counts_in_no_mean(tmp_path, log, status):
+  for seed in (0, 1):
+    _finish(tmp_path, 'dense', seed=seed)
+    _finish(tmp_path, 'task', seed=seed)
+  cells = [*_cells(tmp_path, 'dense', 'task'), *_cells(tmp_path, 'dense', 'task', seed=1)]
+  losses = lambda report: [v['training_loss'] for v in report['account']['variants']]
+  assert losses(results.collect('routers', cells, ['c'], 'p')) == [2, 2]
+  folder = cells[-1].folder
+  (folder / runner.LOG).write_text(json.dumps(log))
+  (folder / 'metrics.jsonl').write_text('{"step": 1, "steps_per_second": 1.0, "loss/names": 50.0, "loss/total": 50.0}')
+  report = results.collect('routers', cells, ['c'], 'p')
+  assert report['errors'] == [f'task-1: {status}.'] and losses(report) == [2, 2]
+  assert [c['curves'] != {} for c in report['cells']] == [True, True, True, False]
+
+
 def test_steps_of_equal_time_are_those_of_dense():
   cells = [{'variant': v, 'steps': 600, 'seconds_per_step': x} for v, x in (
       ('dense', 1.), ('dense', 3.), ('dense', 2.), ('task', 2.5), ('token', 4e9), ('context', None))]
   assert routers.equal_time_steps(cells) == '600,task=480,token=1'  # medians; 600 · 2 / 2.5
   assert routers.equal_time_steps(cells[3:]) is None
+  failed = {'variant': 'dense', 'steps': 40, 'seconds_per_step': 2.}
+  assert routers.equal_time_steps([failed, *cells]) == '600,task=480,token=1'
 
 
 def test_curves_are_means_of_equal_parts_of_a_run():
@@ -155,7 +175,7 @@ def test_curves_are_means_of_equal_parts_of_a_run():
 
 def test_a_line_that_a_killed_run_left_unfinished_does_not_count(tmp_path):
   (tmp_path / 'metrics.jsonl').write_text('{"step": 2, "loss/a": 1.0}\n{"step": 4, "lo')
-  measured = routers.measure(tmp_path)
+  measured = routers.measure(tmp_path, [_attempt('train')])
   assert measured['steps'] == 2 and measured['curves'] == {'a': [[2.], [1.]]}
 
 

@@ -64,10 +64,10 @@ def collect(sweep: str, cells: Sequence[Cell], source: str | Sequence[str], comm
              if not math.isfinite(r['value'])]
     records.append({
         'name': cell.folder.name, 'variant': cell.variant, 'run': cell.run, 'task': cell.task, 'seed': cell.seed,
-        **_history(log, paths),
+        **_history(cell, log, paths),
         'commit': run.get('commit'), 'data': config.get('data'), 'changed': changed,
         'evaluation': [r for r in rows if math.isfinite(r['value'])],
-        **(routers.measure(cell.folder) if sweep == grid.ROUTERS else adaptation.measure(cell.folder, log))})
+        **(routers.measure(cell.folder, log) if sweep == grid.ROUTERS else adaptation.measure(cell.folder, log))})
   results = {
       'format': _FORMAT, 'sweep': sweep, 'command': command, 'sources': sources, 'python': platform.python_version(),
       'cores': os.cpu_count(), 'config': workdir.provenance(configured, 0)['config'] if configured else None,
@@ -84,13 +84,15 @@ def collect(sweep: str, cells: Sequence[Cell], source: str | Sequence[str], comm
   return {**results, 'accounts': compared}
 
 
-def _history(log: Sequence[Mapping[str, Any]], paths: Mapping[str, str]) -> dict[str, Any]:
+def _history(cell: Cell, log: Sequence[Mapping[str, Any]], paths: Mapping[str, str]) -> dict[str, Any]:
   """{'status', 'exit_codes', 'seconds', 'commands'} of a cell. paths: see `_named`."""
   attempts = {stage: [a for a in log if a['stage'] == stage] for stage in dict.fromkeys(a['stage'] for a in log)}
   codes = {stage: [a['exit_code'] for a in of_stage] for stage, of_stage in attempts.items()}
   seconds = {stage: round(sum(a['seconds'] for a in of_stage), 1) for stage, of_stage in attempts.items()}
   failed = [f'{stage} failed with exit code {c[-1]}' for stage, c in codes.items() if FINISHED not in c]
-  status = '; '.join(failed) or ('finished' if log else 'not started')
+  # Of a cell that another sweep trains right now, what comes before training may have finished.
+  is_trained = grid.TRAIN in codes or cell.variant == grid.ZERO_SHOT
+  status = '; '.join(failed) or ('not started' if not log else 'finished' if is_trained else 'not trained yet')
   commands = {stage: _named(of_stage[-1]['command'], paths) for stage, of_stage in attempts.items()}
   return {'status': status, 'exit_codes': codes, 'seconds': seconds, 'commands': commands}
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from uni_moe_jax.analysis import expert_usage_file, interference_file, metric_curves
 from uni_moe_jax.analysis.sweep.grid import TRAIN, Cell
+from uni_moe_jax.analysis.sweep.runner import is_finished
 from uni_moe_jax.eval import suite
 from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.train import workdir
@@ -23,18 +24,20 @@ _MAX_POINTS = 40  # of a learning curve
 _LAST = 8  # the last eighth of a run gives its final loss
 
 
-def measure(folder: storage.Path) -> dict[str, Any]:
-  """What the run of a work directory measured.
+def measure(folder: storage.Path, log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """What the run of a work directory measured. log: see `runner.read_log`.
 
   Returns:
     {'steps', 'seconds_per_step' (median), 'parameters' (see run.json), 'curves': see `_curves`, 'final_loss': mean of
     the weighted sum of all losses over the last eighth of the run, 'interference': {'init', 'step N', …, 'final'}: that
     of all selected parameters as 'subset' and how it was measured, 'experts': what figures show of experts.json,
-    'merged': content of merged.json}. Unknown values are None.
+    'merged': content of merged.json}. Unknown values are None. A run that has not trained to its end has neither curves
+    nor a final loss, which are averaged over seeds.
   """
   file = folder / 'metrics.jsonl'
   metrics, _ = metric_curves.read(file.read_text() if file.exists() else '')
   (_, rates), (_, losses) = (metrics.get(name, ([], [])) for name in ('steps_per_second', 'loss/total'))
+  is_trained = is_finished(log, TRAIN)
   interference = {}
   for checkpoint, file in _interference_files(folder).items():
     content = interference[checkpoint] = read_json(folder / file)
@@ -44,8 +47,9 @@ def measure(folder: storage.Path) -> dict[str, Any]:
   return {
       'steps': max((steps[-1] for steps, _ in metrics.values()), default=0),
       'seconds_per_step': 1 / float(np.median(rates)) if rates else None,
-      'parameters': read_json(folder / workdir.RUN_FILE, {}).get('parameters'), 'curves': _curves(metrics),
-      'final_loss': float(np.mean(losses[-max(1, len(losses) // _LAST):])) if losses else None,
+      'parameters': read_json(folder / workdir.RUN_FILE, {}).get('parameters'),
+      'curves': _curves(metrics) if is_trained else {},
+      'final_loss': float(np.mean(losses[-max(1, len(losses) // _LAST):])) if losses and is_trained else None,
       'interference': interference, 'experts': experts and {k: experts[k] for k in _EXPERTS},
       'merged': read_json(folder / suite.MERGED_FILE)}
 
@@ -116,10 +120,10 @@ def equal_time_steps(cells: Sequence[Mapping[str, Any]]) -> str | None:
 
   cells: of `results.collect`. Seconds per step are medians over the runs of a variant.
   """
-  steps, seconds = {}, collections.defaultdict(list)
+  steps, seconds = collections.Counter(), collections.defaultdict(list)
   for c in cells:
     if c['seconds_per_step']:
-      steps.setdefault(c['variant'], c['steps'])
+      steps[c['variant']] = max(steps[c['variant']], c['steps'])  # a run that failed has fewer
       seconds[c['variant']].append(c['seconds_per_step'])
   if DENSE not in seconds:
     return None
