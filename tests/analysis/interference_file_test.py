@@ -57,6 +57,27 @@ def test_heat_maps_are_white_at_zero_blue_where_a_step_helps_and_red_where_it_hu
   assert blue and red and (255, 255, 255) in colors
 
 
+@pytest.mark.parametrize('pattern', [
+    r'ffn_\w+/kernel$|attention_\w+/kernel$',  # no formula
+    'ffn_out/kernel$|heads/kernel$'])  # a formula, in which Matplotlib would show no dollar sign
+def test_dollar_signs_of_a_pattern_are_no_mathematics(content, tmp_path, pattern):
+  def width(title):
+    interference_file.draw(tmp_path / 'map.png', [content['subsets'][:1]], TASKS, title)
+    with Image.open(tmp_path / 'map.png') as image:
+      return image.width
+
+  assert width(5 * pattern) > width(5 * pattern.replace('$', ''))
+
+
+def test_a_figure_that_cannot_be_drawn_costs_no_measurement(content, tmp_path, monkeypatch):
+  def fails(*_, **_options):
+    raise ValueError('too large')
+  monkeypatch.setattr(interference_file, 'save_figure', fails)
+  with pytest.raises(ValueError, match='too large'):
+    interference_file.write(content, tmp_path, 'interference')
+  assert json.loads((tmp_path / 'interference.json').read_text()) == content
+
+
 def test_the_report_has_a_section_with_the_matrices_only_if_they_were_measured(content, tmp_path):
   assert 'id="interference"' not in html.write_report(tmp_path).read_text()
   (tmp_path / interference_file.FILE).write_text(json.dumps(content))

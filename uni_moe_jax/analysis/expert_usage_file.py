@@ -24,8 +24,8 @@ def write(content: dict[str, Any], workdir: str | os.PathLike[str], stem: str) -
   folder = storage.path(workdir)
   storage.make_folder(folder)
   paths = [folder / (stem + end) for end in ('.json', '.png')]
+  write_json(paths[0], content, allow_nan=False)  # first: a figure that cannot be drawn costs no measurement
   draw(paths[1], content)
-  write_json(paths[0], content, allow_nan=False)
   return paths
 
 

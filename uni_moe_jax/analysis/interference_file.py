@@ -26,9 +26,9 @@ def write(content: Mapping[str, Any], workdir: str | os.PathLike[str], stem: str
   by_key = {(s['layer'], s['projection']): s for s in subsets}
   layers, projections = (dict.fromkeys(keys) for keys in zip(*by_key, strict=True))
   by_layer = [[by_key.get((layer, p)) for p in projections] for layer in layers]
+  write_json(paths[0], content)  # first: a figure that cannot be drawn costs no measurement
   for path, grid in zip(paths[1:], ([[total]], by_layer), strict=True):
     draw(path, grid, content['tasks'], f'I(i, j), {content["parameters"]}, {content["checkpoint"]}')
-  write_json(paths[0], content)
   return paths
 
 

@@ -23,7 +23,12 @@ def write_output(path: str, content: Any) -> None:
 
 
 def save_figure(figure: Any, path: Path, **options: Any) -> None:
-  """Write a Matplotlib figure in the format of the path's suffix."""
+  """Write a Matplotlib figure in the format of the path's suffix. No text in it is mathematics.
+
+  Matplotlib reads what is between two dollar signs as a formula; regular expressions and names may have some.
+  """
+  for text in figure.findobj(lambda artist: hasattr(artist, 'set_parse_math')):
+    text.set_parse_math(False)
   content = io.BytesIO()
   figure.savefig(content, format=path.suffix.removeprefix('.'), **options)
   storage.write_bytes(path, content.getvalue())
