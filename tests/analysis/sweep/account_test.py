@@ -159,6 +159,20 @@ def test_lower_perplexity_wins_and_is_compared_in_logarithms():
   assert (task['reference'], task['reference_score']) == ('unigram', pytest.approx(-np.log(400)))
 
 
+@pytest.mark.parametrize('order', [(0, 1, 2), (2, 0, 1)])
+def test_a_run_without_the_main_metric_changes_it_for_no_other(order):
+  """The last run has an infinite perplexity, which is left out of its evaluation."""
+  accuracy, perplexity = _row('e', 'accuracy'), _row('e', 'perplexity')
+  runs = [(_cell('dense', 0, [accuracy, perplexity]), .2), (_cell('task', 0, [accuracy, perplexity]), .4),
+          (_cell('token', 0, [accuracy]), 0.)]
+  with np.errstate(divide='ignore'):
+    examples = [{('e', 'accuracy'): np.stack([[x], [1]]), ('e', 'perplexity'): np.stack([np.log([x]), [1]])}
+                for _, x in runs]
+  report = account.compare([runs[i][0] for i in order], [examples[i] for i in order])
+  assert [(t['evaluator'], t['metric']) for t in report['tasks']] == [('e', 'perplexity')]
+  assert [(p['variant'], p['gain']) for p in report['paired']] == [('task', pytest.approx(np.log(2)))]
+
+
 def test_averages_are_normalized_by_reference_and_best():
   values = {('dense', 0): np.array([1., 0, 0, 0]), ('task', 0): np.array([1., 1, 0, 0])}
   [task] = _compare(values, _row('e', chance=.1, majority=.2, neighbor=.4))['tasks']

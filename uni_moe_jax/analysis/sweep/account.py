@@ -86,10 +86,8 @@ def compare(cells: Sequence[Mapping[str, Any]], examples: Sequence[Examples]) ->
 
 
 def _main_rows(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-  rows = {}
-  for c in cells:
-    rows |= {line.row['evaluator']: line.row for line in headline.lines(c['evaluation'])}
-  return list(rows.values())
+  # Of all cells together: one that diverged may lack the main metric of the others.
+  return [line.row for line in headline.lines(row for c in cells for row in c['evaluation'])]
 
 
 def resampled_means(values: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
