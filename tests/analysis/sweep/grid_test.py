@@ -58,6 +58,8 @@ def test_models_whose_experts_merge_are_evaluated_merged_after_their_own_evaluat
   assert (task.name, task.needs) == ('merged', 'evaluate')
   assert task.command == ('evaluate', '--workdir=out/task-0', '--merged')
   assert dense.name == token.name == 'evaluate'
+  [alone] = _router_cells(['task'], '1', measures=['merged'])  # nothing else evaluates the run
+  assert [(s.name, s.needs) for s in alone.stages] == [('train', ''), ('merged', 'train')]
 
 
 def test_all_variants_of_a_seed_come_first_and_a_dense_model_has_no_expert_usage():

@@ -82,6 +82,7 @@ def router_grid(
   def cell(name: str, seed: int) -> Cell:
     (with_router, own, router, kept), path = configs[name], folder / f'{name}-{seed}'
     workdir_flag, config_flags = f'--workdir={path}', _config_flags(with_router, seed, (*overrides, *own))
+    evaluated = EVALUATE if 'evaluation' in measures else TRAIN  # what --merged needs; else it evaluates the run, too
     measured = {
         'evaluation': [Stage(EVALUATE, (EVALUATE, workdir_flag), TRAIN)],
         'interference': [Stage('interference', ('interference', workdir_flag, batches), TRAIN)],
@@ -89,7 +90,7 @@ def router_grid(
                   for s in kept],
         'experts': [Stage('experts', ('experts', workdir_flag), TRAIN)] if router != DENSE else [],
         'report': [Stage('report', ('report', workdir_flag), TRAIN)],
-        'merged': [Stage('merged', (EVALUATE, workdir_flag, '--merged'), EVALUATE)] if router in MERGED else []}
+        'merged': [Stage('merged', (EVALUATE, workdir_flag, '--merged'), evaluated)] if router in MERGED else []}
     compiles = ['--compile_separately'] if seed == 0 else []  # later seeds find the program in JAX's cache
     at_init = Stage('interference at init', ('interference', '--at_init', *config_flags, workdir_flag, batches))
     return Cell(path, name, '', seed, (
