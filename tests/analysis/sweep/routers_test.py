@@ -126,6 +126,16 @@ def test_the_largest_difference_of_a_merged_model_is_on_the_page(report, tmp_pat
   assert '2 of the models were evaluated again: the largest' in text and 'is 1e-06 (task-1, class, top-1).' in text
 
 
+def test_a_merged_model_with_a_score_that_is_not_finite_is_an_error_and_the_page_is_written(tmp_path):
+  for variant in ('dense', 'task', 'token'):
+    _finish(tmp_path, variant)
+  merged = {'largest_difference': float('inf'), 'metric': 'text, perplexity'}
+  (tmp_path / 'task-0/merged.json').write_text(json.dumps(merged))
+  report = results.collect('routers', _cells(tmp_path, 'dense', 'task', 'token'), ['c'], 'p')
+  assert report['errors'] == ['task-0: text, perplexity is not finite with merged experts, or without.']
+  assert '1 of the models were evaluated again: the largest' in results.write(report, tmp_path / 'out')
+
+
 def test_a_diverged_run_is_reported_and_the_others_are_compared(tmp_path):
   for variant in ('dense', 'task', 'token'):
     _finish(tmp_path, variant)

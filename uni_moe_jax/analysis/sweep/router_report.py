@@ -68,7 +68,8 @@ def _scores(results: Mapping[str, Any], variants: Sequence[str]) -> list[str]:
 
 def _merged(cells: Cells) -> list[str]:
   """How far the scores of merged models are from those of the runs."""
-  merged = [(c['merged']['largest_difference'], c['name'], c['merged']['metric']) for c in cells if c.get('merged')]
+  merged = [(difference, c['name'], c['merged']['metric']) for c in cells
+            if c.get('merged') and (difference := c['merged']['largest_difference']) is not None]
   if not merged:
     return []
   difference, name, metric = max(merged)

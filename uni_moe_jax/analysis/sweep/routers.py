@@ -31,8 +31,8 @@ def measure(folder: storage.Path, log: Sequence[Mapping[str, Any]]) -> dict[str,
     {'steps', 'seconds_per_step' (median), 'parameters' (see run.json), 'curves': see `_curves`, 'final_loss': mean of
     the weighted sum of all losses over the last eighth of the run, 'interference': {'init', 'step N', …, 'final'}: that
     of all selected parameters as 'subset' and how it was measured, 'experts': what figures show of experts.json,
-    'merged': content of merged.json}. Unknown values are None. A run that has not trained to its end has neither curves
-    nor a final loss, which are averaged over seeds.
+    'merged': content of merged.json, None for a difference that is not finite}. Unknown values are None. A run that has
+    not trained to its end has neither curves nor a final loss, which are averaged over seeds.
   """
   file = folder / 'metrics.jsonl'
   metrics, _ = metric_curves.read(file.read_text() if file.exists() else '')
@@ -43,7 +43,9 @@ def measure(folder: storage.Path, log: Sequence[Mapping[str, Any]]) -> dict[str,
     content = interference[checkpoint] = read_json(folder / file)
     if content:
       content['subset'] = content.pop('subsets')[0]
-  experts = read_json(folder / expert_usage_file.FILE)
+  experts, merged = read_json(folder / expert_usage_file.FILE), read_json(folder / suite.MERGED_FILE)
+  if merged and not np.isfinite(merged['largest_difference']):
+    merged['largest_difference'] = None
   return {
       'steps': max((steps[-1] for steps, _ in metrics.values()), default=0),
       'seconds_per_step': 1 / float(np.median(rates)) if rates else None,
@@ -51,7 +53,7 @@ def measure(folder: storage.Path, log: Sequence[Mapping[str, Any]]) -> dict[str,
       'curves': _curves(metrics) if is_trained else {},
       'final_loss': float(np.mean(losses[-max(1, len(losses) // _LAST):])) if losses and is_trained else None,
       'interference': interference, 'experts': experts and {k: experts[k] for k in _EXPERTS},
-      'merged': read_json(folder / suite.MERGED_FILE)}
+      'merged': merged}
 
 
 def _interference_files(folder: storage.Path) -> dict[str, str]:
@@ -112,6 +114,8 @@ def find_errors(
     steps = config['config']['train']['steps']
     if FINISHED in record['exit_codes'].get(TRAIN, ()) and record['steps'] != steps:
       errors.append(f'{record["name"]} has {record["steps"]} of {steps} steps.')
+    if (merged := record['merged']) and merged['largest_difference'] is None:
+      errors.append(f'{record["name"]}: {merged["metric"]} is not finite with merged experts, or without.')
   return errors
 
 
