@@ -248,6 +248,17 @@ def test_runs_that_differ_in_more_than_their_variant_are_an_error(tmp_path, chan
   assert errors == [] if message is None else message in errors[0]
 
 
+def test_scores_of_evaluators_with_other_fields_are_an_error(tmp_path):
+  """A config may change its evaluators while a run continues, and cells of a sweep that continues have both."""
+  for variant, beams in (('dense', 1), ('task', 1), ('token', 4)):
+    _finish(tmp_path, variant)
+    (tmp_path / f'{variant}-0/evaluators.json').write_text(json.dumps({'captions': {'beam_size': beams}}))
+  cells = _cells(tmp_path, 'dense', 'task', 'token')
+  assert results.collect('routers', cells[:2], ['c'], 'p')['errors'] == []
+  assert results.collect('routers', cells, ['c'], 'p')['errors'] == [
+      'token-0 and dense-0 have scores of other evaluators: evaluator.captions.beam_size: 1 → 4.']
+
+
 def test_interference_over_training_is_in_the_order_of_steps_and_averaged_over_the_seeds_that_have_it():
   def cell(**values):
     none = dict.fromkeys(('value', 'low', 'high'))
