@@ -196,3 +196,13 @@ def test_each_of_several_runs_is_adapted_with_its_own_seed(tmp_path):
     grid.adaptation_grid(_OUT, [*runs, same_name], ['digits'], ['prompts'], '', [])
   with pytest.raises(UsageError, match='--num_seeds=2: of several runs each is adapted with its own seed'):
     grid.adaptation_grid(_OUT, runs, ['digits'], ['prompts'], '2', [])
+
+
+def test_runs_are_averaged_only_if_their_names_differ_in_their_seeds_alone(tmp_path):
+  c, runs = tiny.config('shape', data_dir=tiny.data_dir()), []
+  for name, seed in (('own-big', 0), ('own-small', 0), ('wide-3', 3), ('wide-4', 4), ('wide-2', 5)):
+    c.seed = seed
+    workdir.claim_workdir(tmp_path / name, c, 'print')
+    runs.append(str(tmp_path / name))
+  cells, _ = grid.adaptation_grid(_OUT, runs, ['digits'], ['zero-shot'], '', [])
+  assert [c.run for c in cells] == ['own-big', 'own-small', 'wide', 'wide', 'wide-2']

@@ -110,8 +110,8 @@ def adaptation_grid(
 
   Seeds vary fastest, because cells of one task and recipe share a compiled step; a seed draws the examples, their order
   and fresh parameters. One run is adapted with three seeds by default, and evaluated zero-shot once. Of several runs
-  each is adapted with its own seed, and the part of its folder's name before that, 'dense' of dense-0, says with which
-  other runs it is averaged. The arguments are flags of uni-moe sweep.
+  each is adapted with its own seed. Those whose names differ in it alone, as dense-0 and dense-1, are averaged. The
+  arguments are flags of uni-moe sweep.
 
   Raises:
     UsageError: no run, an unknown recipe or task, or a config that is not valid.
@@ -133,7 +133,7 @@ def adaptation_grid(
     workdir_flag, config_flags = f'--workdir={path}', _config_flags(config, seed, overrides)
     stages = (Stage(EVALUATE, (EVALUATE, *config_flags, workdir_flag)),) if recipe == ZERO_SHOT else (
         Stage(TRAIN, (TRAIN, *config_flags, workdir_flag)), Stage(EVALUATE, (EVALUATE, workdir_flag), TRAIN))
-    return Cell(path, recipe, task, seed, stages, run=run_name.rpartition('-')[0] or run_name if several else '')
+    return Cell(path, recipe, task, seed, stages, run=run_name.removesuffix(f'-{seed}') or run_name if several else '')
 
   for task in dict.fromkeys(tasks):
     for recipe in dict.fromkeys(recipes):
