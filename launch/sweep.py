@@ -47,6 +47,7 @@ _OWN_FLAGS = {
         flags.DEFINE_list('recipes', 'zero-shot,prompts,finetune,finetune-all', 'For adaptation: which to compare.'))}
 
 
+@cli.exit_on_signals(exit_codes.PREEMPTED)  # where no command of a cell runs
 def main() -> int:
   from uni_moe_jax.analysis.sweep import grid, runner
   if _REDRAW.value:
@@ -70,8 +71,7 @@ def main() -> int:
   cells = runner.claim(folder, settings, cells)  # with those of sweeps that began meanwhile
   results = results_lib.collect(_SWEEP.value, cells, source, cli.command_line())
   print(results_lib.write(results, folder / results_lib.FOLDER))
-  for sentence in results['errors']:
-    print(f'error: {sentence}', file=sys.stderr)
+  sys.stderr.writelines(f'error: {sentence}\n' for sentence in results['errors'])
   return exit_codes.ERROR if results['errors'] else exit_codes.FINISHED
 
 

@@ -1,5 +1,6 @@
 """launch/sweep.py: mistakes, failures and signals with stand-ins for the other scripts; nightly, a tiny real sweep."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -186,6 +187,17 @@ def test_a_signal_reaches_the_running_script_once_and_the_sweep_can_be_continued
   send(process.pid, signal.SIGINT)
   process.communicate(timeout=30)
   assert process.returncode == 75 and not (root / 'out/results').exists()
+
+
+def test_a_signal_stops_a_sweep_that_waits_for_another(root):
+  (root / 'out/dense-0').mkdir(parents=True)
+  with open(root / 'out/dense-0/.sweep', 'w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    process = _start(root, _routers(root, '--variants=dense'))
+    assert any('waiting for another process' in line for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+  assert process.returncode == 75 and errors.splitlines()[-1] == 'SIGINT: stopped; the same command continues.'
 
 
 @pytest.mark.parametrize('command, arguments, message', [
