@@ -163,6 +163,12 @@ def test_losses_that_are_not_finite_do_not_break_the_page(tmp_path):
   assert '2 not finite' in _page(tmp_path)
 
 
+def test_the_page_of_the_current_folder_has_its_name(workdir, monkeypatch):
+  monkeypatch.chdir(workdir)
+  reporting_html.write_report('.')
+  assert '<h1>quick&lt;start</h1>' in (workdir / 'report.html').read_text()
+
+
 def test_a_folder_that_is_not_there_is_named():
   with pytest.raises(FileNotFoundError, match="workdir '/no/such' is not a folder"):
     reporting_html.write_report('/no/such')

@@ -99,7 +99,7 @@ def write_report(workdir: str | os.PathLike[str]) -> storage.Path:
   last_step = lambda content: [f'step {max(steps[-1] for steps, _ in content[0].values()):,}']
   facts = curves.render(last_step, otherwise=[]) + run.render(_headline, otherwise=[])
   facts = _NOTE.format(' · '.join(facts)) if facts else ''
-  name, verdicts = escape(workdir.name), evaluation.render(_verdict_line, otherwise='')
+  name, verdicts = escape(storage.absolute(workdir).name), evaluation.render(_verdict_line, otherwise='')
   body = ''.join(f'<section id="{title.lower()}"><h2>{title}</h2>{body}</section>' for title, body in sections.items())
   path = workdir / 'report.html'
   storage.write_bytes(path, (
