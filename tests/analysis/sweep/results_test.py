@@ -48,6 +48,12 @@ def test_the_score_table_has_chance_and_baselines():
                    '| digits | top-1 | 0.1 | nearest neighbor 0.900 | 0.500 ± 0.059 |  |']
 
 
+def test_a_bar_in_a_name_divides_no_cell():
+  row = {**_row(.5, 0), 'evaluator': 'yes|no', 'baselines': {"always 'a|b'": .9}}
+  assert results.score_table(results.summarize([row]), ['prompts'])[-1] == (
+      r"| yes\|no | top-1 | 0.1 | always 'a\|b' 0.900 | 0.500 ± 0.059 |")
+
+
 # Parameters before tuning: a and b with three values and one, b frozen; c is new.
 _BEFORE = {'a': np.zeros(3, np.float32), 'b': np.float32(1)}
 
