@@ -227,6 +227,10 @@ def test_everything_is_drawn_again_from_the_json_alone(report, workdir, tmp_path
   assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in (workdir / 'written').iterdir())
   with pytest.raises(ValueError, match='--redraw=.*none.json: the file does not exist'):
     results.redraw(tmp_path / 'none.json')
+  for other in (text, '[]', '{"format": 2}'):  # such as results.md
+    (tmp_path / 'other').write_text(other)
+    with pytest.raises(ValueError, match='--redraw=.*other: it is not the results.json of a sweep'):
+      results.redraw(tmp_path / 'other')
   for old in ({'sweep': 'routers', 'source': 'x', 'cells': []}, {'sweep': 'adaptation', 'source': 'x', 'cells': []},
               {**json.loads((tmp_path / 'results.json').read_text()), 'format': 1}):
     (tmp_path / 'old.json').write_text(json.dumps(old))

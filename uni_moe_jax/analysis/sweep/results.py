@@ -151,11 +151,16 @@ def redraw(path: storage.Path) -> str:
   """Writes results.md and figures beside a results.json, without any work directory; returns the Markdown.
 
   Raises:
-    UsageError: there is no such file, or an older version wrote it.
+    UsageError: there is no such file, it is another one, or an older version wrote it.
   """
-  results, out = files.read_json(path), path.parent
+  try:
+    results, out = files.read_json(path), path.parent
+  except ValueError:  # not JSON, not UTF-8
+    results = ()
   if results is None:
     raise UsageError(f'--redraw={path}: the file does not exist; give the results.json of a sweep.')
+  if not isinstance(results, dict) or 'sweep' not in results:
+    raise UsageError(f'--redraw={path}: it is not the results.json of a sweep; give that file.')
   if results.get('format') != _FORMAT:
     raise UsageError(f'--redraw={path}: an older version wrote it; draw it with that version, or rerun its command.')
   captions = router_figures.draw(results, out) if results['sweep'] == grid.ROUTERS else {}
