@@ -18,6 +18,7 @@ from uni_moe_jax.analysis.interference_hook import interference_hook
 from uni_moe_jax.analysis.task_gradients import TaskGradients, half_gradient, quiet_spec, task_gradient
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path
 
 TASKS = ('answer', 'package')  # of one type, so that they share experts
@@ -159,6 +160,15 @@ def test_the_metric_is_delta_of_the_two_halves_at_every_nth_step():
   np.testing.assert_allclose(got['interference/answer<-answer'], own, rtol=1e-4)
   np.testing.assert_allclose(got['interference/answer<-package'], cross, rtol=1e-4, atol=1e-6)
   assert not np.isclose(got['interference/package<-answer'], got['interference/answer<-package'], rtol=1e-3)
+
+
+@pytest.mark.parametrize('at_init', [False, True])
+def test_a_run_that_trains_no_task_is_an_error_that_names_the_run_it_starts_from(tmp_path, monkeypatch, at_init):
+  run, config = _run(), _config(init='runs/quickstart')
+  without = dataclasses.replace(run, config=config, plan=dataclasses.replace(run.plan, tasks=()))
+  monkeypatch.setattr(run_interference, 'build', lambda *_, **_options: without)
+  with pytest.raises(UsageError, match="trains no task.*--workdir of the run that it starts from, 'runs/quickstart'"):
+    run_interference.measure_interference(config, tmp_path, None, at_init, PATTERN, None, 2, 0)
 
 
 @pytest.fixture(scope='module')

@@ -26,9 +26,13 @@ def measure_interference(
   The arguments are flags of uni-moe interference; devices: all of them by default.
 
   Raises:
-    UsageError: a step without a checkpoint, parameters that do not exist, a task whose gradient is not finite.
+    UsageError: a run that trains no task, a step without a checkpoint, parameters that do not exist, a task whose
+      gradient is not finite.
   """
   run = build(config, devices, workdir=workdir)
+  if not run.plan.tasks:
+    raise UsageError('this run trains no task, so that there are no gradients to measure; give --workdir of the run '
+                     f'that it starts from, {run.config.train.init!r}.')
   slices = param_subsets.select(run.shapes.params, run.spec.model.spec.stack, pattern, layers, '--parameters')
   state, checkpoint = load_state(run, workdir, step, at_init)
   tasks = [t.name for t in run.plan.tasks]
