@@ -293,3 +293,7 @@ def test_pairs_conflict_if_most_seeds_of_dense_are_certainly_below_0_with_a_base
   # Of task, the third run has no base: the mean of .2 and -.4, of which one of three runs is certainly below 0.
   assert conflicts(certain, certain, uncertain) == [('b', 'a', '-0.20 (2/3)', '-0.10 (1/3)', None)]
   assert conflicts(certain, uncertain) == conflicts(certain, without_base) == conflicts() == []
+  other = {'tasks': ['b'], 'subset': {'ratio_of_means': {k: [[1]] for k in ('value', 'low', 'high')},
+                                      'delta': {'low': [[.1]]}}}  # of a config without a
+  assert conflicts(certain, {'variant': 'dense', 'interference': {'final': other}}) == conflicts(certain) == [
+      ('b', 'a', '-0.20 (1/1)', '-0.10 (1/3)', None)]

@@ -133,6 +133,8 @@ def _conflicts(cells: Cells, variants: Sequence[str], checkpoint: str) -> list[t
   if not measured.get(DENSE):
     return []
   tasks, rows = measured[DENSE][0]['tasks'], []
+  # A run of a config whose tasks were changed, which `routers.find_errors` reports, has other pairs.
+  measured = {v: [m for m in of_variant if m['tasks'] == tasks] for v, of_variant in measured.items()}
 
   def read(variant: str, i: int, j: int) -> tuple[float | None, int, int]:
     """(mean, seeds certainly below 0, seeds) of a pair."""
