@@ -1,5 +1,6 @@
 """Expert usage of a run: its conditions and tokens, independent of the layout of the batch."""
 
+import dataclasses
 import functools
 import json
 
@@ -71,6 +72,15 @@ def test_merging_routers_need_no_batch():
   assert [content['conditions'][caption[s]] for s in ('visual', 'words', 'queries')] == ['caption'] * 3
   assert content['router_entropy'] == content['entropy']
   assert max(np.ravel(content['effective_experts'])) <= 2 + 1e-5  # two experts are kept
+
+
+def test_after_an_evaluation_the_command_is_printed_only_of_a_run_that_it_can_measure(tmp_path, capsys):
+  run = train_run.build(_config('token', 'caption', 'pair'), jax.devices()[:1])
+  untrained = dataclasses.replace(run, plan=dataclasses.replace(run.plan, tasks=()))
+  for measured, printed in ((run, f'uni-moe experts --workdir={tmp_path} measures which experts tokens use.\n'),
+                            (untrained, '')):
+    run_expert_usage.write_after_evaluation(measured, None, 9, tmp_path)
+    assert capsys.readouterr().out == printed
 
 
 def test_files_have_the_name_of_the_checkpoint_and_a_dense_model_is_an_error(tmp_path):

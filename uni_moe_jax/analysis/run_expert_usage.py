@@ -48,7 +48,8 @@ def write_after_evaluation(run: Run, params: Any, step: int, workdir: str | os.P
   if not expert_usage.expert_layers(spec):
     return
   if routers.routes_tokens(spec.router) or jax.process_count() > 1:
-    print(f'uni-moe experts --workdir={workdir} measures which experts tokens use.', flush=True)
+    if run.plan.tasks:  # else there are neither batches nor a checkpoint
+      print(f'uni-moe experts --workdir={workdir} measures which experts tokens use.', flush=True)
   else:
     content = compute_usage(run, params, f'step {step}', 0, 0)
     expert_usage_file.write(content, workdir, file_stem(expert_usage_file.FILE, '', False))
