@@ -192,6 +192,8 @@ def test_each_of_several_runs_is_adapted_with_its_own_seed(tmp_path):
   assert settings['runs'] == runs
   assert _commands(cells[-1])['train'][1:3] == (
       f'--config=prompt_tune:run={tmp_path}/task-1,task=digits,data=few', '--config.seed=1')
+  twice = [runs[0], f'{runs[0]}/', '']  # as --run=a,a/, is
+  assert grid.adaptation_grid(_OUT, twice, ['digits'], ['prompts'], '', [])[1]['runs'] == runs[:1]
   with pytest.raises(UsageError, match='two runs have one name, and both would be task-1-digits-prompts'):
     grid.adaptation_grid(_OUT, [*runs, same_name], ['digits'], ['prompts'], '', [])
   with pytest.raises(UsageError, match='--num_seeds=2: of several runs each is adapted with its own seed'):
