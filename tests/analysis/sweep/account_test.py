@@ -101,6 +101,15 @@ def test_examples_are_resampled_by_hand_once_for_all_runs():
   np.testing.assert_array_equal(means[:, 1], 2 * means[:, 0])
 
 
+@pytest.mark.parametrize('drawn', [6 * 7, 1])  # six resamples of seven examples, which do not divide all; one
+def test_of_many_examples_fewer_resamples_are_in_memory_and_the_means_are_the_same(monkeypatch, drawn):
+  values, weights = np.random.default_rng(1).random((2, 7)), np.arange(1., 8)
+  means = account.resampled_means(values, weights, np.random.default_rng(0))
+  monkeypatch.setattr(account, '_DRAWN', drawn)
+  np.testing.assert_array_equal(account.resampled_means(values, weights, np.random.default_rng(0)), means)
+  assert (account.resampled_means(values, weights, np.random.default_rng(2)) != means).any()
+
+
 def test_deviations_of_seeds_are_widened_by_hand():
   # Seeds with 0 and 2: resamples have the mean 0 (1/4), 1 (1/2) or 2 (1/4). Student's t of one degree of freedom has
   # 12.706 where the normal distribution has 1.960; √(2 / 1): 1 ± 12.706 / 1.960 · 1.414.

@@ -17,7 +17,7 @@ from uni_moe_jax.tasks.router_names import DENSE
 
 WIN, TIE, LOSS = 'win', 'tie', 'loss'
 RESAMPLES = 10_000
-_CHUNK = 500  # resamples whose examples are in memory together
+_CHUNK, _DRAWN = 500, 50_000_000  # at most so many resamples, and examples of them, are in memory together
 _LEVEL = 0.05
 _SEED = 27  # of the bootstrap
 
@@ -96,9 +96,11 @@ def resampled_means(values: np.ndarray, weights: np.ndarray, rng: np.random.Gene
   A resample has the same examples for all M runs.
   """
   N, means = len(weights), [np.average(values, axis=1, weights=weights)[None]]
-  for _ in range(0, RESAMPLES, _CHUNK):
-    drawn = rng.integers(N, size=(_CHUNK, N)) + N * np.arange(_CHUNK)[:, None]
-    times = np.bincount(drawn.reshape(-1), minlength=_CHUNK * N).reshape(_CHUNK, N) * weights
+  chunk = max(1, min(_CHUNK, _DRAWN // N))
+  for start in range(0, RESAMPLES, chunk):
+    R = min(chunk, RESAMPLES - start)
+    drawn = rng.integers(N, size=(R, N)) + N * np.arange(R)[:, None]
+    times = np.bincount(drawn.reshape(-1), minlength=R * N).reshape(R, N) * weights
     means.append(times @ values.T / times.sum(1, keepdims=True))
   return np.concatenate(means).round(12)  # so that equal models are equal
 
