@@ -1,0 +1,55 @@
+"""slurm.sbatch: cancelled jobs, job arrays and dry runs, with stand-ins for Slurm's commands."""
+
+import os
+import pathlib
+import subprocess
+
+import pytest
+
+from tests.helpers import stand_in
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+# What `scontrol show job --oneliner` of Slurm 24.11 prints about a job that has received a signal.
+_SHOWN = 'JobId=17 JobName=a b {} Requeue=1 Restarts=0 PreemptEligibleTime=2026-12-01T16:36:07 {} SuspendTime=None'
+# Training that saves when scancel signals it.
+_SRUN = '''trap 'exit 75' USR1
+echo "$$" >new && mv new pid
+while :; do sleep 0.05; done'''
+
+
+@pytest.fixture(name='slurm')
+def _slurm(tmp_path):
+  """Run the job, signal its shell as Slurm does, and return the process and what scancel and scontrol got."""
+
+  def run(shown: str, **variables: str):
+    for name, lines in dict(
+        srun=_SRUN, scancel='echo "$*" >>commands; kill -USR1 "$(cat pid)"',
+        scontrol=f'[[ $1 == show ]] || echo "$*" >>commands; [[ $1 != show ]] || echo "{shown}"').items():
+      (tmp_path / name).write_text(f'#!/usr/bin/env bash\n{lines}\n')
+      (tmp_path / name).chmod(0o755)
+    environment = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID='17')
+    job = subprocess.Popen(['bash', str(_ROOT / 'launch/slurm.sbatch'), 'a'], env={**environment, **variables},
+                           stderr=subprocess.PIPE, text=True)
+    stand_in.wait_for(tmp_path / 'pid')
+    job.terminate()
+    errors = job.communicate(timeout=20)[1]
+    return job.returncode, errors, (tmp_path / 'commands').read_text().splitlines()
+  return run
+
+
+@pytest.mark.parametrize('state', ['COMPLETING', 'CANCELLED'])
+def test_a_cancelled_job_saves_and_is_not_requeued(slurm, state):
+  code, errors, commands = slurm(_SHOWN.format(f'JobState={state} Reason=None', 'PreemptTime=None'))
+  assert (code, commands) == (75, ['--signal=TERM 17'])
+  assert errors == 'slurm.sbatch: the job was cancelled and is not requeued; the same command continues.\n'
+
+
+@pytest.mark.parametrize('shown', [
+    _SHOWN.format('JobState=RUNNING Reason=None', 'PreemptTime=None'),  # minutes before the time limit
+    _SHOWN.format('JobState=RUNNING Reason=None', 'PreemptTime=2026-12-01T16:36:27'),  # the grace time of a preemption
+    _SHOWN.format('JobState=COMPLETING Reason=TimeLimit', 'PreemptTime=None'),  # the time limit
+    _SHOWN.format('JobState=COMPLETING Reason=None', 'PreemptTime=2026-12-01T16:36:27'),  # after the grace time
+    '',  # the controller does not answer
+])
+def test_a_job_is_requeued_after_a_time_limit_or_a_preemption(slurm, shown):
+  assert slurm(shown) == (75, '', ['--signal=TERM 17', 'requeue 17'])
