@@ -53,3 +53,9 @@ def test_a_cancelled_job_saves_and_is_not_requeued(slurm, state):
 ])
 def test_a_job_is_requeued_after_a_time_limit_or_a_preemption(slurm, shown):
   assert slurm(shown) == (75, '', ['--signal=TERM 17', 'requeue 17'])
+
+
+def test_a_task_of_a_job_array_signals_and_requeues_itself_alone(slurm):
+  # Slurm gives the array's own number, 17, to its last task.
+  _, _, commands = slurm('', SLURM_ARRAY_JOB_ID='17', SLURM_ARRAY_TASK_ID='2')
+  assert commands == ['--signal=TERM 17_2', 'requeue 17_2']
