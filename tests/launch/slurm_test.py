@@ -59,3 +59,12 @@ def test_a_task_of_a_job_array_signals_and_requeues_itself_alone(slurm):
   # Slurm gives the array's own number, 17, to its last task.
   _, _, commands = slurm('', SLURM_ARRAY_JOB_ID='17', SLURM_ARRAY_TASK_ID='2')
   assert commands == ['--signal=TERM 17_2', 'requeue 17_2']
+
+
+@pytest.mark.parametrize('folder, script', [('.', './launch/slurm.sbatch'), ('launch', './slurm.sbatch')])
+def test_a_dry_run_works_in_any_folder(folder, script):
+  environment = {k: v for k, v in os.environ.items() if not k.startswith(('SLURM', 'UNI_MOE'))}
+  done = subprocess.run([script, '--dry_run', '--workdir=w'], cwd=_ROOT / folder, env=environment, capture_output=True,
+                        text=True)
+  assert (done.returncode, done.stderr) == (0, '')
+  assert done.stdout.startswith('#SBATCH --job-name=uni_moe_jax\n') and 'launch/train.py --workdir=w ' in done.stdout
