@@ -95,7 +95,7 @@ constraints() {
 # the constraints. The stamp is written last, so that an interrupted install is repeated. An install
 # with `test` also serves without.
 install_environment() {
-  local extra="${1:-}" want stamp name
+  local extra="${1:-}"
   if [[ -n "${UNI_MOE_PYTHON:-}" ]]; then
     if ! command -v "$python" >/dev/null; then
       echo "UNI_MOE_PYTHON=$python is not an executable program." >&2
@@ -104,6 +104,31 @@ install_environment() {
     check_python jax flax tensorflow tensorflow_datasets ${extra:+pytest xdist hypothesis ftfy tokenizers torch}
     return
   fi
+  # Of several scripts that start at once, one installs. The subshell's end releases the lock. Where the folder cannot be
+  # written, there is nothing to lock: .venv is complete, or installing fails.
+  (if { exec 9>"$venv.lock"; } 2>/dev/null; then wait_for_lock || exit; fi
+   install_once "$extra")
+}
+
+# Waits for the lock of descriptor 9, the kernel's, which ends with the process; on a file system without locks, for none.
+wait_for_lock() {
+  local base="$python"
+  is_usable "$base" || base=$(find_python) || return 1
+  "$base" - <<'PY'
+import fcntl
+try:
+  fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+  print('Waiting for another script, which installs into .venv')
+  fcntl.flock(9, fcntl.LOCK_EX)
+except OSError:
+  pass
+PY
+}
+
+# install_once [test]: the part of install_environment that one script at a time runs.
+install_once() {
+  local extra="$1" want stamp name
   make_venv || return 1
   # The stamp includes the folder, because an editable install contains its path.
   want=$("$python" - "$PWD" <<'PY'

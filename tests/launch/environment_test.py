@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -66,3 +68,70 @@ def test_nothing_is_installed_after_ctrl_c(install):
 def test_a_failed_installation_is_a_failure(install):
   code, _, commands = install(UV_FAILS='1', PIP_FAILS='1')
   assert code == 1 and len(commands) == 5
+
+
+# A python3.11 that takes its time, and logs what it makes and installs.
+_SLOW = f'''#!/bin/bash
+case "$*" in
+  "- venv ensurepip" | "- pip") exit 0 ;;
+  "-m venv "*)
+    echo venv >>log; mkdir -p "$3/bin" && sleep 0.5 && cp "$0" "$3/bin/python" ;;
+  "-m pip config list" | "-m pip install"*" uv") exit 0 ;;
+  "-m uv"*) echo "install $*" >>log; sleep 0.5; [[ ! -e fails ]] ;;
+  "-m pip"*) exit 1 ;;
+  *) exec {sys.executable} "$@" ;;
+esac
+'''
+
+
+@pytest.fixture(name='clone')
+def _clone(tmp_path):
+  for name, content in (('bin/python3.11', _SLOW), ('setup.py', ''), ('constraints.txt', '')):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+  (tmp_path / 'bin/python3.11').chmod(0o755)
+  (tmp_path / 'launch').mkdir()
+  shutil.copy(_ROOT / 'launch/env.sh', tmp_path / 'launch')
+  return tmp_path
+
+
+def _start(clone, script='install_environment'):
+  environment = {k: v for k, v in os.environ.items() if k not in ('UNI_MOE_PYTHON', 'PYTHONPATH')}
+  return subprocess.Popen(
+      ['bash', '-euc', f'. launch/env.sh; {script}'], cwd=clone, text=True, stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT, env={**environment, 'PATH': f'{clone}/bin:{os.environ["PATH"]}'})
+
+
+def test_two_scripts_at_once_make_one_environment(clone):
+  both = [_start(clone), _start(clone)]
+  outputs = [process.communicate(timeout=30)[0] for process in both]
+  assert [process.returncode for process in both] == [0, 0], outputs
+  made, *installed = (clone / 'log').read_text().splitlines()
+  assert made == 'venv' and len(installed) == 1 and installed[0].startswith('install ')
+
+
+def test_the_second_of_two_scripts_repeats_an_installation_that_failed(clone):
+  (clone / 'fails').touch()
+  both = [_start(clone), _start(clone)]
+  for process in both:
+    process.communicate(timeout=30)
+  assert [process.returncode for process in both] == [1, 1]
+  assert [line.split()[0] for line in (clone / 'log').read_text().splitlines()] == ['venv', 'install', 'install']
+
+
+def test_what_follows_an_installation_does_not_hold_its_lock(clone):
+  first = _start(clone, 'install_environment; echo done; exec sleep 20')
+  while first.stdout.readline() != 'done\n':
+    pass
+  (clone / 'setup.py').write_text('# changed')  # the next one installs, too
+  assert _start(clone).wait(timeout=10) == 0
+  first.kill()
+  first.communicate()
+
+
+def test_an_environment_is_used_where_the_folder_cannot_be_written(clone):
+  assert _start(clone).wait(timeout=10) == 0
+  (clone / '.venv.lock').unlink()
+  (clone / '.venv.lock').mkdir()  # cannot be opened, also not by root
+  again = _start(clone)
+  assert (again.communicate(timeout=10)[0], again.returncode) == ('', 0)
