@@ -5,6 +5,12 @@
 # UNI_MOE_PYTHON=/path/to/python uses that interpreter and installs nothing. Otherwise the scripts
 # create `.venv` at the repository's root once and use it.
 
+# Services and containers may have none; Python finds the same folder.
+if [[ -z "${HOME:-}" ]]; then
+  unset HOME
+  HOME=~
+  export HOME
+fi
 venv="$PWD/.venv"
 python="${UNI_MOE_PYTHON:-$venv/bin/python}"
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import pwd
 import shutil
 import signal
 import subprocess
@@ -126,3 +127,13 @@ def test_an_unusable_interpreter_is_named(root):
 def test_help_runs_nothing(root):
   code, output, _ = _run(root, '--help')
   assert code == 0 and output.startswith('Usage: ./launch/quickstart.sh') and not (root / 'log').exists()
+
+
+@pytest.mark.parametrize('home', ['', None])
+def test_without_home_the_folder_of_the_user_is_used(root, home):
+  (root / 'home.sh').write_text('. launch/env.sh; echo "$HOME $JAX_COMPILATION_CACHE_DIR"')
+  environment = {'PATH': os.environ['PATH'], **({} if home is None else {'HOME': home})}
+  done = subprocess.run(['bash', '-eu', 'home.sh'], cwd=root, env=environment, capture_output=True, text=True)
+  of_user = pwd.getpwuid(os.getuid()).pw_dir
+  assert (done.returncode, done.stderr) == (0, '')
+  assert done.stdout.startswith(f'{of_user} {of_user}/.cache/uni_moe_jax/jax/')
