@@ -160,14 +160,15 @@ PY
 # pip_install -c FILE WHAT...: by uv, which needs a third of pip's time, or by pip where uv cannot. On Python 3.12, for
 # which nothing is pinned, falls back to inexact versions.
 pip_install() {
-  local pip=("$python" -m pip install --quiet --disable-pip-version-check) sources bytecode=() code=0
+  local pip=("$python" -m pip install --quiet --disable-pip-version-check) uv=("$python" -m uv pip install --quiet)
+  local source code=0
+  uv+=(--python "$python")
   # Python keeps the byte code of what it imports, unless this is set: then all of it, or each start would make it.
-  if [[ -n "${PYTHONDONTWRITEBYTECODE:-}" ]]; then bytecode=(--compile-bytecode); fi
+  if [[ -n "${PYTHONDONTWRITEBYTECODE:-}" ]]; then uv+=(--compile-bytecode); fi
   # uv does not read pip's settings: it gets what they say about where packages are.
-  mapfile -t sources < <("$python" -m pip config list 2>/dev/null |
+  while IFS= read -r source; do uv+=("$source"); done < <("$python" -m pip config list 2>/dev/null |
     sed -nE "s/^[^=]*\\.(index-url|extra-index-url|find-links)='(.*)'$/--\\1=\\2/p")
-  { "${pip[@]}" -c "$2" uv 2>/dev/null &&
-    "$python" -m uv pip install --quiet --python "$python" "${bytecode[@]}" "${sources[@]}" "$@"; } || code=$?
+  { "${pip[@]}" -c "$2" uv 2>/dev/null && "${uv[@]}" "$@"; } || code=$?
   if ((code == 0 || code > 128)); then return "$code"; fi  # over 128: a signal, such as Ctrl-C
   echo 'uv did not install them, trying pip.'
   "${pip[@]}" "$@" && return

@@ -46,6 +46,13 @@ def test_uv_installs_from_where_pip_would(install):
   assert commands[-1].endswith('--index-url=https://a/simple --find-links=/wheels -c pins.txt -e .')
 
 
+def test_the_commands_of_bash_3_are_enough(install, tmp_path):  # of macOS
+  (tmp_path / 'bash_3').write_text('enable -n mapfile readarray')
+  code, output, commands = install(BASH_ENV=str(tmp_path / 'bash_3'))
+  assert (code, output) == (0, '')
+  assert commands[-1].endswith('--index-url=https://a/simple --find-links=/wheels -c pins.txt -e .')
+
+
 @pytest.mark.parametrize('unwritten', ['', '1'])
 def test_all_byte_code_is_compiled_only_where_python_does_not_write_what_it_imports(install, unwritten):
   _, _, commands = install(PYTHONDONTWRITEBYTECODE=unwritten)
