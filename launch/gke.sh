@@ -62,21 +62,34 @@ if ((hosts * chips != ${topology//x/*})) || ((hosts == 0)); then
   exit 2
 fi
 
-# quoted TEXT: TEXT as a YAML string.
+# quoted TEXT: TEXT as a YAML string. In a replacement, bash 3.2 to 5.2 treat quotes, backslashes and & differently.
 quoted() {
-  local text="${1//\\/\\\\}"
-  printf '"%s"' "${text//\"/\\\"}"
+  local quote="'"
+  printf "'%s'" "${1//$quote/$quote$quote}"
 }
 
 arguments=''
 for argument in "$@" --distributed=auto; do arguments+="${arguments:+, }$(quoted "$argument")"; done
 manifest=$(<"$(dirname "${BASH_SOURCE[0]}")/gke_jobset.yaml")
-fill() { manifest="${manifest//\$\{$1\}/"$2"}"; }
+fill() { # fill NAME VALUE
+  local rest="$manifest" key="\${$1}"
+  manifest=''
+  while [[ "$rest" == *"$key"* ]]; do
+    manifest+="${rest%%"$key"*}$2"
+    rest="${rest#*"$key"}"
+  done
+  manifest+="$rest"
+}
 fill NAME "$(quoted "$name")"
 fill IMAGE "$(quoted "$image")"
 fill ACCOUNT "$(quoted "$account")"
-fill MOUNTS "${claim:+{name: runs, mountPath: /runs\}}"
-fill VOLUMES "${claim:+{name: runs, persistentVolumeClaim: {claimName: $(quoted "$claim")\}\}}"
+mounts='' volumes=''
+if [[ -n "$claim" ]]; then
+  mounts='{name: runs, mountPath: /runs}'
+  volumes="{name: runs, persistentVolumeClaim: {claimName: $(quoted "$claim")}}"
+fi
+fill MOUNTS "$mounts"
+fill VOLUMES "$volumes"
 fill ACCELERATOR "$(quoted "$accelerator")"
 fill TOPOLOGY "$(quoted "$topology")"
 fill HOSTS "$hosts"
