@@ -18,6 +18,7 @@ Trains one run in N processes on this machine, as several hosts would. ARGUMENTs
 Only process 0 prints; errors of process i start with [i]. After Ctrl-C all processes save and stop. If one
 fails, the others are killed. The exit code is that of the first one that failed, 75 if the same command
 continues, or 0. UNI_MOE_PYTHON names the interpreter (default: .venv/bin/python, else python3).
+It needs bash 5.1 or newer; macOS has 3.2.
 HELP
 }
 
@@ -83,6 +84,14 @@ if [[ -n "$dry_run" ]]; then
     echo
   done
   exit 0
+fi
+
+# Without this, the loop below would never end. 2: an unknown option; 127: no process to wait for.
+code=0
+wait -n -p done_pid 2>/dev/null || code=$?
+if ((code == 2)); then
+  echo "local_processes.sh: bash $BASH_VERSION is too old; install bash 5.1 or newer (macOS: brew install bash)." >&2
+  exit 2
 fi
 
 # Each process has its own group (set -m), so that it gets a signal exactly once, through the trap.

@@ -22,3 +22,12 @@ def test_a_job_set_has_the_arguments_in_any_bash(version):
   assert pod['containers'][0]['args'] == [*_ARGUMENTS, '--distributed=auto']
   assert (job_set['metadata']['name'], pod['containers'][0]['image']) == ('base', 'i:1')
   assert pod['volumes'][0]['persistentVolumeClaim'] == {'claimName': 'n&s'}
+
+
+def test_local_processes_need_a_bash_that_names_the_process_that_has_ended(tmp_path):
+  (tmp_path / 'bash_5.0').write_text('wait() { echo "wait: -p: invalid option" >&2; return 2; }')
+  environment = {**os.environ, 'UNI_MOE_PYTHON': '/bin/false', 'BASH_ENV': str(tmp_path / 'bash_5.0')}
+  command = ['launch/local_processes.sh', '--port', '7733', '--', '--config=c.py']
+  done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=20)
+  assert (done.returncode, done.stdout) == (2, '')
+  assert 'is too old; install bash 5.1 or newer' in done.stderr and done.stderr.count('\n') == 1
