@@ -86,10 +86,12 @@ if [[ -n "$create" ]]; then
   fi
 fi
 if [[ -n "$install" ]]; then
-  archive=/tmp/uni_moe_jax.tar.gz
+  # Of this process alone: another may start another commit, or another user a pod.
+  archive="${TMPDIR:-/tmp}/uni_moe_jax.$$.tar.gz"
+  trap 'rm -f "$archive"' EXIT
   run git archive --format=tar.gz --output="$archive" HEAD
-  run gcloud compute tpus tpu-vm scp "$archive" "$name:$archive" "${where[@]}" --worker=all
-  on_all "mkdir -p ~/uni_moe_jax && tar -xzf $archive -C ~/uni_moe_jax && cd ~/uni_moe_jax && \
+  run gcloud compute tpus tpu-vm scp "$archive" "$name:uni_moe_jax.tar.gz" "${where[@]}" --worker=all
+  on_all "mkdir -p ~/uni_moe_jax && tar -xzf ~/uni_moe_jax.tar.gz -C ~/uni_moe_jax && cd ~/uni_moe_jax && \
 python3 -m venv ~/uv && ~/uv/bin/pip install -q uv && ~/uv/bin/uv venv -q --allow-existing --python 3.11 .venv && \
 ~/uv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip]'"
 fi

@@ -1,5 +1,6 @@
 """What tests with stand-ins for launch scripts share: source code of the stand-ins, and waiting for them."""
 
+import os
 import pathlib
 import subprocess
 import time
@@ -31,3 +32,20 @@ def wait_for(path: pathlib.Path, process: subprocess.Popen | None = None, second
     assert time.monotonic() < end, path
     assert process is None or process.poll() is None, path
     time.sleep(0.01)
+
+
+def write_program(path: pathlib.Path, *lines: str) -> None:
+  """Write an executable script of bash."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text('\n'.join(('#!/usr/bin/env bash', *lines, '')))
+  path.chmod(0o755)
+
+
+def tpu_host(home: pathlib.Path) -> dict[str, str]:
+  """Return the environment of a host: gcloud's ssh is a shell in `home`, and its Python prints its arguments."""
+  write_program(home / 'uni_moe_jax/.venv/bin/python', "printf '<%s>' \"$@\"", 'echo',
+                "trap 'echo saved; exit 75' TERM", 'while [[ -e ~/wait ]]; do sleep 0.05; done', 'exit 3')
+  write_program(home / 'bin/gcloud', 'echo "$4" >>~/called',
+                '[[ "$4" != describe ]] || exit "$(cat ~/missing 2>/dev/null || echo 0)"',
+                'if [[ "$4" == ssh ]]; then exec bash -c "${@: -1}"; fi')
+  return {'HOME': str(home), 'PATH': f'{home}/bin:{os.environ["PATH"]}'}

@@ -82,7 +82,7 @@ def test_an_option_without_a_value_is_named(script, options):
 @pytest.mark.parametrize('given', ['bin/python', './bin/python', '{folder}/bin/python', 'python-of-this-test'])
 def test_the_interpreter_of_local_processes_may_be_relative_to_the_current_folder_or_on_the_path(tmp_path, given):
   for name in ('python', 'python-of-this-test'):
-    _write_program(tmp_path / 'bin' / name, 'exit 0')
+    stand_in.write_program(tmp_path / 'bin' / name, 'exit 0')
   environment = {**os.environ, 'UNI_MOE_PYTHON': given.format(folder=tmp_path),
                  'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}'}
   done = subprocess.run([str(_ROOT / 'launch/local_processes.sh'), '--devices', '1', '--dry_run', '--', *_TRAIN],
@@ -127,7 +127,8 @@ def test_a_pod_is_created_installed_and_started_on_all_hosts():
   assert create == [*tpu_vm, 'create', 'pod', *location, '--accelerator-type', 'v5litepod-256', '--version', 'v2',
                     '--service-account', 'trainer']
   assert archive[:2] == ['git', 'archive'] and archive[-1] == 'HEAD'
-  assert copy == [*tpu_vm, 'scp', '/tmp/uni_moe_jax.tar.gz', 'pod:/tmp/uni_moe_jax.tar.gz', *location, '--worker=all']
+  file = archive[3].removeprefix('--output=')
+  assert copy == [*tpu_vm, 'scp', file, 'pod:uni_moe_jax.tar.gz', *location, '--worker=all']
   for line in (install, before, train):
     assert line[:-1] == [*tpu_vm, 'ssh', 'pod', *location, '--worker=all', '--command']
   assert "uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip]'" in install[-1]
@@ -135,35 +136,18 @@ def test_a_pod_is_created_installed_and_started_on_all_hosts():
   assert before[-1] == 'cd ~/uni_moe_jax && mount it'
 
 
-def _write_program(path: pathlib.Path, *lines: str) -> None:
-  """Write an executable script of bash."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text('\n'.join(('#!/usr/bin/env bash', *lines, '')))
-  path.chmod(0o755)
-
-
-def _host(tmp_path) -> dict[str, str]:
-  """Return the environment of a host: gcloud's ssh is a shell in `tmp_path`, and its Python prints its arguments."""
-  _write_program(tmp_path / 'uni_moe_jax/.venv/bin/python', "printf '<%s>' \"$@\"", 'echo',
-                 "trap 'echo saved; exit 75' TERM", 'while [[ -e ~/wait ]]; do sleep 0.05; done', 'exit 3')
-  _write_program(tmp_path / 'bin/gcloud', 'echo "$4" >>~/called',
-                 '[[ "$4" != describe ]] || exit "$(cat ~/missing 2>/dev/null || echo 0)"',
-                 'if [[ "$4" == ssh ]]; then exec bash -c "${@: -1}"; fi')
-  return {'HOME': str(tmp_path), 'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}'}
-
-
 _POD = ('--name', 'pod', '--zone', 'zone')
 
 
 def test_arguments_and_exit_code_are_passed_through_to_a_host(tmp_path):
-  done = _run('tpu_pod.sh', *_POD, '--skip_install', '--', *_TRAIN, **_host(tmp_path))
+  done = _run('tpu_pod.sh', *_POD, '--skip_install', '--', *_TRAIN, **stand_in.tpu_host(tmp_path))
   # The shells of the host split the command again: one argument must stay one argument.
   assert done.stdout == ''.join(f'<{a}>' for a in ('launch/train.py', *_TRAIN, '--distributed=auto')) + '\n'
   assert done.returncode == 3
 
 
 def test_a_run_on_a_pod_survives_its_connection_and_is_stopped_by_name(tmp_path):
-  host = _host(tmp_path)
+  host = stand_in.tpu_host(tmp_path)
   (tmp_path / 'wait').touch()
   command, env = [_ROOT / 'launch/tpu_pod.sh', *_POD, '--skip_install', '--', 'a'], {**os.environ, **host}
   first = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -176,9 +160,17 @@ def test_a_run_on_a_pod_survives_its_connection_and_is_stopped_by_name(tmp_path)
   assert (tmp_path / 'run.log').read_text().count('launch/train.py') == 1  # one run, not two
 
 
+def test_an_archive_is_of_one_start_alone_and_is_removed(tmp_path):
+  host = stand_in.tpu_host(tmp_path) | {'TMPDIR': str(tmp_path)}
+  files = {_dry('tpu_pod.sh', *_POD, '--dry_run', '--', 'a', **host)[0][3] for _ in range(2)}
+  assert len(files) == 2 and all(file.startswith(f'--output={tmp_path}/') for file in files)
+  _run('tpu_pod.sh', *_POD, '--', 'a', **host)
+  assert 'scp' in (tmp_path / 'called').read_text() and not list(tmp_path.glob('*.tar.gz'))
+
+
 @pytest.mark.parametrize('missing', [False, True])
 def test_a_slice_is_created_only_if_it_does_not_exist(tmp_path, missing):
-  host = _host(tmp_path)
+  host = stand_in.tpu_host(tmp_path)
   (tmp_path / 'missing').write_text(str(int(missing)))
   _run('tpu_pod.sh', *_POD, '--create', 'v5litepod-4', '--version', 'v', '--skip_install', '--', 'a', **host)
   assert (tmp_path / 'called').read_text().split() == ['describe', *['create'] * missing, 'ssh']
@@ -230,9 +222,9 @@ exit {code}
     ('0', '', '3', False), ('1', '', '3', False), ('2', '', '3', False), ('137', '', '3', False),
     ('143', '', '3', True), ('143', '', '50', False)])  # only the tasks got the signal
 def test_slurm_requeues_after_75_or_a_signal_up_to_a_limit(tmp_path, code, after_signal, count, requeued):
-  _write_program(tmp_path / 'srun', _SRUN.format(code=code, after_signal=after_signal))
-  _write_program(tmp_path / 'scontrol', 'echo "$@" >requeued')
-  _write_program(tmp_path / 'scancel', '[[ "$*" == "--signal=TERM 17" ]] && kill -USR1 "$(cat pid)"')
+  stand_in.write_program(tmp_path / 'srun', _SRUN.format(code=code, after_signal=after_signal))
+  stand_in.write_program(tmp_path / 'scontrol', 'echo "$@" >requeued')
+  stand_in.write_program(tmp_path / 'scancel', '[[ "$*" == "--signal=TERM 17" ]] && kill -USR1 "$(cat pid)"')
   process = subprocess.Popen(
       ['bash', str(_ROOT / 'launch/slurm.sbatch'), *_TRAIN], stderr=subprocess.PIPE, text=True, env={
           'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_SUBMIT_DIR': str(tmp_path), 'SLURM_JOB_ID': '17',
@@ -249,22 +241,15 @@ def test_slurm_requeues_after_75_or_a_signal_up_to_a_limit(tmp_path, code, after
 
 @pytest.mark.parametrize('code', ['75', '143', '137'])
 def test_slurm_does_not_requeue_after_a_mistake_of_one_task_for_which_srun_killed_the_others(tmp_path, code):
-  _write_program(tmp_path / 'srun', 'touch "$UNI_MOE_MISTAKE_FILE"', f'exit {code}')
-  _write_program(tmp_path / 'scontrol', 'echo "$@" >requeued')
+  stand_in.write_program(tmp_path / 'srun', 'touch "$UNI_MOE_MISTAKE_FILE"', f'exit {code}')
+  stand_in.write_program(tmp_path / 'scontrol', 'echo "$@" >requeued')
   environment = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID='17')
   assert _run('slurm.sbatch', *_TRAIN, **environment).returncode == 2
   assert not (tmp_path / 'requeued').exists() and not list(tmp_path.glob('.mistake*'))
   # What a job left that was killed is none of the next one's.
   (tmp_path / '.mistake-17').touch()
-  _write_program(tmp_path / 'srun', 'exit 75')
+  stand_in.write_program(tmp_path / 'srun', 'exit 75')
   assert _run('slurm.sbatch', *_TRAIN, **environment).returncode == 75 and (tmp_path / 'requeued').exists()
-
-
-def test_slurms_tasks_get_the_requested_processors(tmp_path):
-  _write_program(tmp_path / 'srun', 'echo "$SRUN_CPUS_PER_TASK"')
-  done = _run('slurm.sbatch', 'a', PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(tmp_path),
-              SLURM_CPUS_PER_TASK='12')
-  assert done.stdout == '12\n'
 
 
 def _job_set(*options: str) -> dict:

@@ -1,4 +1,4 @@
-"""slurm.sbatch: cancelled jobs, job arrays and dry runs, with stand-ins for Slurm's commands."""
+"""slurm.sbatch: cancelled jobs, job arrays, processors and dry runs, with stand-ins for Slurm's commands."""
 
 import os
 import pathlib
@@ -9,6 +9,7 @@ import pytest
 from tests.helpers import stand_in
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
+_JOB = ['bash', str(_ROOT / 'launch/slurm.sbatch'), 'a']
 # What `scontrol show job --oneliner` of Slurm 24.11 prints about a job that has received a signal.
 _SHOWN = 'JobId=17 JobName=a b {} Requeue=1 Restarts=0 PreemptEligibleTime=2026-12-01T16:36:07 {} SuspendTime=None'
 # Training that saves when scancel signals it.
@@ -17,19 +18,20 @@ echo "$$" >new && mv new pid
 while :; do sleep 0.05; done'''
 
 
+def _environment(folder: pathlib.Path) -> dict[str, str]:
+  return dict(PATH=f'{folder}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(folder), SLURM_JOB_ID='17')
+
+
 @pytest.fixture(name='slurm')
 def _slurm(tmp_path):
   """Run the job, signal its shell as Slurm does, and return the process and what scancel and scontrol got."""
 
   def run(shown: str, **variables: str):
-    for name, lines in dict(
-        srun=_SRUN, scancel='echo "$*" >>commands; kill -USR1 "$(cat pid)"',
-        scontrol=f'[[ $1 == show ]] || echo "$*" >>commands; [[ $1 != show ]] || echo "{shown}"').items():
-      (tmp_path / name).write_text(f'#!/usr/bin/env bash\n{lines}\n')
-      (tmp_path / name).chmod(0o755)
-    environment = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID='17')
-    job = subprocess.Popen(['bash', str(_ROOT / 'launch/slurm.sbatch'), 'a'], env={**environment, **variables},
-                           stderr=subprocess.PIPE, text=True)
+    stand_in.write_program(tmp_path / 'srun', _SRUN)
+    stand_in.write_program(tmp_path / 'scancel', 'echo "$*" >>commands', 'kill -USR1 "$(cat pid)"')
+    stand_in.write_program(tmp_path / 'scontrol', f'if [[ $1 == show ]]; then echo "{shown}"; exit; fi',
+                           'echo "$*" >>commands')
+    job = subprocess.Popen(_JOB, env={**_environment(tmp_path), **variables}, stderr=subprocess.PIPE, text=True)
     stand_in.wait_for(tmp_path / 'pid')
     job.terminate()
     errors = job.communicate(timeout=20)[1]
@@ -68,3 +70,10 @@ def test_a_dry_run_works_in_any_folder(folder, script):
                         text=True)
   assert (done.returncode, done.stderr) == (0, '')
   assert done.stdout.startswith('#SBATCH --job-name=uni_moe_jax\n') and 'launch/train.py --workdir=w ' in done.stdout
+
+
+def test_slurms_tasks_get_the_requested_processors(tmp_path):
+  stand_in.write_program(tmp_path / 'srun', 'echo "$SRUN_CPUS_PER_TASK"')
+  environment = {**_environment(tmp_path), 'SLURM_CPUS_PER_TASK': '12'}
+  done = subprocess.run(_JOB, env=environment, capture_output=True, text=True)
+  assert done.stdout == '12\n'
