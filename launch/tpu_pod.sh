@@ -8,7 +8,7 @@ Usage: ./launch/tpu_pod.sh --name NAME --zone ZONE [OPTION...] -- ARGUMENT...
 
 Trains on a Cloud TPU slice with gcloud, one process per host: copies the committed files of this
 repository to every host, installs them, starts launch/train.py on all hosts and shows its output. The
-run continues without the connection; the same command shows its output again.
+run continues without the connection; the same command shows its output again, and installs nothing meanwhile.
 ARGUMENTs go to launch/train.py:
   ./launch/tpu_pod.sh --name pod --zone us-west4-a --create v5litepod-256 --version v2-alpha-tpuv5-lite \
       -- --config=pretrain:size=base,router=attribute,stage=1 --workdir=gs://BUCKET/base
@@ -85,20 +85,23 @@ if [[ -n "$create" ]]; then
       ${account:+--service-account "$account"}
   fi
 fi
+# shellcheck disable=SC2016  # the hosts expand it
+running='kill -0 "$(cat ~/run.pid)" 2>/dev/null'
+unless_running="! $running || exit 0;"  # a run keeps its code and packages
 if [[ -n "$install" ]]; then
   # Of this process alone: another may start another commit, or another user a pod.
   archive="${TMPDIR:-/tmp}/uni_moe_jax.$$.tar.gz"
   trap 'rm -f "$archive"' EXIT
   run git archive --format=tar.gz --output="$archive" HEAD
   run gcloud compute tpus tpu-vm scp "$archive" "$name:uni_moe_jax.tar.gz" "${where[@]}" --worker=all
-  on_all "mkdir -p ~/uni_moe_jax && tar -xzf ~/uni_moe_jax.tar.gz -C ~/uni_moe_jax && cd ~/uni_moe_jax && \
+  on_all "$unless_running mkdir -p ~/uni_moe_jax && tar -xzf ~/uni_moe_jax.tar.gz -C ~/uni_moe_jax && cd ~/uni_moe_jax && \
 python3 -m venv ~/uv && ~/uv/bin/pip install -q uv && ~/uv/bin/uv venv -q --allow-existing --python 3.11 .venv && \
 ~/uv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip]'"
 fi
-if [[ -n "$before" ]]; then on_all "cd ~/uni_moe_jax && $before"; fi
+if [[ -n "$before" ]]; then on_all "$unless_running cd ~/uni_moe_jax && $before"; fi
 printf -v arguments '%q ' "$@"
 # The run is detached, because the connection may end. Its output and exit code are written to files.
-on_all "cd ~/uni_moe_jax || exit; { kill -0 \"\$(cat ~/run.pid)\" 2>/dev/null || { rm -f ~/run.code; : >~/run.log; \
+on_all "cd ~/uni_moe_jax || exit; { $running || { rm -f ~/run.code; : >~/run.log; \
 setsid nohup bash -c '\"\$@\"; echo \$? >~/run.code' run .venv/bin/python launch/$script \
 ${arguments}--distributed=auto </dev/null >>~/run.log 2>&1 & echo \$! >~/run.pid; }; }; \
 tail --pid=\"\$(cat ~/run.pid)\" -n +1 -f ~/run.log; exit \"\$(cat ~/run.code)\""

@@ -133,7 +133,7 @@ def test_a_pod_is_created_installed_and_started_on_all_hosts():
     assert line[:-1] == [*tpu_vm, 'ssh', 'pod', *location, '--worker=all', '--command']
   assert "uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip]'" in install[-1]
   assert '--python 3.11' in install[-1] and 'launch/train.py' in train[-1]
-  assert before[-1] == 'cd ~/uni_moe_jax && mount it'
+  assert before[-1].endswith('; cd ~/uni_moe_jax && mount it')
 
 
 _POD = ('--name', 'pod', '--zone', 'zone')
@@ -158,6 +158,22 @@ def test_a_run_on_a_pod_survives_its_connection_and_is_stopped_by_name(tmp_path)
   assert _run('tpu_pod.sh', *_POD, '--stop', **host).returncode == 0
   assert second.communicate(timeout=10) == ('saved\n', None) and second.returncode == 75
   assert (tmp_path / 'run.log').read_text().count('launch/train.py') == 1  # one run, not two
+
+
+def test_a_pod_that_trains_keeps_its_code_and_packages(tmp_path):
+  host = stand_in.tpu_host(tmp_path)
+  (tmp_path / 'wait').touch()
+  command, env = [_ROOT / 'launch/tpu_pod.sh', *_POD], {**os.environ, **host}
+  first = subprocess.Popen([*command, '--skip_install', '--', 'a'], env=env, stdout=subprocess.PIPE, text=True)
+  assert first.stdout.readline() == '<launch/train.py><a><--distributed=auto>\n'
+  # The archive does not reach this host: installing would fail.
+  second = subprocess.Popen(
+      [*command, '--before', 'touch ~/before', '--', 'a'], env=env, stdout=subprocess.PIPE, text=True)
+  assert second.stdout.readline() == '<launch/train.py><a><--distributed=auto>\n'
+  assert _run('tpu_pod.sh', *_POD, '--stop', **host).returncode == 0
+  assert [p.communicate(timeout=10)[0] for p in (first, second)] == ['saved\n'] * 2
+  assert second.returncode == 75 and not (tmp_path / 'before').exists()
+  assert _run('tpu_pod.sh', *_POD, '--', 'a', **host).returncode not in (0, 75)  # positive control: it installs
 
 
 def test_an_archive_is_of_one_start_alone_and_is_removed(tmp_path):
