@@ -9,6 +9,7 @@ Usage: ./launch/tpu_pod.sh --name NAME --zone ZONE [OPTION...] -- ARGUMENT...
 Trains on a Cloud TPU slice with gcloud, one process per host: copies the committed files of this
 repository to every host, installs them, starts launch/train.py on all hosts and shows its output. The
 run continues without the connection; the same command shows its output again, and installs nothing meanwhile.
+On each host ~/run.log has the output, and ~/run.log.1 that of the start before.
 ARGUMENTs go to launch/train.py:
   ./launch/tpu_pod.sh --name pod --zone us-west4-a --create v5litepod-256 --version v2-alpha-tpuv5-lite \
       -- --config=pretrain:size=base,router=attribute,stage=1 --workdir=gs://BUCKET/base
@@ -101,7 +102,7 @@ fi
 if [[ -n "$before" ]]; then on_all "$unless_running cd ~/uni_moe_jax && $before"; fi
 printf -v arguments '%q ' "$@"
 # The run is detached, because the connection may end. Its output and exit code are written to files.
-on_all "cd ~/uni_moe_jax || exit; { $running || { rm -f ~/run.code; : >~/run.log; \
+on_all "cd ~/uni_moe_jax || exit; { $running || { rm -f ~/run.code; mv -f ~/run.log ~/run.log.1 2>/dev/null; : >~/run.log; \
 setsid nohup bash -c '\"\$@\"; echo \$? >~/run.code' run .venv/bin/python launch/$script \
 ${arguments}--distributed=auto </dev/null >>~/run.log 2>&1 & echo \$! >~/run.pid; }; }; \
 tail --pid=\"\$(cat ~/run.pid)\" -n +1 -f ~/run.log; exit \"\$(cat ~/run.code)\""

@@ -176,6 +176,14 @@ def test_a_pod_that_trains_keeps_its_code_and_packages(tmp_path):
   assert _run('tpu_pod.sh', *_POD, '--', 'a', **host).returncode not in (0, 75)  # positive control: it installs
 
 
+def test_a_new_start_on_a_pod_keeps_the_output_of_the_last_one(tmp_path):
+  host = stand_in.tpu_host(tmp_path)
+  for argument in 'ab':
+    _run('tpu_pod.sh', *_POD, '--skip_install', '--', argument, **host)
+  logs = [(tmp_path / name).read_text() for name in ('run.log.1', 'run.log')]
+  assert logs == [f'<launch/train.py><{a}><--distributed=auto>\n' for a in 'ab']
+
+
 def test_an_archive_is_of_one_start_alone_and_is_removed(tmp_path):
   host = stand_in.tpu_host(tmp_path) | {'TMPDIR': str(tmp_path)}
   files = {_dry('tpu_pod.sh', *_POD, '--dry_run', '--', 'a', **host)[0][3] for _ in range(2)}
