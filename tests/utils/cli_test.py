@@ -239,6 +239,16 @@ def test_a_signal_before_training_begins_is_an_orderly_stop(number):
   assert process.returncode == 75
 
 
+def test_ctrl_c_ends_any_other_command_by_its_signal_and_in_one_sentence():
+  raised = 'os.kill(os.getpid(), signal.SIGINT); time.sleep(9)'
+  for body, code, report in ((raised, -signal.SIGINT, '\nSIGINT: stopped.\n'), ('1 / 0', 1, 'ZeroDivisionError')):
+    main = f'def main():\n  {body}\n\ncli.run(main)'
+    done = subprocess.run([sys.executable, '-c', f'import os, signal, time\nfrom uni_moe_jax.utils import cli\n{main}'],
+                          capture_output=True, text=True)
+    assert done.returncode == code and report in done.stderr
+    assert ('Traceback' in done.stderr) == (code == 1)
+
+
 def test_signal_handlers_are_restored():
   old = signal.getsignal(signal.SIGTERM)
   with cli.exit_on_signals(75):

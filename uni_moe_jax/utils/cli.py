@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -97,8 +98,8 @@ def run(main: Callable[[], int], local: Sequence[str] = ()) -> None:
   """Parse flags, run `main` and exit with the code that it returns.
 
   Mistakes in flags, and every `UsageError`, are printed as one sentence (exit code 2); so are `RunError`, a full disk
-  and a path that cannot be accessed (exit code 1). Any other exception is a defect and keeps its traceback (exit code
-  1).
+  and a path that cannot be accessed (exit code 1), and Ctrl-C, which ends the process by SIGINT. Any other exception is
+  a defect and keeps its traceback (exit code 1).
 
   Args:
     main: the command.
@@ -111,6 +112,7 @@ def run(main: Callable[[], int], local: Sequence[str] = ()) -> None:
   heap.keep_memory()
   logging.set_verbosity(logging.WARNING)  # no progress messages of libraries
   _silence_repeated_errors()
+  sys.excepthook = _report_exception
   app.run(lambda _: sys.exit(guarded(main)), flags_parser=lambda argv: _parse(argv, local))
 
 
@@ -141,6 +143,14 @@ def _silence_repeated_errors() -> None:
       sys.__unraisablehook__(unraised)
 
   sys.unraisablehook = unraisable
+
+
+def _report_exception(cls: type[BaseException], e: BaseException, traceback: types.TracebackType | None) -> None:
+  """Print an exception that ends the command; Ctrl-C without the lines that happened to run."""
+  if issubclass(cls, KeyboardInterrupt):
+    print('\nSIGINT: stopped.', file=sys.stderr, flush=True)
+  else:
+    sys.__excepthook__(cls, e, traceback)
 
 
 def at_failure(end: Callable[[int], None]) -> None:
