@@ -37,6 +37,7 @@ def _train(tmp_path, *arguments: str, config: str = 'configs/quickstart.py') -> 
     (['--config.moe.router=atribute'], "config.moe.router='atribute' is unknown; did you mean 'attribute'?"),
     (['--config.tasks.text.batch_size=33', '--config.train.grad_accum_steps=2'],
      'batch_size=33 must be a positive multiple of config.train.grad_accum_steps=2; try 32'),
+    (['--config=configs/small.py', '--config.seed=3'], 'error: --config is given twice; give it once.'),
     (['--config.model.num_heads=3'], 'config.model.width=128 must be a multiple of config.model.num_heads=3; try 126'),
     (['--config.data.dir=/not/there'], 'Data directory /not/there does not exist. Run: uni-moe prepare-data'),
     (['--stpes=3'], 'stpes'),
@@ -86,6 +87,12 @@ def test_a_config_file_that_names_missing_data_reports_the_data(tmp_path, overri
 def test_an_argument_that_a_config_refuses_is_reported_with_its_message(tmp_path):
   assert "embedded:router=attribut: router='attribut' is unknown; did you mean 'attribute'?" in _train(
       tmp_path, config='configs/embedded.py:router=attribut')
+
+
+def test_arguments_of_a_config_without_any_are_refused(tmp_path):
+  name = '--config=configs/quickstart.py'
+  message = f'error: {name}:size=base: this config has no arguments; write {name}.'
+  assert _train(tmp_path, config='configs/quickstart.py:size=base') == message
 
 
 def test_a_workdir_of_another_config_is_refused(tmp_path):

@@ -228,6 +228,8 @@ def _flag_error(e: BaseException, argv: Sequence[str]) -> str:
   """Return one sentence for an error of the flag parser."""
   if isinstance(e, OSError):
     return str(_loading_error(e))
+  if isinstance(e, flags.DuplicateFlagError):  # the flags of its fields: each --config that has overrides defines them
+    return '--config is given twice; give it once.'
   message = ' '.join(str(e.args[0] if e.args else e).split())
   if isinstance(e, (KeyError, AttributeError)):  # ml_collections: 'widht' Did you mean "width" instead of "widht"?
     [field, *_], hint = re.findall(r'\w+', message), ''.join(re.findall(r'Did you mean [^?]*\?', message)[:1])
@@ -236,4 +238,8 @@ def _flag_error(e: BaseException, argv: Sequence[str]) -> str:
     return f'{flag}: the config has no field {field!r}. {hint}'.strip()
   # ml_collections puts the traceback of a config file that raised an error into the message.
   raised = re.search(r'Error whilst parsing config file: .*Error: (.*)', message)
-  return raised.group(1) if raised else message
+  message = raised.group(1) if raised else message
+  if re.match(r'get_config\(\) takes 0 positional arguments', message):
+    config = next((a.partition('=')[2] for a in argv if re.match('--?config=', a)), 'NAME:…')
+    return f'--config={config}: this config has no arguments; write --config={config.partition(":")[0]}.'
+  return message
