@@ -24,7 +24,7 @@ _FIELD_ERRORS = [
     # Model.
     ('model.num_layers', 0, 'must be at least 1'),
     ('model.width', 100, r'must be a multiple of config\.model\.num_heads=8; try 96', {'model.num_heads': 8}),
-    ('model.width', 18, r'must be a multiple of 4 .*; try 16', {'model.num_heads': 3}),
+    ('model.width', 18, r'must be a multiple of 4 .*; try 12', {'model.num_heads': 3}),
     ('model.image_size', 30, r'must be a multiple of config\.model\.patch_size=8; try 24'),
     ('model.image_size', 4, '.*patch_size=8; try 8'),
     ('model.patch_size', 12, r"must be a power of two from 2 on with config\.model\.stem='conv'",

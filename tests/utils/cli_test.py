@@ -38,7 +38,7 @@ def _train(tmp_path, *arguments: str, config: str = 'configs/quickstart.py') -> 
     (['--config.tasks.text.batch_size=33', '--config.train.grad_accum_steps=2'],
      'batch_size=33 must be a positive multiple of config.train.grad_accum_steps=2; try 32'),
     (['--config=configs/small.py', '--config.seed=3'], 'error: --config is given twice; give it once.'),
-    (['--config.model.num_heads=3'], 'config.model.width=128 must be a multiple of config.model.num_heads=3; try 126'),
+    (['--config.model.num_heads=3'], 'config.model.width=128 must be a multiple of config.model.num_heads=3; try 120'),
     (['--config.data.dir=/not/there'], 'Data directory /not/there does not exist. Run: uni-moe prepare-data'),
     (['--stpes=3'], 'stpes'),
     (['steps=3'], "unexpected argument 'steps=3'"),

@@ -30,19 +30,21 @@ def nearest_multiple(value: int, unit: int) -> int:
   return max(unit, value - value % unit)
 
 
-def _check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+def _check_multiple(name: str, value: int, divisor_name: str, divisor: int, unit: int | None = None) -> None:
+  """unit: whose multiples fit, if not those of `divisor`."""
   fail_if(value % divisor, f'{name}={value} must be a multiple of {divisor_name}; try '
-                           f'{nearest_multiple(value, divisor)}.')
+                           f'{nearest_multiple(value, unit or divisor)}.')
 
 
 def _check_model(c: Config) -> None:
   m = c.model
-  _check_multiple('model.width', m.width, f'config.model.num_heads={m.num_heads}', m.num_heads)
+  unit = math.lcm(m.num_heads, 4)  # a width that only fits one of both would be refused, too
+  _check_multiple('model.width', m.width, f'config.model.num_heads={m.num_heads}', m.num_heads, unit)
+  _check_multiple('model.width', m.width, '4 (the image position table)', 4, unit)
   fail_if(m.stem == 'conv' and (m.patch_size < 2 or m.patch_size & (m.patch_size - 1)),
           f"model.patch_size={m.patch_size} must be a power of two from 2 on with config.model.stem='conv', whose "
           'convolutions each halve the image.')
   _check_multiple('model.image_size', m.image_size, f'config.model.patch_size={m.patch_size}', m.patch_size)
-  _check_multiple('model.width', m.width, '4 (the image position table)', 4)
   fail_if(m.posemb == 'learned' and m.posemb_scale != 1,
           f"model.posemb_scale={m.posemb_scale} changes computed positions; with posemb='learned' set it to 1.")
   head_dim = m.width // m.num_heads
