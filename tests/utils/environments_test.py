@@ -1,5 +1,6 @@
 """An environment is made once per list of packages; a package that cannot be installed is one sentence."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -12,7 +13,7 @@ import venv
 import pytest
 
 from tests.helpers import processes, stand_in
-from uni_moe_jax.utils import environments
+from uni_moe_jax.utils import environments, locks
 from uni_moe_jax.utils.errors import RunError
 
 
@@ -36,6 +37,16 @@ def test_an_environment_is_made_once(commands, tmp_path, capsys):
   assert environments.python('tool', 'Tool', '1 GB', ['a==1', 'b'], ['--no-deps', 'c']) == interpreter
   assert len(commands) == 3
   assert environments.python('tool', 'Tool', '1 GB', ['a==2']) != interpreter  # other packages
+
+
+def test_a_complete_environment_needs_no_lock_and_one_that_is_made_does(commands):
+  folder = pathlib.Path(environments.python('tool', 'Tool', '1 GB', ['a==1'])).parents[1]
+  with contextlib.ExitStack() as stack:
+    assert locks.lock(folder, stack) is None
+    assert environments.python('tool', 'Tool', '1 GB', ['a==1']) == str(folder / 'bin/python')
+    (folder / 'complete').unlink()
+    with pytest.raises(RunError, match='is being made by another process'):
+      environments.python('tool', 'Tool', '1 GB', ['a==1'])
 
 
 def test_a_package_that_cannot_be_installed_is_one_sentence_and_the_next_attempt_starts_anew(commands):

@@ -28,8 +28,10 @@ def python(name: str, title: str, size: str, *installs: Sequence[str]) -> str:
   """
   digest = hashlib.sha256(repr((installs, sys.version)).encode()).hexdigest()[:12]
   folder = pathlib.Path(os.path.expanduser('~/.cache/uni_moe_jax')) / name / digest
-  folder.mkdir(parents=True, exist_ok=True)
   interpreter, complete = folder / 'bin/python', folder / 'complete'
+  if complete.exists():  # no process holds its lock to make it, and the folder may be read-only
+    return str(interpreter)
+  folder.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     if owner := locks.lock(folder, stack):
       raise RunError(f'{folder} is being made by {owner}; start the command again when it is complete.')
