@@ -110,13 +110,13 @@ install_environment() {
     check_python jax flax tensorflow tensorflow_datasets ${extra:+pytest xdist hypothesis ftfy tokenizers torch}
     return
   fi
-  # Of several scripts that start at once, one installs. The subshell's end releases the lock. Where the folder cannot be
-  # written, there is nothing to lock: .venv is complete, or installing fails.
+  # Of several scripts that start at once, one installs. The subshell's end releases the lock. Where the folder cannot
+  # be written, there is nothing to lock: .venv is complete, or installing fails.
   (if { exec 9>"$venv.lock"; } 2>/dev/null; then wait_for_lock || exit; fi
    install_once "$extra")
 }
 
-# Waits for the lock of descriptor 9, the kernel's, which ends with the process; on a file system without locks, for none.
+# Waits for the lock of descriptor 9, the kernel's, which ends with the process; not on a file system without locks.
 wait_for_lock() {
   local base="$python"
   is_usable "$base" || base=$(find_python) || return 1

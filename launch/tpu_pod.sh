@@ -95,14 +95,16 @@ if [[ -n "$install" ]]; then
   trap 'rm -f "$archive"' EXIT
   run git archive --format=tar.gz --output="$archive" HEAD
   run gcloud compute tpus tpu-vm scp "$archive" "$name:uni_moe_jax.tar.gz" "${where[@]}" --worker=all
-  on_all "$unless_running mkdir -p ~/uni_moe_jax && tar -xzf ~/uni_moe_jax.tar.gz -C ~/uni_moe_jax && cd ~/uni_moe_jax && \
-python3 -m venv ~/uv && ~/uv/bin/pip install -q uv && ~/uv/bin/uv venv -q --allow-existing --python 3.11 .venv && \
+  on_all "$unless_running mkdir -p ~/uni_moe_jax && tar -xzf ~/uni_moe_jax.tar.gz -C ~/uni_moe_jax && \
+cd ~/uni_moe_jax && python3 -m venv ~/uv && ~/uv/bin/pip install -q uv && \
+~/uv/bin/uv venv -q --allow-existing --python 3.11 .venv && \
 ~/uv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip]'"
 fi
 if [[ -n "$before" ]]; then on_all "$unless_running cd ~/uni_moe_jax && $before"; fi
 printf -v arguments '%q ' "$@"
 # The run is detached, because the connection may end. Its output and exit code are written to files.
-on_all "cd ~/uni_moe_jax || exit; { $running || { rm -f ~/run.code; mv -f ~/run.log ~/run.log.1 2>/dev/null; : >~/run.log; \
+on_all "cd ~/uni_moe_jax || exit; { $running || { \
+rm -f ~/run.code; mv -f ~/run.log ~/run.log.1 2>/dev/null; : >~/run.log; \
 setsid nohup bash -c '\"\$@\"; echo \$? >~/run.code' run .venv/bin/python launch/$script \
 ${arguments}--distributed=auto </dev/null >>~/run.log 2>&1 & echo \$! >~/run.pid; }; }; \
 tail --pid=\"\$(cat ~/run.pid)\" -n +1 -f ~/run.log; exit \"\$(cat ~/run.code)\""
