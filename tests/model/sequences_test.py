@@ -211,6 +211,24 @@ def test_entries_in_buckets_have_the_features_and_gradients_of_entries_padded_to
   chex.assert_trees_all_close(bucketed[1], padded[1], rtol=1e-5, atol=1e-5 * largest)
 
 
+@pytest.mark.parametrize('router, changes', [('dense', dict(drop_path=.5)), ('token', dict(num_layers=1))])
+def test_a_pair_has_no_random_draw_in_common(router, changes):
+  # 32 pairs, and all texts on both sides are equal: only draws in common could tell a pair from its negatives.
+  search = TaskType('search', (Segment('text'),), 'pair', 'cls', 'search')
+  text, valid = jnp.tile(jnp.array([2, 3, 4]), (32, 1)), jnp.ones((32, 3), bool)
+  fields = dict(id=jnp.arange(32, dtype=jnp.uint32), text=text, text_valid=valid, target=text, target_valid=valid)
+  sides = Sequence.of_inputs(search, fields), Sequence.of_pairs(search, fields)
+  equal = lambda x, y: np.isclose(x, y, rtol=1e-3, atol=1e-3).all((1, 2)).mean()
+  spec = small_model.spec(router, noise_std=4., **changes)
+  (inputs, texts), _ = small_model.run(spec, sides)
+  assert equal(inputs, texts) == 1
+  (inputs, texts), _ = small_model.run(spec, sides, jax.random.key(0))
+  # By chance, two examples have the same branches of three layers dropped once in 2^6 times.
+  assert equal(inputs, texts) < .2 and equal(inputs, np.roll(inputs, 1, axis=0)) < .2
+  (same, _), _ = small_model.run(spec, sides, jax.random.key(0))
+  assert equal(inputs, same) == 1
+
+
 @pytest.mark.parametrize('shards', [1, 2])
 def test_a_function_of_tokens_sees_all_arrays_at_once_and_each_gets_its_own_results(shards):
   rng, shapes = np.random.default_rng(0), ((2, 3), (4, 1), (2, 5))

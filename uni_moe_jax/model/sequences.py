@@ -124,15 +124,18 @@ class Sequence:
 
   @classmethod
   def of_pairs(cls, task_type: TaskType, fields: Fields) -> 'Sequence':
-    """The paired texts of a batch, on the target side; fields are flat."""
-    return cls(layout=Layout.of_text(task_type.pair_condition), ids=fields['id'], text=fields['target'],
-               text_valid=fields['target_valid'])
+    """The paired texts of a batch, on the target side; fields are flat.
+
+    Their ids are not those of their inputs: draws that both have in common would tell a pair from its negatives.
+    """
+    return cls(layout=Layout.of_text(task_type.pair_condition), ids=_target_ids('pair', fields['id']),
+               text=fields['target'], text_valid=fields['target_valid'])
 
   @classmethod
   def of_words(cls, name: str, condition: Condition, ids: jax.Array, eot: int) -> 'Sequence':
     """Rows [spe, v, eot] of a vocabulary set for the word ids [K]."""
     text = jnp.stack([ids, jnp.full_like(ids, eot)], axis=1)
-    return cls(layout=Layout.of_text(condition), ids=_entry_ids(name, ids), text=text)
+    return cls(layout=Layout.of_text(condition), ids=_target_ids(name, ids), text=text)
 
   @classmethod
   def of_buckets(
@@ -149,8 +152,9 @@ class Sequence:
     entry = jnp.argsort(order).astype(jnp.int32) if label_prompts else None  # of each row
     for b in buckets:
       n = b['text'].shape[0]
-      out.append(cls(layout=layout, ids=_entry_ids(name, start + jnp.arange(n)), text=b['text'], text_valid=b['valid'],
-                     classes=entry[start:start + n] if label_prompts else None))
+      out.append(cls(
+          layout=layout, ids=_target_ids(name, start + jnp.arange(n)), text=b['text'], text_valid=b['valid'],
+          classes=entry[start:start + n] if label_prompts else None))
       start += n
     return tuple(out)
 
@@ -203,8 +207,8 @@ class Sequence:
     return self.replace(text_valid=pad(valid), **{name: pad(getattr(self, name)) for name in fields})
 
 
-def _entry_ids(name: str, rows: jax.Array) -> jax.Array:
-  """Example ids of the entries of a target set: the keys of stochastic depth."""
+def _target_ids(name: str, rows: jax.Array) -> jax.Array:
+  """Example ids of the entries of a target set, or of paired texts: the keys of stochastic depth and token noise."""
   return rows.astype(jnp.uint32) + jnp.uint32(zlib.crc32(name.encode()))
 
 
