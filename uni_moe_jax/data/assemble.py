@@ -59,7 +59,8 @@ class Data:
     specs = (*plan.sets, *plan.probe_sets, *plan.answer_sets)
     entries = {s.name: self._entries(s) for s in specs}
     self.target_sets: dict[str, TargetSet] = {
-        s.name: build_target_set(s, tuple(names for _, names in entries[s.name]), self.tokenizer) for s in specs}
+        s.name: build_target_set(
+            s, tuple(names for _, names in entries[s.name]), self.tokenizer, self._model.max_text_len) for s in specs}
     self.entry_keys = {name: tuple(key for key, _ in pairs) for name, pairs in entries.items()}
     self._check_answers()
     fingerprints = [*sorted({r.fingerprint for r in records}), tokenizer_fingerprint]

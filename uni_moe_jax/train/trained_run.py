@@ -78,7 +78,8 @@ class TrainedRun:
       _check_list('names', names)
       trained = next(s for s in (*self._run.plan.sets, *self._run.plan.probe_sets) if s.name == spec.target_set)
       set_spec = dataclasses.replace(trained, name=_NAMES, entries=tuple(names), label_prompts=False)
-      target = build_target_set(set_spec, tuple((name,) for name in names), self._run.data.tokenizer)
+      target = build_target_set(set_spec, tuple((name,) for name in names), self._run.data.tokenizer,
+                                self._run.spec.model.spec.max_text_len)
       predictor = Predictor(self._run.spec.model, self._params, {_NAMES: (set_spec, target)}, self._run.data.tokenizer)
       spec, texts = dataclasses.replace(spec, target_set=_NAMES, linear_head=False), tuple(names)
     features = predictor.inputs(spec.type, fields | self._slot(spec, columns, len(images)))

@@ -23,12 +23,13 @@ class _Letters:
     return ''.join(chr(int(i) - 100 + ord('`')) for i in ids if i > 100)
 
 
-def _build(names, max_len=64, entries=None, **values):
+def _build(names, max_len=64, entries=None, max_text_len=64, **values):
   """names: strings, or tuples of synonyms."""
   spec = SetSpec(
       name='things', entries=tuple(names) if entries is None else entries, family='names',
       condition=task_types.families()['names'], max_len=max_len, **values)
-  return target_sets.build_target_set(spec, tuple((n,) if isinstance(n, str) else n for n in names), _Letters())
+  return target_sets.build_target_set(
+      spec, tuple((n,) if isinstance(n, str) else n for n in names), _Letters(), max_text_len)
 
 
 def _shapes(built):
@@ -95,6 +96,16 @@ def test_a_name_has_at_most_max_len_tokens():
   with pytest.raises(ValueError, match=r"config.target_sets.things.max_len=4 is too short for 'abcde', which has 6 "
                                        'tokens; raise it to 6'):
     _build(['ab', 'abcde'], max_len=4)
+
+
+def test_the_model_has_a_position_for_every_token_of_a_name():
+  assert _shapes(_build(['abc', 'a'], max_text_len=4)) == [(2, 4)]
+  with pytest.raises(ValueError, match=r"config\.model\.max_text_len=4 is too short for 'abcde' of "
+                                       r'config\.target_sets\.things, which has 6 tokens; raise it to 6'):
+    _build(['ab', 'abcde'], max_text_len=4)
+  assert _build((), entries='vocabulary', max_text_len=2).size == 130  # a word and its end
+  with pytest.raises(ValueError, match=r'max_text_len=1 is too short for each word of .* 2 tokens; raise it to 2'):
+    _build((), entries='vocabulary', max_text_len=1)
 
 
 def test_synonyms_are_in_the_bucket_of_the_longest():

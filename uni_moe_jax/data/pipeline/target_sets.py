@@ -45,15 +45,20 @@ def vocabulary_set(size: int) -> TargetSet:
   return TargetSet((), np.arange(size, dtype=np.int32), ())
 
 
-def build_target_set(spec: SetSpec, entries: tuple[tuple[str, ...], ...], tokenizer: Tokenizer) -> TargetSet:
+def build_target_set(
+    spec: SetSpec, entries: tuple[tuple[str, ...], ...], tokenizer: Tokenizer, max_text_len: int) -> TargetSet:
   """Tokenizes and buckets a set, given name and synonyms of each entry; with synonyms=False its names.
 
+  Args:
+    max_text_len: of the model, which has no other positions.
+
   Raises:
-    UsageError: There are no entries, or one is longer than the set's `max_len`.
+    UsageError: There are no entries, or one is longer than the set's `max_len` or `max_text_len`.
   """
-  if spec.is_vocabulary:
-    return vocabulary_set(tokenizer.size)
   field = f'config.target_sets.{spec.name}'
+  if spec.is_vocabulary:
+    _check_positions('each word', 2, field, max_text_len)
+    return vocabulary_set(tokenizer.size)
   if not entries:
     raise UsageError(f'{field} has no entries; give {field}.entries at least one string.')
   entries = entries if spec.synonyms else tuple(names[:1] for names in entries)
@@ -62,11 +67,18 @@ def build_target_set(spec: SetSpec, entries: tuple[tuple[str, ...], ...], tokeni
   if len(longest) > spec.max_len:
     raise UsageError(f'{field}.max_len={spec.max_len} is too short for {tokenizer.decode(longest)!r}, which has '
                      f'{len(longest)} tokens; raise it to {len(longest)}.')
+  _check_positions(repr(tokenizer.decode(longest)), len(longest), field, max_text_len)
   if spec.label_prompts and max(map(len, entries)) > 1:
     raise UsageError(f'{field}.label_prompts=True requires entries with one name each; set it to False, or '
                      f'{field}.synonyms=False.')
   buckets, order = bucket_by_length(rows, tokenizer.pad)
   return TargetSet(buckets, order, tuple(names[0] for names in entries))
+
+
+def _check_positions(text: str, num_tokens: int, field: str, max_text_len: int) -> None:
+  if num_tokens > max_text_len:
+    raise UsageError(f'config.model.max_text_len={max_text_len} is too short for {text} of {field}, which has '
+                     f'{num_tokens} tokens; raise it to {num_tokens}.')
 
 
 def bucket_by_length(entries: Sequence[Sequence[Sequence[int]]], pad: int) -> tuple[Buckets, np.ndarray]:
