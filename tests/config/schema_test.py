@@ -29,6 +29,8 @@ _FIELD_ERRORS = [
     ('model.image_size', 4, '.*patch_size=8; try 8'),
     ('model.patch_size', 12, r"must be a power of two from 2 on with config\.model\.stem='conv'",
      {'model.stem': 'conv'}),
+    ('model.width', 4, r"must be at least config\.model\.patch_size=8 with config\.model\.stem='conv'",
+     {'model.stem': 'conv', 'model.num_heads': 1}),
     ('model.drop_path', 1.0, r'must be in \[0, 1\)'),
     ('model.dtype', 'bfloat', r"is unknown; did you mean 'bfloat16' or 'float32'\? choices: bfloat16, float32"),
     ('model.attention_impl', 'flash', 'is unknown; .*choices: auto, cudnn, short, splash, xla'),

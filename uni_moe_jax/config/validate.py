@@ -44,6 +44,9 @@ def _check_model(c: Config) -> None:
   fail_if(m.stem == 'conv' and (m.patch_size < 2 or m.patch_size & (m.patch_size - 1)),
           f"model.patch_size={m.patch_size} must be a power of two from 2 on with config.model.stem='conv', whose "
           'convolutions each halve the image.')
+  fail_if(m.stem == 'conv' and m.width < m.patch_size,
+          f"model.width={m.width} must be at least config.model.patch_size={m.patch_size} with config.model.stem="
+          "'conv', whose first convolution has 2 · width / patch_size channels: one alone, normalized, is constant.")
   _check_multiple('model.image_size', m.image_size, f'config.model.patch_size={m.patch_size}', m.patch_size)
   fail_if(m.posemb == 'learned' and m.posemb_scale != 1,
           f"model.posemb_scale={m.posemb_scale} changes computed positions; with posemb='learned' set it to 1.")
