@@ -38,10 +38,10 @@ def test_padding_has_no_valid_token_and_even_batches_and_images_stay_unchanged()
 
 
 @functools.cache
-def _training(router):
+def _training(router, **changes):
   """(texts) → ((loss, (features, statistics of routers)), gradients) of the first texts, which are not padding."""
   # With noise and dropped paths, which are drawn by ids; capacity follows shapes, so it is left out.
-  spec = small_model.spec(router, num_layers=1, drop_path=0.3, noise_std=0.1)
+  spec = small_model.spec(router, num_layers=1, drop_path=0.3, noise_std=0.1, **changes)
   weights = jnp.asarray(np.random.default_rng(0).normal(size=(_N, 1, spec.width)), jnp.float32)
 
   def run(values, sequence):
@@ -67,6 +67,16 @@ def test_padding_changes_no_feature_gradient_or_count(router, valid):
   if routes_tokens(router):  # the control: valid examples are counted
     (_, (_, more)), _ = actual(filled.replace(text_valid=jnp.ones_like(filled.text_valid)))
     assert float(more[0]['mlp'].tokens.sum()) > float(counts[0]['mlp'].tokens.sum())
+
+
+def test_deep_prompts_of_padding_are_not_counted():
+  texts, actual = _texts(), _training('token', num_deep_prompts=2)
+  (loss, (_, counts)), grads = actual(texts)
+  (loss_filled, (_, counts_filled)), grads_filled = actual(texts.pad_batch(_MULTIPLE))
+  # Six valid words, a prefix and two prompts in each of three examples.
+  assert float(counts_filled[0]['attention'].tokens.sum()) == 6 + 3 + 3 * 2
+  chex.assert_trees_all_close((loss_filled, counts_filled), (loss, counts), rtol=1e-5)
+  chex.assert_trees_all_close(grads_filled, grads, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize('task', ['shape', 'text'])

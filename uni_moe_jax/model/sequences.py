@@ -249,7 +249,10 @@ class EmbeddedSequence:
 
   def prompt_tokens(self, length: int) -> dict[str, Any]:
     """The same of deep prompts, whose positions follow those of the segments."""
-    return {'ids': self.ids, 'positions': self._positions(sum(self.lengths), length), 'valid': None, 'groups': 1}
+    positions, valid = self._positions(sum(self.lengths), length), self.valid[0]
+    if valid is not None:  # examples that only pad the batch have no valid token
+      valid = jnp.broadcast_to(valid.any(axis=1, keepdims=True), positions.shape)
+    return {'ids': self.ids, 'positions': positions, 'valid': valid, 'groups': 1}
 
   def _positions(self, start: int, length: int) -> jax.Array:
     return jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (self.ids.shape[0], length))
