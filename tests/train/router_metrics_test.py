@@ -155,6 +155,22 @@ def test_usage_is_a_mean_over_layers_and_a_single_condition_overlaps_fully():
   assert float(one['router/condition_overlap']) == 1
 
 
+def test_without_a_router_auxiliary_losses_are_zero():
+  nothing = {'blocks': (), 'tail': ({'router_stats': {}},)}  # token routing with placement='none'
+  assert float(router_metrics.auxiliary_loss(tuple(WEIGHTS.items()), nothing)) == 0
+  some = jax.tree.map(lambda x: x[None], Usage.zero(2).replace(tokens=jnp.float32(2), z=jnp.float32(8)))
+  assert float(router_metrics.auxiliary_loss(tuple(WEIGHTS.items()), _collected(tail=[some]))) == 8 / 2 * WEIGHTS['z']
+
+
+def test_conditions_without_tokens_do_not_count():
+  # The last MLP has tokens of the readout alone: here of condition 0, an eighth of them on each of eight experts.
+  usage = jax.tree.map(lambda x: jnp.stack([x, x]), Usage.zero(8)).replace(
+      tokens=jnp.array([8., 0.]), importance=jnp.array([[1.] * 8, [0.] * 8]))
+  metrics = router_metrics.metrics(_collected(tail=[usage]))
+  assert float(metrics['router/effective_experts']) == pytest.approx(8)
+  assert float(metrics['router/condition_overlap']) == 1
+
+
 def test_tokens_of_a_condition_count_equally():
   # Condition 0: 3 tokens on expert 0 and 1 on expert 1; condition 1: 2 tokens on expert 1. Shares (.75, .25) and (0, 1)
   # have .25 in common.

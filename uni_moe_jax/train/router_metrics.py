@@ -18,7 +18,7 @@ def _router_stats(collected: Collected) -> list[Any]:
 
 def _mean(values: list[jax.Array]) -> jax.Array:
   """Mean over all entries, so that every layer, router (and condition) counts once. 0 if there are none."""
-  flat = jnp.concatenate([v.reshape(-1) for v in values])
+  flat = jnp.concatenate([jnp.zeros(0), *(v.reshape(-1) for v in values)])
   return flat.sum() / max(flat.size, 1)
 
 
@@ -27,17 +27,21 @@ def auxiliary_loss(weights: LossWeights, collected: Collected) -> jax.Array:
   return sum((w * _mean([d.losses[name] for d in _router_stats(collected)]) for name, w in weights), jnp.zeros(()))
 
 
+def _num_conditions(shares: jax.Array) -> jax.Array:
+  """[..., A, E] → [...]: conditions that a router has tokens of; the last MLP has those of the readout alone."""
+  return (shares.sum(-1) > 0).sum(-1)
+
+
 def _effective_experts(shares: jax.Array) -> jax.Array:
   """[..., A, E] → [...]: effective number of experts of all conditions together, each counted once."""
-  return routers.effective_experts(shares.sum(-2) / max(shares.shape[-2], 1))
+  return routers.effective_experts(shares.sum(-2) / jnp.maximum(_num_conditions(shares), 1)[..., None])
 
 
 def _condition_overlap(shares: jax.Array) -> jax.Array:
   """[..., A, E] → [...]: mean overlap of two different conditions; 1 if there is only one."""
-  A, overlap = shares.shape[-2], routers.overlap(shares)
-  if A < 2:
-    return jnp.ones(shares.shape[:-2])
-  return (overlap.sum((-2, -1)) - jnp.trace(overlap, axis1=-2, axis2=-1)) / (A * (A - 1))
+  n, overlap = _num_conditions(shares), routers.overlap(shares)
+  different = overlap.sum((-2, -1)) - jnp.trace(overlap, axis1=-2, axis2=-1)
+  return jnp.where(n < 2, 1.0, different / jnp.maximum(n * (n - 1), 1))
 
 
 def metrics(collected: Collected) -> dict[str, jax.Array]:
