@@ -126,6 +126,27 @@ def test_a_frozen_position_table_is_computed_anew_at_another_image_size(tmp_path
   np.testing.assert_array_equal(spatial(side, .5), sincos_table(side // patch, width, .5))
 
 
+def test_a_linear_head_of_other_classes_starts_at_zero(tmp_path):
+  def tuned(*texts):
+    c = _config()
+    c.target_sets.shapes.entries = texts
+    c.tasks.shape.linear_head = True
+    return c
+
+  classes = tiny.CLASSES
+  trained = saved_run.save(tmp_path, tuned(*classes), step=2)['linear_head']['kernel']
+
+  def started(*texts):
+    c = tuned(*texts)
+    c.train.init = str(tmp_path)
+    return np.asarray(train_run.load_init_params(train_run.build(c, jax.devices()[:1]))['linear_head']['kernel'])
+
+  assert np.abs(trained).max() > 0
+  np.testing.assert_array_equal(started(*classes), trained)  # more examples of the same task
+  np.testing.assert_array_equal(started(*classes[::-1]), 0 * trained)
+  np.testing.assert_array_equal(started(*classes, 'cat'), np.zeros((len(trained), 4)))
+
+
 @pytest.fixture(name='tuned')
 def _tuned(tmp_path, monkeypatch):
   """(Folder, config, parameters) of a run that started from another, whose relative address is `parent`."""

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.helpers import small_model
+from tests.helpers import small_config, small_model
+from uni_moe_jax import config
 from uni_moe_jax.train import warm_start
 
 
@@ -39,6 +40,23 @@ def test_computed_parameters_stay_fresh_in_any_shape():
   assert _compare(new, old, ['embed/spatial']) == (['embed/spatial'], [])
   with pytest.raises(ValueError, match="'embed/spatial' has shape"):
     _compare(new, old)
+
+
+def test_heads_and_label_prompts_of_other_classes_stay_fresh():
+  def prompted(**entries):
+    c = small_config.config()
+    for name, texts in entries.items():
+      c.target_sets[name] = config.target_set(texts, family='names', label_prompts=True)
+    c.tasks.shape.update(dict(target_set='a', linear_head=True))
+    return c
+
+  head = {'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight'}
+  old = prompted(a=('bar', 'disc'), b='glyphs/class')
+  assert warm_start.of_other_classes(prompted(a=('bar', 'disc'), b='glyphs/class'), old) == set()
+  assert warm_start.of_other_classes(prompted(a=('cat', 'dog'), b='glyphs/class'), old) == {
+      *head, 'embed/prompts/label_a'}
+  assert warm_start.of_other_classes(prompted(a=('bar', 'disc'), b='glyphs/name'), old) == {'embed/prompts/label_b'}
+  assert warm_start.of_other_classes(prompted(a=('cat',), c=('dog',)), small_config.config()) == set()  # all are new
 
 
 @pytest.mark.parametrize('changes, message', [

@@ -176,9 +176,12 @@ def load_init_params(run: Run) -> Any:
     if checkpoints.latest() is None:
       raise UsageError(f'config.train.init={init!r} has no checkpoint yet; train it first.')
     # A frozen position table is that of its image size and scale.
-    model, old = run.config.model, workdir_lib.load_config(init).model
+    old_config = workdir_lib.load_config(init)
+    model, old = run.config.model, old_config.model
     moved = (model.image_size, model.posemb_scale) != (old.image_size, old.posemb_scale)
-    computed = ['embed/spatial'] if model.posemb == old.posemb == 'frozen' and moved else []
+    computed = warm_start.of_other_classes(run.config, old_config) & {*by_path(run.shapes.params)}
+    if model.posemb == old.posemb == 'frozen' and moved:
+      computed.add('embed/spatial')
     added, dropped = warm_start.compare_models(run.shapes.params, checkpoints.param_shapes(), init, computed)
 
     def select(params, fresh):

@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from uni_moe_jax.utils.errors import UsageError
@@ -22,7 +23,8 @@ def compare_models(
     new: shapes of the parameters of the new run.
     old: those of the run to start from.
     source: name of that run for errors.
-    computed: paths of both whose values follow from the new config and stay fresh, in any shape.
+    computed: paths of both whose values follow from the new config, or are of other classes, and stay fresh, in any
+      shape.
 
   Raises:
     UsageError: a parameter has another shape, or only one of the models has it and it is not among `ADDED`.
@@ -40,6 +42,18 @@ def compare_models(
                        f'run and {new_params[path].shape} in this model; config.model, config.moe and the tokenizer '
                        'must be those of that run.')
   return sorted({*new_params} - {*old_params} | {*computed}), sorted({*old_params} - {*new_params})
+
+
+def of_other_classes(new: ml_collections.ConfigDict, old: ml_collections.ConfigDict) -> set[str]:
+  """Paths of a linear head and of label prompts that both configs have, but for other target sets."""
+  def entries(c):
+    of_sets = {f'embed/prompts/label_{name}': s.entries for name, s in c.target_sets.items() if s.label_prompts}
+    sets = [c.target_sets[t.target_set].entries for t in c.tasks.values() if t.linear_head]
+    head = ('kernel', 'bias', 'similarity_weight')
+    return of_sets | {f'linear_head/{name}': s for s in sets for name in head}
+
+  trained = entries(old)
+  return {path for path, s in entries(new).items() if path in trained and s != trained[path]}
 
 
 def compare_params(before: Any, after: Any, frozen: frozenset[str]) -> dict[str, Any]:
