@@ -11,10 +11,11 @@ import pytest
 
 from tests.helpers import small_model
 from uni_moe_jax.config.schema import SUBLAYERS
+from uni_moe_jax.model.sequences import Sequence
 from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.model.sublayer import Sublayer
 from uni_moe_jax.moe import dispatch
-from uni_moe_jax.tasks import router_names
+from uni_moe_jax.tasks import router_names, task_types
 
 
 def _mix(batch: int = 2):
@@ -179,3 +180,21 @@ def test_tokens_are_counted_by_condition_without_padding():
   # The last block dispatches the readout rows a second time, and only they pass the MLP: 3 queries, 1 position.
   assert last['attention'].requested.tolist() == [20, 24 + 12, 12 + 4]
   assert last['mlp'].tokens.tolist() == [0, 6, 2]
+
+
+def test_masked_positions_without_a_label_take_no_slot_and_are_not_counted():
+  # One of four positions of each text has a label; the others repeat token 0.
+  spec, task_type = small_model.spec('token', num_layers=1), task_types.TASK_TYPES['text_mlm']
+  fields = dict(
+      id=jnp.arange(2, dtype=jnp.uint32), text=jnp.array([[2, 3, 4], [5, 6, 7]]), text_valid=jnp.ones((2, 3), bool),
+      position=jnp.array([[2, 0, 0, 0], [1, 0, 0, 0]]), weight=jnp.array([[1., 0, 0, 0], [.5, 0, 0, 0]]))
+
+  def usage(fields):
+    _, collected = small_model.run(spec, [Sequence.of_inputs(task_type, fields)], jax.random.key(0))
+    [out] = collected['tail']
+    stats = [out['router_stats'][sublayer] for sublayer in ('attention', 'mlp')]
+    return [float(x[0]) for of_sublayer in stats for x in (of_sublayer.tokens, of_sublayer.requested)]
+
+  # Attention routes every token with its prefix, of which the queries are dispatched a second time, to two experts.
+  assert usage(fields) == [8, 2 * (8 + 2), 2, 2 * 2]
+  assert usage({**fields, 'weight': jnp.ones((2, 4))}) == [8, 2 * (8 + 8), 8, 2 * 8]

@@ -71,7 +71,7 @@ class Attention(Sublayer):
           y, usage = routing.apply(x, kv_only)
           k, v = y[:, :, 0], y[:, :, 1]
           if i == layout.readout_segment:
-            routings[i] = routing.take(rows)
+            routings[i] = routing.take(rows, sequence.tokens(i, readout_only=True)['valid'])
             y, repeated = routings[i].apply(rows(x), q_only)
             queries[i] = y[:, :, 0]
             usages.append((condition, repeated))

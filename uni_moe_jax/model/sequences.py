@@ -109,6 +109,7 @@ class Sequence:
   text: jax.Array | None = None  # int32 [B, S] for a text segment; a two-stream one contains [words | queries]
   text_valid: jax.Array | None = None  # bool [B, S], which tokens are not padding; None: all
   positions: jax.Array | None = None  # int32 [B, M] of the tokens to read ('masked', 'slot'), in the text segment
+  is_read: jax.Array | None = None  # bool [B, M], which positions count ('masked' in training); None: all
   text_positions: jax.Array | None = None  # int32 [S] or [B, S] rows of the position table; None: the layout's own
   text_before: jax.Array | None = None  # int32 [B, S, n] in a decoding step, see `neighbors`
   kv_cache: KVCache | None = None
@@ -120,7 +121,8 @@ class Sequence:
     return cls(
         layout=Layout.of_task_type(task_type), ids=fields['id'], pixels=fields.get('pixels'),
         temporal_offset=fields.get('temporal_offset', 0), text=fields.get('text'),
-        text_valid=fields.get('text_valid'), positions=fields.get('position'))
+        text_valid=fields.get('text_valid'), positions=fields.get('position'),
+        is_read=fields['weight'] > 0 if task_type.readout == 'masked' and 'weight' in fields else None)
 
   @classmethod
   def of_pairs(cls, task_type: TaskType, fields: Fields) -> 'Sequence':
@@ -200,7 +202,7 @@ class Sequence:
     if not missing or self.pixels is not None:
       return self
     pad = lambda x: None if x is None else jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)))
-    fields = ['ids', 'text', 'positions', 'classes']
+    fields = ['ids', 'text', 'positions', 'is_read', 'classes']
     if self.text_positions is not None and self.text_positions.ndim == 2:  # otherwise those of all examples
       fields.append('text_positions')
     valid = jnp.ones(self.text.shape, bool) if self.text_valid is None else self.text_valid
@@ -223,6 +225,7 @@ class EmbeddedSequence:
   cache_valid: jax.Array | None = None  # bool [B, W], which words of its cache are decoded
   # S per segment, also where the encoder has removed `segments`.
   lengths: tuple[Any, ...] = flax.struct.field(pytree_node=False, default=())
+  is_read: jax.Array | None = None  # as in `Sequence`
 
   def without_segments(self, cache: 'KVCache | None') -> 'EmbeddedSequence':
     """What stays the same in all layers, with the cache's mask."""
@@ -244,6 +247,8 @@ class EmbeddedSequence:
     groups = 1 if self.layout.masks[index] == 'full' else 2  # words and queries
     if readout_only:
       positions, valid = (None if x is None else self.take_readout(x) for x in (positions, valid))
+      if self.is_read is not None:  # those that do not count repeat a token
+        valid = self.is_read if valid is None else valid & self.is_read
       groups = 1
     return {'ids': self.ids, 'positions': positions, 'valid': valid, 'groups': groups}
 

@@ -115,7 +115,7 @@ class UniPerceiver(nn.Module):
       if positions is not None and layout.readout_segment == 0:
         positions = positions + front.shape[1]
     # Entries of a target set arrive on every device; from here on, each device encodes its own.
-    embedded = EmbeddedSequence(tuple(segments), tuple(valid), positions, s.ids, layout)
+    embedded = EmbeddedSequence(tuple(segments), tuple(valid), positions, s.ids, layout, is_read=s.is_read)
     return jax.tree.map(lambda x: sharding.shard_batch(x, self.mesh), embedded)
 
 

@@ -32,7 +32,7 @@ class MergedRouting:
     kernel, bias, unrounded = (None if x is None else x[self.kernel] for x in weights)
     return activation(layers.project(x, kernel, bias, unrounded, projection.method)), None
 
-  def take(self, rows: Callable[[jax.Array], jax.Array]) -> 'MergedRouting':
+  def take(self, rows: Callable[[jax.Array], jax.Array], valid: jax.Array | None) -> 'MergedRouting':
     """The routing of some rows of the segment."""
     return self
 
@@ -61,10 +61,12 @@ class DispatchRouting:
     x = x.astype(projection.kernel.dtype)
     return expert_parallel.project(x, projection, self.plan, self.mesh, activation), self.usage
 
-  def take(self, rows: Callable[[jax.Array], jax.Array]) -> 'DispatchRouting':
-    """The routing of some rows, which `rows` takes from any [B, S, …]: the same choices, dispatched a second time."""
+  def take(self, rows: Callable[[jax.Array], jax.Array], valid: jax.Array | None) -> 'DispatchRouting':
+    """The routing of some rows, which `rows` takes from any [B, S, …]: the same choices, dispatched a second time.
+
+    valid: of these rows, as `DispatchRouting.valid`.
+    """
     output = jax.tree.map(rows, self.output)
-    valid = None if self.valid is None else rows(self.valid)
     plan = expert_parallel.make_plan(output, valid, 1, self.capacity_factor, self.backend, self.mesh)
     return self.replace(output=output, valid=valid, plan=plan, usage=Usage.of_repeated_dispatch(plan))
 
