@@ -195,8 +195,10 @@ _VALIDATION = _evaluator('mlm', 'text', split='validation', during_training=True
     ({'optim.param_groups': (('bias', 'freeze'), ('norm', 0, 0), ('.*', 2, 0.1)), 'seed': 2**32 - 1}, None),
     # Target sets and tasks.
     ({'target_sets.classes.softmax': 'sampled', 'target_sets.classes.num_sampled': 4},
-     r"config\.target_sets\.classes: softmax='sampled' needs entries='vocabulary' and num_sampled ≥ 1"),
-    ({'target_sets.vocabulary.softmax': 'sampled'}, 'num_sampled ≥ 1, not .*num_sampled=0'),
+     r"config\.target_sets\.classes: softmax='sampled' needs entries='vocabulary' and num_sampled ≥ 2"),
+    ({'target_sets.vocabulary.softmax': 'sampled'}, 'num_sampled ≥ 2, not .*num_sampled=0'),
+    ({'target_sets.vocabulary.softmax': 'sampled', 'target_sets.vocabulary.num_sampled': 1},  # the loss would be 0
+     'num_sampled ≥ 2, not .*num_sampled=1'),
     ({f'tasks.{name}.batch_size': 0 for name in ('shape', 'text', 'name', 'pair', 'package')},
      r'config\.tasks has no task with batch_size > 0; add one with config\.task'),
     ({'train.mixture': 'one_task', 'tasks.shape.loss_weight': 0.0},

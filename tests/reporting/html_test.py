@@ -137,6 +137,19 @@ def test_a_missing_file_is_reported_and_costs_only_its_section(workdir, name):
   assert f'There is no {name} in this workdir' in page
 
 
+def test_an_infinite_baseline_is_no_line_of_a_curve(workdir):
+  rows = json.loads((workdir / 'evaluation.json').read_text())
+  row = next(row for row in rows if row['metric'] == 'perplexity')
+  lines = []
+  for baseline in (90., float('inf')):
+    row['baselines'] = {'unigram': baseline}
+    (workdir / 'evaluation.json').write_text(json.dumps(rows))
+    page = _page(workdir)
+    assert 'class="absent"' not in page
+    lines.append(page.count('class="reference"'))
+  assert lines[0] == lines[1] + 1
+
+
 @pytest.mark.parametrize('content', ['', '{"half": ', 'null', '[1]', '{"x": {"y": 3}}'])
 @pytest.mark.parametrize('name', _FILES)
 def test_a_broken_file_is_reported_and_costs_only_its_section(workdir, name, content):

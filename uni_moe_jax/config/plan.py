@@ -205,8 +205,8 @@ def _set_spec(name: str, s: TargetSetConfig, families: Mapping[str, Condition]) 
   field = f'target_sets.{name}'
   check_choice(f'{field}.family', s.family, families)
   spec = SetSpec(**vars(s), name=name, condition=families[s.family])
-  fail_if(s.softmax == 'sampled' and (not spec.is_vocabulary or s.num_sampled < 1),
-          f"{field}: softmax='sampled' needs entries='{VOCABULARY}' and num_sampled ≥ 1, not entries={s.entries!r}, "
+  fail_if(s.softmax == 'sampled' and (not spec.is_vocabulary or s.num_sampled < 2),
+          f"{field}: softmax='sampled' needs entries='{VOCABULARY}' and num_sampled ≥ 2, not entries={s.entries!r}, "
           f'num_sampled={s.num_sampled}.')
   fail_if(s.label_prompts and spec.is_vocabulary, f'{field}.label_prompts=True is for sets of texts: each word of the '
                                                   'vocabulary already has a learned embedding; set it to False.')

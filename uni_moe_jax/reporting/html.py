@@ -5,6 +5,7 @@ replaced by a sentence, because a report is also read when something went wrong.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -159,9 +160,10 @@ def _verdict_line(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _strongest_baselines(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, float]]:
-  """Returns for each 'eval/<evaluator>/<metric>' its strongest baseline."""
-  return {f'eval/{row["evaluator"]}/{row["metric"]}': headline.strongest_baseline(row)
-          for row in rows if row.get('baselines')}
+  """Returns for each 'eval/<evaluator>/<metric>' its strongest baseline, where that is finite."""
+  strongest = {f'eval/{row["evaluator"]}/{row["metric"]}': headline.strongest_baseline(row)
+               for row in rows if row.get('baselines')}
+  return {name: baseline for name, baseline in strongest.items() if math.isfinite(baseline[1])}
 
 
 def _evaluation(rows: Sequence[Mapping[str, Any]]) -> str:
