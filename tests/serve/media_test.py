@@ -6,8 +6,10 @@ import zlib
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
+from uni_moe_jax.data.files import image_transforms
 from uni_moe_jax.serve import media
 from uni_moe_jax.serve.limits import Limits, Refused
 
@@ -50,9 +52,19 @@ def test_an_image_of_the_models_size_is_not_changed():
 def test_the_center_of_a_larger_image_is_taken(crop, short):
   image = Image.fromarray(_noise(40, 60, 3))
   resized = np.asarray(image.resize((round(short * 1.5), short), Image.Resampling.BICUBIC))
-  top, left = (short - 16) // 2, (resized.shape[1] - 16) // 2
+  top, left = (round((side - 16) / 2) for side in resized.shape[:2])  # half of 11 is 6: rounded to even
   np.testing.assert_array_equal(
       media.image_pixels(_file(image), 16, 3, crop, _LIMITS)[0], resized[top:top + 16, left:left + 16])
+
+
+@pytest.mark.parametrize('width, height', [(38, 30), (49, 30), (57, 187), (187, 57), (20, 9), (16, 23), (64, 65)])
+@pytest.mark.parametrize('crop', ['resize_crop', 'random_resized_crop'])
+def test_an_image_of_any_size_is_resized_and_cropped_as_in_evaluation(width, height, crop):
+  data = _file(Image.fromarray(_noise(height, width, 3)))
+  shown = media.image_pixels(data, 16, 3, crop, Limits())[0].astype(int)
+  evaluated = image_transforms.read(tf.constant(data), 3, 16, None, crop, 'pillow').numpy()
+  assert np.abs(shown - evaluated).max() <= 2
+  assert np.abs(np.roll(shown, 1, 0) - evaluated).max() > 50  # other rows differ
 
 
 def test_an_image_is_shown_upright_and_on_white():

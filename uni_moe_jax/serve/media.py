@@ -39,11 +39,13 @@ def image_pixels(data: bytes, size: int, channels: int, crop: str, limits: Limit
   # The crop of evaluation: the center of 256/224 of the size for tasks that train on random parts.
   short = 256 * size // 224 if crop == 'random_resized_crop' else size
   if min(image.size) != short:
-    scale = short / min(image.size)
-    if max(image.size) * scale * short > limits.max_pixels:
+    width, height = (short * side // min(image.size) for side in image.size)
+    if width * height > limits.max_pixels:
       raise Refused(422, f'The image is {image.width} × {image.height} pixels, too long for its width; crop it.')
-    image = image.resize([max(short, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-  left, top = ((side - size) // 2 for side in image.size)
+    # First across, as in evaluation: Pillow itself begins with the height of a high image, and rounds in between.
+    for sides in ((width, image.height), (width, height)):
+      image = image.resize(sides, Image.Resampling.BICUBIC)
+  left, top = (round((side - size) / 2) for side in image.size)  # as there, half of an odd margin is rounded to even
   return _channels(np.asarray(image.crop((left, top, left + size, top + size)))[None], channels)
 
 
