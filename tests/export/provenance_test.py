@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from tests.helpers import tiny
+from tests.helpers import small_model, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import schema
+from uni_moe_jax.export import description
+from uni_moe_jax.export.programs import ExportedTask
 from uni_moe_jax.train import workdir
 
 
@@ -65,3 +67,9 @@ def test_every_path_is_reduced_to_its_name_unless_it_is_the_default(tmp_path, se
 def test_the_fields_that_the_schema_declares_as_paths_are_those_above():
   assert set(schema.PATHS) == {
       ('data', 'dir'), ('data', 'cache_dir'), ('tokenizer', 'path'), ('tokenizer', 'merges_path'), ('train', 'init')}
+
+
+def test_a_task_has_the_preprocessing_of_its_evaluation():
+  task = small_model.task_spec('video_classification', crop='jittered_crop', frame_stride=32.0)
+  entry = description._task(ExportedTask(task, 4), {}, small_model.spec())
+  assert (entry['num_frames'], entry['frame_stride'], entry['crop']) == (4, 32.0, 'jittered_crop')

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from uni_moe_jax.data.files import image_transforms
+from uni_moe_jax.data.files import image_transforms, video_pixels
 from uni_moe_jax.serve import media
 from uni_moe_jax.serve.limits import Limits, Refused
 
@@ -102,6 +102,14 @@ def test_the_frames_of_a_video_are_the_middles_of_its_segments():
   shown = media.video_pixels(_video(12), 3, 16, 3, _LIMITS)
   assert shown.shape == (3, 16, 16, 3)
   assert np.abs(shown.mean((1, 2, 3)) - [20, 60, 100]).max() < 4  # frames 2, 6 and 10
+
+
+@pytest.mark.parametrize('stride, frames', [(0.0, [2, 6, 10]), (3.0, [0, 1, 2]), (15.0, [0, 5, 10])])
+def test_a_task_with_a_stride_takes_frames_from_the_first_one_at_thirty_a_second(stride, frames):
+  shown = media.video_pixels(_video(12, rate=10), 3, 16, 3, _LIMITS, stride)  # 10 a second: a third of it
+  assert np.abs(shown.mean((1, 2, 3)) - 10 * np.array(frames)).max() < 4
+  evaluated = video_pixels.VideoReader(16, 3, 'resize_crop', False, training=False, frame_stride=stride)
+  np.testing.assert_array_equal(shown, evaluated(_video(12, rate=10), 0))
 
 
 @pytest.mark.parametrize('num_frames, size, rate, message', [

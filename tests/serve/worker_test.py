@@ -99,3 +99,37 @@ def test_words_of_a_stream_are_those_of_the_images_that_are_answered(worker, mon
   while front.poll():
     parts.append(front.recv())
   assert parts == [('part', 7, {i: text for i in answered}) for text in ('word ', 'word word ')]
+
+
+def _manifest(*tasks: dict) -> dict:
+  """Tasks that caption; a folder stores equal programs once, so that they have one file."""
+  entry = {'readout': 'queries', 'crop': 'resize_crop', 'max_len': 6, 'template': '', 'target_set': 'words'}
+  return {'target_sets': {'words': {'max_len': 6}}, 'tasks': {f'task {i}': {
+      **entry, **{k: x for k, x in task.items() if k in ('frame_stride', 'max_len')},
+      'programs': {name: {'file': task.get(name, name)} for name in ('prefill', 'step', 'caption')}}
+      for i, task in enumerate(tasks)}}
+
+
+@pytest.mark.parametrize('program', ['caption', worker_lib.STREAM])
+@pytest.mark.parametrize('other, shared', [
+    ({}, True), ({'caption': 'of four beams'}, False), ({'frame_stride': 32.0}, False), ({'max_len': 5}, False)])
+def test_requests_of_two_tasks_share_batches_where_all_that_answers_them_is_equal(program, other, shared):
+  made = worker_lib.programs_of(_manifest({}, other))
+  assert made['task 0', program] == ('task 0', program)
+  assert made['task 1', program] == (('task 0' if shared else 'task 1'), program)
+
+
+def test_a_stream_uses_the_step_of_its_own_task():
+  made = worker_lib.programs_of(_manifest({}, {'step': 'of another temperature'}))
+  assert made['task 1', worker_lib.STREAM] == ('task 1', worker_lib.STREAM)
+  assert made['task 1', 'caption'] == ('task 0', 'caption')
+
+
+def test_a_video_has_the_frames_of_its_tasks_evaluation(worker):
+  given = []
+  made, _ = worker()
+  made._media = types.SimpleNamespace(video_pixels=lambda *args: given.append(args))
+  made._manifest = {'model': {'image_size': 16, 'channels': 3}}
+  for stride in ({'frame_stride': 32.0}, {}):  # a folder of an older version has none
+    made._read_pixels({'num_frames': 4, **stride}, Item(video=b'video'))
+  assert [args[-1] for args in given] == [32.0, 0.0]

@@ -49,8 +49,12 @@ def image_pixels(data: bytes, size: int, channels: int, crop: str, limits: Limit
   return _channels(np.asarray(image.crop((left, top, left + size, top + size)))[None], channels)
 
 
-def video_pixels(data: bytes, num_frames: int, size: int, channels: int, limits: Limits) -> np.ndarray:
-  """uint8 [T, S, S, C] of a video: the middle frames of T segments, center crop, as in evaluation. Raises Refused."""
+def video_pixels(
+    data: bytes, num_frames: int, size: int, channels: int, limits: Limits, frame_stride: float = 0.0) -> np.ndarray:
+  """uint8 [T, S, S, C] of a video: its frames and center crop as in evaluation. Raises Refused.
+
+  frame_stride: of the task, in frames at 30 per second from the first one; 0: the middle frames of T segments.
+  """
   if not _VIDEOS.match(data):
     raise Refused(422, _NO_VIDEO)
 
@@ -60,7 +64,8 @@ def video_pixels(data: bytes, num_frames: int, size: int, channels: int, limits:
     if count / fps > limits.max_seconds:
       raise Refused(422, f'The video is {count / fps:.0f} s long, and at most {limits.max_seconds:g} s are accepted; '
                          'shorten it.')
-    return video.segment_frames(count, video.view_offsets(1, num_frames)[0])
+    return (video.stride_views(count, frame_stride, fps, num_frames, 1) if frame_stride else
+            video.segment_frames(count, video.view_offsets(1, num_frames)))[0]
 
   try:
     _check_pixels('The video', *_frame_size(data), limits)

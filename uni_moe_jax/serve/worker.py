@@ -84,13 +84,18 @@ def programs_of(manifest: dict[str, Any]) -> dict[tuple[str, str], tuple[str, st
     if 'encode_text' in task['programs']:
       programs['encode_text'] = f'{task["programs"]["encode_text"]["file"]} {text_length(manifest, name)}'
     if 'prefill' in task['programs']:
-      programs[STREAM] = task['programs']['prefill']['file']
+      programs[STREAM] = ' '.join(task['programs'][p]['file'] for p in ('prefill', 'step', 'caption'))
     for program, file in programs.items():
-      inputs = (task['crop'], task['max_len'], task['template'], task['readout'])
+      inputs = (task['crop'], task['max_len'], task['template'], task['readout'], _frame_stride(task))
       targets = task['target_set'] if program in ('classify', 'caption', STREAM) else ''
       result[name, program] = first.setdefault((program, file, targets, *inputs * (program != 'encode_text')),
                                                (name, program))
   return result
+
+
+def _frame_stride(task: dict[str, Any]) -> float:
+  """See `media.video_pixels`. Folders that were exported before it was recorded lack it."""
+  return task.get('frame_stride', 0.0)
 
 
 def text_length(manifest: dict[str, Any], task: str) -> int:
@@ -258,7 +263,7 @@ class _Worker:
     spec = self._manifest['model']
     if item.video:
       return self._media.video_pixels(
-          item.video, entry['num_frames'], spec['image_size'], spec['channels'], self._limits)
+          item.video, entry['num_frames'], spec['image_size'], spec['channels'], self._limits, _frame_stride(entry))
     return self._media.image_pixels(item.image, spec['image_size'], spec['channels'], entry['crop'], self._limits)
 
   def _examples(self, arrays: dict[str, np.ndarray]) -> tuple[list[dict[str, Any]], dict[str, str]]:
