@@ -22,6 +22,10 @@ def read_image(data: bytes, limits: Limits) -> Image.Image:
   """Decodes an image as displayed, RGB: upright, transparent pixels on white. Raises Refused."""
   try:
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
+  except Image.DecompressionBombError:
+    bound = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow's own
+    raise Refused(422, f'The image has more than {bound:,} pixels, and at most {min(limits.max_pixels, bound):,} '
+                       'pixels are accepted; make it smaller.') from None
   except Exception:  # Pillow documents no closed set of errors for damaged files
     raise Refused(422, f'The image is not a readable file; send one of {", ".join(_FORMATS)}.') from None
   _check_pixels('The image', image.width, image.height, limits)
