@@ -4,6 +4,7 @@ import base64
 import functools
 import hashlib
 import http.server
+import io
 import json
 import pathlib
 import random
@@ -11,15 +12,19 @@ import shutil
 import subprocess
 import threading
 import types
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers import shipped, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
 from uni_moe_jax.export import artifact, browser, contents, texts
+from uni_moe_jax.serve import media
+from uni_moe_jax.serve.limits import Limits
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.utils.errors import RunError, UsageError
 
@@ -55,6 +60,120 @@ def test_the_tokenizer_of_the_page_equals_sentencepiece(tmp_path):
   done = subprocess.run(['node', '-e', _TOKENIZE, _SCRIPT], cwd=tmp_path, capture_output=True, text=True, check=True)
   for text, ids in zip(given, json.loads(done.stdout), strict=True):
     assert ids == tokenizer.encode(text), text
+
+
+_PAGE = """
+const fs = require('fs');
+const given = JSON.parse(fs.readFileSync('given.json'));
+globalThis.given = given;
+globalThis.fetch = async name => {
+  const again = (given.missing ?? []).filter(x => x !== name), missing = again.length < given.missing?.length;
+  given.missing = again;
+  if (missing) throw new TypeError('Failed to fetch');
+  return {ok: true, arrayBuffer: async () => Uint8Array.from(fs.readFileSync(name)).buffer};
+};
+globalThis.createImageBitmap = async image => image;
+globalThis.OffscreenCanvas = class {
+  getContext() {
+    const rgba = rgb => Array.from({length: rgb.length / 3}, (_, i) => [...rgb.slice(3 * i, 3 * i + 3), 255]).flat();
+    return {fillRect() {}, drawImage: image => { this.image = image; },
+            getImageData: () => ({data: Uint8ClampedArray.from(rgba(this.image.rgb))})};
+  }
+};
+globalThis.ort = {env: {wasm: {}}, Tensor: function(type, data, dims) { Object.assign(this, {type, data, dims}); },
+  InferenceSession: {create: async () => ({inputNames: ['pixels'], outputNames: ['log_p'], run: async feeds => {
+    given.pixels = [...feeds.pixels.data];
+    return {log_p: {data: Float32Array.of(-1, 0), dims: [1, 2]}};
+  }})}};
+require(process.argv[1]);
+(async () => console.log(JSON.stringify(await eval(process.argv[2])()))) ();
+"""
+
+
+def _in_node(folder: pathlib.Path, manifest: dict, code: str, **given) -> Any:
+  """What a function of JavaScript returns that uses `backend` beside a manifest and, at first, no file of `missing`.
+
+  The image decoder and onnxruntime are stand-ins: `given.pixels` is what a model was called with.
+  """
+  (folder / 'manifest.json').write_text(json.dumps(manifest))
+  (folder / 'given.json').write_text(json.dumps(given))
+  (folder / 'params.safetensors').touch()
+  (folder / 'model.onnx').touch()
+  done = subprocess.run(
+      ['node', '-e', _PAGE, _SCRIPT, code], cwd=folder, capture_output=True, text=True, check=False)
+  assert not done.returncode, done.stderr
+  return json.loads(done.stdout)
+
+
+def _manifest(**fields) -> dict:
+  program = {'inputs': {}, 'onnx': {'file': 'model.onnx', 'outputs': ['log_p']}}
+  task = {'type': 'image_classification', 'crop': 'resize_crop', 'target_set': 'shapes', 'readout': 'cls',
+          'template_parts': [], 'template': '', 'input_conditions': [], 'conditions': {}, 'num_frames': 1,
+          'programs': {'classify': program, 'encode': program}}
+  return {
+      'model': {'image_size': 16, 'channels': 3, 'parameters': 1, 'num_layers': 1, 'width': 16, 'pixel_mean': [0.5]},
+      'trained': {'router': 'dense', 'moe_layers': []}, 'provenance': {'name': 'mine'}, 'mixtures': {}, 'examples': {},
+      'tasks': {'shape': task}, 'target_sets': {'shapes': {'texts': ['bar', 'disc'], 'condition': 'c'}}, **fields}
+
+
+@pytest.mark.skipif(shutil.which('node') is None, reason='node is not installed')
+@pytest.mark.parametrize('width, height, crop', [
+    (39, 30, 'resize_crop'), (16, 23, 'resize_crop'), (57, 187, 'resize_crop'), (64, 65, 'resize_crop'),
+    (49, 30, 'random_resized_crop'), (9, 20, 'random_resized_crop')])
+def test_the_page_resizes_and_crops_images_as_the_service_does(tmp_path, width, height, crop):
+  image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+  manifest = _manifest()
+  manifest['tasks']['shape']['crop'] = crop
+  got = _in_node(
+      tmp_path, manifest, "async () => (await backend.classify({task: 'shape', image: given}), given.pixels)",
+      width=width, height=height, rgb=image.ravel().tolist())
+  Image.fromarray(image).save(file := io.BytesIO(), 'PNG')
+  want = media.image_pixels(file.getvalue(), 16, 3, crop, Limits())[0].astype(int)
+  assert np.abs(np.reshape(got, want.shape) - want).max() <= 1
+  assert np.abs(np.roll(want, 1, 0) - want).max() > 50  # other rows differ
+
+
+@pytest.mark.skipif(shutil.which('node') is None, reason='node is not installed')
+@pytest.mark.parametrize('missing', ['manifest.json', 'params.safetensors', 'model.onnx'])
+def test_a_file_that_cannot_be_fetched_once_is_fetched_again_at_the_next_question(tmp_path, missing):
+  got = _in_node(
+      tmp_path, _manifest(), """async () => {
+        const ask = () => backend.classify({task: 'shape', image: given}).then(x => x.answers[0].text, e => e.message);
+        return [await ask(), await ask()];
+      }""", missing=[missing], width=16, height=16, rgb=[0] * 768)
+  assert got == ['Failed to fetch', 'disc']
+
+
+@pytest.mark.skipif(shutil.which('node') is None, reason='node is not installed')
+def test_every_task_with_a_text_has_one_although_its_images_are_those_of_another(tmp_path):
+  tokenizer, pixels = SentencePieceTokenizer(tiny.tokenizer_file()), np.zeros((2, 1, 16, 16, 3), np.uint8)
+  pixels[1] = 1
+  texts_of = lambda *given: np.array([[*tokenizer.encode(x), tokenizer.eot] for x in given], np.int32)
+  artifact.save(tmp_path / 'examples.safetensors', {
+      'shape/pixels': pixels, 'question/pixels': pixels, 'question/text': texts_of('red star', 'red star'),
+      'package/text': texts_of('a small shape')})
+  shutil.copyfile(tiny.tokenizer_file(), tmp_path / 'tokenizer.model')
+  entry = artifact.write_tokenizer(tmp_path, tokenizer, pathlib.Path(tiny.tokenizer_file()))
+  task = _manifest()['tasks']['shape']
+  got = _in_node(tmp_path, _manifest(
+      tokenizer=entry, tasks=dict.fromkeys(('shape', 'question', 'package'), task),
+      examples={'shape': ['bar', 'disc'], 'question': ['a', 'b'], 'package': ['alpha']}), 'backend.model')
+  assert {name: t['example_text'] for name, t in got['tasks'].items()} == {
+      'shape': '', 'question': 'red star', 'package': 'a small shape'}
+  assert got['examples'] == [{'index': i, 'task': 'shape', 'answer': answer, 'num_frames': 1}
+                             for i, answer in enumerate(['bar', 'disc'])]
+
+
+@pytest.mark.skipif(shutil.which('node') is None, reason='node is not installed')
+def test_a_model_with_the_vocabulary_of_clip_has_a_page_with_its_texts(tmp_path):
+  pieces = [piece.hex() for piece in (b'ein ', 'größ'.encode()[:4], 'größ'.encode()[4:], b'er', b'unused')]
+  (tmp_path / 'pieces.json').write_text(json.dumps(pieces))
+  artifact.save(tmp_path / 'examples.safetensors', {
+      'shape/pixels': np.zeros((1, 1, 16, 16, 3), np.uint8), 'shape/text': np.array([[5, 0, 1, 2, 3, 6, 4]], np.int32)})
+  got = _in_node(tmp_path, _manifest(
+      tokenizer={'type': 'clip', 'pieces': 'pieces.json', 'eot': 6, 'special': [5, 6]}, examples={'shape': ['bar']}),
+      'backend.model')
+  assert got['tasks']['shape']['example_text'] == 'ein größer'
 
 
 def _npm(folder: pathlib.Path, content: bytes, monkeypatch, code: int = 0) -> None:

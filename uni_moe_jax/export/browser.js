@@ -8,7 +8,8 @@ globalThis.backend = (() => {
     if (!response.ok) throw new Error(`${name} cannot be read (${response.status}); serve the whole folder.`);
     return new Uint8Array(await response.arrayBuffer());
   };
-  const once = make => { let made; return () => made ??= make(); };
+  const kept = (cache, key, make) => cache[key] ??= make().catch(e => { delete cache[key]; throw e; });  // not a failure: the server may come back
+  const once = make => { const cache = {}; return () => kept(cache, 'made', make); };
   const named = once(async () => JSON.parse(new TextDecoder().decode(await bytes('manifest.json'))));
   const params = once(() => bytes('params.safetensors'));
   function arrays(file) {  // {name: {dims, type, data}} of a safetensors file
@@ -99,9 +100,16 @@ globalThis.backend = (() => {
     if (entry.type !== 'sentencepiece') throw new Error('This page cannot read texts in the vocabulary of CLIP; choose a task without texts.');
     return tokenizerOf(await bytes(entry.file));
   });
+  const clipPieces = once(async () => JSON.parse(new TextDecoder().decode(await bytes((await named()).tokenizer.pieces))));
   const decoded = async (ids, withUnknown = false) => {
-    const {eot, special} = (await named()).tokenizer, end = ids.indexOf(eot), {unknown, decode} = await tokenizer();
-    return decode((end < 0 ? ids : ids.slice(0, end)).filter(i => !special.includes(i) || withUnknown && i === unknown));
+    const {type, eot, special} = (await named()).tokenizer, end = ids.indexOf(eot);
+    const words = (unknown = -1) => (end < 0 ? ids : ids.slice(0, end)).filter(i => !special.includes(i) || withUnknown && i === unknown);
+    if (type === 'clip') {  // its pieces are bytes, as hexadecimal digits
+      const pieces = await clipPieces(), file = words().map(i => pieces[i]).join('').match(/../g) ?? [];
+      return new TextDecoder('utf-8', {ignoreBOM: true}).decode(Uint8Array.from(file, x => parseInt(x, 16))).trim();
+    }
+    const {unknown, decode} = await tokenizer();
+    return decode(words(unknown));
   };
   const rowOf = (row, position) => ({
     text: {dims: [1, row.length], data: Int32Array.from(row)}, text_valid: {dims: [1, row.length], type: 'BOOL', data: new Uint8Array(row.length).fill(1)},
@@ -160,14 +168,15 @@ globalThis.backend = (() => {
     context.fillRect(0, 0, width, height);
     context.drawImage(bitmap, 0, 0);
     let rgb = context.getImageData(0, 0, width, height).data.filter((_, i) => i % 4 < 3);
-    const short = entry.crop === 'random_resized_crop' ? Math.floor(256 * size / 224) : size, scale = short / Math.min(width, height);
-    if (scale !== 1) {
-      const w = Math.max(short, Math.round(width * scale)), h = Math.max(short, Math.round(height * scale));
+    const short = entry.crop === 'random_resized_crop' ? Math.floor(256 * size / 224) : size, side = Math.min(width, height);
+    if (side !== short) {
+      const [w, h] = [width, height].map(x => Math.floor(short * x / side));
       rgb = transposed(resized(transposed(rgb, width, height), height, width, w), height, w);
       rgb = resized(rgb, w, height, h);
       [width, height] = [w, h];
     }
-    const left = (width - size) >> 1, top = (height - size) >> 1, data = new Uint8Array(size * size * channels);
+    const [left, top] = [width - size, height - size].map(x => x % 4 === 3 ? (x + 1) / 2 : x >> 1);  // half, rounded to even
+    const data = new Uint8Array(size * size * channels);
     for (let i = 0; i < size * size; i++) {
       const at = ((top + (i / size | 0)) * width + left + i % size) * 3;
       if (channels === 1) data[i] = (rgb[at] * 19595 + rgb[at + 1] * 38470 + rgb[at + 2] * 7471 + 32768) >> 16;
@@ -176,19 +185,19 @@ globalThis.backend = (() => {
     return {dims: [1, 1, size, size, channels], data};
   }
   const row = (x, i) => { const n = x.data.length / x.dims[0]; return {...x, dims: [1, ...x.dims.slice(1)], data: x.data.slice(i * n, (i + 1) * n)}; };
-  const examples = once(async () => {  // distinct ones, as the service lists them
-    const stored = arrays(await bytes('examples.safetensors')), manifest = await named(), list = [], seen = new Set();
+  const examples = once(async () => {  // distinct images and videos, and a text by task, as the service lists them
+    const stored = arrays(await bytes('examples.safetensors')), manifest = await named(), list = [], texts = {}, seen = new Set();
     for (const [task, answers] of Object.entries(manifest.examples)) {
       const pixels = stored[`${task}/pixels`], text = stored[`${task}/text`];
-      for (const [i, answer] of answers.entries()) {
-        const x = row(pixels ?? text, i), key = `${x.dims}:${x.data}`;
+      if (text) texts[task] = await decoded([...row(text, 0).data], true);
+      for (const [i, answer] of pixels ? answers.entries() : []) {
+        const x = row(pixels, i), key = `${x.dims}:${x.data}`;
         if (seen.has(key)) continue;
         seen.add(key);
-        list.push({index: list.length, task, answer, num_frames: pixels ? pixels.dims[1] : 0, pixels: pixels && x,
-          text: text ? await decoded([...row(text, i).data], true) : ''});
+        list.push({index: list.length, task, answer, num_frames: pixels.dims[1], pixels: x});
       }
     }
-    return list;
+    return {list, texts};
   });
 
   // Programs.
@@ -197,8 +206,8 @@ globalThis.backend = (() => {
     const manifest = await named(), entry = manifest.tasks[task].programs[program], {file, outputs, reason} = entry.onnx;
     if (reason) throw new Error(`${task}, ${program} has no ONNX model: ${reason}.`);
     Object.assign(ort.env, {logLevel: 'error'}).wasm.numThreads = 1;  // threads need headers that a static server lacks
-    const session = await (sessions[file] ??= (async () => ort.InferenceSession.create(
-      await bytes(file), {logSeverityLevel: 3, externalData: [{path: 'params.safetensors', data: await params()}]}))());
+    const session = await kept(sessions, file, async () => ort.InferenceSession.create(
+      await bytes(file), {logSeverityLevel: 3, externalData: [{path: 'params.safetensors', data: await params()}]}));
     const given = {...inputs};
     if ('targets' in entry.inputs) given.targets ??= (await targetSets())[manifest.tasks[task].target_set];
     const kinds = {Float32Array: 'float32', Int32Array: 'int32', Uint8Array: 'uint8'};
@@ -253,7 +262,7 @@ globalThis.backend = (() => {
     const rows = [];
     for (const name of names) {
       const key = `${entry.programs.encode_text.file} ${length} ${name}`;
-      rows.push(await (features[key] ??= (async () => (await run(task, 'encode_text', await tokens(name, length))).features.data)()));
+      rows.push(await kept(features, key, async () => (await run(task, 'encode_text', await tokens(name, length))).features.data));
     }
     return rows;
   }
@@ -262,7 +271,7 @@ globalThis.backend = (() => {
     if (body.video) throw new Error('This page reads no video files; choose an example, or use the service.');
     const inputs = entry.template_parts.length && entry.readout !== 'masked' ? await filled(entry, body.texts) : {};
     if (body.image) inputs.pixels = await imagePixels(body.image, entry);
-    if (body.example !== undefined) inputs.pixels = (await examples())[body.example].pixels;
+    if (body.example !== undefined) inputs.pixels = (await examples()).list[body.example].pixels;
     return inputs;
   }
   const ranked = (values, top) => [...values].map((p, i) => [p, i]).sort((a, b) => b[0] - a[0] || a[1] - b[1]).slice(0, top);
@@ -280,7 +289,7 @@ globalThis.backend = (() => {
   return {
     caption,
     async model() {
-      const manifest = await named(), {model, trained, provenance} = manifest, list = await examples();
+      const manifest = await named(), {model, trained, provenance} = manifest, {list, texts} = await examples();
       const runs = (entry, ...names) => names.every(name => entry.programs[name]?.onnx && !entry.programs[name].onnx.reason);
       const does = entry => [...(runs(entry, 'encode') && ['cls', 'slot'].includes(entry.readout) ? ['classify'] : []),
         ...(runs(entry, 'prefill', 'step') ? ['caption'] : []), ...(runs(entry, 'classify') && entry.readout === 'masked' ? ['fill'] : [])];
@@ -291,13 +300,13 @@ globalThis.backend = (() => {
         tasks: Object.fromEntries(Object.entries(manifest.tasks).map(([name, e]) => [name, {
           type: e.type, does: does(e), input: ['text', 'image'][e.num_frames] ?? 'video', num_frames: e.num_frames,
           columns: e.template_parts.filter(Array.isArray).map(([column]) => column), template: e.template, target_set: e.target_set,
-          example_text: list.find(x => x.task === name && x.text)?.text ?? '',
+          example_text: texts[name] ?? '',
           takes_names: runs(e, 'encode', 'encode_text'), conditions: e.conditions}])),
         target_sets: manifest.target_sets, gallery: {size: 0, searchers: [], candidates: [], items: []},
         examples: list.map(({pixels, ...e}) => e), limits: {max_body_bytes: 2 ** 26}};
     },
     async media(path) {
-      const {pixels: {dims: [, , size, , channels], data}} = (await examples())[path.split('/')[1]], scale = Math.max(1, Math.ceil(96 / size));
+      const {pixels: {dims: [, , size, , channels], data}} = (await examples()).list[path.split('/')[1]], scale = Math.max(1, Math.ceil(96 / size));
       const canvas = new OffscreenCanvas(size * scale, size * scale), context = canvas.getContext('2d');
       for (let i = 0; i < size * size; i++) {
         const [r, g, b] = [0, 1, 2].map(c => data[i * channels + Math.min(c, channels - 1)]);
