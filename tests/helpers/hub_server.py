@@ -22,9 +22,10 @@ class Repository:
   commits: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
   branches: dict[str, str] = dataclasses.field(default_factory=dict)
 
-  def commit(self, files: dict[str, bytes]) -> str:
-    """Adds files to the newest commit of main; returns the id of the new one."""
+  def commit(self, files: dict[str, bytes | None]) -> str:
+    """Adds files to the newest commit of main, or deletes them (None); returns the id of the new one."""
     files = {**self.commits.get(self.branches.get('main'), {}), **files}
+    files = {path: content for path, content in files.items() if content is not None}
     digest = hashlib.sha1(repr((len(self.commits), sorted(files.items()))).encode()).hexdigest()
     self.commits[digest], self.branches['main'] = files, digest
     return digest
@@ -116,6 +117,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         files[value['path']] = base64.b64decode(value['content'])
       elif line['key'] == 'lfsFile':
         files[value['path']] = self.server.uploads[value['oid']]
+      elif line['key'] == 'deletedFile':
+        files[value['path']] = None
     commit = repository.commit(files)
     return self._send(200, {'commitOid': commit, 'commitUrl': f'{self.server.endpoint}/{name}/commit/{commit}'})
 
@@ -129,7 +132,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return self._send(200, [{'type': 'file', 'path': path, 'size': len(x), 'oid': _etag(x)}
                               for path, x in files.items()])
     if parts[0] == 'resolve':
-      content = files['/'.join(parts[2:])]
+      if (content := files.get('/'.join(parts[2:]))) is None:
+        return self._send(404, X_Error_Code='EntryNotFound')
       return self._send(200, content, X_Repo_Commit=commit, ETag=f'"{_etag(content)}"')
     return self._send(200, {'id': name, 'sha': commit, 'private': repository.private, 'siblings': [], 'tags': []})
 

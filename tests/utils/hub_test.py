@@ -70,6 +70,27 @@ def test_a_pinned_model_is_used_from_its_copy_without_network(server, exported, 
   assert storage.path(address) == folder
 
 
+def test_a_second_model_replaces_the_first_and_leaves_what_others_added(server, exported, monkeypatch):
+  old, new = (exported / f'checkpoints/{step}/params' for step in (200, 100))
+  old.parent.mkdir(parents=True)
+  old.write_bytes(b'of the first model')
+  with open(exported / 'SHA256SUMS', 'a') as sums:
+    sums.write(f'{hashlib.sha256(old.read_bytes()).hexdigest()}  checkpoints/200/params\n')
+  first = _pushed(server, exported, monkeypatch)
+  server.repositories['me/model'].commit({'LICENSE': b'by hand'})
+  new.parent.mkdir()
+  new.write_bytes(b'of the second')
+  old.unlink()
+  sums = (exported / 'SHA256SUMS').read_text().splitlines()[:-1]
+  (exported / 'SHA256SUMS').write_text('\n'.join(
+      [*sums, f'{hashlib.sha256(new.read_bytes()).hexdigest()}  checkpoints/100/params\n']))
+  files = server.repositories['me/model'].commits[_pushed(server, exported, monkeypatch).partition('@')[2]]
+  assert {path for path in files if path.startswith('checkpoints/')} == {'checkpoints/100/params'}
+  assert files['LICENSE'] == b'by hand'
+  assert files['params.safetensors'] == (exported / 'params.safetensors').read_bytes()
+  assert (storage.path(first) / 'checkpoints/200/params').read_bytes() == b'of the first model'  # an older commit
+
+
 @pytest.mark.parametrize('where', ['on the Hub', 'in the copy'])
 def test_a_changed_file_is_refused(server, exported, monkeypatch, where):
   address = _pushed(server, exported, monkeypatch)

@@ -6,6 +6,7 @@ settings. A download is used only if every file has the digest in the folder's o
 
 import contextlib
 import functools
+import glob
 import hashlib
 import importlib.util
 import os
@@ -46,6 +47,8 @@ def folder(address: str, name: str) -> pathlib.Path:
 def push(source: pathlib.Path, repository: str) -> str:
   """Write an exported folder to a repository, which is created private if there is none; return its pinned address.
 
+  It replaces the model that the repository has: files of that one which the new one lacks are deleted, others stay.
+
   Raises:
     UsageError: it is no name of a repository, or the right to write it is missing.
     RunError: the Hub does not answer.
@@ -56,7 +59,11 @@ def push(source: pathlib.Path, repository: str) -> str:
   with _errors_of(repository, None, name):
     api = huggingface_hub.HfApi()
     api.create_repo(repository, private=True, exist_ok=True)
-    commit = api.upload_folder(repo_id=repository, folder_path=source, commit_message='Exported model')
+    # A checkpoint that stayed could be newer than that of the new model, and would be taken for it.
+    former = (_digests(pathlib.Path(api.hf_hub_download(repository, _SUMS)))
+              if api.file_exists(repository, _SUMS) else {})
+    commit = api.upload_folder(repo_id=repository, folder_path=source, commit_message='Exported model',
+                               delete_patterns=[glob.escape(file) for file in former])
   return f'{SCHEME}{repository}@{commit.oid}'
 
 
@@ -95,14 +102,18 @@ def _snapshot(repository: str, revision: str | None, name: str) -> pathlib.Path:
   if not sums.is_file():
     raise UsageError(f'{name}: {repository} has no {_SUMS}, so it is no exported model; give one that launch/export.py '
                      '--push_to_hub wrote.')
-  listed = dict(line.split('  ', 1)[::-1] for line in sums.read_text(errors='replace').splitlines() if '  ' in line)
-  for file, digest in listed.items():
+  for file, digest in _digests(sums).items():
     with contextlib.suppress(OSError), open(local / file, 'rb') as content:
       if hashlib.file_digest(content, 'sha256').hexdigest() == digest:
         continue
     raise RunError(f'{name}: {file} of {repository} differs from {_SUMS} of commit {local.name}: it was changed or '
                    f'damaged. Use another revision, or delete {local.parents[1]} and download it again.')
   return local
+
+
+def _digests(sums: pathlib.Path) -> dict[str, str]:
+  """Return the digest of every file that SHA256SUMS lists."""
+  return dict(line.split('  ', 1)[::-1] for line in sums.read_text(errors='replace').splitlines() if '  ' in line)
 
 
 @contextlib.contextmanager
