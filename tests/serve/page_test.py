@@ -269,6 +269,73 @@ def test_a_service_that_has_ended_is_reported(open_page):
   open_page.errors.clear()
 
 
+@pytest.mark.parametrize('end', ['', 'network error'])
+def test_a_caption_that_is_cut_off_is_reported(open_page, end):
+  page = open_page()
+  page.evaluate("""end => {
+    const real = fetch, words = new TextEncoder().encode('event: words\\ndata: {"text": "red"}\\n\\n');
+    const stop = c => end ? c.error(new TypeError(end)) : c.close();
+    globalThis.fetch = async (path, ...rest) => path !== 'caption' ? real(path, ...rest) : new Response(
+      new ReadableStream({start(c) { c.enqueue(words); setTimeout(stop, 200, c); }}));
+  }""", end)
+  page.click('#tab-caption')
+  page.get_by_role('button', name='Examples').click()
+  page.wait_for_selector('#caption.draft')
+  page.wait_for_selector('#error:visible')
+  assert 'The service does not answer' in page.get_by_role('alert').inner_text()
+  assert page.locator('#live').inner_text() == ''
+
+
+def test_a_token_of_any_characters_is_sent_and_may_be_wrong(open_page, service):
+  sent = []
+
+  def protect(page):
+    def answer(route):
+      sent.append(route.request.headers.get('authorization', ''))
+      route.continue_() if sent[-1] == 'Bearer schlüssel€' else route.fulfill(status=401, body='{"error": "wrong"}')
+    page.route('**/model', answer)
+  page = open_page(prepare=protect, selector='#token:visible')
+  page.get_by_label('Token').fill('••••')  # pasted from a field that hides it
+  page.keyboard.press('Enter')
+  _until(page, "document.querySelector('#fatal').textContent === 'The token is wrong.'")
+  page.reload()
+  page.wait_for_selector('#token:visible')
+  page.get_by_label('Token').fill('schlüssel€')
+  page.keyboard.press('Enter')
+  page.wait_for_selector('[role=tab]')
+  assert sent == ['', 'Bearer ••••', 'Bearer ••••', 'Bearer schlüssel€']
+  assert all('401' in error for error in open_page.errors)
+  open_page.errors.clear()
+
+
+_GIVE = """([type, field, text, image]) => {
+  const data = new DataTransfer(), target = field ? document.querySelector('textarea') : document.body;
+  if (text) data.items.add('cat', 'text/plain');
+  if (image) data.items.add(new File([Uint8Array.from(image)], 'table.png', {type: 'image/png'}));
+  const options = {bubbles: true, cancelable: true};
+  const event = type === 'paste' ? new ClipboardEvent(type, {...options, clipboardData: data})
+    : new DragEvent(type, {...options, dataTransfer: data});
+  target.dispatchEvent(event);
+  return [given.source, event.defaultPrevented];
+}"""
+
+
+def test_pasted_text_stays_text_also_if_an_image_of_it_comes_along(open_page):
+  page = open_page()
+  page.get_by_role('button', name='Examples').click()
+  _names(page, 3)
+  Image.fromarray(np.zeros((16, 16), np.uint8)).save(image := io.BytesIO(), 'PNG')
+  image = list(image.getvalue())
+  assert page.evaluate(_GIVE, ['paste', True, True, image])[0] == 'example'  # cells of a spreadsheet
+  assert page.evaluate(_GIVE, ['drop', True, True, None]) == ['example', False]  # the field takes the text
+  assert page.evaluate(_GIVE, ['paste', True, False, image])[0] == 'file'
+  page.get_by_role('button', name='Examples').click()
+  assert page.evaluate(_GIVE, ['paste', False, True, image])[0] == 'file'
+  page.get_by_role('button', name='Examples').click()
+  assert page.evaluate(_GIVE, ['drop', True, False, image]) == ['file', True]
+  _names(page, 3)
+
+
 def test_everything_can_be_reached_by_the_keyboard(open_page):
   page = open_page()
   focused = lambda: page.evaluate("document.activeElement.id || document.activeElement.textContent")
