@@ -46,3 +46,17 @@ def test_two_hypotheses_by_hand(model, penalty, tokens, score):
   captions = model._search('caption', np.array([0, 1]))
   assert captions['tokens'].tolist() == tokens and captions['tokens'].dtype == np.int32
   np.testing.assert_allclose(captions['score'], score, rtol=1e-6)
+
+
+@pytest.mark.parametrize('empty', ['pixels', 'position', 'cache_0'])
+def test_an_empty_input_is_an_error_and_does_not_reach_onnxruntime(model, empty):
+  names = ('pixels', 'position', 'cache_0')
+  session = types.SimpleNamespace(get_inputs=lambda: [types.SimpleNamespace(name=x) for x in names],
+                                  run=lambda _, given: [sum(x.sum() for x in given.values())])
+  model._programs = {'a.onnx': session}
+  entry = {'onnx': {'file': 'a.onnx', 'outputs': ['log_p']}}
+  given = {name: np.ones((0 if name == empty else 2, 3)) for name in names}
+  inputs = lambda arrays: {**{name: arrays[name] for name in names[:2]}, 'cache': (arrays['cache_0'],)}
+  with pytest.raises(ValueError, match=f'^{empty} of a.onnx is empty; give a batch of at least one'):
+    model._call(entry, inputs(given))
+  assert model._call(entry, inputs(dict.fromkeys(names, np.ones((2, 3))))) == {'log_p': 18}

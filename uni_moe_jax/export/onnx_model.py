@@ -40,6 +40,8 @@ class Model(load.Model):
     session = self._programs[entry['file']]
     given = {name: x for name, x in inputs.items() if name != 'cache'}
     given |= {f'cache_{i}': x for i, x in enumerate(inputs.get('cache', ()))}
+    if empty := [name for name, x in given.items() if not np.size(x)]:  # onnxruntime would end this process
+      raise ValueError(f'{", ".join(sorted(empty))} of {entry["file"]} is empty; give a batch of at least one.')
     taken = {x.name for x in session.get_inputs()}
     outputs = dict(zip(entry['outputs'], session.run(None, {k: np.asarray(x) for k, x in given.items() if k in taken})))
     cache = [outputs.pop(name) for name in entry['outputs'] if name.startswith('cache_')]
