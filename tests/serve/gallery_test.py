@@ -1,12 +1,15 @@
 """The gallery: files of every medium that a task searches, and a sentence about each of the others."""
 
 import asyncio
+import types
 
 import numpy as np
 import pytest
 
+from uni_moe_jax.serve import gallery as gallery_lib
+from uni_moe_jax.serve.batching import Batcher
 from uni_moe_jax.serve.gallery import Gallery
-from uni_moe_jax.serve.limits import Limits
+from uni_moe_jax.serve.limits import Limits, Refused
 from uni_moe_jax.serve.worker import Facts
 
 _FRAMES = {'image': 1, 'video': 4}
@@ -59,3 +62,45 @@ def test_a_file_that_no_task_searches_is_reported_and_is_no_item(tmp_path, searc
 def test_examples_are_those_that_a_task_searches(tmp_path, searched):
   gallery, notes, sent = _encoded(tmp_path, searched)
   assert [item.text for item in gallery.items] == searched and gallery.size == len(sent) == len(searched) and not notes
+
+
+class _Supervisor:
+  """Workers that end when they read a file of some content, and before that `restarts` times for another reason."""
+  sizes = {('image search', 'encode'): 4}
+
+  def __init__(self, tasks, fatal: bytes, restarts: int = 0):
+    entry = {'crop': '', 'max_len': 0, 'template': '', 'readout': 'cls', 'target_set': ''}
+    self.facts = types.SimpleNamespace(manifest={'tasks': {'image search': {
+        **entry, **tasks['image search'], 'programs': {'encode': {'file': 'e', 'inputs': {'pixels': ''}}}}}})
+    self.batches, self._fatal, self._restarts = [], fatal, restarts
+
+  async def run(self, task, program, items, on_part=None):
+    self.batches.append([item.image.decode() for item in items])
+    if self._fatal in [item.image for item in items] or len(self.batches) <= self._restarts:
+      raise Refused(503, 'The worker stopped while it computed this answer; send the request again.')
+    return [{'features': np.ones(2, np.float32), 'png': b'png'} for _ in items]
+
+
+@pytest.mark.parametrize('restarts', [0, 1])
+def test_a_file_that_ends_workers_is_refused_and_the_others_are_encoded(tmp_path, monkeypatch, restarts):
+  monkeypatch.setattr(gallery_lib, '_PAUSE', 0.0)
+  tasks = {'image search': {'num_frames': 1, 'target': 'pair', 'programs': {
+      'encode': {'inputs': {'pixels': ''}}, 'encode_text': {}}}}
+  files, notes = [tmp_path / f'{name}.png' for name in 'abcd'], []
+  for file in files:
+    file.write_bytes(file.stem.encode())
+
+  async def encode(fatal):
+    gallery = Gallery(Facts({'tasks': tasks}, [], {}, {}), files, tmp_path / 'none' / f'{fatal}.npz')
+    supervisor = _Supervisor(tasks, fatal, restarts)
+    batcher = Batcher(supervisor, Limits(batch_wait_ms=50))
+    await asyncio.wait_for(gallery.encode(batcher, Limits(), notes.append), 10)
+    await batcher.close()
+    return [item.name for item in gallery.items], supervisor.batches
+
+  assert asyncio.run(encode(b'none'))[0] == ['a.png', 'b.png', 'c.png', 'd.png'] and not notes
+  items, batches = asyncio.run(encode(b'c'))
+  assert items == ['a.png', 'b.png', 'd.png'] and sorted(batches[0]) == ['a', 'b', 'c', 'd']
+  assert sorted(batches[1:]) == [['a'], ['b'], ['c'], ['c'], ['d']]  # alone: no other answer is lost
+  assert notes == [f'{files[2]}: 3 workers ended while they read it; remove it, give a smaller file, or raise '
+                   '--timeout.']

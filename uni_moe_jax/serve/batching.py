@@ -104,7 +104,9 @@ class Batcher:
 
   def _take(self, key: tuple[str, str]) -> list[_Waiting]:
     queue, batch, size = self._queues[key], [], 0
-    while queue and len(batch) < self._size(key) and (not batch or size + queue[0].item.size <= _MAX_BATCH_BYTES):
+    # What was computed when a worker ended is computed alone, so that it ends no others with it.
+    joins = lambda item: size + item.size <= _MAX_BATCH_BYTES and not item.ended and not batch[0].item.ended
+    while queue and len(batch) < self._size(key) and (not batch or joins(queue[0].item)):
       waiting = queue.popleft()
       if not waiting.future.done():
         batch.append(waiting)
@@ -123,6 +125,8 @@ class Batcher:
       outputs = await self._supervisor.run(*key, [w.item for w in batch], on_part)
     except Refused as e:
       outputs = [e] * len(batch)
+      for waiting in batch:
+        waiting.item.ended += 1
     self._queues[key].extendleft(reversed([w for w, output in zip(batch, outputs) if output is None]))
     for waiting, output in zip(batch, outputs):
       if output is not None and not waiting.future.done():

@@ -17,6 +17,8 @@ from uni_moe_jax.serve.worker import Facts, Item
 from uni_moe_jax.utils.errors import UsageError
 
 _MAX_FILES = 5000
+_MAX_ENDED = 3  # workers that end with a file before it is refused
+_PAUSE = 1.0  # seconds before a file is sent again
 
 
 @dataclasses.dataclass
@@ -87,19 +89,11 @@ class Gallery:
 
     async def add(index: int) -> None:
       async with waiting:
-        while True:
-          try:
-            self._slots[index] = await self._encoded(index, batcher)
-            return
-          except Refused as e:
-            if e.status == 503:  # the worker is busy, or starts again
-              await asyncio.sleep(1)
-              continue
-            problem = f'{self._sources[index]}: {e}'
-          except OSError as e:
-            problem = str(e)
+        try:
+          self._slots[index] = await self._encoded(index, batcher)
+        except (Refused, OSError) as e:
           self._num_refused += 1
-          return note(problem)
+          note(f'{self._sources[index]}: {e}' if isinstance(e, Refused) else str(e))
 
     await asyncio.gather(*map(add, range(len(self._sources))))
     await asyncio.to_thread(self._save)
@@ -121,7 +115,7 @@ class Gallery:
         continue
       key, png = f'{task} {digest}', f'png {frames} {digest}'
       if key not in self._stored or png not in self._stored:
-        output = await batcher.submit(task, 'encode', item)
+        output = await _output(batcher, task, item)
         self._stored |= {key: output['features'], png: np.frombuffer(output['png'], np.uint8)}
       self._used |= {key, png}
       made.features[task], made.png = self._stored[key], self._stored[png].tobytes()
@@ -140,6 +134,20 @@ class Gallery:
       temporary = self._cache.with_suffix('.tmp.npz')
       np.savez(temporary, **{key: self._stored[key] for key in self._used})
       temporary.replace(self._cache)
+
+
+async def _output(batcher: Batcher, task: str, item: Item) -> dict[str, Any]:
+  """Output of `encode`, however long the worker is busy or starts. Raises Refused."""
+  while True:
+    try:
+      return await batcher.submit(task, 'encode', item)
+    except Refused as e:
+      if e.status != 503:
+        raise
+      if item.ended >= _MAX_ENDED:  # all but the first with it alone: the next one would end, too
+        raise Refused(422, f'{item.ended} workers ended while they read it; remove it, give a smaller file, or raise '
+                           '--timeout.') from None
+      await asyncio.sleep(_PAUSE)
 
 
 def is_searcher(entry: dict[str, Any]) -> bool:

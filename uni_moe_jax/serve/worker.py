@@ -50,6 +50,7 @@ class Item:
   text: str = ''
   top: int = 5
   thumbnail: bool = False  # return a PNG of the pixels, too
+  ended: int = 0  # workers that ended while they computed it; the front counts them
 
   @property
   def size(self) -> int:
