@@ -10,7 +10,6 @@ reads no path or address from a request. Ctrl-C or SIGTERM ends it after the req
 
 import asyncio
 import dataclasses
-import os
 import pathlib
 import subprocess
 import sys
@@ -42,13 +41,11 @@ def main() -> int:
   limits = Limits(**{name: flag.value for name, flag in _LIMITS.items()})
   if limits.max_batch & (limits.max_batch - 1):
     raise UsageError(f'--max_batch={limits.max_batch} is no power of two; give 1, 2, 4, 8, 16, 32 or 64.')
-  token = os.environ.get('UNI_MOE_TOKEN', '')
-  if _TOKEN_FILE.value is not None and not (token := pathlib.Path(_TOKEN_FILE.value).read_text().strip()):
-    raise UsageError(f'--token_file={_TOKEN_FILE.value} is empty; write the token into it.')
   try:
     from uni_moe_jax.serve import gallery, server
   except ModuleNotFoundError as e:
     raise UsageError(f"the service needs {e.name}; run: pip install 'uni-moe-jax[serve]'") from None
+  token = server.read_token(_TOKEN_FILE.value)
   bound = None if _EXPORT_ONLY.value else server.bind(_HOST.value, _PORT.value)
   gallery_files = [] if _GALLERY.value is None else gallery.files_of(_GALLERY.value)
   model, workdir = _MODEL.value, _WORKDIR.value

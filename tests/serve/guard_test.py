@@ -72,6 +72,26 @@ def test_the_token_is_needed_for_everything_that_knows_the_model():
   assert [_get(guard, path)[0] for path in paths] == [200] * 3 + [401] * 2
 
 
+@pytest.mark.parametrize('text, token', [('secret', 'secret'), ('secret\n', 'secret'), (' s 1\r\n', 's 1')])
+def test_a_token_is_read_without_the_line_end_that_editors_and_secrets_have(monkeypatch, tmp_path, text, token):
+  (tmp_path / 'token').write_text(text)
+  monkeypatch.setenv('UNI_MOE_TOKEN', text)
+  assert server.read_token(None) == token
+  monkeypatch.setenv('UNI_MOE_TOKEN', 'another')
+  assert server.read_token(str(tmp_path / 'token')) == token
+  monkeypatch.delenv('UNI_MOE_TOKEN')
+  assert server.read_token(None) == ''
+
+
+def test_a_blank_token_is_no_open_service(monkeypatch, tmp_path):
+  monkeypatch.setenv('UNI_MOE_TOKEN', '\n')
+  with pytest.raises(UsageError, match='^UNI_MOE_TOKEN is empty; write the token into it'):
+    server.read_token(None)
+  (tmp_path / 'token').touch()
+  with pytest.raises(UsageError, match='^--token_file=.*token is empty; write the token into it'):
+    server.read_token(str(tmp_path / 'token'))
+
+
 def test_a_body_is_bounded_by_its_length_and_by_its_content():
   guard = _guard(max_body_bytes=10)
   assert _get(guard, method='POST', chunks=[b'12345', b'67890'])[:2] == (200, b'10')

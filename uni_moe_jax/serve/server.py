@@ -79,6 +79,18 @@ def _caches() -> pathlib.Path:
   return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'uni_moe_jax/serve'
 
 
+def read_token(file: str | None) -> str:
+  """The bearer token of a file or, without one, of UNI_MOE_TOKEN; '' if there is neither.
+
+  Without spaces and line ends around it, which no header has. Raises UsageError: nothing is left.
+  """
+  source, text = (f'--token_file={file}', pathlib.Path(file).read_text()) if file is not None else (
+      'UNI_MOE_TOKEN', os.environ.get('UNI_MOE_TOKEN', ''))
+  if (file is not None or text) and not text.strip():
+    raise UsageError(f'{source} is empty; write the token into it.')
+  return text.strip()
+
+
 def bind(host: str, port: int) -> socket.socket:
   """Returns a socket of an address. Raises UsageError: it cannot be used."""
   try:
