@@ -2,7 +2,7 @@
 
   uni-moe convert --checkpoint=model.pth --config=published --workdir=runs/converted \
       --config.tokenizer.merges_path=bpe_simple_vocab_16e6.txt.gz
-  uni-moe convert --workdir=runs/converted --output=model.pth
+  uni-moe convert --workdir=runs/converted --output=ours.pth
 
 The first command makes a work directory whose step 0 has the checkpoint's parameters; uni-moe train and
 uni-moe evaluate continue from it with the same config. The second writes the newest parameters of a work directory in
@@ -20,7 +20,7 @@ from uni_moe_jax.utils.errors import UsageError
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory to make, or, with --output, to read.', required=True)
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'PyTorch file to read (torch or DeepSpeed layout).')
-_OUTPUT = flags.DEFINE_string('output', None, 'PyTorch file to write, in the published layout.')
+_OUTPUT = flags.DEFINE_string('output', None, 'PyTorch file to write, in the published layout; must not exist.')
 
 
 def main() -> int:
@@ -62,6 +62,8 @@ def _to_torch() -> int:
   from uni_moe_jax.train import checkpoint, workdir
   from uni_moe_jax.train import run as train_run
   config = workdir.load_config(_WORKDIR.value)
+  if storage.path(_OUTPUT.value).exists():
+    raise UsageError(f'--output={_OUTPUT.value} exists; choose another file or remove it.')
   with checkpoint.Checkpoints(_WORKDIR.value, max_to_keep=None) as checkpoints:
     run = train_run.build(config, workdir=_WORKDIR.value)
     _, params = train_run.predictor(run, checkpoints)

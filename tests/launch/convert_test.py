@@ -80,6 +80,10 @@ def test_a_converted_checkpoint_evaluates_trains_and_converts_back(files, tmp_pa
   assert set(ours) == set(state)
   for key, value in state.items():
     np.testing.assert_array_equal(ours[key].numpy(), value, key)
+  capfd.readouterr()
+  assert in_process.run(_SCRIPT, f'--workdir={workdir}', f'--output={folder / "theirs.pth"}') == 2
+  assert 'theirs.pth exists; choose another file or remove it' in capfd.readouterr().err
+  assert hashlib.sha256((folder / 'theirs.pth').read_bytes()).hexdigest() == checksum
 
   _run('evaluate', f'--workdir={workdir}')
   assert json.loads((workdir / 'evaluation.json').read_text())[0]['step'] == 0
