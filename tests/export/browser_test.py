@@ -211,6 +211,18 @@ def test_an_npm_that_is_missing_or_fails_is_one_sentence(tmp_path, monkeypatch):
     browser._archive()
 
 
+def test_an_npm_that_is_missing_is_reported_before_anything_is_converted(tmp_path, monkeypatch):
+  _npm(tmp_path, b'', monkeypatch)
+  monkeypatch.setattr(shutil, 'which', lambda _: None)
+  monkeypatch.setattr(artifact, '_write_programs', lambda *_: pytest.fail('programs are written'))
+  made = types.SimpleNamespace(spec=types.SimpleNamespace(dtype='float32'))
+  with pytest.raises(UsageError, match='--browser needs npm .*; install Node.js'):
+    artifact.write(tmp_path / 'model', made, {}, [], formats=['browser'])
+  assert not (tmp_path / 'model').exists()
+  with pytest.raises(pytest.fail.Exception, match='programs are written'):  # which another format does at once
+    artifact.write(tmp_path / 'model', made, {}, [], formats=['onnx'])
+
+
 @pytest.fixture(name='folder', scope='module')
 def _folder(tmp_path_factory):
   """An exported folder of a model with random parameters."""

@@ -57,6 +57,8 @@ def write(
   state = torch_dense.state(contents.spec, contents.params, contents.tasks) if 'torch' in formats else None
   if onnx:
     onnx_programs.check_dtype(contents.spec.dtype)
+  if 'browser' in formats:
+    browser.fetch()  # before minutes of conversion
   with npz_records.atomic_folder(folder) as staging:
     files = _write_programs(staging, contents)
     save(staging / 'params.safetensors', {path: np.asarray(x) for path, x in by_path(contents.params).items()})

@@ -23,6 +23,11 @@ _SCRIPTS = '<script src="onnxruntime/ort.wasm.min.js"></script>\n<script src="br
 _FOOTER = '<a href="docs" id="docs">API</a> <span id="where">Everything stays between this page and the service.</span>'
 
 
+def fetch() -> None:
+  """Fetches onnxruntime-web unless it is in the cache; raises as `write`."""
+  _archive()
+
+
 def write(folder: pathlib.Path) -> None:
   """Writes index.html, browser.js and the folder onnxruntime beside ONNX models.
 
