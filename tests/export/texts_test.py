@@ -43,6 +43,14 @@ def test_a_template_is_filled_as_in_training(tmp_path, template, a, b):
   assert (len(row) == _LENGTH) == (a == _LONG)  # the first text gets the tokens that the last leaves
 
 
+def test_a_column_may_have_any_name(tmp_path):
+  file = pathlib.Path(tiny.tokenizer_file())
+  tokenizer = SentencePieceTokenizer(file)
+  template, row = '{task} in {self} <spe> <eot>', {'task': 'a shape', 'self': 'line'}
+  filled = _texts(tmp_path, tokenizer, file, template).fill('answer', **row)
+  assert filled['text'].tolist() == [fill_template(tokenizer, template, row, _LENGTH).ids]
+
+
 def test_every_mask_is_one_token(tmp_path):
   file = pathlib.Path(tiny.tokenizer_file())
   tokenizer = SentencePieceTokenizer(file)

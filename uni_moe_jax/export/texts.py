@@ -69,7 +69,7 @@ class Texts:
     return {'text': np.array([row], np.int32), 'text_valid': np.ones((1, len(row)), bool),
             'position': np.array([[i for i in position if i < len(row) - 1]], np.int32)}
 
-  def fill(self, task, **texts):
+  def fill(self, task, /, **texts):
     """Returns {'text', 'text_valid', 'position'} of one example of a task with a template, filled with texts.
 
     Texts are truncated to the task's length as in training: the last of n to at most 1/n of the available tokens, and
