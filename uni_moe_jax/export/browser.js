@@ -167,7 +167,9 @@ globalThis.backend = (() => {
     context.fillStyle = '#fff';
     context.fillRect(0, 0, width, height);
     context.drawImage(bitmap, 0, 0);
-    let rgb = context.getImageData(0, 0, width, height).data.filter((_, i) => i % 4 < 3);
+    const rgba = context.getImageData(0, 0, width, height).data;
+    let rgb = new Uint8ClampedArray(width * height * 3);
+    for (let i = 0; i < rgb.length; i += 3) for (let c = 0; c < 3; c++) rgb[i + c] = rgba[i / 3 * 4 + c];  // `filter` takes twenty times as long
     const short = entry.crop === 'random_resized_crop' ? Math.floor(256 * size / 224) : size, side = Math.min(width, height);
     if (side !== short) {
       const [w, h] = [width, height].map(x => Math.floor(short * x / side));
