@@ -154,6 +154,18 @@ def test_a_hub_that_does_not_answer_is_one_sentence(server, exported, monkeypatc
     storage.path('hf:me/model', 'config.train.init')
 
 
+@pytest.mark.parametrize('status, token, error', [(500, hub_server.TOKEN, RunError), (0, 'wrong', UsageError)])
+def test_an_upload_that_fails_leaves_the_export_and_names_how_to_upload_it(
+    server, exported, monkeypatch, tmp_path, status, token, error):
+  monkeypatch.setenv('HF_TOKEN', token)
+  server.status = status
+  folder = exported.rename(tmp_path / 'my model')
+  fix = f"remove {folder} before you repeat the command, or upload it by `hf upload me/model '{folder}'`."
+  with pytest.raises(error, match=re.escape(fix)) as e:
+    hub.push(folder, 'me/model')
+  assert '\n' not in str(e.value) and (folder / 'SHA256SUMS').exists()
+
+
 @pytest.mark.parametrize('name', ['model', 'me/', 'https://hub/me/model', 'hf:me/model', 'me/model/x'])
 def test_a_wrong_repository_is_reported_before_anything_is_written(exported, name):
   with pytest.raises(UsageError, match=r'is no repository of the Hub; write OWNER/NAME\.'):

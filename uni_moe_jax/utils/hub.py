@@ -12,6 +12,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import shlex
 from collections.abc import Iterator
 
 from uni_moe_jax.utils.errors import RunError, UsageError
@@ -55,15 +56,18 @@ def push(source: pathlib.Path, repository: str) -> str:
   """
   check_push(repository, source)
   import huggingface_hub  # pylint: disable=g-import-not-at-top
-  name = '--push_to_hub'
-  with _errors_of(repository, None, name):
-    api = huggingface_hub.HfApi()
-    api.create_repo(repository, private=True, exist_ok=True)
-    # A checkpoint that stayed could be newer than that of the new model, and would be taken for it.
-    former = (_digests(pathlib.Path(api.hf_hub_download(repository, _SUMS)))
-              if api.file_exists(repository, _SUMS) else {})
-    commit = api.upload_folder(repo_id=repository, folder_path=source, commit_message='Exported model',
-                               delete_patterns=[glob.escape(file) for file in former])
+  try:
+    with _errors_of(repository, None, '--push_to_hub'):
+      api = huggingface_hub.HfApi()
+      api.create_repo(repository, private=True, exist_ok=True)
+      # A checkpoint that stayed could be newer than that of the new model, and would be taken for it.
+      former = (_digests(pathlib.Path(api.hf_hub_download(repository, _SUMS)))
+                if api.file_exists(repository, _SUMS) else {})
+      commit = api.upload_folder(repo_id=repository, folder_path=source, commit_message='Exported model',
+                                 delete_patterns=[glob.escape(file) for file in former])
+  except (UsageError, RunError) as e:
+    raise type(e)(f'{e} The export itself is complete: remove {source} before you repeat the command, or upload it by '
+                  f'`hf upload {repository} {shlex.quote(str(source))}`.') from e
   return f'{SCHEME}{repository}@{commit.oid}'
 
 
