@@ -271,9 +271,10 @@ def test_slurm_does_not_requeue_after_a_mistake_of_one_task_for_which_srun_kille
   environment = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID='17')
   assert _run('slurm.sbatch', *_TRAIN, **environment).returncode == 2
   assert not (tmp_path / 'requeued').exists() and not list(tmp_path.glob('.mistake*'))
-  # What a job left that was killed is none of the next one's.
-  (tmp_path / '.mistake-17').touch()
+  # What a start left that was killed is none of the next one's.
+  (tmp_path / '.mistake-17-0').touch()
   stand_in.write_program(tmp_path / 'srun', 'exit 75')
+  environment['SLURM_RESTART_COUNT'] = '1'
   assert _run('slurm.sbatch', *_TRAIN, **environment).returncode == 75 and (tmp_path / 'requeued').exists()
 
 
