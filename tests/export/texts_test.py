@@ -51,6 +51,15 @@ def test_a_column_may_have_any_name(tmp_path):
   assert filled['text'].tolist() == [fill_template(tokenizer, template, row, _LENGTH).ids]
 
 
+def test_no_text_gives_rows_of_no_text(tmp_path):
+  file = pathlib.Path(tiny.tokenizer_file())
+  words = _texts(tmp_path, SentencePieceTokenizer(file), file)
+  for texts in ([], ['a', 'a shape']):
+    tokens = words.tokens(texts, 5)
+    assert tokens['text'].shape == tokens['text_valid'].shape == (len(texts), 5)
+    assert (tokens['text'].dtype, tokens['text_valid'].dtype) == (np.int32, bool)
+
+
 def test_every_mask_is_one_token(tmp_path):
   file = pathlib.Path(tiny.tokenizer_file())
   tokenizer = SentencePieceTokenizer(file)

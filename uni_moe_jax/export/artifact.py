@@ -59,7 +59,7 @@ def write(
     onnx_programs.check_dtype(contents.spec.dtype)
   if 'browser' in formats:
     browser.fetch()  # before minutes of conversion
-  with npz_records.atomic_folder(folder) as staging:
+  with npz_records.atomic_folder(folder, is_reproducible=False) as staging:
     files = _write_programs(staging, contents)
     save(staging / 'params.safetensors', {path: np.asarray(x) for path, x in by_path(contents.params).items()})
     with ocp.StandardCheckpointer() as checkpointer:

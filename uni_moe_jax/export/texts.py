@@ -55,8 +55,8 @@ class Texts:
   def tokens(self, texts, length):
     """Returns {'text', 'text_valid'} [n, length]: each text ended by `eot`, truncated and padded."""
     rows = [row[:length - 1] + [self._entry['eot']] for row in self.tokenizer.encode(list(texts))]
-    ids = np.array([row + [self._entry['pad']] * (length - len(row)) for row in rows], np.int32)
-    return {'text': ids, 'text_valid': np.arange(length)[None] < np.array([[len(row)] for row in rows])}
+    ids = np.array([row + [self._entry['pad']] * (length - len(row)) for row in rows], np.int32).reshape(-1, length)
+    return {'text': ids, 'text_valid': np.arange(length)[None] < np.array([len(row) for row in rows], int)[:, None]}
 
   def masked(self, text, length):
     """Returns {'text', 'text_valid', 'position'} of one text; each [mask] in it is one masked token."""

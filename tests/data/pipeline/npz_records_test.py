@@ -5,6 +5,7 @@ import pytest
 
 from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.utils.errors import UsageError
 
 _COLUMNS = {'pixels': np.arange(12, dtype=np.uint8).reshape(3, 2, 2), 'name': np.array(['a', 'b', ''])}
 _CLASSES = {'name': ('b', 'a')}
@@ -45,6 +46,14 @@ class TestAtomicFolder:
       (slow / 'slow').touch()
     paths = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob('*'))
     assert paths == ['made', 'made/fast']
+
+  def test_the_second_of_two_that_need_not_be_equal_is_an_error(self, tmp_path):
+    with pytest.raises(UsageError, match='made was made by another process in the meantime'):
+      with npz_records.atomic_folder(tmp_path / 'made', is_reproducible=False) as slow:
+        with npz_records.atomic_folder(tmp_path / 'made', is_reproducible=False) as fast:
+          (fast / 'fast').touch()
+        (slow / 'slow').touch()
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob('*')) == ['made', 'made/fast']
 
 
 def test_a_data_directory_of_an_unknown_user_does_not_exist():

@@ -160,7 +160,7 @@ def resize_short_side(image: tf.Tensor, size: int | tf.Tensor) -> tf.Tensor:
 
 
 def _resize(image: tf.Tensor, sides: tf.Tensor) -> tf.Tensor:
-  """uint8 [H, W, C] to [*sides, C], within two levels of Pillow's BICUBIC.
+  """uint8 [H, W, C] to [*sides, C], within two levels of Pillow's BICUBIC in this order (Pillow 13 may take the other).
 
   Keys' kernel, a = -1/2, widened when the image shrinks, first across, then down, rounded to integer levels after each:
   it overshoots at edges, which a single rounding for both axes would keep, 20 levels from Pillow.

@@ -23,11 +23,11 @@ Split = tuple[str, Mapping[str, np.ndarray], Mapping[str, tuple[str, ...]]]  # i
 
 
 @contextlib.contextmanager
-def atomic_folder(directory: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+def atomic_folder(directory: str | os.PathLike[str], is_reproducible: bool = True) -> Iterator[pathlib.Path]:
   """Yields an empty folder that is renamed to `directory` when the block ends, or deleted if it raises.
 
   An incomplete folder is therefore never read. Of two processes that build at the same time, the first to finish wins:
-  the other's folder has the same content and is dropped.
+  the other's folder has the same content and is dropped; if it is not reproducible, UsageError is raised.
   """
   directory = storage.path(directory)
   if storage.is_remote(directory):
@@ -44,6 +44,8 @@ def atomic_folder(directory: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     except OSError:
       if not directory.is_dir():
         raise
+      if not is_reproducible:
+        raise UsageError(f'{directory} was made by another process in the meantime; choose another folder.') from None
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 
