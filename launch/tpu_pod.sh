@@ -15,7 +15,7 @@ ARGUMENTs go to launch/train.py:
       -- --config=pretrain:size=base,router=attribute,stage=1 --workdir=gs://BUCKET/base
 
   --project P        Google Cloud project (default: gcloud's)
-  --create TYPE      create the slice if it does not exist; TYPE as gcloud's --accelerator-type
+  --create TYPE      create the slice if it does not exist or was preempted; TYPE as gcloud's --accelerator-type
   --version V        software of the slice, as gcloud's --version (with --create)
   --service_account A  service account of the slice (with --create; default: the project's)
   --before COMMAND   run this on every host before training, in the repository: prepare data, for example
@@ -81,8 +81,19 @@ if [[ -n "$stop" ]]; then
   exit
 fi
 if [[ -n "$create" ]]; then
-  if [[ -n "$dry_run" ]] || ! gcloud compute tpus tpu-vm describe "$name" "${where[@]}" >/dev/null 2>&1; then
-    run gcloud compute tpus tpu-vm create "$name" "${where[@]}" --accelerator-type "$create" --version "$version" \
+  slice=(gcloud compute tpus tpu-vm)
+  if [[ -n "$dry_run" ]]; then
+    state=''
+  else
+    state=$("${slice[@]}" describe "$name" "${where[@]}" --format='value(state)' 2>/dev/null) || state=''
+  fi
+  if [[ "$state" == PREEMPTED ]]; then  # it exists, and cannot be started again
+    echo "tpu_pod.sh: $name was preempted; it is deleted and created again." >&2
+    "${slice[@]}" delete "$name" "${where[@]}" --quiet
+    state=''
+  fi
+  if [[ -z "$state" ]]; then
+    run "${slice[@]}" create "$name" "${where[@]}" --accelerator-type "$create" --version "$version" \
       ${account:+--service-account "$account"}
   fi
 fi

@@ -46,6 +46,6 @@ def tpu_host(home: pathlib.Path) -> dict[str, str]:
   write_program(home / 'uni_moe_jax/.venv/bin/python', "printf '<%s>' \"$@\"", 'echo',
                 "trap 'echo saved; exit 75' TERM", 'while [[ -e ~/wait ]]; do sleep 0.05; done', 'exit 3')
   write_program(home / 'bin/gcloud', 'echo "$4" >>~/called',
-                '[[ "$4" != describe ]] || exit "$(cat ~/missing 2>/dev/null || echo 0)"',
+                'if [[ "$4" == describe ]]; then exec cat ~/state; fi',
                 'if [[ "$4" == ssh ]]; then exec bash -c "${@: -1}"; fi')
   return {'HOME': str(home), 'PATH': f'{home}/bin:{os.environ["PATH"]}'}

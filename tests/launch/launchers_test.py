@@ -193,12 +193,14 @@ def test_an_archive_is_of_one_start_alone_and_is_removed(tmp_path):
   assert 'scp' in (tmp_path / 'called').read_text() and not list(tmp_path.glob('*.tar.gz'))
 
 
-@pytest.mark.parametrize('missing', [False, True])
-def test_a_slice_is_created_only_if_it_does_not_exist(tmp_path, missing):
+@pytest.mark.parametrize('state, commands', [
+    ('', ['create']), ('READY', []), ('PREEMPTED', ['delete', 'create'])])
+def test_a_slice_is_created_if_it_does_not_exist_or_was_preempted(tmp_path, state, commands):
   host = stand_in.tpu_host(tmp_path)
-  (tmp_path / 'missing').write_text(str(int(missing)))
+  if state:
+    (tmp_path / 'state').write_text(f'{state}\n')
   _run('tpu_pod.sh', *_POD, '--create', 'v5litepod-4', '--version', 'v', '--skip_install', '--', 'a', **host)
-  assert (tmp_path / 'called').read_text().split() == ['describe', *['create'] * missing, 'ssh']
+  assert (tmp_path / 'called').read_text().split() == ['describe', *commands, 'ssh']
 
 
 def test_an_installed_pod_is_only_started():
