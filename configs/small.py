@@ -14,7 +14,7 @@ from uni_moe_jax import config
 def get_config() -> ml_collections.ConfigDict:
   """One layer of width 16, four experts, one task; 200 steps, a checkpoint every ten."""
   c = config.base()
-  c.model.update(dict(num_layers=1, width=16, num_heads=2, mlp_dim=16, image_size=32, patch_size=16, max_text_len=8,
+  c.model.update(dict(num_layers=1, width=16, num_heads=2, mlp_dim=16, image_size=32, patch_size=16, max_text_len=12,
                       layer_scale_init=0.5, remat=False))
   c.moe.num_experts = 4
   c.tokenizer.vocab_size = 25  # ten names have few letters
