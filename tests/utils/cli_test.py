@@ -251,7 +251,9 @@ def test_ctrl_c_ends_any_other_command_by_its_signal_and_in_one_sentence():
   for body, code, report in ((raised, -signal.SIGINT, '\nSIGINT: stopped.\n'), ('1 / 0', 1, 'ZeroDivisionError')):
     main = f'def main():\n  {body}\n\ncli.run(main)'
     done = subprocess.run([sys.executable, '-c', f'import os, signal, time\nfrom uni_moe_jax.utils import cli\n{main}'],
-                          capture_output=True, text=True)
+                          capture_output=True, text=True,
+                          # Tests in the background ignore SIGINT, which Python inherits.
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert done.returncode == code and report in done.stderr
     assert ('Traceback' in done.stderr) == (code == 1)
 
