@@ -72,8 +72,8 @@ run() {
     "$@"
   fi
 }
-where=(--zone "$zone" ${project:+--project "$project"})
-on_all() { run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command "$1"; }
+tpu_vm=(gcloud compute tpus tpu-vm) where=(--zone "$zone" ${project:+--project "$project"})
+on_all() { run "${tpu_vm[@]}" ssh "$name" "${where[@]}" --worker=all --command "$1"; }
 
 if [[ -n "$stop" ]]; then
   # shellcheck disable=SC2016  # the hosts expand it
@@ -81,19 +81,17 @@ if [[ -n "$stop" ]]; then
   exit
 fi
 if [[ -n "$create" ]]; then
-  slice=(gcloud compute tpus tpu-vm)
-  if [[ -n "$dry_run" ]]; then
-    state=''
-  else
-    state=$("${slice[@]}" describe "$name" "${where[@]}" --format='value(state)' 2>/dev/null) || state=''
+  state=''
+  if [[ -z "$dry_run" ]]; then
+    state=$("${tpu_vm[@]}" describe "$name" "${where[@]}" --format='value(state)' 2>/dev/null) || state=''
   fi
   if [[ "$state" == PREEMPTED ]]; then  # it exists, and cannot be started again
     echo "tpu_pod.sh: $name was preempted; it is deleted and created again." >&2
-    "${slice[@]}" delete "$name" "${where[@]}" --quiet
+    "${tpu_vm[@]}" delete "$name" "${where[@]}" --quiet
     state=''
   fi
   if [[ -z "$state" ]]; then
-    run "${slice[@]}" create "$name" "${where[@]}" --accelerator-type "$create" --version "$version" \
+    run "${tpu_vm[@]}" create "$name" "${where[@]}" --accelerator-type "$create" --version "$version" \
       ${account:+--service-account "$account"}
   fi
 fi
@@ -105,7 +103,7 @@ if [[ -n "$install" ]]; then
   archive="${TMPDIR:-/tmp}/uni_moe_jax.$$.tar.gz"
   trap 'rm -f "$archive"' EXIT
   run git archive --format=tar.gz --output="$archive" HEAD
-  run gcloud compute tpus tpu-vm scp "$archive" "$name:uni_moe_jax.tar.gz" "${where[@]}" --worker=all
+  run "${tpu_vm[@]}" scp "$archive" "$name:uni_moe_jax.tar.gz" "${where[@]}" --worker=all
   on_all "$unless_running mkdir -p ~/uni_moe_jax && tar -xzf ~/uni_moe_jax.tar.gz -C ~/uni_moe_jax && \
 cd ~/uni_moe_jax && python3 -m venv ~/uv && ~/uv/bin/pip install -q uv && \
 ~/uv/bin/uv venv -q --allow-existing --python 3.11 .venv && \
