@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.extend.core as jax_core
@@ -20,7 +21,7 @@ from uni_moe_jax.utils.tree_paths import by_path
 
 TASKS = ('shape', 'text', 'pair')
 FROZEN = ('blocks/block0/qkv/', 'tail/block0/ffn_router/gate', 'embed/patch$')
-EMA = 0.75
+EMA = 0.7
 WEIGHTS = {'shape': 2., 'text': .5, 'pair': 1.}
 
 
@@ -139,6 +140,15 @@ def test_the_average_follows_the_parameters_by_hand():
     expected = {path: EMA * e + (1 - EMA) * params[path] for path, e in expected.items()}
     for path, value in _by_path(state.ema_params).items():
       np.testing.assert_allclose(value, expected[path], rtol=1e-5, atol=1e-7, err_msg=path)
+
+
+def test_the_average_of_frozen_parameters_is_exactly_theirs():
+  states, _ = _states()
+  first, average = _by_path(states[0].params), _by_path(states[-1].ema_params)
+  is_frozen = {path: any(re.search(pattern, path) for pattern in FROZEN) for path in first}
+  assert sum(is_frozen.values()) == 4
+  for path, value in average.items():
+    assert np.array_equal(value, first[path]) == is_frozen[path], path
 
 
 def _nonfinite(batch, group='image_classification'):

@@ -183,7 +183,8 @@ def _update(
   params = optax.apply_updates(state.params, updates)
   ema_params = state.ema_params
   if ema_params is not None:
-    ema_params = jax.tree.map(lambda e, p: spec.ema_decay * e + (1 - spec.ema_decay) * p, ema_params, params)
+    # Of a frozen parameter the difference is 0, where a weighted sum of two equal numbers would be rounded.
+    ema_params = jax.tree.map(lambda e, p: e + (1 - spec.ema_decay) * (p - e), ema_params, params)
   return params, opt_state, ema_params
 
 
