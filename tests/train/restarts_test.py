@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -47,12 +48,12 @@ sys.exit(int(last))
 '''
 
 
-def _start(folder, script, *flags, command=None):
+def _start(folder, script, *flags, command=None, before=()):
   (folder / 'script').write_text(script)
   (folder / 'stand_in.py').write_text(_STAND_IN)
   command = command or [sys.executable, 'stand_in.py', '--workdir=run']
   return subprocess.Popen(
-      [sys.executable, str(_ROOT / 'launch/keep_running.py'), *flags, '--', *command], cwd=folder, text=True,
+      [*before, sys.executable, str(_ROOT / 'launch/keep_running.py'), *flags, '--', *command], cwd=folder, text=True,
       env={**os.environ, 'PYTHONPATH': str(_ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
       start_new_session=True)
 
@@ -159,6 +160,19 @@ def test_a_signal_reaches_the_command_once_and_prevents_a_restart(tmp_path, numb
   assert process.returncode == 75
   assert (tmp_path / 'received').read_text() == '1'
   assert len((tmp_path / 'log').read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize('number, stops', [(signal.SIGHUP, False), (signal.SIGTERM, True)])
+def test_after_nohup_the_end_of_the_terminal_stops_nothing_but_sigterm_does(tmp_path, number, stops):
+  process = _start(tmp_path, 'wait 0', before=('nohup',))
+  stand_in.wait_for(tmp_path / 'started')
+  os.killpg(process.pid, number)
+  if not stops:
+    time.sleep(.3)  # in which the command would be stopped
+    assert process.poll() is None and not (tmp_path / 'received').exists()
+    process.terminate()
+  process.communicate(timeout=30)
+  assert process.returncode == 75 and (tmp_path / 'received').read_text() == '1'
 
 
 def test_a_signal_ends_a_pause(tmp_path):

@@ -32,7 +32,9 @@ def keep_running(command: Sequence[str], max_restarts: int, backoff: float) -> i
   """
   workdir, failures, child = _workdir(command), 0, _Child()
   worked = _saved(workdir) is not None  # whether a start has ever passed the checks of its command
-  with signals.handled(child.pass_on, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+  # nohup ignores SIGHUP, so that the run outlives the terminal.
+  hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+  with signals.handled(child.pass_on, signal.SIGINT, signal.SIGTERM, *hangup):
     while True:
       started, before = time.monotonic(), _saved(workdir)
       try:
