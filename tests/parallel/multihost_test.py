@@ -1,6 +1,7 @@
 """When a process dies, the others end at once with one sentence. Real runs: tests/stress/hangs_test.py."""
 
 import atexit
+import contextlib
 import subprocess
 import sys
 
@@ -48,6 +49,21 @@ def test_errors_of_a_single_process_and_of_all_processes_pass(monkeypatch, proce
   monkeypatch.setattr(atexit, 'register', lambda *_: pytest.fail('the process would end early'))
   with pytest.raises(type(error)):
     _exit_codes(error)
+
+
+_ClientOSError = type('ClientOSError', (OSError,), {})  # of aiohttp, by which gcsfs and s3fs reach a bucket
+
+
+@pytest.mark.parametrize('error, is_of_store', [
+    (_ClientOSError(104, 'Connection reset by peer'), True),
+    (ValueError('UNAVAILABLE: CURL error: Error reading "gs://bucket/run/checkpoints/2/default/manifest.ocdbt"'), True),
+    (ValueError(_RESET), False)])
+def test_a_store_that_does_not_answer_is_no_lost_process(monkeypatch, capsys, error, is_of_store):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(atexit, 'register', lambda *_: None)
+  with pytest.raises(type(error)) if is_of_store else contextlib.nullcontext():
+    assert _exit_codes(error) == [1]
+  assert ('another process of this run has died' in capsys.readouterr().err) == (not is_of_store)
 
 
 _FAILS = """

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uni_moe_jax.parallel import sharding
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import RunError, UsageError, chain
 from uni_moe_jax.utils.exit_codes import ERROR
 
@@ -78,7 +79,9 @@ def exit_with_peers(end: Callable[[int], None] = os._exit) -> Iterator[None]:
   except Exception as e:
     if jax.process_count() == 1 or isinstance(e, UsageError):
       raise
-    lost = None if isinstance(e, RunError) else next(filter(None, map(_PEER_LOST.search, map(str, chain(e)))), None)
+    # A store that does not answer is reported in the same words; the command explains it.
+    is_other = isinstance(e, RunError) or storage.explain(e, '') is not None
+    lost = None if is_other else next(filter(None, map(_PEER_LOST.search, map(str, chain(e)))), None)
     if lost is None:
       atexit.register(_exit, end)  # runs before JAX's own handler, which was registered earlier
       raise
