@@ -13,8 +13,10 @@ import pytest
 
 from tests.stress import injected_faults
 from uni_moe_jax.parallel import sharding
+from uni_moe_jax.train import manifest
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.step import TrainState
+from uni_moe_jax.utils.errors import RunError
 
 
 def _state(step=3, ema=True):
@@ -160,6 +162,35 @@ def test_reading_creates_and_deletes_nothing(tmp_path):
   with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
     checkpoints.save(4, _state(4))
   assert _folders(tmp_path) == ['3', '4']
+
+
+@pytest.mark.parametrize('when', ['never', 'before', 'while'])
+def test_a_reader_reports_that_the_run_has_deleted_its_checkpoint(tmp_path, monkeypatch, when):
+  array_sums = manifest.array_sums
+
+  def save(*steps):
+    with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
+      for step in steps:
+        checkpoints.save(step, _state(step))
+
+  def sums_of_a_step_that_is_deleted_then(folder):
+    sums = array_sums(folder)
+    save(4)
+    return sums
+
+  save(3)
+  with Checkpoints(tmp_path, max_to_keep=None) as checkpoints:
+    if when == 'before':
+      save(4)
+    elif when == 'while':
+      monkeypatch.setattr(manifest, 'array_sums', sums_of_a_step_that_is_deleted_then)
+    if when == 'never':
+      _assert_identical(checkpoints.restore(_like(_state()), 3), _state())
+      return
+    for step in (None, 3):
+      with pytest.raises(RunError, match='the checkpoint of step 3 in .* was deleted meanwhile.*repeat the command'):
+        checkpoints.restore(_like(_state()), step)
+  assert _folders(tmp_path) == ['4']
 
 
 @pytest.fixture(name='no_folder_renames')

@@ -233,7 +233,7 @@ class Checkpoints:
     """The given or newest step, after pending saves.
 
     Raises:
-      RunError: it is damaged.
+      RunError: it is damaged, or was deleted since these checkpoints were opened.
       UsageError: it was not saved.
     """
     self.finish()
@@ -243,9 +243,15 @@ class Checkpoints:
       raise UsageError(
           f'{self._workdir} has no checkpoint of step {step}; it has those of {", ".join(map(str, saved))}.')
     step = self.latest() if step is None else step
+    self._check_exists(step)
     if step != self._opened and step not in self._own and (damage := self._damage(step)):
       raise _DamagedError(step, self._workdir, damage)
     return step
+
+  def _check_exists(self, step: int) -> None:
+    if not self._writes and not self._is_remote and not (self._folder / str(step)).exists():
+      raise RunError(f'the checkpoint of step {step} in {self._workdir} was deleted meanwhile, for example because its '
+                     'run trains on and keeps newer ones; repeat the command.')
 
   def _of_intact(self, step: int | None, read: Callable[[int], Any]) -> Any:
     """What `read` gives for a step; None: for the newest one whose arrays are those that were saved."""
@@ -286,6 +292,7 @@ class Checkpoints:
       except Exception as e:
         is_of_devices = isinstance(e, (MemoryError, jax.errors.JaxRuntimeError))  # they are full, for example
         if not self._is_remote or is_of_devices or storage.explain(e, str(self._workdir)):
+          self._check_exists(step)
           raise
         wrong = [f'{type(e).__name__} in decoding them']
       failed = multihost.sum_over_processes(bool(wrong))
