@@ -82,6 +82,21 @@ def test_evaluation_encodes_a_batch_and_needs_no_optimizer():
   assert evaluation.cost.flops < _step().cost.flops
 
 
+def test_during_training_evaluation_needs_the_whole_state_of_training_besides():
+  def evaluation_memory(evaluate_every):
+    c = _config()
+    c.model.num_layers = 1
+    c.evaluators.shape = config.evaluator('classification', 'shape', split='val', during_training=True)
+    c.train.update(dict(evaluate_every=evaluate_every, log_every=1, ema_decay=0.9))
+    run = compiled_programs.prepare(c, jax.devices()[:1])
+    return compiled_programs.compile_program(run, EVALUATION).memory, run.parameter_counts()['total']
+
+  (after, _), (during, total) = evaluation_memory(0), evaluation_memory(1)
+  state = during.total - after.total
+  assert state == during.optimizer and after.optimizer == 0
+  assert 0 <= state - 3 * 4 * total < 100  # two moments and an average of every parameter, and a few counters
+
+
 def test_the_evaluated_sequence_is_the_one_with_most_tokens():
   def evaluated(c):
     name, examples, sequence = compiled_programs.evaluated(compiled_programs.prepare(c, jax.devices()[:2]))

@@ -105,10 +105,14 @@ def compile_program(run: Run, which: Which, topology: Topology | None = None) ->
   """Compile a program of a run; for TPUs up to libtpu's plan. topology: None: devices of this process."""
   started = time.perf_counter()
   params, optimizer = state_bytes(run)
+  arguments = params
   if which == EVALUATION:
     name, examples, _ = evaluated(run)
-    name, optimizer = f'{EVALUATION[0]}, {name}', 0.0
+    name = f'{EVALUATION[0]}, {name}'
+    if not run.config.train.evaluate_every:  # otherwise the state of training stays on the devices
+      optimizer = 0.0
   else:
+    arguments += optimizer
     name, examples = f'train step, {which}' if which else 'train step', sum(t.batch_size for t in _tasks(run, which))
   try:
     if topology is not None and topology.is_tpu:
@@ -121,7 +125,7 @@ def compile_program(run: Run, which: Which, topology: Topology | None = None) ->
     return Program(name, examples, None, _reported_bytes(str(error)), None, time.perf_counter() - started)
   module = hlo.parse(text)
   fusions = sum(op.opcode == 'fusion' for c in module.computations.values() for op in c.ops.values())
-  inputs = sizes.pop('arguments') - params - optimizer
+  inputs = sizes.pop('arguments') - arguments
   memory = Memory(params, optimizer, inputs, **{'code': _BYTES_PER_FUSION * fusions, **sizes})
   return Program(name, examples, memory, memory.total, cost.of_module(module), time.perf_counter() - started)
 
