@@ -82,6 +82,23 @@ def test_evaluation_encodes_a_batch_and_needs_no_optimizer():
   assert evaluation.cost.flops < _step().cost.flops
 
 
+@pytest.mark.parametrize('entries, words, steps', [
+    (5, dict(), ['shape', 'other']),  # names: 8 · 5 + 3 · 9 = 67 tokens, or 4 · 5 + 9 · entries: 65
+    (6, dict(), ['many', 'other']),  # 74; words: 2 · 17 + 32 · 3 = 130, or 17 + 3 · V: 137
+    (6, dict(softmax='sampled', num_sampled=37), ['many', 'text'])])  # 17 + 3 · 37 = 128
+def test_of_a_task_type_the_step_with_most_tokens_is_compiled_those_of_its_target_set_included(entries, words, steps):
+  c = tiny.config('shape', 'text')
+  c.train.mixture, c.tasks.text.batch_size = 'one_task', 2
+  c.target_sets.many = config.target_set('glyphs/class', family='names')
+  c.preflight.target_lengths.update(dict(shapes=((8, 3),), many=((8, entries),)))
+  c.tasks.many = config.task('image_classification', 'glyphs', batch_size=4, target_set='many', label_column='class')
+  c.target_sets.all_words = config.target_set('vocabulary', family='words', **words)
+  c.tasks.other = config.task(
+      'text_mlm', 'paragraphs', batch_size=1, target_set='all_words', max_len=16, max_predictions=3)
+  run = compiled_programs.prepare(c, jax.devices()[:1])
+  assert set(compiled_programs.training_steps(run)) == set(steps)
+
+
 def test_during_training_evaluation_needs_the_whole_state_of_training_besides():
   def evaluation_memory(evaluate_every):
     c = _config()

@@ -86,10 +86,13 @@ def state_bytes(run: Run) -> tuple[float, float]:
 
 
 def training_steps(run: Run) -> list[str | None]:
-  """Return the steps to compile: of all tasks, or of the task with most tokens of each task type."""
+  """Return the steps to compile: of all tasks, or of the task with most tokens of each task type.
+
+  The texts of target sets count, too: thousands of names can be most of a step.
+  """
   if run.config.train.mixture == 'all_tasks':
     return [None]
-  tasks = sorted(run.plan.tasks, key=lambda t: _num_tokens(run, t))
+  tasks = sorted(run.plan.tasks, key=lambda t: _num_tokens(run, t) + _num_set_tokens(run, t))
   return [t.name for t in {t.type.name: t for t in tasks}.values()]  # the last one of a type has most tokens
 
 
@@ -207,6 +210,16 @@ def _num_tokens(run: Run, task: TaskSpec) -> int:
   frames = fields['pixels'][0][0] if 'pixels' in fields else 0
   words = sum(fields[k][0][0] for k in ('text', 'target') if k in fields)
   return task.batch_size * (1 + frames * spec.patches + words)
+
+
+def _num_set_tokens(run: Run, task: TaskSpec) -> int:
+  """Count the tokens of the target sets that a training step of one task encodes."""
+  def of_set(s):
+    arrays = run.data.target_sets[s.name]
+    words = min(s.num_sampled, arrays.size) if s.softmax == 'sampled' else arrays.size
+    texts = [b['text'].shape for b in arrays.buckets] or [(words, 2)]  # a word and its end
+    return sum(shape[0] * (1 + shape[-1]) for shape in texts)
+  return sum(map(of_set, run.plan.only(task.name).sets))
 
 
 def _reported_bytes(message: str) -> float | None:
