@@ -51,7 +51,7 @@ def main() -> int:
   from uni_moe_jax.train import checkpoint, loop
   from uni_moe_jax.train import run as train_run
   with checkpoint.Checkpoints(workdir, max_to_keep=None) as checkpoints:
-    run = train_run.build(config, workdir=workdir)
+    run = train_run.build_to_read(config, workdir)
     _, params = train_run.predictor(run, checkpoints)
     step = checkpoints.latest() if run.plan.tasks else 0
   exported = contents.make_contents(

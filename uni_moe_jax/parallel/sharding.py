@@ -37,7 +37,8 @@ def mesh_shape(requested: dict[str, int], devices: int) -> dict[str, int]:
   known = math.prod(n for n in shape.values() if n != -1)
   if free:
     if devices % known:
-      raise UsageError(f'config.mesh: {known} (the fixed axes of {shape}) does not divide {devices} devices.')
+      raise UsageError(f'config.mesh: {known} (the fixed axes of {shape}) does not divide {devices} devices; lower '
+                       'them.')
     shape[free[0]] = devices // known
   elif known != devices:
     raise UsageError(f'config.mesh={shape} needs {known} devices, there are {devices}; set one axis to -1.')

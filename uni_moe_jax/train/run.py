@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import os
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -239,11 +241,8 @@ def build(
   if config.train.init and not has_started:
     _check_router(config, plan, workdir_lib.load_config(config.train.init))
   mesh = sharding.make_mesh({axis: config.mesh[axis] for axis in sharding.AXES}, devices)
-  validate.check_mesh(plan.config, mesh.shape)
+  _check_layout(config, plan, mesh.shape)
   shards = sharding.batch_shards(mesh.shape)
-  plan.check_batches(shards, config.train.grad_accum_steps)
-  if config.train.interference_every:
-    plan.check_halves(shards, config.train.grad_accum_steps)
   if data is None:
     data = Data(config, plan, workdir_lib.tokenizer_copy(workdir) if has_started else None)
   model = UniPerceiver(_model_spec(config, plan, data), shards, mesh if mesh.size > 1 else None)
@@ -267,6 +266,36 @@ def build(
   shapes = jax.eval_shape(functools.partial(init_state, spec), params)
   shardings = _state_shardings(spec, shapes, sharding.param_shardings(boxed, mesh, config.mesh.fsdp), mesh)
   return Run(config, plan, data, mesh, spec, shapes, shardings)
+
+
+def _check_layout(config: ml_collections.ConfigDict, plan: Plan, mesh: Mapping[str, int]) -> None:
+  """Raises UsageError if a mesh of these sizes does not divide the model, or the batches, of a run."""
+  validate.check_mesh(plan.config, mesh)
+  shards = sharding.batch_shards(mesh)
+  plan.check_batches(shards, config.train.grad_accum_steps)
+  if config.train.interference_every:
+    plan.check_halves(shards, config.train.grad_accum_steps)
+
+
+def build_to_read(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> Run:
+  """`build` of a saved run whose parameters alone are read: on one device, with a note, if its mesh does not fit."""
+  devices = jax.devices()
+  if jax.process_count() == 1:
+    try:
+      mesh = sharding.mesh_shape({axis: config.mesh[axis] for axis in sharding.AXES}, len(devices))
+      _check_layout(config, make_plan(config), mesh)
+    except UsageError:
+      print(f'note: config.mesh of {workdir} does not fit here (devices: {len(devices)}); one device is used.',
+            file=sys.stderr, flush=True)
+      config, devices = on_one_device(config), devices[:1]
+  return build(config, devices, workdir=workdir)
+
+
+def on_one_device(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A copy of a config with a mesh of one device."""
+  config = config.copy_and_resolve_references()
+  config.update(mesh=dict(replica=1, data=-1, expert=1, model=1, fsdp=False))
+  return config
 
 
 def _state_shardings(spec: StepSpec, shapes: TrainState, params: Any, mesh: Mesh) -> TrainState:

@@ -42,8 +42,7 @@ class TrainedRun:
     Raises:
       MissingFileError: nothing was trained there. UsageError: it has no such checkpoint.
     """
-    config = workdir_lib.load_config(workdir)
-    config.update(mesh=dict(replica=1, data=-1, expert=1, model=1, fsdp=False))
+    config = run_lib.on_one_device(workdir_lib.load_config(workdir))
     run = run_lib.build(config, jax.devices()[:1], workdir=workdir)
     with Checkpoints(workdir, max_to_keep=None) as checkpoints:
       return cls(run, *run_lib.predictor(run, checkpoints, step))

@@ -1,0 +1,31 @@
+"""A saved run whose parameters alone are read is built on its own mesh, or on one device."""
+
+import jax
+import pytest
+
+from tests.helpers import tiny
+from uni_moe_jax.train import run as train_run
+from uni_moe_jax.utils.errors import UsageError
+
+
+@pytest.mark.parametrize('mesh, batch_size, shape', [
+    (dict(expert=2), 8, (4, 2)),
+    (dict(expert=4, data=4), 8, None),  # trained on 16 devices; here are eight
+    (dict(expert=3), 8, None),
+    (dict(), 4, None)])  # trained on at most four devices
+def test_a_mesh_that_does_not_fit_these_devices_is_replaced_by_one_device_where_a_run_is_only_read(
+    tmp_path, capsys, mesh, batch_size, shape):
+  c = tiny.config('shape', data_dir=tiny.data_dir())
+  c.tokenizer.path = tiny.tokenizer_file()
+  c.model.num_layers, c.tasks.shape.batch_size = 1, batch_size
+  c.mesh.update(mesh)
+  before = c.to_dict()
+  run = train_run.build_to_read(c, tmp_path)
+  note = capsys.readouterr().err
+  if shape:
+    assert (run.mesh.shape['data'], run.mesh.shape['expert'], run.mesh.size, note) == (*shape, len(jax.devices()), '')
+  else:
+    assert run.mesh.size == 1 and note.startswith(f'note: config.mesh of {tmp_path} does not fit here (devices: 8)')
+    with pytest.raises(UsageError):  # what trains must say so
+      train_run.build(c)
+  assert c.to_dict() == before
