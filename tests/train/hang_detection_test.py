@@ -111,5 +111,5 @@ def test_a_long_wait_for_a_bucket_is_noted_with_its_address_and_then_less_and_le
 def test_the_report_names_the_bucket(monkeypatch, capfd):
   monkeypatch.setattr(hang_detection.os, '_exit', lambda code: None)
   monkeypatch.setattr(hang_detection.faulthandler, 'dump_traceback', lambda **_: None)
-  HangDetector(60, {SAVE: 'gs://bucket/run'})._report(SAVE, 7)
+  HangDetector(60, {SAVE: 'gs://bucket/run'})._report(hang_detection._Phase(SAVE, 7))
   assert 'saving of step 7 has taken 0 s (waiting for gs://bucket/run), and config' in capfd.readouterr().err

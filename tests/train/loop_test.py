@@ -202,7 +202,7 @@ def ignore_signals():
 
 @pytest.mark.usefixtures('ignore_signals')
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_requests_a_stop_and_a_second_one_ends_the_process(number, monkeypatch, capsys):
+def test_a_signal_requests_a_stop_and_a_second_one_ends_the_process(number, monkeypatch, capfd):
   ended, stop = [], loop.Stop()
   monkeypatch.setattr(os, '_exit', ended.append)
   before = signal.getsignal(number)
@@ -210,7 +210,7 @@ def test_a_signal_requests_a_stop_and_a_second_one_ends_the_process(number, monk
     assert not stop.requested
     signal.raise_signal(number)
     assert stop.requested and not ended
-    assert f'{number.name}: stopping after this step and saving' in capsys.readouterr().err
+    assert f'{number.name}: stopping after this step and saving' in capfd.readouterr().err
     signal.raise_signal(number)
     assert ended == [75]
   assert signal.getsignal(number) is before

@@ -5,6 +5,7 @@ may hang at the same step again.
 """
 
 import contextlib
+import dataclasses
 import faulthandler
 import os
 import sys
@@ -35,6 +36,18 @@ _CHECKS = {
 }
 
 
+@dataclasses.dataclass(eq=False)
+class _Phase:
+  """A phase, and the seconds that it has taken, which only the watching thread counts."""
+  name: str
+  step: int | None
+  seconds: float = 0.0
+  noted_after: float = dataclasses.field(default_factory=lambda: _NOTE_AFTER)
+
+  def __str__(self) -> str:
+    return self.name if self.step is None else f'{self.name} of step {self.step}'
+
+
 class HangDetector:
   """Watches the phases of a loop from a thread of its own; a context manager."""
 
@@ -46,8 +59,7 @@ class HangDetector:
       buckets: phase → address of the bucket that it reads or writes; its waits are noted.
     """
     self._timeout, self._buckets = timeout, buckets
-    self._phase: tuple[str, int | None] | None = None
-    self._waited = 0.0
+    self._phase: _Phase | None = None
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._watch, name='hang detection', daemon=True)
 
@@ -64,39 +76,36 @@ class HangDetector:
   @contextlib.contextmanager
   def phase(self, name: str, step: int | None = None) -> Iterator[None]:
     """Limits the time of the body: START, …, EVALUATE, of a step. Code outside has no limit."""
-    self._waited, self._phase = 0.0, (name, step)
+    self._phase = _Phase(name, step)
     try:
       yield
     finally:
       self._phase = None
 
   def _watch(self) -> None:
-    tick, last, noted = min(self._timeout / _TICKS, _NOTE_AFTER), time.monotonic(), (None, _NOTE_AFTER)
+    tick, last = min(self._timeout / _TICKS, _NOTE_AFTER), time.monotonic()
     while not self._stop.wait(tick):
       now = time.monotonic()
       # At most two ticks count, so that a process that was suspended for a while does not hang.
-      self._waited, last = self._waited + min(now - last, 2 * tick), now
-      phase = self._phase
-      if phase is None or phase != noted[0]:
-        noted = phase, _NOTE_AFTER
-      elif phase[0] in self._buckets and self._waited > noted[1]:
-        print(f'waiting for {self._buckets[phase[0]]}: {_name(*phase)} has taken {self._waited:.0f} s', file=sys.stderr,
+      passed, last = min(now - last, 2 * tick), now
+      phase = self._phase  # the loop may replace it meanwhile
+      if phase is None:
+        continue
+      phase.seconds += passed
+      if phase.name in self._buckets and phase.seconds > phase.noted_after:
+        print(f'waiting for {self._buckets[phase.name]}: {phase} has taken {phase.seconds:.0f} s', file=sys.stderr,
               flush=True)
-        noted = phase, 2 * self._waited
-      if phase is not None and self._waited > self._timeout * (_LONG_FACTOR if phase[0] in _LONG else 1):
-        self._report(*phase)
+        phase.noted_after = 2 * phase.seconds
+      if phase.seconds > self._timeout * (_LONG_FACTOR if phase.name in _LONG else 1):
+        self._report(phase)
         return
 
-  def _report(self, name: str, step: int | None) -> None:
-    factor = f'{_LONG_FACTOR} times ' if name in _LONG else ''
-    store = f' (waiting for {self._buckets[name]})' if name in self._buckets else ''
-    print(f'\nerror: {_name(name, step)} has taken {self._waited:.0f} s{store}, and {factor}'
-          f'config.train.hang_timeout={self._timeout:g} is the limit. {_CHECKS[name]} If it is only '
+  def _report(self, phase: _Phase) -> None:
+    factor = f'{_LONG_FACTOR} times ' if phase.name in _LONG else ''
+    store = f' (waiting for {self._buckets[phase.name]})' if phase.name in self._buckets else ''
+    print(f'\nerror: {phase} has taken {phase.seconds:.0f} s{store}, and {factor}'
+          f'config.train.hang_timeout={self._timeout:g} is the limit. {_CHECKS[phase.name]} If it is only '
           'slow, raise hang_timeout; 0 disables it. The same command continues from the newest checkpoint. Stack '
           'of every thread:', file=sys.stderr, flush=True)
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
     os._exit(ERROR)  # sys.exit would wait for the hanging threads
-
-
-def _name(phase: str, step: int | None) -> str:
-  return phase if step is None else f'{phase} of step {step}'

@@ -48,8 +48,9 @@ class Stop:
     if self.requested:
       os._exit(PREEMPTED)
     self.requested = True
-    print(f'\n{signal.Signals(number).name}: stopping after this step and saving (a second signal stops at once, '
-          'without saving).', file=sys.stderr, flush=True)
+    # Not by print, which fails where the signal has interrupted another print to this stream.
+    os.write(2, (f'\n{signal.Signals(number).name}: stopping after this step and saving (a second signal stops at once, '
+                 'without saving).\n').encode())
 
 
 def _describe(run: Run) -> str:
