@@ -76,6 +76,38 @@ def test_a_copy_of_an_image_of_a_later_split_is_skipped(tmp_path):
   assert not set(images['train']) & set(images['test'])
 
 
+@pytest.mark.parametrize('repeated', ['one file', 'equal files', 'labeled text'])
+@pytest.mark.parametrize('later', ['validation', 'test'])
+def test_an_example_of_several_splits_stays_in_the_last_one_wherever_that_is_listed(tmp_path, repeated, later):
+  def row(i, split, file):
+    if repeated == 'labeled text':
+      return {'text': f'text {i}', 'label': f'{i % 2}', 'split': split}
+    own_files.write_image(tmp_path / 'in' / file, 'red', i, (8, 8))
+    return {'image': file, 'caption': f'number {i}', 'split': split}
+
+  copy = '3.png' if repeated == 'one file' else 'copy.png'
+  rows = [*(row(i, 'train', f'{i}.png') for i in range(19)), row(3, later, copy), row(40, later, '40.png')]
+  for name, order in (('after', rows), ('before', rows[::-1])):
+    own_files.write_jsonl(tmp_path / 'in/all.jsonl', order)
+    summary = prepare.prepare(tmp_path / 'in', tmp_path, name)
+    assert summary['splits'] == {'train': 18, later: 2}
+    reason = f'same {"text" if repeated == "labeled text" else "image"} as in split {later!r}'
+    assert {k: v['count'] for k, v in summary['skipped'].items()} == {reason: 1}
+    assert summary['skipped'][reason]['first'] == [f'all.jsonl:{1 + order.index(rows[3])}']
+
+
+def test_of_rows_that_are_equal_but_for_their_splits_the_last_split_has_one(tmp_path):
+  rows = [{'text': f'text {i}', 'label': 'x', 'split': split} for i in range(9) for split in ('train', 'test')]
+  again = [{'text': 'text 0', 'label': 'x', 'split': split} for split in ('train', 'test', 'validation', 'test')]
+  own_files.write_jsonl(tmp_path / 'all.jsonl', rows + again)
+  summary = prepare.prepare(tmp_path / 'all.jsonl', tmp_path, 'texts', max_corrupt_fraction=0.9)
+  assert summary['splits'] == {'test': 9}
+  unlabeled = [{'text': 'running text', 'split': split} for split in ('train', 'test')]
+  own_files.write_jsonl(tmp_path / 'all.jsonl', unlabeled)  # its content is not compared, but equal rows are
+  summary = prepare.prepare(tmp_path / 'all.jsonl', tmp_path, 'unlabeled', max_corrupt_fraction=0.9)
+  assert summary['splits'] == {'train': 1} and summary['skipped']['duplicate']['count'] == 1
+
+
 def test_an_image_that_differs_in_one_pixel_is_no_copy(tmp_path):
   _leaky(tmp_path / 'in')
   for path in (tmp_path / 'in/train').glob('copy*'):

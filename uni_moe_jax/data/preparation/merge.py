@@ -164,13 +164,15 @@ class Merge:
         yield ids[compared], rows[key][compared], value(ids, rows)[compared]
 
     later = self._smallest('later', entries('content', lambda _, rows: -_named(rows)))
-    first = self._smallest('first', entries('identity', lambda ids, _: ids))
     leaks = np.array([self._code(f'same {self._media_type or "text"} as in split {s!r}') for s in SPLITS])
     for ids, rows, reasons in self._pieces():
       last = -later[ids]
-      is_repeated = (first[ids] != ids) & ~rows['has_key']
-      words = np.where(last != _named(rows), leaks[last], np.where(is_repeated, self._code('duplicate'), 0))
-      self._skip(ids, reasons, np.where(rows['content'] != 0, words, 0))
+      self._skip(ids, reasons, np.where((rows['content'] != 0) & (last != _named(rows)), leaks[last], 0))
+    # Of the rows that are left: the first one of all may have been skipped for the one that repeats it.
+    first = self._smallest('first', entries('identity', lambda ids, _: ids))
+    for ids, rows, reasons in self._pieces():
+      is_repeated = (rows['content'] != 0) & (first[ids] != ids) & ~rows['has_key']
+      self._skip(ids, reasons, np.where(is_repeated, self._code('duplicate'), 0))
 
   def _count_skipped(self, max_corrupt_fraction: float, source: object) -> None:
     skipped: dict[str, list[Any]] = {}

@@ -150,10 +150,12 @@ def digest_of(content: Any) -> int:
 
 
 def _key(row: Row) -> int:
-  """Is equal for duplicates: rows of one key, or without one, of the same file, texts and labels."""
+  """Is equal for duplicates: rows of one key, or without one, of the same file, texts, labels and split."""
   if row.key or row.data is not None:  # what is in an archive is compared by its content only
     return digest_of(('key', row.key) if row.key else row.location)
-  return digest_of((row.media_type, str(row.path), row.array_index, *sorted(row.texts.items()),
+  # Of several splits, the last one keeps its row (see `merge`), which finds it by its content, if that is compared.
+  split = row.split or SPLITS[0] if row.media_type or row.labels else ''
+  return digest_of((row.media_type, str(row.path), row.array_index, split, *sorted(row.texts.items()),
                     *sorted(row.labels.items())))
 
 
