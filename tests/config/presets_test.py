@@ -8,7 +8,8 @@ from uni_moe_jax.config.plan import make_plan
 
 
 def _summary(columns, classes=('a', 'b'), splits=('train', 'test'), text_bytes=20):
-  classes = {column: {'names': classes} for column, content in columns.items() if content == 'class'}
+  classes = {column: {'names': classes, 'counts': {split: [5, 4] for split in splits}}
+             for column, content in columns.items() if content == 'class'}
   return {'columns': columns, 'classes': classes, 'splits': dict.fromkeys(splits, 9),
           'text_bytes': {'97 %': [text_bytes]}}
 
@@ -64,6 +65,23 @@ def test_a_validation_split_can_choose_a_checkpoint_beside_the_test_split_or_alo
 
 def _tasks(*summaries, **model):
   return _config({f'data{i}': s for i, s in enumerate(summaries)}, **model).tasks
+
+
+def test_a_split_without_labels_or_captions_has_no_evaluator_of_them():
+  every = ('train', 'validation', 'test')
+
+  def evaluators(labeled, captioned):
+    summary = _summary({'image': 'image', 'breed': 'class', 'captions': 'texts'}, splits=every)
+    summary['classes']['breed']['counts'] = {split: [9 * (split in labeled), 0] for split in summary['splits']}
+    summary['captioned'] = {split: 9 * (split in captioned) for split in summary['splits']}
+    return {name: e.split for name, e in _config({'pets': summary}).evaluators.items()}
+
+  labeled = {'pets breed': 'test', 'pets breed, validation': 'validation'}
+  captioned = {f'pets {name}': split for task in ('retrieval', 'caption')
+               for name, split in ((task, 'test'), (f'{task}, validation', 'validation'))}
+  assert evaluators(every, every) == labeled | captioned
+  assert evaluators({'train', 'validation'}, every) == captioned | {'pets breed': 'validation'}
+  assert evaluators(every, {'train'}) == labeled
 
 
 def test_the_tokens_of_a_step_are_divided_between_tasks_by_their_shares():

@@ -8,7 +8,8 @@ from uni_moe_jax.data.files import prepare
 
 _SUMMARIES = {
     'pets': dict(columns={'image': 'image', 'captions': 'texts', 'breed': 'class'}, splits={'train': 9, 'test': 1},
-                 classes={'breed': {'names': ['cat', 'dog']}}, text_bytes={'97 %': [20]}),
+                 classes={'breed': {'names': ['cat', 'dog'], 'counts': {'train': [5, 4], 'test': [1, 0]}}},
+                 text_bytes={'97 %': [20]}),
     'diary': dict(columns={'text': 'text'}, splits={'train': 9}, classes={}, text_bytes={'97 %': [200]})}
 
 

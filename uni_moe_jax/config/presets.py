@@ -64,7 +64,8 @@ def own(c: ml_collections.ConfigDict, summaries: Mapping[str, Mapping[str, Any]]
 
   Tasks are called NAME_retrieval, NAME_caption, NAME_words, and NAME_COLUMN for a column of classes, with '_' for a dot
   (which no config key can have), and '_2' appended if the name is taken. The tokens of a step are divided between
-  them. Half of the images are mirrored in training, unless a class is called left or right.
+  them. Half of the images are mirrored in training, unless a class is called left or right. A split without labels of
+  a column, or without captions, has no evaluator of their task.
 
   Args:
     c: config with a model.
@@ -93,7 +94,6 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
   source, columns = f'own:{name}', summary['columns']
   text_bytes = summary['text_bytes'].get('97 %', [0])[0]
   visual = next((media for media in ('image', 'video') if media in columns.values()), '')
-  evaluated = [s for s in ('test', 'validation') if s in summary['splits']]
   text = next((column for column in ('text', 'text_a', 'text_b') if column in columns), None)
   media = {
       'image': dict(random_flip=True, max_affine=0.2),
@@ -110,11 +110,14 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
       task_name += '_2'
     return task_name
 
-  def add(task_name: str, evaluator: str, task_type: str, rerank_by: str = '', **values: Any) -> None:
+  def add(task_name: str, evaluator: str, task_type: str, sizes: Mapping[str, int], rerank_by: str = '',
+          **values: Any) -> None:
+    """sizes: split → number of its examples: a split may lack the labels or the captions that another one has."""
     shares[task_name], loss_weight = _SHARES[evaluator]
     search = dict(beam_size=_BEAM_SIZE, rerank_by=rerank_by) if rerank_by else {}
     c.tasks[task_name] = config.task(
         task_type, source, batch_size=_BATCH_MULTIPLE, loss_weight=loss_weight, **values)
+    evaluated = [s for s in ('test', 'validation') if sizes.get(s)]
     for split in evaluated:
       suffix = ', validation' if split != evaluated[0] else ''
       c.evaluators[task_name.replace('_', ' ') + suffix] = config.evaluator(
@@ -130,12 +133,13 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
     values = dict(caption_templates=('{captions}',), max_len=max_len(_CAPTION_TOKENS), **media)
     if visual == 'image':
       values['mirrored_words'] = (_SIDES,)
-    retrieval = unused_name('retrieval')
-    add(retrieval, 'retrieval', f'{visual}_retrieval', **values)
-    add(unused_name('caption'), 'caption', f'{visual}_caption', rerank_by=retrieval, target_set=vocabulary(), **values)
+    retrieval, sizes = unused_name('retrieval'), summary.get('captioned', summary['splits'])
+    add(retrieval, 'retrieval', f'{visual}_retrieval', sizes, **values)
+    add(unused_name('caption'), 'caption', f'{visual}_caption', sizes, rerank_by=retrieval, target_set=vocabulary(),
+        **values)
   if not visual and columns.get('text') == 'text':
-    add(unused_name('words'), 'mlm', 'text_mlm', target_set=vocabulary(), max_len=max_len(TEXT_TOKENS),
-        max_predictions=12)
+    add(unused_name('words'), 'mlm', 'text_mlm', summary['splits'], target_set=vocabulary(),
+        max_len=max_len(TEXT_TOKENS), max_predictions=12)
   template = '{text_a} <eot> <spe> , {text_b} <eot>' if 'text_b' in columns else f'{{{text}}} <eot> it is <spe> . <eot>'
   for column, classes in summary['classes'].items():
     names = classes['names']
@@ -146,8 +150,9 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
       values = media if visual else dict(template=template, max_len=max_len(TEXT_TOKENS, template=8))
       if any(side in re.split(r'[\W_]+', name.lower()) for name in names for side in _SIDES):
         values = {**values, 'random_flip': False}
-      add(task_name, 'classification', f'{visual or "text"}_classification', target_set=task_name, label_column=column,
-          **values)
+      sizes = {split: sum(counts) for split, counts in classes['counts'].items()}
+      add(task_name, 'classification', f'{visual or "text"}_classification', sizes, target_set=task_name,
+          label_column=column, **values)
   return shares
 
 

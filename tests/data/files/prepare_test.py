@@ -48,6 +48,19 @@ def test_splits_are_those_that_the_data_names_and_statistics_report_sizes_and_ca
   assert images[2]['captions_per_example'] == {'min': [1], 'median': [2], '97 %': [2], 'max': [2]}
 
 
+def test_splits_without_labels_or_captions_differ_from_those_that_have_some(tmp_path):
+  """As in a competition: the rows of the split test are without what is to be predicted."""
+  for i in range(9):
+    own_files.write_image(tmp_path / f'in/{i}.png', 'red', i)
+  rows = [{'image': f'{i}.png', 'captions': ['a', 'b'], 'label': 'xy'[i % 2]} for i in range(6)]
+  del rows[0]['captions']
+  own_files.write_jsonl(tmp_path / 'in/test.jsonl', [{'image': f'{i}.png'} for i in range(6, 9)])
+  summary = _prepare(tmp_path, rows, 'contest')
+  assert summary['splits'] == {'train': 6, 'test': 3}
+  assert summary['classes']['label']['counts'] == {'train': [3, 3], 'test': [0, 0]}
+  assert summary['captioned'] == {'train': 5, 'test': 0}
+
+
 def test_bytes_of_texts_are_those_of_the_longest_caption_or_of_the_text_columns_together(tmp_path):
   (tmp_path / 'in').mkdir()
   pairs = _prepare(tmp_path, [{'text_a': 'x' * i, 'text_b': 'yy', 'label': i} for i in range(1, 101)], 'pairs')

@@ -43,6 +43,7 @@ class Merged:
     columns: name → 'image', 'video', 'texts', 'text' or 'class'. classes: class column → names in order.
     class_counts: class column → {(name, split index): rows}.
     dropped: index of a signature → fields that its rows lose.
+    captioned: split → number of its examples with captions.
     sizes, num_captions, text_bytes, rewritten, dropped_fields: how often each occurs in examples.
   """
   rows: Column
@@ -54,6 +55,7 @@ class Merged:
   class_counts: dict[str, collections.Counter] = dataclasses.field(default_factory=dict)
   dropped: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   split_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+  captioned: dict[str, int] = dataclasses.field(default_factory=dict)
   sizes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   num_captions: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   text_bytes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -258,12 +260,15 @@ class Merge:
     """Finds columns and classes: the values of 'label' and of fields whose values occur at least twice on average."""
     result, signatures = self._result, [json.loads(word) for word in self._words['signature']]
     counts, notes = np.zeros(len(signatures), np.int64), list(self._words['note'])
-    for _, rows in self._valid():
+    captioned = np.zeros(len(SPLITS), np.int64)
+    for ids, rows in self._valid():
+      captioned += np.bincount(result.splits[ids[rows['captions'] > 0]], minlength=len(SPLITS))
       counts += np.bincount(rows['signature'], minlength=len(counts))
       _count(result.sizes, rows['size'], lambda size: tuple(size[:2 if not size[2] else 3]))
       for counter, name in ((result.num_captions, 'captions'), (result.text_bytes, 'text_bytes')):
         _count(counter, rows[name][rows[name] >= 0], lambda n: (n,))
       _count(result.rewritten, rows['note'][rows['note'] != 0], notes.__getitem__)
+    result.captioned = {s: n for s, n in zip(SPLITS, captioned.tolist()) if s in result.split_sizes}
     result.sizes.pop((0, 0), None)
     types = {}
     for i in np.flatnonzero(counts).tolist():

@@ -26,8 +26,8 @@ def summarize(merged: Merged, test_fraction: float) -> dict[str, Any]:
       'groups_in_several_splits': merged.groups_in_several_splits, 'columns': merged.columns, 'splits': splits,
       'classes': {column: {'names': list(names), 'counts': {s: count(column, s) for s in splits}}
                   for column, names in merged.classes.items()},
-      'sizes': _spread(merged.sizes), 'captions_per_example': _spread(merged.num_captions),
-      'text_bytes': _spread(merged.text_bytes),
+      'captioned': merged.captioned, 'sizes': _spread(merged.sizes),
+      'captions_per_example': _spread(merged.num_captions), 'text_bytes': _spread(merged.text_bytes),
       'rewritten': dict(merged.rewritten.most_common()),
       'dropped_fields': dict(merged.dropped_fields.most_common(_MAX_DROPPED_FIELDS)), 'warnings': warnings,
       'skipped': {reason: {'count': n, 'first': locations} for reason, (n, locations) in merged.skipped.items()}}
