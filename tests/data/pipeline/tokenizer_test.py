@@ -115,6 +115,21 @@ def test_a_smaller_vocabulary_is_allowed_on_request_and_used_only_if_necessary(w
   assert [full.encode(t) for t in _TEXTS] == [words.encode(t) for t in _TEXTS]
 
 
+@pytest.mark.parametrize('separator', [' ', ''])
+def test_a_text_of_any_length_trains(tmp_path, monkeypatch, separator):
+  """A book of 36 kB where the trainer takes texts of up to 2 kB, beside a name that it must not be alone with."""
+  monkeypatch.setattr(tokenizer, '_MAX_TRAINED_BYTES', 2000)
+  monkeypatch.setitem(tokenizer._TRAINER, 'max_sentence_length', 2000)
+  book = separator.join(['größere', 'Häuser', '𝔚älder'] * 500)
+  t = SentencePieceTokenizer.train(['name', book], tmp_path / 'book.model', 60, allow_smaller_vocab=True)
+  assert t.unk not in t.encode(book) and t.decode(t.encode('größere Häuser')) == 'größere häuser'
+  if separator:  # no word is cut
+    assert [len(t.encode(word)) for word in ('größere', 'Häuser', '𝔚älder')] == [1, 1, 1]
+  parts = list(tokenizer._parts(book))
+  assert len(parts) > 3 and ''.join(parts) == book and max(len(part.encode()) for part in parts) <= 2000
+  assert list(tokenizer._parts(short := 'ä ' * 600)) == [short] and list(tokenizer._parts('')) == ['']
+
+
 def test_packed_texts_end_in_eot_and_fill_rows_and_at_least_one():
   rows = tokenizer.pack_tokens([[5, 6], [7], [8, 9, 10]], length=4, eot=3)
   # 5 6 3 7 | 3 8 9 10 | 3 (dropped)
