@@ -1,5 +1,6 @@
 """Formats of input, and their division into shards."""
 
+import codecs
 import io
 import json
 import pathlib
@@ -298,6 +299,17 @@ def test_documents_and_line_numbers_go_on_over_shards(tmp_path, monkeypatch):
   assert [(row.texts['text'], row.location, row.group) for row in rows] == [
       ('one', 'lines.txt:1', 'lines/0'), ('two', 'lines.txt:3', 'lines/1'), ('three', 'lines.txt:4', 'lines/1'),
       ('four', 'lines.txt:7', 'lines/3'), ('five', 'lines.txt:9', 'lines/4'), ('six \ufffd', 'lines.txt:11', 'lines/5')]
+
+
+@pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-be'])
+def test_text_in_utf_16_is_refused_with_the_command_that_converts_it(tmp_path, encoding):
+  bom = b'' if encoding == 'utf-16' else codecs.BOM_UTF16_BE  # the first one writes its own
+  (tmp_path / 'my notes.txt').write_bytes(bom + 'eins\nzwei\n'.encode(encoding))
+  (tmp_path / 'other.txt').write_text('one')
+  with pytest.raises(UsageError, match=r"my notes\.txt is in UTF-16.* iconv .* 'my notes\.txt' > utf8\.txt"):
+    list(input_shards.plan(tmp_path))
+  (tmp_path / 'my notes.txt').write_text('ein Sch\xfcler', encoding='utf-8-sig')
+  assert len(list(input_shards.plan(tmp_path))) == 2
 
 
 def test_a_changed_file_is_another_shard(tmp_path):

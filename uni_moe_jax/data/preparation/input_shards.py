@@ -10,6 +10,7 @@
 Tar and Parquet files may be in a bucket: whoever reads a shard opens them there.
 """
 
+import codecs
 import collections
 import contextlib
 import csv
@@ -21,7 +22,9 @@ import itertools
 import os
 import pathlib
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO
 
 from uni_moe_jax.data import mirror
 from uni_moe_jax.data.files import formats
@@ -225,6 +228,7 @@ def _divide(file: storage.Path) -> Iterator[InputShard]:
         shard, first_line = functools.partial(shard, columns=columns), 1 + num_lines
         steps = ((size, count, 0) for count, size, _ in _records(lines, _TABLES[suffix], len(columns)))
       elif suffix == '.txt':
+        _check_encoding(file, lines)
         texts = ((line, _texts(line, i == 0)) for i, line in enumerate(lines))
         steps = ((len(line), len(t), sum(not one_line(text) for text in t)) for line, t in texts)
       else:
@@ -250,6 +254,14 @@ def _lines(shard: InputShard) -> Iterator[bytes]:
     file.seek(shard.start)
     while file.tell() < shard.stop:
       yield file.readline()
+
+
+def _check_encoding(file: storage.Path, lines: BinaryIO) -> None:
+  """Raises UsageError for text in UTF-16, in which every other byte would be a character of its own."""
+  if lines.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    raise UsageError(f'--input={file} is in UTF-16, as some programs of Windows write text; save it in UTF-8, for '
+                     f'example: iconv --from-code=UTF-16 --to-code=UTF-8 {shlex.quote(file.name)} > utf8.txt')
+  lines.seek(0)
 
 
 def _texts(data: bytes, is_first: bool) -> list[str]:
