@@ -7,6 +7,7 @@ import pytest
 
 from uni_moe_jax.config.plan import SetSpec
 from uni_moe_jax.data.pipeline import target_sets
+from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
 from uni_moe_jax.tasks import task_types
 
 PAD, EOT = 0, 3
@@ -45,6 +46,25 @@ def _check_rows(built, names):
 def _names(lengths):
   """Distinct names of the given numbers of letters."""
   return [''.join(string.ascii_lowercase[(i // 26**p) % 26] for p in range(n)) for i, n in enumerate(lengths)]
+
+
+def test_a_note_names_entries_of_equal_tokens(tmp_path, capsys):
+  tokenizer = SentencePieceTokenizer.train(
+      ['capital letter a', 'small letter b'] * 9, tmp_path / 'x.model', 40, allow_smaller_vocab=True)
+
+  def note(*names, **values):
+    spec = SetSpec(name='letters', entries=names, family='names', condition=task_types.families()['names'], max_len=64,
+                   **values)
+    entries = tuple((n,) if isinstance(n, str) else n for n in names)
+    assert target_sets.build_target_set(spec, entries, tokenizer, 64).size == len(names)
+    return capsys.readouterr().err
+
+  assert note('a', 'b', 'small a', 'capital a') == ''
+  assert note('crane', 'crane') == ''  # of two keys, on purpose, as in ImageNet
+  assert note('a', 'b', 'A').startswith("note: config.target_sets.letters: 'a' and 'A' are the same tokens, ")
+  assert "'東' and '京' (and 1 more) are the same tokens" in note('a', '東', '京', 'b', 'B')
+  assert note(('a', 'b'), ('A', 'small'), synonyms=True) == ''  # a synonym differs
+  assert "'a' and 'A' are" in note(('a', 'b'), ('A', 'small'), synonyms=False)
 
 
 def test_a_small_set_is_one_bucket_of_its_longest_entry():

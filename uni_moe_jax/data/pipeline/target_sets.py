@@ -5,6 +5,7 @@ saves most of the target-side compute that padding to the longest would take.
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,8 +72,23 @@ def build_target_set(
   if spec.label_prompts and max(map(len, entries)) > 1:
     raise UsageError(f'{field}.label_prompts=True requires entries with one name each; set it to False, or '
                      f'{field}.synonyms=False.')
+  _report_equal(field, entries, rows)
   buckets, order = bucket_by_length(rows, tokenizer.pad)
   return TargetSet(buckets, order, tuple(names[0] for names in entries))
+
+
+def _report_equal(
+    field: str, entries: tuple[tuple[str, ...], ...], rows: Sequence[Sequence[Sequence[int]]]) -> None:
+  """Prints a note on entries of other names but equal tokens, such as 'A' and 'a', or unknown characters."""
+  first = {}
+  same = [(known, names) for names, tokens in zip(entries, rows)
+          if (known := first.setdefault(repr(tokens), names)) != names]
+  if same:
+    (a, *_), (b, *_) = same[0]
+    more = f' (and {len(same) - 1} more)' if len(same) > 1 else ''
+    print(f'note: {field}: {a!r} and {b!r}{more} are the same tokens, for example because the tokenizer has no upper '
+          'case, or not these characters: only a linear head or label prompts can tell them apart. Call one of them '
+          'otherwise.', file=sys.stderr, flush=True)
 
 
 def _check_positions(text: str, num_tokens: int, field: str, max_text_len: int) -> None:
