@@ -48,6 +48,13 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     c.model.frame_differences = any('video' in summary['columns'].values() for summary in summaries.values())
   c.data.dir = directory
   presets.own(c, summaries)
+  for name, summary in summaries.items():
+    if not any(t.source == f'own:{name}' for t in c.tasks.values()):
+      columns = ', '.join(f'{column} ({column_type})' for column, column_type in summary['columns'].items())
+      raise UsageError(
+          f'own:{arg}: no task follows from the columns of {name}, which are {columns}: images and videos need '
+          "captions (the field 'caption' or 'captions') or a field of at least two classes, and texts the field 'text' "
+          'or such a one. Name the fields so, and prepare the data again.')
   if a.run:
     finetuning.share_temperatures(c, plan)
     finetuning.MODES[a.mode](c)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 import runpy
@@ -17,6 +18,7 @@ from tests.helpers import own_data, small_model
 from uni_moe_jax import config
 from uni_moe_jax.config import validate
 from uni_moe_jax.config.plan import make_plan
+from uni_moe_jax.data.files import prepare
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.router_names import ROUTERS
@@ -158,6 +160,20 @@ def test_all_tasks_per_step_have_the_batches_and_weights_that_drawing_would_give
 def test_a_wrong_argument_is_an_error_with_its_choices(name, arg, message):
   with pytest.raises(UsageError, match=f'{name}:{arg}: {message}'):
     _config(name, arg)
+
+
+def test_own_data_that_gives_no_task_is_refused_with_its_columns(tmp_path):
+  """Also beside data that gives one: of two sources, one would be left out without a word."""
+  pets, _ = own_data.write(tmp_path)
+  (version := tmp_path / 'own/art/1.0.0').mkdir(parents=True)
+  (version / 'prepared.json').write_text(json.dumps({
+      'format': prepare.FORMAT, 'columns': {'image': 'image', 'text': 'text', 'style': 'class'}, 'splits': {'train': 9},
+      'classes': {'style': {'names': ['modern'], 'counts': {'train': [9]}}}, 'text_bytes': {'97 %': [20]}}))
+  for sources in (version.parent, f'{pets}+{version.parent}'):
+    with pytest.raises(UsageError, match=r'columns of art, which are image \(image\), text \(text\), style \(class\): '
+                                         r".*need captions \(the field 'caption'"):
+      _config('own', f'sources={sources}')
+  assert set(_config('own', f'sources={pets}').tasks) == {'pets_retrieval', 'pets_caption', 'pets_breed'}
 
 
 def test_a_benchmark_at_another_image_size_keeps_patches_in_place():
