@@ -276,6 +276,16 @@ def test_fast_resized_levels_equal_those_computed_by_hand_on_both_axes(before, s
     np.testing.assert_array_equal(made, np.moveaxis(expected, 0, axis))
 
 
+@pytest.mark.parametrize('resize', ['fast', 'pillow'])
+def test_a_webp_in_shades_of_gray_is_that_of_a_png(resize):
+  """A gray level is 0.299 R + 0.587 G + 0.114 B: of pure colors 76, 150 and 29."""
+  image = np.repeat(np.eye(3, dtype=np.uint8)[None] * 255, 3, 0)
+  for file_format in ('WEBP', 'PNG'):
+    made = image_transforms.read(_encode(image, file_format, lossless=True), 1, 3, None, 'resize_crop', resize)
+    np.testing.assert_allclose(made, np.tile(np.array([[76], [150], [29]]), (3, 1, 1)), atol=1)
+    assert made.dtype == np.uint8
+
+
 @pytest.mark.parametrize('crop, share', [('resize_crop', 1), ('random_resized_crop', 224 / 256)])
 def test_fast_evaluation_takes_the_same_center(crop, share):
   image = np.stack([_coordinates(96, 160)[..., 0]] * 3, -1)

@@ -53,7 +53,7 @@ def read(encoded: tf.Tensor, channels: int, size: int, draw: Draw | None, crop: 
     resize: 'pillow' or 'fast', see above.
   """
   if resize == 'pillow':
-    return resize_and_crop(tf.io.decode_image(encoded, channels, expand_animations=False), size, draw, crop)
+    return resize_and_crop(_decode(encoded, channels), size, draw, crop)
 
   def decode_part():
     corner, sides = part(tf.io.extract_jpeg_shape(encoded)[:2], size, draw, crop)
@@ -63,12 +63,24 @@ def read(encoded: tf.Tensor, channels: int, size: int, draw: Draw | None, crop: 
         lambda ratio=ratio: tf.io.decode_and_crop_jpeg(encoded, window, channels, ratio) for ratio in _RATIOS])
 
   def decode_all():
-    image = tf.io.decode_image(encoded, channels, expand_animations=False)
+    image = _decode(encoded, channels)
     return _slice(image, *part(tf.shape(image)[:2], size, draw, crop))
 
   is_jpeg = tf.strings.substr(encoded, 0, len(_JPEG_MAGIC)) == _JPEG_MAGIC
   image = tf.ensure_shape(tf.cond(is_jpeg, decode_part, decode_all), [None, None, channels])
   return _fit(image, tf.shape(image)[:2], size)
+
+
+def _decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
+  """uint8 [H, W, channels]."""
+  def decode(channels):
+    return tf.ensure_shape(tf.io.decode_image(encoded, channels, expand_animations=False), [None, None, channels])
+
+  if channels != 1:
+    return decode(channels)
+  # TensorFlow decodes WebP to colors only.
+  is_webp = tf.strings.substr(encoded, 0, 4) + tf.strings.substr(encoded, 8, 4) == b'RIFFWEBP'
+  return tf.cond(is_webp, lambda: tf.image.rgb_to_grayscale(decode(3)), lambda: decode(1))
 
 
 def are_png(encoded: tf.Tensor) -> tf.Tensor:
