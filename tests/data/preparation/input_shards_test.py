@@ -116,16 +116,18 @@ def test_images_of_parquet_are_bytes_or_paths(tmp_path):
   own_files.write_image(tmp_path / 'in/here.png', 'blue', 1)
   pq.write_table(pa.table({'jpg': [_image(0), None, b'no image'], 'caption': ['one', 'two', 'three'],
                            'similarity': [0.5, 0.25, float('nan')]}), tmp_path / 'in/train-0.parquet')
-  pq.write_table(pa.table({'image': [{'bytes': _image(1), 'path': 'x.jpg'}], 'caption': ['four']}),
+  pq.write_table(pa.table({
+      'image': [{'bytes': _image(1), 'path': 'x.jpg'}, {'bytes': None, 'path': 'here.png'},
+                {'bytes': None, 'path': None}], 'caption': ['four', 'seven', 'eight'], 'split': [None, 'test', None]}),
                  tmp_path / 'in/train-1.parquet')
   pq.write_table(pa.table({
       'image': ['here.png', 'gone.png', 'https://x.example/y.jpg'], 'caption': ['five', 'six', None],
       'split': ['test', None, None]}), tmp_path / 'in/train-2.parquet')
   summary, records = _prepare(tmp_path / 'in', tmp_path)
   assert [(r['image'], r['captions']) for r in records] == [(_image(0), ('one',)), (_image(1), ('four',))]
-  assert [r['captions'] for r in _read_all(tmp_path / 'data', split='test')] == [('five',)]
+  assert [r['captions'] for r in _read_all(tmp_path / 'data', split='test')] == [('seven',), ('five',)]
   assert _skipped(summary) == {
-      'no image': ['train-0.parquet:2'], 'not an image': ['train-0.parquet:3'],
+      'no image': ['train-0.parquet:2', 'train-1.parquet:3'], 'not an image': ['train-0.parquet:3'],
       'missing file': ['train-2.parquet:2'],
       'a URL, which is not fetched (img2dataset downloads images)': ['train-2.parquet:3']}
 

@@ -2,7 +2,8 @@
 
 Sample KEY of a tar file is its consecutive members KEY.jpg (or another image or video), KEY.txt (a caption), KEY.json
 (fields as in .jsonl) and KEY.cls (a class). A row of a Parquet file has fields as in .jsonl; an image or video may be
-bytes, in a column of that name or of a file suffix ('jpg'), or of the type {bytes, path}.
+bytes, in a column of that name or of a file suffix ('jpg'), or of the type {bytes, path}; without bytes, it is the file
+at the path.
 """
 
 import dataclasses
@@ -177,7 +178,10 @@ def _parquet_row(
     if media_type := name if name in formats.MEDIA_TYPES else formats.media_type_of(f'.{name}'):
       if is_file or isinstance(field, bytes):
         content.append((media_type, field['bytes'] if is_file else field))
-      if not isinstance(field, str):
+      path = field.get('path') if isinstance(field, dict) and not is_file else None
+      if name in formats.MEDIA_TYPES and isinstance(path, str):
+        value[name] = path
+      elif not isinstance(field, str):
         del value[name]
   try:
     if len(content) > 1:
