@@ -144,7 +144,10 @@ def claim_workdir(
     extended = extends and _extends(workdir, old['config'], plain)
     changed = [] if extended else differences(old['config'], plain)
     if fingerprint is not None and old['data'] != fingerprint and not changed:
-      changed = ['the data (its fingerprint)']
+      raise UsageError(
+          f'workdir {workdir} belongs to a run with other data, by its fingerprint: since it started, the data of a '
+          'source was prepared again, or got a newer version, which is the one that runs read. Restore that data, for '
+          'example by moving the newer version to another folder, or give another --workdir.')
     if inputs is not None and old['inputs'] not in (None, inputs) and not changed:
       changed = ['the content of the tokenizer file, or of a file of class names']
     if changed:
