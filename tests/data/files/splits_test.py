@@ -179,6 +179,20 @@ def test_few_groups_stay_in_training_and_an_empty_split_is_reported(tmp_path):
   assert 'warning: there is no split train' in describe(summary)
 
 
+@pytest.mark.parametrize('file, field, warns', [
+    ('train.jsonl', None, True), ('data.jsonl', 'train', True), ('data.jsonl', None, False)])
+def test_data_of_which_all_rows_name_the_split_train_has_a_warning(tmp_path, file, field, warns):
+  rows = [{'text': f'text {i}', 'label': f'{i % 2}', 'split': field} for i in range(40)]
+  own_files.write_jsonl(tmp_path / file, rows)
+  summary = prepare.prepare(tmp_path / file, tmp_path, 'texts')
+  assert ('warning: every row is in the split train, ' in describe(summary)) == warns
+  assert ('test' in summary['splits']) != warns
+  summary = prepare.prepare(tmp_path / file, tmp_path, 'unheld', test_fraction=0)
+  assert not summary['warnings'] and summary['splits'] == {'train': 40}
+  own_files.write_jsonl(tmp_path / file, rows + [{'text': 'one', 'label': '1', 'split': 'validation'}])
+  assert not prepare.prepare(tmp_path / file, tmp_path, 'named')['warnings']
+
+
 def test_lines_of_a_document_stay_in_one_split(tmp_path):
   lines = (f'line {i} of it\n' * 2 if i % 2 else f'line {i} of it' for i in range(400))
   (tmp_path / 'book.txt').write_text('\n'.join(lines))

@@ -20,6 +20,9 @@ def summarize(merged: Merged, test_fraction: float) -> dict[str, Any]:
   elif test_fraction and 'test' not in splits and not merged.names_splits:
     warnings.append(f'the split test is empty with --test_fraction={test_fraction}: too few groups; raise it, or name '
                     'the split of each row')
+  elif test_fraction and merged.names_splits and len(splits) == 1:
+    warnings.append('every row is in the split train, which its field or the name of its file names, so that nothing '
+                    'is held out; to evaluate, rename that file (train.jsonl to data.jsonl), or name other splits')
   count = lambda column, split: [merged.class_counts[column][name, SPLITS.index(split)]
                                  for name in merged.classes[column]]
   return {
