@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import pathlib
 import shutil
 
 import numpy as np
@@ -67,6 +68,21 @@ def test_the_inputs_fingerprint_depends_on_the_content_of_tokenizer_and_class_na
     file.write(b'\xc0\x3e\x01')  # an unknown field, as another version of the library may write
   changed = data()
   assert changed.inputs_fingerprint != first.inputs_fingerprint and changed.fingerprint == first.fingerprint
+
+
+def test_where_nothing_can_be_written_the_tokenizer_is_trained_for_this_process(tmp_path, capsys):
+  for path in pathlib.Path(tiny.data_dir()).iterdir():
+    if path.name != 'tokenizers':
+      (tmp_path / path.name).symlink_to(path)
+  (tmp_path / 'tokenizers').write_text('')
+  expected, data = _data(), _data(dir=str(tmp_path))
+  assert f'note: {tmp_path}/tokenizers cannot be written (File exists)' in capsys.readouterr().err
+  assert data.tokenizer.fingerprint == expected.tokenizer.fingerprint and data.fingerprint == expected.fingerprint
+  assert data.tokenizer_file.read_bytes() == expected.tokenizer_file.read_bytes()
+  assert not data.tokenizer_file.is_relative_to(tmp_path)
+  (tmp_path / 'tokenizers').unlink()
+  assert _data(dir=str(tmp_path)).tokenizer_file.parent == tmp_path / 'tokenizers'
+  assert not capsys.readouterr().err
 
 
 def test_a_missing_merges_file_is_an_error_that_names_the_field(tmp_path):

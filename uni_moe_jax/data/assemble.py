@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import sys
+import tempfile
 
 import ml_collections
 
@@ -18,7 +20,7 @@ from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.target_sets import TargetSet, build_target_set
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
 from uni_moe_jax.utils import storage
-from uni_moe_jax.utils.errors import MissingFileError, UsageError
+from uni_moe_jax.utils.errors import MissingFileError, UsageError, disk_is_full
 from uni_moe_jax.utils.suggest import nearest
 
 # Records of a source in files from which a tokenizer is trained; reading a text with its image or video takes longer.
@@ -150,12 +152,21 @@ class Data:
     size = f'{c.vocab_size} or fewer' if c.allow_smaller_vocab else str(c.vocab_size)
     digest = hashlib.sha256('\0'.join([size, *texts]).encode()).hexdigest()[:24]
     path = expand(self.dir) / 'tokenizers' / f'{digest}.model'
-    if not path.exists():
-      try:
-        SentencePieceTokenizer.train(texts, path, c.vocab_size, c.allow_smaller_vocab)
-      except ValueError as e:
-        raise UsageError(f'config.tokenizer.vocab_size={c.vocab_size}: {e}') from e
-    return SentencePieceTokenizer(path), path, digest
+    if path.exists():
+      return SentencePieceTokenizer(path), path, digest
+    train = lambda path: SentencePieceTokenizer.train(texts, path, c.vocab_size, c.allow_smaller_vocab)
+    try:
+      return train(path), path, digest
+    except ValueError as e:
+      raise UsageError(f'config.tokenizer.vocab_size={c.vocab_size}: {e}') from e
+    except OSError as e:
+      if disk_is_full(e):
+        raise
+      print(f'note: {path.parent} cannot be written ({e.strerror}), so that the tokenizer is trained at every start.',
+            file=sys.stderr, flush=True)
+    self._own_folder = tempfile.TemporaryDirectory()  # for as long as this data is used
+    path = pathlib.Path(self._own_folder.name, path.name)
+    return train(path), path, digest
 
 
 def _texts(records: Records | FileDataset) -> list[str]:

@@ -118,16 +118,16 @@ class SentencePieceTokenizer(Tokenizer):
         message contains the bound.
     """
     model, options = io.BytesIO(), {'hard_vocab_limit': False} if allow_smaller_vocab else {}
-    try:
-      sentencepiece.SentencePieceTrainer.train(
-          sentence_iterator=itertools.chain.from_iterable(map(_parts, texts)), model_writer=model,
-          vocab_size=vocab_size, **_TRAINER, **options)
-    except RuntimeError as error:
-      raise UsageError(f'These texts cannot give a vocabulary of {vocab_size} pieces: {error}') from error
     model_file = pathlib.Path(model_file)
     model_file.parent.mkdir(parents=True, exist_ok=True)
     # Processes on several hosts may train the same tokenizer at the same time: each writes in a folder of its own.
     with tempfile.TemporaryDirectory(dir=model_file.parent) as folder:
+      try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=itertools.chain.from_iterable(map(_parts, texts)), model_writer=model,
+            vocab_size=vocab_size, **_TRAINER, **options)
+      except RuntimeError as error:
+        raise UsageError(f'These texts cannot give a vocabulary of {vocab_size} pieces: {error}') from error
       unfinished = pathlib.Path(folder) / model_file.name
       unfinished.write_bytes(model.getvalue())
       unfinished.replace(model_file)
