@@ -61,6 +61,22 @@ def test_splits_without_labels_or_captions_differ_from_those_that_have_some(tmp_
   assert summary['captioned'] == {'train': 5, 'test': 0}
 
 
+@pytest.mark.parametrize('field', ['caption', 'label'])
+def test_several_rows_with_captions_of_one_image_give_a_warning(tmp_path, field):
+  """As in tables with a caption per row; questions or classes of one image are several examples."""
+  for i in range(6):
+    own_files.write_image(tmp_path / f'in/{i % 5}.png', 'red', i % 5)
+  (tmp_path / 'in/copy.png').write_bytes((tmp_path / 'in/0.png').read_bytes())
+  rows = [{'image': f'{i % 5}.png', field: f'{i}'} for i in range(12)] + [{'image': 'copy.png', field: 'one more'}]
+  summary = _prepare(tmp_path, rows, 'shared', test_fraction=0)
+  assert summary['splits'] == {'train': 13}
+  # 0, 5, 10 and the copy; 1, 6, 11; 2, 7; 3, 8; 4, 9
+  expected = [warning for warning in summary['warnings'] if warning.startswith('8 rows with captions have the image')]
+  assert expected == summary['warnings'] and len(expected) == (field == 'caption')
+  rows = [{'image': f'{i}.png', 'captions': ['one', 'two']} for i in range(5)]
+  assert not _prepare(tmp_path, rows, 'listed', test_fraction=0)['warnings']
+
+
 def test_bytes_of_texts_are_those_of_the_longest_caption_or_of_the_text_columns_together(tmp_path):
   (tmp_path / 'in').mkdir()
   pairs = _prepare(tmp_path, [{'text_a': 'x' * i, 'text_b': 'yy', 'label': i} for i in range(1, 101)], 'pairs')

@@ -44,6 +44,7 @@ class Merged:
     class_counts: class column → {(name, split index): rows}.
     dropped: index of a signature → fields that its rows lose.
     captioned: split → number of its examples with captions.
+    rows_of_one_image: number of rows with captions of an image or a video that an earlier row has captions of, too.
     sizes, num_captions, text_bytes, rewritten, dropped_fields: how often each occurs in examples.
   """
   rows: Column
@@ -63,6 +64,7 @@ class Merged:
   dropped_fields: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   skipped: Skipped = dataclasses.field(default_factory=dict)
   groups_in_several_splits: int = 0
+  rows_of_one_image: int = 0
 
 
 class Merge:
@@ -90,6 +92,7 @@ class Merge:
     self._skip_repeated()
     self._count_skipped(max_corrupt_fraction, source)
     self._assign_splits(test_fraction)
+    self._count_rows_of_one_image()
     self._count_values()
     return self._result
 
@@ -255,6 +258,13 @@ class Merge:
                                             ('high', lambda _, rows: -_named(rows)), ('first', lambda ids, _: ids)))
     self._result.groups_in_several_splits = sum(
         int(((low[ids] != -high[ids]) & (first[ids] == ids)).sum()) for ids, _ in self._valid())
+
+  def _count_rows_of_one_image(self) -> None:
+    if self._media_type:
+      first = self._smallest('first', ((ids[captioned], rows['content'][captioned], ids[captioned])
+                                       for ids, rows in self._valid() for captioned in [rows['captions'] > 0]))
+      self._result.rows_of_one_image = sum(
+          int((first[ids] != ids)[rows['captions'] > 0].sum()) for ids, rows in self._valid())
 
   def _count_values(self) -> None:
     """Finds columns and classes: the values of 'label' and of fields whose values occur at least twice on average."""
