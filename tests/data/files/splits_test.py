@@ -108,6 +108,14 @@ def test_of_rows_that_are_equal_but_for_their_splits_the_last_split_has_one(tmp_
   assert summary['splits'] == {'train': 1} and summary['skipped']['duplicate']['count'] == 1
 
 
+def test_lists_of_words_are_compared_where_rows_have_no_other_text(tmp_path):
+  rows = [{'words': [f'word {i}', 'x'], 'label': f'{i % 2}', 'split': 'test' if i > 8 else 'train'} for i in range(12)]
+  own_files.write_jsonl(tmp_path / 'all.jsonl', [*rows, {**rows[10], 'split': 'train'}])
+  summary = prepare.prepare(tmp_path / 'all.jsonl', tmp_path, 'words')
+  assert summary['splits'] == {'train': 9, 'test': 3}
+  assert summary['skipped'] == {"same text as in split 'test'": {'count': 1, 'first': ['all.jsonl:13']}}
+
+
 def test_an_image_that_differs_in_one_pixel_is_no_copy(tmp_path):
   _leaky(tmp_path / 'in')
   for path in (tmp_path / 'in/train').glob('copy*'):

@@ -162,8 +162,9 @@ def _key(row: Row) -> int:
 def _compared(row: Row, content: media.Media) -> int:
   if row.media_type:
     return int.from_bytes(content.digest[:8])
+  text = [row.texts.get(name) for name in formats.TEXT_FIELDS]
   # Running text may repeat itself.
-  return digest_of([row.texts.get(name) for name in formats.TEXT_FIELDS]) if row.labels else 0
+  return digest_of(text if any(text) else sorted(row.texts.items())) if row.labels else 0
 
 
 def _text_bytes(texts: Mapping[str, Any]) -> int:
