@@ -172,6 +172,15 @@ def test_a_wrong_repository_is_reported_before_anything_is_written(exported, nam
     hub.push(exported, name)
 
 
+@pytest.mark.parametrize('name', ['me/a--b', 'me/a..b', 'me/model.git', 'me/model-', f'me/{"x" * 97}'])
+def test_a_name_that_the_hub_never_gives_is_one_sentence_before_the_export(exported, name):
+  with pytest.raises(UsageError, match=rf"--push_to_hub='{name}' is no repository of the Hub: OWNER and NAME have at"):
+    hub.check_push(name, exported)
+  with pytest.raises(UsageError, match=f"config.train.init='{name}' is no repository"):
+    hub.pinned(f'hf:{name}@v1', 'config.train.init')
+  hub.check_push(f'me/{"x" * 96}', exported)
+
+
 def test_a_folder_in_a_bucket_is_not_uploaded():
   with pytest.raises(UsageError, match=r"uploads from a disk, and --output='gs://b/x' is in a bucket; give a local"):
     hub.check_push('me/model', 'gs://b/x')

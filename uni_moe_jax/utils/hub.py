@@ -85,6 +85,13 @@ def _check(repository: str, name: str) -> None:
     raise UsageError(f'{name}={repository!r} is no repository of the Hub; write OWNER/NAME.')
   if importlib.util.find_spec('huggingface_hub') is None:
     raise UsageError(f"{name}={repository!r} needs the package huggingface_hub: pip install 'uni-moe-jax[hub]'.")
+  from huggingface_hub import errors, utils  # pylint: disable=g-import-not-at-top
+  try:
+    utils.validate_repo_id(repository)
+  except errors.HFValidationError:  # its sentences are about Python's arguments
+    raise UsageError(f'{name}={repository!r} is no repository of the Hub: OWNER and NAME have at most 96 characters, '
+                     "do not end with '-' or '.', and contain no '--' and no '..'; NAME does not end with '.git'."
+                     ) from None
 
 
 def _parts(address: str, name: str) -> tuple[str, str | None, str | None]:
