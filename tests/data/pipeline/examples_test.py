@@ -13,6 +13,8 @@ from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.examples import Builder
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
+from uni_moe_jax.tasks.task_types import Segment
+from uni_moe_jax.utils.errors import UsageError
 
 SETS = {
     'shapes': tiny.CLASSES, 'motions': tiny.MOTIONS, 'packages': tiny.PACKAGES, 'answers': ('no', 'yes'), 'words': ()}
@@ -223,3 +225,15 @@ def test_unknown_classes_and_a_source_without_labels_are_reported():
   empty = Records({**tiny.records('paragraphs').columns, 'package': np.full(24, '')})
   with pytest.raises(ValueError, match=r"no record of source 'paragraphs', split 'train', has a 'package'"):
     _build('package', records=empty)
+
+
+@pytest.mark.parametrize('name, changes, message', [
+    ('package', dict(readout='cls'), "has a text segment, but examples with readout 'cls' have no input of it; fill a"),
+    ('caption', dict(readout='cls'), "has a text segment, but examples with readout 'cls'"),
+    ('text', dict(inputs=(Segment('visual'), Segment('text'))),
+     "has a visual segment, but examples with readout 'masked' have no input of it; leave the segment out")])
+def test_a_task_type_with_an_input_that_no_example_has_is_an_error(name, changes, message):
+  task_type = dataclasses.replace(_task(name).type, name='own', **changes)
+  with pytest.raises(UsageError, match=rf"config\.tasks\.{name}: task type 'own' {message}"):
+    _build(name, type=task_type)
+  _build(name)

@@ -31,7 +31,7 @@ from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
 from uni_moe_jax.data.files.video_processes import VideoProcesses
 from uni_moe_jax.data.pipeline import hashing, in_flight, words
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
-from uni_moe_jax.data.pipeline.examples import Examples, Features, mask_maker, move_images, subset
+from uni_moe_jax.data.pipeline.examples import Examples, Features, check_segments, mask_maker, move_images, subset
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.utils import cores, templates
 from uni_moe_jax.utils.errors import UsageError
@@ -62,6 +62,7 @@ class FileExampleBuilder:
 
   def build(self, task: TaskSpec, records: FileDataset) -> Examples:
     """Examples of a task over one split. Raises UsageError if the config does not fit the source."""
+    check_segments(task)
     corrupt_counter = CorruptExampleCounter(f'tasks.{task.name}', self.max_corrupt_fraction if self.training else 0.0)
     if task.type.readout == 'masked':
       return self._masked(task, records, corrupt_counter)

@@ -112,6 +112,18 @@ def example_ids(records: Records, task: TaskSpec, seed: int | None = None) -> np
   return indices if seed is None else subset(indices, labels, task, seed)
 
 
+def check_segments(task: TaskSpec) -> None:
+  """Raises UsageError for a task type of the config that reads a segment which examples with its readout lack."""
+  t = task.type
+  for readout, wrong, lacking, fix in (
+      ('cls', t.text_index is not None, 'text', "fill a template and read it at its slot (readout 'slot'), or leave the "
+                                                'segment out'),
+      ('masked', t.visual, 'visual', 'leave the segment out')):
+    if t.readout == readout and wrong:
+      raise UsageError(f'config.tasks.{task.name}: task type {t.name!r} has a {lacking} segment, but examples with '
+                       f'readout {readout!r} have no input of it; {fix}.')
+
+
 def mask_maker(make_text: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], task: TaskSpec, tokenizer: Tokenizer,
                training: bool, random_special_tokens: bool) -> MakeFeatures:
   """Returns the function that makes the features of masked language modeling; the flags are those of `Builder`.
@@ -142,6 +154,7 @@ class Builder:
 
   def build(self, task: TaskSpec, records: Records) -> Examples:
     """Builds a task's examples of a split. Raises UsageError for columns and classes that the records do not have."""
+    check_segments(task)
     makers, labels = [], None
     if task.type.has_classes:
       labels = class_indices(records, task, self.classes[task.target_set])
