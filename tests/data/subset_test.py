@@ -9,6 +9,7 @@ from tests.helpers import tiny
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.pipeline.examples import subset
+from uni_moe_jax.utils.errors import UsageError
 
 _IDS = np.arange(100, 130)
 _LABELS = np.array([0] * 20 + [1] * 8 + [2] * 2)
@@ -18,9 +19,9 @@ def _subset(labels=_LABELS, seed=3, **changes):
   return subset(_IDS, labels, dataclasses.replace(make_plan(tiny.config('shape')).tasks[0], **changes), seed)
 
 
-def _examples(name, train_fraction, training=True):
+def _examples(name, train_fraction=1.0, training=True, **fields):
   config = tiny.config(name, data_dir=tiny.data_dir())
-  config.tasks[name].train_fraction = train_fraction
+  config.tasks[name].update(dict(train_fraction=train_fraction, **fields))
   plan = make_plan(config)
   return Data(config, plan).examples(plan.tasks[0], training=training)
 
@@ -55,6 +56,14 @@ def test_the_subset_depends_on_the_seed_alone():
 def test_training_reads_the_subset_and_evaluation_all_examples(name):
   assert _examples(name, .5).size < _examples(name, 1.0).size
   assert _examples(name, .5, training=False).size == _examples(name, 1.0, training=False).size
+
+
+@pytest.mark.parametrize('name', ['shape', 'caption', 'pair'])
+def test_shots_are_of_each_class_also_where_the_task_has_no_classes(name):
+  assert _examples(name, shots=2, label_column='class').size == 2 * len(tiny.CLASSES) < _examples(name).size
+  assert _examples(name, shots=2, label_column='class', training=False).size == _examples(name, training=False).size
+  with pytest.raises(UsageError, match=rf"config\.tasks\.{name}\.label_column='clas' is no column; did you mean 'cl"):
+    _examples(name, shots=2, label_column='clas')
 
 
 def test_a_subset_contains_unchanged_examples():

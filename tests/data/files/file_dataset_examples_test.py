@@ -360,6 +360,7 @@ def test_every_field_of_a_file_can_be_used_in_templates(name, tmp_path):
     ('moves', dict(num_frames=0), 'num_frames=0: source .* has videos'),
     ('book', dict(label_column='texts'), "no text column 'texts'"),
     ('book', dict(train_fraction=0.5), 'train_fraction=0.5: text in files is read as a stream'),
+    ('book', dict(shots=2, label_column='text'), 'shots=2: text in files is read as a stream'),
     ('color', dict(source='own:pairs', target_set='answers', label_column='label'), 'neither images nor videos')])
 def test_a_config_that_does_not_fit_its_source_is_an_error(run, name, changes, message):
   with pytest.raises(ValueError, match=message):

@@ -75,10 +75,11 @@ class FileExampleBuilder:
                     records.prefetch and (lambda ids: records.prefetch(batch.keep[ids])), batch.make_undamaged)
 
   def _masked(self, task: TaskSpec, records: FileDataset, corrupt_counter: CorruptExampleCounter) -> Examples:
-    if self.training and task.train_fraction < 1:
-      raise UsageError(
-          f'config.tasks.{task.name}.train_fraction={task.train_fraction}: text in files is read as a stream, of '
-          'which no fraction can be taken; set it to 1, or prepare a smaller file.')
+    for field, off in dict(train_fraction=1, shots=0).items() if self.training else ():
+      if (value := getattr(task, field)) != off:
+        raise UsageError(
+            f'config.tasks.{task.name}.{field}={value}: text in files is read as a stream, of which no part can be '
+            f'taken; set it to {off}, or prepare a smaller file.')
     read = file_dataset_features.running_text(task, records, self.tokenizer, self.training, corrupt_counter)
 
     def read_undamaged(ids, hashes):

@@ -100,12 +100,15 @@ def subset(indices: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed:
 
 
 def example_ids(records: Records, task: TaskSpec, seed: int | None = None) -> np.ndarray:
-  """Returns the indices of the records that are examples of a task: for classification, those with a class.
+  """Returns the indices of the records that are examples of a task: for classification and `shots`, those with a class.
 
-  With the seed of a run that trains on them, only of its subset.
+  With the seed of a run that trains on them, only of its subset. Raises UsageError for `shots` without their column.
   """
   indices, labels = np.arange(records.size), None
-  if task.type.has_classes:
+  if task.type.has_classes or task.shots and seed is not None:
+    if task.label_column not in records.columns:
+      raise UsageError(f'config.tasks.{task.name}.label_column={task.label_column!r} is no column; '
+                       f'{nearest(task.label_column, records.columns)}.')
     column = records.columns[task.label_column]
     indices = np.flatnonzero(column != '')
     labels = column[indices]
@@ -116,8 +119,8 @@ def check_segments(task: TaskSpec) -> None:
   """Raises UsageError for a task type of the config that reads a segment which examples with its readout lack."""
   t = task.type
   for readout, wrong, lacking, fix in (
-      ('cls', t.text_index is not None, 'text', "fill a template and read it at its slot (readout 'slot'), or leave the "
-                                                'segment out'),
+      ('cls', t.text_index is not None, 'text',
+       "fill a template and read it at its slot (readout 'slot'), or leave the segment out"),
       ('masked', t.visual, 'visual', 'leave the segment out')):
     if t.readout == readout and wrong:
       raise UsageError(f'config.tasks.{task.name}: task type {t.name!r} has a {lacking} segment, but examples with '
