@@ -136,6 +136,13 @@ _FIELD_ERRORS = [
     ('tasks.shape.min_crop_area', 0.5, r"needs config\.tasks\.shape\.crop='random_resized_crop', not 'resize_crop'"),
     ('tasks.shape.min_crop_area', 0.0, 'must be '),
     ('tasks.shape.randaugment', 11.0, r'must be in \[0, 10\]; 0 is off'),
+    ('tasks.shape.randaugment', 9.0,
+     r"is for sources in files \('own:NAME', 'tfds:NAME'\), and 'glyphs' is in memory\. Set it to 0\.0"),
+    ('tasks.shape.random_flip', True, 'is for sources in files .*Set it to False'),
+    ('tasks.shape.crop', 'jittered_crop', "is for sources in files .*Set it to 'resize_crop'"),
+    ('tasks.shape.single_answer', True, 'is for sources in files .*Set it to False'),
+    ('tasks.text.random_flip', True, r"is for images and videos; task type 'text_mlm' has none\. Set it to False",
+     {'tasks.text.source': 'own:book'}),
     ('tasks.package.temperature', 'text_classification', ': no trained task has this group',
      {'tasks.package.batch_size': 0}),
     # Target families of the config.
@@ -218,6 +225,8 @@ _VALIDATION = _evaluator('mlm', 'text', split='validation', during_training=True
     ({'tasks.package.max_shift': 1},
      r"config\.tasks\.package\.max_shift=1 moves images; .*'text_classification' has none\. Set it to 0"),
     ({'tasks.text.max_affine': .1}, r"config\.tasks\.text\.max_affine=0\.1 moves images; .*'text_mlm' has none"),
+    ({'tasks.shape.source': 'own:pets', 'tasks.shape.crop': 'jittered_crop', 'tasks.shape.random_flip': True,
+      'tasks.shape.randaugment': 9.0, 'tasks.shape.single_answer': True}, None),
     ({'model.posemb': 'learned', 'model.posemb_scale': .5},
      r"config\.model\.posemb_scale=0\.5 changes computed positions; with posemb='learned' set it to 1"),
     # Task types and families of the config.

@@ -137,6 +137,17 @@ def test_images_and_videos_that_the_model_does_not_accept_are_an_error(name, cha
     Data(config, plan).examples(task)
 
 
+def test_a_source_in_memory_shows_all_its_frames_and_no_other_number(name='motion'):
+  config = tiny.config(name, 'text', data_dir=tiny.data_dir())
+  for num_frames in (0, tiny.NUM_FRAMES):
+    config.tasks[name].num_frames = num_frames
+    plan = make_plan(config)
+    Data(config, plan).examples(next(t for t in plan.tasks if t.name == name))
+  config.tasks[name].num_frames = 2
+  with pytest.raises(ValueError, match=r"motion\.num_frames=2: source 'videos' is in memory, and all its 3 frame"):
+    Data(config, plan := make_plan(config)).examples(next(t for t in plan.tasks if t.name == name))
+
+
 def test_a_vocabulary_too_large_for_the_text_is_an_error_that_names_the_field():
   config = tiny.config('text', data_dir=tiny.data_dir())
   config.tokenizer.vocab_size = 100_000

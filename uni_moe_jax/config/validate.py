@@ -13,6 +13,8 @@ from uni_moe_jax.tasks.task_types import TaskType
 _TOKEN_ROUTER_FIELDS = (
     'experts_per_condition', 'capacity_factor', 'balance_loss_weight', 'importance_loss_weight', 'z_loss_weight')
 
+_OF_IMAGES = ('crop', 'random_flip', 'randaugment', 'random_erasing')  # fields of tasks on sources in files
+
 
 def check_sections(c: Config) -> None:
   """Raise UsageError if fields of the sections of a config contradict each other."""
@@ -200,6 +202,14 @@ def check_task(name: str, t: TaskConfig, task_type: TaskType, c: Config) -> None
           f"{field}.mirrored_words={t.mirrored_words} must contain pairs of words, for example (('left', 'right'),).")
   fail_if(t.single_answer and not task_type.has_classes,
           f'{field}.single_answer=True is for task types with answers; {task_type.name!r} has none. Set it to False.')
+  for field_name in (*_OF_IMAGES, 'single_answer'):
+    value, off = getattr(t, field_name), getattr(TaskConfig, field_name)
+    fail_if(value != off and field_name in _OF_IMAGES and not task_type.visual,
+            f'{field}.{field_name}={value!r} is for images and videos; task type {task_type.name!r} has none. Set it '
+            f'to {off!r}.')
+    fail_if(value != off and ':' not in t.source,
+            f"{field}.{field_name}={value!r} is for sources in files ('own:NAME', 'tfds:NAME'), and {t.source!r} is in "
+            f'memory. Set it to {off!r}.')
   fail_if(t.mixes and not (task_type.visual and task_type.readout == 'cls' and not pair),
           f'{field}: mixup_alpha={t.mixup_alpha}, cutmix_alpha={t.cutmix_alpha} mix images and their classes; task '
           f'type {task_type.name!r} has none. Set them to 0.')

@@ -110,8 +110,12 @@ class Data:
     return self._builders[training].build(task, records)
 
   def _check_size(self, task: TaskSpec, shape: tuple[int, ...]) -> None:
-    """Raises UsageError for images [H, W] or videos [T, H, W] that the model does not accept."""
+    """Raises UsageError for images [H, W] or videos [T, H, W] that the model or the task does not accept."""
     T, H, W = (1, *shape)[-3:]
+    if task.num_frames not in (0, T):
+      raise UsageError(
+          f'config.tasks.{task.name}.num_frames={task.num_frames}: source {task.source!r} is in memory, and all its '
+          f'{T} frame(s) are seen; set it to 0.')
     size, max_frames = self._model.image_size, self._model.max_num_frames
     if (H, W) != (size, size) or T > max_frames:
       raise UsageError(

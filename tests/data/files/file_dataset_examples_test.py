@@ -358,6 +358,8 @@ def test_every_field_of_a_file_can_be_used_in_templates(name, tmp_path):
     ('color', dict(label_column='colour'), "label_column='colour' is not a column of classes.*did you mean 'color'"),
     ('color', dict(target_set='moves'), "class 'blue' of source 'own:colors' is not in the target set"),
     ('moves', dict(num_frames=0), 'num_frames=0: source .* has videos'),
+    ('moves', dict(randaugment=9.0), 'randaugment=9.0: source .* has videos, and it is for images; set it to 0'),
+    ('moves', dict(random_erasing=0.2), 'random_erasing=0.2: source .* has videos'),
     ('book', dict(label_column='texts'), "no text column 'texts'"),
     ('book', dict(train_fraction=0.5), 'train_fraction=0.5: text in files is read as a stream'),
     ('book', dict(shots=2, label_column='text'), 'shots=2: text in files is read as a stream'),
