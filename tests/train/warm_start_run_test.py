@@ -10,10 +10,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests.helpers import saved_run, tiny
+from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
 from uni_moe_jax.model.embedders import sincos_table
 from uni_moe_jax.train import loop, trained_run, workdir
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path
 
 _NEW = {'embed/prompts/input', 'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight'}
@@ -192,3 +194,23 @@ def test_a_run_without_a_checkpoint_has_the_tokenizer_of_its_parent_not_a_copy(t
   folder = tuned[0]
   shutil.rmtree(folder / 'checkpoints')
   assert _build(folder, workdir=folder).data.tokenizer_file == pathlib.Path('parent/tokenizer.model')
+
+
+def test_parameters_of_a_run_are_not_read_with_another_tokenizer_of_the_same_size(tuned, tmp_path):
+  other = tmp_path / 'other.model'
+  config = workdir.load_config(tuned[0])
+  texts = [f'{a}{b}{a}{c}' for a in 'ABCDEFGH' for b in 'JKLMNPQR' for c in 'STUVWXYZ']  # none is a word of the parent
+  SentencePieceTokenizer.train(texts, other, config.tokenizer.vocab_size)
+  config.tokenizer.path = str(other)
+  with pytest.raises(UsageError, match=r"config\.tokenizer\.path='.*other\.model' is another tokenizer than that of "
+                                       r"config\.train\.init='parent', .*; set it to ''\."):
+    train_run.build(config, jax.devices()[:1])
+  other.write_bytes(pathlib.Path('parent/tokenizer.model').read_bytes())
+  assert train_run.build(config, jax.devices()[:1]).data.tokenizer_file == other
+
+
+def test_a_run_without_a_tokenizer_file_of_this_type_is_named(tuned):
+  pathlib.Path('parent/tokenizer.model').unlink()
+  with pytest.raises(ValueError, match=r"config\.train\.init='parent' has no tokenizer\.model, so config\.tokenizer\."
+                                       r"type='sentencepiece' is not that of this run; copy its section config\.token"):
+    _build(tuned[0])

@@ -147,10 +147,20 @@ class Data:
       tokenizer = ClipTokenizer(c.merges_path)
       return tokenizer, expand(c.merges_path), tokenizer.fingerprint
     # The initial parameters belong to the token ids of their run.
-    if file := c.path or config.train.init and os.path.join(config.train.init, 'tokenizer.model'):
+    init, inherited = config.train.init, os.path.join(config.train.init, 'tokenizer.model')
+    if file := c.path or init and inherited:
       path = copy or expand(file)
       if not path.is_file():
+        if not c.path:
+          raise MissingFileError(
+              f"config.train.init={init!r} has no tokenizer.model, so config.tokenizer.type='sentencepiece' is not "
+              'that of this run; copy its section config.tokenizer.')
         raise MissingFileError(f'config.tokenizer.path={file!r} does not exist; give the tokenizer.model of a run.')
+      own = expand(inherited) if init and c.path and not copy else path
+      if own.is_file() and own.read_bytes() != path.read_bytes():
+        raise UsageError(
+            f'config.tokenizer.path={file!r} is another tokenizer than that of config.train.init={init!r}, whose '
+            "parameters would mean other words; set it to ''.")
       return (tokenizer := SentencePieceTokenizer(path)), path, tokenizer.fingerprint
     texts = sorted({text for r in records for text in _texts(r)})
     size = f'{c.vocab_size} or fewer' if c.allow_smaller_vocab else str(c.vocab_size)
