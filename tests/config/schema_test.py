@@ -32,6 +32,7 @@ _FIELD_ERRORS = [
     ('model.width', 4, r"must be at least config\.model\.patch_size=8 with config\.model\.stem='conv'",
      {'model.stem': 'conv', 'model.num_heads': 1}),
     ('model.drop_path', 1.0, r'must be in \[0, 1\)'),
+    ('model.temperature_init', 0.005, r'must be above 0\.01'),  # 1/τ = 200 would be 100, without a gradient, forever
     ('model.dtype', 'bfloat', r"is unknown; did you mean 'bfloat16' or 'float32'\? choices: bfloat16, float32"),
     ('model.attention_impl', 'flash', 'is unknown; .*choices: auto, cudnn, short, splash, xla'),
     ('model.attention_impl', 'cudnn', r"needs config\.model\.dtype='bfloat16', not 'float32'; set it to 'auto'"),
@@ -212,6 +213,8 @@ _VALIDATION = _evaluator('mlm', 'text', split='validation', during_training=True
      r"config\.tasks\.shape: sampling_weight=0\.0, loss_weight=0\.0: mixture='one_task' draws .*above 0"),
     ({'tasks.shape.linear_head': True, 'tasks.package.linear_head': True},
      r'config\.tasks: .*(shape|package).* both have linear_head=True'),
+    ({'tasks.total': config.task('image_classification', 'glyphs', batch_size=8, target_set='classes')},
+     r'config\.tasks\.total: loss/total in the log is the sum of all tasks; choose another name'),
     ({'tasks.name.caption_templates': ()},
      r"config\.tasks\.name\.caption_templates is empty; give at least one template, for example \('{caption}',\)"),
     ({'tasks.name.caption_templates': ('{name}', 'a {name')},

@@ -100,7 +100,8 @@ class ModelConfig:
                              'as a text of length 1.', published='<spe>')
   layer_scale_init: float = field(1e-3, 'Initial LayerScale; about 0.1 for small models.', at_least=0, published=1e-3)
   drop_path: float = field(0.0, 'Rate of stochastic depth, the same in every layer.', at_least=0, below=1)
-  temperature_init: float = field(0.07, 'Initial τ of every temperature group.', above=0)
+  temperature_init: float = field(
+      0.07, 'Initial τ of every temperature group. 1/τ is clamped at 100, where it has no gradient.', above=0.01)
   num_deep_prompts: int = field(0, 'P, learned tokens per layer.', at_least=0)
   prompt_sharing: str = field('shared', 'Which sides have prompts: shared (one table for inputs and targets), separate '
                               '(two tables), inputs (targets have none).', choices=('shared', 'separate', 'inputs'))

@@ -162,6 +162,7 @@ def check_task(name: str, t: TaskConfig, task_type: TaskType, c: Config) -> None
   """Raise UsageError if fields of a task contradict each other or those of other sections."""
   field, accum, m = f'tasks.{name}', c.train.grad_accum_steps, c.model
   pair = task_type.target == 'pair'
+  fail_if(name == 'total', f'{field}: loss/total in the log is the sum of all tasks; choose another name.')
   fail_if(t.batch_size < 0 or t.batch_size % accum,
           f'{field}.batch_size={t.batch_size} must be a positive multiple of config.train.grad_accum_steps={accum}; '
           f'try {nearest_multiple(t.batch_size, accum)}.')
