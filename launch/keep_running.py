@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
+  except SystemExit:  # --help, for which absl exits with 1
+    sys.exit(restarts.FINISHED)
   except flags.Error as e:
     print(f'error: {e}', file=sys.stderr)
     sys.exit(restarts.USAGE)

@@ -50,7 +50,9 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, python, script, arg
 
 @pytest.mark.parametrize('script, expected', [
     ('train', ('config', 'workdir', 'distributed', 'coordinator_address')),
-    ('experts', ('config', 'workdir', 'step', '[no]at_init', 'num_batches'))])
+    ('experts', ('config', 'workdir', 'step', '[no]at_init', 'num_batches')),
+    ('keep_running', ('max_restarts', 'backoff'))])
 def test_help_lists_the_flags_that_scripts_share(script, expected):
-  output = processes.python(f'launch/{script}.py', '--help').stdout
-  assert all(f'\n  --{flag}: ' in output for flag in expected), output
+  done = processes.python(f'launch/{script}.py', '--help')
+  assert all(f'\n  --{flag}: ' in done.stdout for flag in expected), done.stdout
+  assert done.returncode == 0
