@@ -145,11 +145,28 @@ def test_every_expert_and_each_of_queries_keys_and_values_is_updated_on_its_own(
 
 
 def test_momentum_by_hand():
-  # Gradients g, then 0: the second direction is that of g again, since momentum remembers it, whatever its length.
+  # Gradients g, then g / 1000: the second direction is that of g again, since momentum remembers it, whatever its
+  # length. If the second is -3 g, it turns around.
   first, state = _first_update('muon')
-  second, _ = _updates(jax.tree.map(jnp.zeros_like, _gradients()), state, name='muon')
-  np.testing.assert_allclose(second[MLP], first[MLP], atol=1e-4)
+  for factor, sign in (1e-3, 1), (-3, -1):
+    second, _ = _updates(jax.tree.map(lambda g, f=factor: f * g, _gradients()), state, name='muon')
+    np.testing.assert_allclose(second[MLP], sign * first[MLP], atol=1e-4)
   assert np.abs(first[MLP]).max() > .1
+
+
+@pytest.mark.parametrize('on_one_cpu', [True, False])
+def test_matrices_without_a_gradient_stay_where_they_are(on_one_cpu):
+  # Expert 2 is chosen by nothing in the second step, and one weight of expert 3 alone has a gradient.
+  gradients, state = _gradients(), _updates(_gradients(), name='muon', on_one_cpu=on_one_cpu)[1]
+  kernel = gradients['encoder']['tail']['block0']['ffn_in']['kernel'].at[2:].set(0).at[3, 5, 7].set(1e-6)
+  gradients['encoder']['tail']['block0']['ffn_in']['kernel'] = kernel
+  updates, after = _updates(gradients, state, name='muon', on_one_cpu=on_one_cpu)
+  np.testing.assert_array_equal(updates[MLP][2], 0)
+  assert all(np.sqrt(np.mean(updates[MLP][e]**2)) > .15 for e in (0, 1, 3))
+  # Momentum fades meanwhile, as everywhere.
+  (path,) = (path for path in by_path(state) if path.endswith(MLP))
+  before, now = by_path(state)[path][2], by_path(after)[path][2]
+  np.testing.assert_allclose(now, muon.MOMENTUM * before, rtol=1e-6)
 
 
 def test_all_other_parameters_are_updated_as_by_adamw():

@@ -44,7 +44,10 @@ def matrix_axes(names: Sequence[str]) -> MuonDimensionNumbers | None:
 
 
 def scale_by_muon(axes: Any, on_one_cpu: bool) -> optax.GradientTransformation:
-  """The direction of Muon.
+  """The direction of Muon; 0 for a matrix whose gradient is 0, such as that of an expert that nothing has chosen.
+
+  Adam's updates fade without gradients. Muon's would keep their size for as long as float32 holds the momentum, hundreds
+  of steps in one direction, since they do not depend on its length.
 
   Args:
     axes: tree of `matrix_axes`, with `optax.MaskedNode` for parameters that it leaves out.
@@ -52,11 +55,15 @@ def scale_by_muon(axes: Any, on_one_cpu: bool) -> optax.GradientTransformation:
   """
   # Optax only divides a matrix by its norm.
   momentum = optax.contrib.scale_by_muon(beta=MOMENTUM, ns_steps=0, weight_dimension_numbers=lambda _: axes)
-  return optax.chain(momentum, optax.stateless(
-      lambda updates, _: jax.tree.map(functools.partial(_direction, on_one_cpu=on_one_cpu), updates, axes)))
+
+  def update(gradients, state, params=None):
+    normalized, state = momentum.update(gradients, state, params)
+    return jax.tree.map(functools.partial(_direction, on_one_cpu=on_one_cpu), normalized, gradients, axes), state
+
+  return optax.GradientTransformation(momentum.init, update)
 
 
-def _direction(x: jax.Array, axes: MuonDimensionNumbers, on_one_cpu: bool) -> jax.Array:
+def _direction(x: jax.Array, gradient: jax.Array, axes: MuonDimensionNumbers, on_one_cpu: bool) -> jax.Array:
   """The update of a parameter, whose matrices have norm 1: their singular values all become about as large."""
   rest = [i for i in range(x.ndim) if i not in (*axes.reduction_axis, *axes.output_axis)]
   order = (*rest, *axes.reduction_axis, *axes.output_axis)
@@ -68,7 +75,8 @@ def _direction(x: jax.Array, axes: MuonDimensionNumbers, on_one_cpu: bool) -> ja
   else:
     result = jnp.vectorize(_orthogonalized, signature='(m,n)->(m,n)')(matrices)
   scaled = result.reshape(ordered.shape) * (_RMS * math.sqrt(max(rows, columns)))
-  return scaled.transpose(np.argsort(order))
+  used = jnp.any(gradient != 0, axis=(*axes.reduction_axis, *axes.output_axis), keepdims=True)
+  return jnp.where(used, scaled.transpose(np.argsort(order)), 0)
 
 
 def _orthogonalized(x: jax.Array) -> jax.Array:
