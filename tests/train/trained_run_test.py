@@ -67,6 +67,16 @@ def test_images_may_be_a_list(run, images):
   assert run.classify('shape', list(images)) == run.classify('shape', images)
 
 
+def test_names_may_be_an_array(run, images):
+  assert run.classify('shape', images, np.array(['bar', 'line'])) == run.classify('shape', images, ['bar', 'line'])
+
+
+def test_no_images_have_no_answers(run, images):
+  assert run.caption('caption', images[:0]) == run.classify('shape', images[:0]) == []
+  assert run.embed('pair', images[:0]).shape == (0, run.embed('pair', images).shape[1])
+  assert len(run.caption('caption', images)) == 4
+
+
 def test_captions_are_those_of_the_predictor(run, folder, images):
   _, predictor, _ = saved_run.load(_config(), folder)
   task = next(t for t in run._run.plan.tasks if t.name == 'caption')
@@ -100,6 +110,10 @@ def test_features_are_unit_vectors_of_both_sides_and_images_differ(run, images):
     (lambda run, x: run.classify('caption', x), "task 'caption' .* no classes"),
     (lambda run, x: run.classify('question', x), "task 'question' needs the text of 'face', .*; give face=…"),
     (lambda run, x: run.classify('text', x), "task 'text' reads text alone"),
+    (lambda run, x: run.classify('shape', x, name=['bar']), "name=… is no argument .*; did you mean 'names'"),
+    (lambda run, x: run.classify('question', x, face='a', fce='b'), "fce=… .* template .*; did you mean 'face'"),
+    (lambda run, x: run.embed('caption', x), "task 'caption' is of type 'image_caption', which also reads a text"),
+    (lambda run, x: run.embed('question', x), "task 'question' is of type 'vqa', which also reads a text"),
     (lambda run, x: run.caption('shape', x), "task 'shape' .* no captions"),
     (lambda run, x: run.caption('caption', x, 2, 'shape'), "rerank_by='shape' .* retrieval"),
     (lambda run, x: run.caption('caption', x, rerank_by='pair'), "rerank_by='pair' .*; set beam_size to 2 or more"),

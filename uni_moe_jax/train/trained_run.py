@@ -72,8 +72,12 @@ class TrainedRun:
     if not spec.type.has_classes:
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}, which has no classes; use `caption` or `embed`.')
     predictor, texts = self._predictor, self._run.data.target_sets[spec.target_set].names
+    if unknown := [name for name in columns if name not in templates.columns(spec.template)]:
+      raise UsageError(f'{unknown[0]}=… is no argument of `classify`, nor a column of the template '
+                       f'{spec.template!r} of task {task!r}; '
+                       f'{nearest(unknown[0], ["names", "top", *templates.columns(spec.template)])}.')
     fields = self._fields(images)
-    if names:
+    if names is not None and len(names):
       _check_list('names', names)
       trained = next(s for s in (*self._run.plan.sets, *self._run.plan.probe_sets) if s.name == spec.target_set)
       set_spec = dataclasses.replace(trained, name=_NAMES, entries=tuple(names), label_prompts=False)
@@ -99,13 +103,18 @@ class TrainedRun:
     if reranker and reranker.temperature not in self._run.plan.temperatures:
       raise UsageError(f'rerank_by={rerank_by!r}: no trained task has its temperature {reranker.temperature!r}, so '
                        'that its scale is unknown.')
-    captions = self._predictor.captions(
-        spec, np.asarray(self._fields(images)['pixels']), beam_size, reranker=reranker)
+    pixels = np.asarray(self._fields(images)['pixels'])
+    if not len(pixels):
+      return []
+    captions = self._predictor.captions(spec, pixels, beam_size, reranker=reranker)
     return [self._run.data.tokenizer.detokenize(caption) for caption in captions]
 
   def embed(self, task: str, images: np.ndarray) -> np.ndarray:
-    """Normalized features f32 [B, D] of images or videos."""
+    """Normalized features f32 [B, D] of images or videos, as a classification or retrieval task encodes them."""
     spec = self._task(task, visual=True)
+    if spec.type.readout != 'cls':
+      raise UsageError(f'task {task!r} is of type {spec.type.name!r}, which also reads a text; give a task that '
+                       'classifies or retrieves what it reads.')
     return np.asarray(normalize(self._predictor.inputs(spec.type, self._fields(images))[:, 0]))
 
   def embed_text(self, task: str, texts: Sequence[str]) -> np.ndarray:
