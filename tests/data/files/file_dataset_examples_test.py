@@ -323,6 +323,19 @@ def test_texts_of_a_whole_split_are_read_in_chunks():
   assert sum(sizes) == 1000 + 333 and max(sizes) <= 256
 
 
+@pytest.mark.parametrize('template, expected', [
+    ('{captions} in {place}', ('a cat in town', 'a pet in town')),
+    ('{captions}, {tags|no_stop} in {place}', (
+        'a cat, gray in town', 'a cat, old in town', 'a pet, gray in town', 'a pet, old in town'))])
+def test_references_have_an_entry_of_each_list_of_texts(template, expected):
+  record = {'image': b'', 'captions': ('a cat', 'a pet'), 'tags': ('gray', 'old.'), 'place': 'town'}
+  columns = {'image': 'image', 'captions': 'texts', 'tags': 'texts', 'place': 'text'}
+  dataset = file_dataset.FileDataset('own:x', 1, lambda ids: [record] * len(ids), columns, {}, {}, '')
+  examples = build(
+      dataset, 'image_retrieval', False, label_column='', target_set='', caption_templates=(template,), max_len=8)
+  assert examples.references(np.arange(1)) == [expected]
+
+
 def test_examples_are_the_records_with_the_columns_that_templates_name(tmp_path):
   root = own_files.write_captioned_images(tmp_path / 'in', 10)
   rows = own_files.read_jsonl(root / 'data.jsonl')

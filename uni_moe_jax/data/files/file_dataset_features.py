@@ -1,6 +1,7 @@
 """Records in files to the text features of a task type: labels, captions, templates, running text."""
 
 import collections
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -272,13 +273,14 @@ def _phrase_chooser(task: TaskSpec, records: FileDataset, training: bool) -> Cal
 
 
 def references(task: TaskSpec, record: Record) -> tuple[str, ...]:
-  """The correct texts of a record under the task's first template: one per entry of its list of texts."""
+  """The correct texts of a record under the task's first template: one per entry of a list of texts, of two per pair.
+
+  They have the order of `phrases`.
+  """
   template = task.caption_templates[0]
   values = {column: record[column] for column in templates.columns(template)}
-  list_column = next((column for column, value in values.items() if not isinstance(value, str)), None)
-  if list_column is None:
-    return (templates.fill(template, values),)
-  return tuple(templates.fill(template, {**values, list_column: entry}) for entry in values[list_column])
+  entries = ([value] if isinstance(value, str) else value for value in values.values())
+  return tuple(templates.fill(template, dict(zip(values, chosen))) for chosen in itertools.product(*entries))
 
 
 def _columns_of_type(records: FileDataset, *types: str) -> list[str]:
