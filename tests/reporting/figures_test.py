@@ -29,6 +29,16 @@ def test_smoothing_keeps_the_start_and_averages_the_tail():
   np.testing.assert_allclose(figures.smooth(values)[[0, 1, 30, 99]], expected, rtol=0, atol=5e-8)
 
 
+@pytest.mark.parametrize('spike', [1e18, np.nan, np.inf])
+def test_a_spike_is_in_the_windows_that_have_it_and_in_no_other(spike):
+  values = np.full(400, 2.)
+  values[20] = spike
+  smoothed = figures.smooth(values)
+  # Point 17 has the window 14 to 20, point 24 has 20 to 28.
+  assert smoothed[16] == smoothed[25] == smoothed[-1] == 2
+  assert not (abs(smoothed[17:25]) < 1e17).any()
+
+
 @pytest.mark.parametrize('low, high, expected', [
     (0, 1, [0, .5, 1]), (0, 100, [0, 50, 100]), (2.1, 2.6, [2.2, 2.4, 2.6]), (-1, 1, [-1, 0, 1]), (5, 5, [5])])
 def test_ticks_are_round_and_inside(low, high, expected):
