@@ -237,6 +237,16 @@ def test_allowed_tokens_and_their_nodes():
   np.testing.assert_array_equal(follow(trie, after, jnp.array([[1]]), jnp.array([[True]])), after)  # it has ended
 
 
+def test_a_trie_takes_memory_by_its_tokens_however_many_follow_one_of_them():
+  """2,000 tokens may come first; a row of 2,000 for each of 6,001 nodes would take 96 MB."""
+  trie = Trie.of((i, i + 1, 1) for i in range(2000))
+  assert sum(x.nbytes for x in jax.tree.leaves(trie)) < 16 * 6001
+  first = jnp.array([[7, 1999]])
+  after = follow(trie, jnp.zeros((1, 2), jnp.int32), first, jnp.zeros((1, 2), bool))
+  np.testing.assert_array_equal(allowed(trie, after, 2001).argmax(-1), first + 1)
+  np.testing.assert_array_equal(allowed(trie, after, 2001).sum(-1), 1)
+
+
 def test_an_empty_set_of_answers_is_an_error():
   with pytest.raises(ValueError, match='at least one answer'):
     Trie.of(())

@@ -1,5 +1,6 @@
 """A closed set of answers as a tree of tokens, which constrains decoding."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import flax
@@ -14,9 +15,11 @@ ROOT = 0
 
 @flax.struct.dataclass
 class Trie:
-  """Padded children of every node."""
-  tokens: np.ndarray  # int32 [nodes, C], token of each child; -1 for padding
-  children: np.ndarray  # int32 [nodes, C], node of each child
+  """Children of every node: those of node i are rows `first[i]`, … of the others."""
+  tokens: np.ndarray  # int32 [children + C], token of each child; -1 for padding
+  children: np.ndarray  # int32 [children + C], node of each child
+  first: np.ndarray  # int32 [nodes + 1]
+  most: int = flax.struct.field(pytree_node=False)  # C, of one node
 
   @classmethod
   def of(cls, answers: Iterable[Sequence[int]]) -> 'Trie':
@@ -32,15 +35,22 @@ class Trie:
     if not nodes[ROOT]:
       raise UsageError('a trie needs at least one answer.')
     most = max(map(len, nodes))
-    tokens, children = np.full((len(nodes), most), -1, np.int32), np.zeros((len(nodes), most), np.int32)
-    for i, node in enumerate(nodes):
-      tokens[i, :len(node)], children[i, :len(node)] = list(node), list(node.values())
-    return cls(tokens, children)
+    # A row of C for every node would take gigabytes: the root of 20,000 answers has thousands of children.
+    join = lambda rows, padding: np.array([*itertools.chain(*rows), *[padding] * most], np.int32)
+    first = np.cumsum([0, *map(len, nodes)], dtype=np.int32)
+    return cls(join(nodes, -1), join(map(dict.values, nodes), 0), first, most)
+
+  def of_nodes(self, node: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(tokens, children) int32 [B, k, C] of nodes [B, k]; the token of padding is -1."""
+    first = jnp.asarray(self.first)
+    row = first[node][..., None] + jnp.arange(self.most).reshape(1, 1, -1)
+    tokens = jnp.where(row < first[node + 1][..., None], jnp.asarray(self.tokens)[row], -1)
+    return tokens, jnp.asarray(self.children)[row]
 
 
 def allowed(trie: Trie, node: jax.Array, vocab_size: int) -> jax.Array:
   """bool [B, k, V]: tokens that may follow at nodes [B, k]."""
-  tokens = jnp.asarray(trie.tokens)[node]  # [B, k, C]
+  tokens, _ = trie.of_nodes(node)
   # Padding becomes token V, whose column is cut off.
   tokens = jnp.where(tokens < 0, vocab_size, tokens)
   rows = jnp.zeros((*node.shape, vocab_size + 1), bool)
@@ -50,6 +60,6 @@ def allowed(trie: Trie, node: jax.Array, vocab_size: int) -> jax.Array:
 
 def follow(trie: Trie, node: jax.Array, token: jax.Array, done: jax.Array) -> jax.Array:
   """Nodes [B, k] after tokens [B, k]; hypotheses that have ended keep their node."""
-  matches = jnp.asarray(trie.tokens)[node] == token[..., None]
-  child = jnp.where(matches, jnp.asarray(trie.children)[node], 0).sum(-1)
+  tokens, children = trie.of_nodes(node)
+  child = jnp.where(tokens == token[..., None], children, 0).sum(-1)
   return jnp.where(done, node, child)
