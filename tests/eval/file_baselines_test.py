@@ -207,6 +207,17 @@ def test_questions_are_answered_from_their_words(tmp_path):
   assert trained == ['red', '2'] * 5
 
 
+def test_answers_that_are_evaluated_as_classes_are_those_entries_that_normalize_to_them(tmp_path):
+  answers = {'what color': ('Red.',) * 10, 'how many': ('two',) * 10, 'who': ('nobody',) * 10}
+  rows = [{'image': b'', 'question': question, 'answers': answers[question]} for question in answers] * 5
+  records = _records(rows, {'image': 'image', 'question': 'text', 'answers': 'texts'})
+  made = _classified(records, records, tmp_path, 'vqa', ('Two', 'Red'), 'answers', max_predictions=10, max_len=8,
+                     template='{question} <spe> <eot>')
+  train_labels, _, predicted = made.classes(np.arange(3))
+  assert train_labels.tolist() == [1, 0] * 5  # the target set lacks the third answer
+  assert predicted['tf-idf'].tolist() == [1, 0, -1]
+
+
 def test_rare_answers_are_left_out_but_no_class_is(tmp_path, monkeypatch):
   monkeypatch.setattr(file_baselines, '_TEXT_CLASSES', 1)
   rows = [{'question': 'how many', 'answers': ('two',)}] * 3 + [{'question': 'who', 'answers': ('no one',)}]

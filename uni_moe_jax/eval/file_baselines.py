@@ -57,7 +57,9 @@ class FileBaselines:
     Labels are indices into `keys`. Those of training are all where they are known without reading records, else those
     of the sample.
     """
-    index, column = {key: i for i, key in enumerate(self.keys)}, self.evaluation.task.label_column
+    column = self.evaluation.task.label_column
+    is_class = self.trained.columns[column] == 'class'
+    index = {key if is_class else normalize_answer(key): i for i, key in enumerate(self.keys)}
     rows, result = self._predict(ids)
     labels = lambda names: np.array([index.get(name, -1) for name in names], int)  # -1: the target set lacks it
     if column in self.trained.labels:
