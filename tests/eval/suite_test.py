@@ -161,6 +161,13 @@ def test_a_model_with_merged_experts_has_the_scores_of_the_trained_one(finished)
   assert merged(others) > 1e-3  # other experts
 
 
+def test_a_merged_model_cannot_be_compared_without_evaluators(tmp_path):
+  plan = make_plan(tiny.config('shape', data_dir=tiny.data_dir()))
+  assert suite.evaluate(plan, None, types.SimpleNamespace(mesh=None), 3, tmp_path) == []
+  with pytest.raises(UsageError, match='config.evaluators is empty; add an evaluator'):
+    merged_scores.evaluate(None, None, (), None, plan, tmp_path)
+
+
 def test_the_largest_difference_is_relative_above_1():
   row = lambda metric, value: {'evaluator': 'e', 'metric': metric, 'value': value}
   rows, others = [row('a', .5), row('b', 110.)], [row('b', 100.), row('a', .45)]

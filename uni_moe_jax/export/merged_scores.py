@@ -30,8 +30,10 @@ def evaluate(
     A sentence about the largest difference.
 
   Raises:
-    UsageError: the router is by token, or the evaluators were others.
+    UsageError: the router is by token, there are no evaluators, or they were others.
   """
+  if not plan.evaluations:
+    raise UsageError('there are no scores to compare: config.evaluators is empty; add an evaluator.')
   folder, rows = storage.path(workdir), files.read_json(storage.path(workdir) / suite.EVALUATION_FILE)
   spec, params = merged(spec, params, conditions)
   predictor = Predictor.of(UniPerceiver(spec), params, plan, data)
