@@ -259,6 +259,22 @@ def test_the_first_error_ends_an_evaluation(monkeypatch, tmp_path):
   assert 'a2' not in names and suite.evaluated_step(tmp_path) is None
 
 
+@pytest.mark.parametrize('error, is_awaited', [(KeyboardInterrupt, False), (ValueError, True)])
+def test_ctrl_c_does_not_wait_for_the_evaluator_that_runs_and_an_error_does(monkeypatch, tmp_path, error, is_awaited):
+  both, ended, awaited = threading.Barrier(2, timeout=60), threading.Event(), []
+
+  def fail(name):
+    both.wait()
+    if name == 'a1':
+      raise error
+    awaited.append(not ended.wait(.5))
+    return 0.
+  with pytest.raises(error):
+    _evaluate(monkeypatch, tmp_path, 2, fail)
+  ended.set()
+  assert awaited == [True] * is_awaited
+
+
 def test_a_reader_of_the_last_evaluation_sees_all_of_it_while_the_next_one_is_written(monkeypatch, tmp_path):
   names = (suite.EVALUATION_FILE, samples.FILE, example_scores.FILE)
   values = {'a1': 0.1, 'a2': 0.2, 'b1': 0.3}

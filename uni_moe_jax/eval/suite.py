@@ -48,8 +48,14 @@ def evaluate(
   with multihost.exit_with_peers(), baselines.bounded_fits():
     if sharding.on_one_cpu(predictor.mesh) and jax.process_count() == 1:
       # Most of the time goes to compiling, which uses one core.
-      with concurrent.futures.ThreadPoolExecutor(min(2, cores.available())) as pool:
+      pool, waits = concurrent.futures.ThreadPoolExecutor(min(2, cores.available())), True
+      try:
         done = list(pool.map(measure, by_task))
+      except KeyboardInterrupt:
+        waits = False  # the evaluators that run may take minutes
+        raise
+      finally:
+        pool.shutdown(waits, cancel_futures=True)
     else:
       done = map(measure, by_task)
     measured = list(itertools.chain(*done))
