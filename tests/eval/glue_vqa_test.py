@@ -151,6 +151,8 @@ def test_questions_score_by_how_many_people_agree():
   # Four of ten answered cat: 1; ten: 1; nobody dog: 0. The most frequent answers are dog, cat, bird.
   assert scores['soft score'].value == pytest.approx(2 / 3)
   assert scores['soft score'].per_example.tolist() == [1, 1, 0]
+  # Of 1, 1, 0 the variance is (1/9 + 1/9 + 4/9) / 2 = 1/3, that of their mean 1/9.
+  assert scores['soft score'].standard_error == pytest.approx(1 / 3)
   assert scores['exact_match'].value == pytest.approx(1 / 3)
   # The most frequent answer in training is cat, though that of the evaluated questions is dog: 1, 1, 0. By their
   # questions: cat, bird, bird.

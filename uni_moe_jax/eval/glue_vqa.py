@@ -1,5 +1,6 @@
 """Evaluators of answers at a slot: the GLUE tasks with their own metrics, and questions about images."""
 
+import dataclasses
 import statistics
 from collections.abc import Callable
 
@@ -62,6 +63,6 @@ def vqa(q: Query) -> list[Score]:
       baselines = {f'always {common!r}': soft([common] * len(ids)), **baselines}
   q.show(ids, first, answers)
   chance = 1 / len(q.names)
-  return [Score('soft score', soft(answers), len(ids), chance, baselines,
-                per_example=metrics.vqa_score(answers, truth)),
+  score = Score.mean('soft score', metrics.vqa_score(answers, truth), {})
+  return [dataclasses.replace(score, chance=chance, baselines=baselines),
           Score.share('exact_match', metrics.hits(np.array(answers), np.array(first)), chance)]
