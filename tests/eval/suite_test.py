@@ -119,7 +119,7 @@ def test_an_evaluation_without_the_record_of_its_evaluators_does_not_count(tmp_p
   assert suite.finished_rows(tmp_path, plan, 3) == []
 
 
-@pytest.mark.parametrize('number', [1, 2, 3])
+@pytest.mark.parametrize('number', [1, 2, 3, 4, 5])
 def test_an_evaluation_that_is_killed_while_it_writes_never_has_scores_of_other_evaluators(
     tmp_path, monkeypatch, number):
   first, writes = _evaluate_one(tmp_path, monkeypatch, .5, 4), []
@@ -273,6 +273,14 @@ def test_ctrl_c_does_not_wait_for_the_evaluator_that_runs_and_an_error_does(monk
     _evaluate(monkeypatch, tmp_path, 2, fail)
   ended.set()
   assert awaited == [True] * is_awaited
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_evaluation(monkeypatch, tmp_path):
+  (tmp_path / 'file').touch()
+  names = []
+  with pytest.raises(OSError, match='Not a directory'):
+    _evaluate(monkeypatch, tmp_path / 'file', 1, lambda name: names.append(name) or 0.)
+  assert not names
 
 
 def test_a_reader_of_the_last_evaluation_sees_all_of_it_while_the_next_one_is_written(monkeypatch, tmp_path):

@@ -46,6 +46,9 @@ def evaluate(
   by_task = [list(group) for _, group in itertools.groupby(plan.evaluations, key=lambda e: e.task.name)]
   # A process whose part of the data cannot be read would leave the others waiting.
   with multihost.exit_with_peers(), baselines.bounded_fits():
+    if writes:  # as it is: a folder without permission or space is an error before the evaluation, not at its end
+      made_by = storage.path(workdir) / EVALUATORS_FILE
+      write_json(made_by, read_json(made_by, {}))
     if sharding.on_one_cpu(predictor.mesh) and jax.process_count() == 1:
       # Most of the time goes to compiling, which uses one core.
       pool, waits = concurrent.futures.ThreadPoolExecutor(min(2, cores.available())), True
