@@ -37,7 +37,7 @@ def _from_torch() -> int:
   if (step := workdir.saved_step(_WORKDIR.value)) is not None:
     raise UsageError(f'workdir {_WORKDIR.value} already has a checkpoint of step {step}; choose another.')
   workdir.claim_workdir(_WORKDIR.value, config)
-  state, remarks = torch_file.read(_CHECKPOINT.value, config.model.modality_embedding)
+  state, remarks = torch_file.read(storage.path(_CHECKPOINT.value), config.model.modality_embedding)
   run = train_run.build(config)
   params, report = torch_layout.from_torch(state, run.spec.model.spec)
   # Claim the folder only now, so that a failed conversion leaves nothing that could be trained from fresh parameters.
@@ -45,7 +45,7 @@ def _from_torch() -> int:
   workdir.copy_tokenizer(_WORKDIR.value, run.data.tokenizer_file)
   with checkpoint.Checkpoints(_WORKDIR.value, config.train.max_to_keep) as checkpoints:
     checkpoints.save(0, run.state_from(params))
-  with open(_CHECKPOINT.value, 'rb') as file:
+  with storage.path(_CHECKPOINT.value).open('rb') as file:
     origin = {'checkpoint': _CHECKPOINT.value, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()}
   files.write_json(storage.path(_WORKDIR.value) / workdir.CONVERSION_FILE,
                    {**origin, 'names': remarks, **dataclasses.asdict(report)})
@@ -68,7 +68,7 @@ def _to_torch() -> int:
     run = train_run.build_to_read(config, _WORKDIR.value)
     _, params = train_run.predictor(run, checkpoints)
   state, report = torch_layout.to_torch(params, run.spec.model.spec)
-  torch_file.write(_OUTPUT.value, state)
+  torch_file.write(storage.path(_OUTPUT.value), state)
   print(report)
   return 0
 

@@ -20,7 +20,8 @@ from uni_moe_jax.utils import cli, files
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string(
     'topology', None, 'GENERATION:SHAPE in chips, such as v5e:16x16, or cpu:N.', required=True)
-_DEVICE_MEMORY = flags.DEFINE_float('device_memory', None, 'GiB per device; default: the memory of the chip.')
+_DEVICE_MEMORY = flags.DEFINE_float(
+    'device_memory', None, 'GiB per device; default: the memory of the chip.', lower_bound=0.0)
 _SEARCH = flags.DEFINE_bool('search', True, 'Search for a change that fits, and for the largest batch; compiles more.')
 _TIME_BUDGET = flags.DEFINE_float('time_budget', 9., 'Minutes within which compiles of the search must end.', 0.)
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')

@@ -49,7 +49,7 @@ def main() -> int:
   bound = None if _EXPORT_ONLY.value else server.bind(_HOST.value, _PORT.value)
   gallery_files = [] if _GALLERY.value is None else gallery.files_of(_GALLERY.value)
   model, workdir = _MODEL.value, _WORKDIR.value
-  folder = _exported(pathlib.Path(workdir)) if model is None else storage.path(model, '--model')
+  folder = _exported(storage.path(workdir, '--workdir')) if model is None else storage.path(model, '--model')
   if not (folder / 'SHA256SUMS').is_file():
     raise UsageError(f'{folder} is no folder of uni-moe export, or it is incomplete; export the model again.')
   if _EXPORT_ONLY.value:

@@ -52,11 +52,11 @@ def main() -> int:
   from uni_moe_jax.analysis.sweep import grid, runner
   if _REDRAW.value:
     from uni_moe_jax.analysis.sweep.results import redraw
-    print(redraw(storage.absolute(os.path.expanduser(_REDRAW.value))))
+    print(redraw(storage.absolute(_REDRAW.value)))
     return exit_codes.FINISHED
   if missing := [flag.name for flag in (_SWEEP, _WORKDIR) if not flag.value]:
     raise UsageError(f'--{missing[0]} is missing; uni-moe help sweep describes it.')
-  folder = storage.absolute(os.path.expanduser(_WORKDIR.value))
+  folder = storage.absolute(_WORKDIR.value)
   for sweep, own_flags in _OWN_FLAGS.items():
     if wrong := [flag.name for flag in own_flags if flag.present and sweep != _SWEEP.value]:
       raise UsageError(f'--{wrong[0]} is a flag of --sweep={sweep}; remove it.')

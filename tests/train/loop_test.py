@@ -19,6 +19,7 @@ import pytest
 from tests.helpers import in_process, processes, saved_run, tiny
 from tests.helpers.stop_request import StopAfterThreeSteps
 from tests.stress import injected_faults
+from uni_moe_jax import config as config_lib
 from uni_moe_jax.data.pipeline import lookahead, mixtures
 from uni_moe_jax.train import loop, metrics_log
 from uni_moe_jax.train import run as train_run
@@ -291,6 +292,26 @@ def test_a_finished_run_is_left_unchanged(uninterrupted, capsys):
   assert loop.train(_config(), str(uninterrupted), jax.devices()[:1]) == loop.FINISHED
   assert 'is finished: 6 of 6 steps' in capsys.readouterr().out
   assert (uninterrupted / 'metrics.jsonl').read_text() == before
+
+
+@pytest.mark.parametrize('steps, warmup, decay, expected', [
+    (100, 200, 0., ['config.optim.warmup_steps=200 of 100 steps: the learning rate only rises, to 50% of ']),
+    (100, 0, .99, ['config.train.ema_decay=0.99: after 100 steps the averaged parameters, which evaluation uses, still '
+                   'contain 37% of ']),  # .99^100 = .366
+    (100, 100, .98, ['config.optim.warmup_steps=100 of 100 steps: ', 'config.train.ema_decay=0.98: ']),  # .133
+    (100, 99, .97, []),  # .048
+    (100, 0, 0., [])])
+def test_a_warm_up_or_an_average_longer_than_the_run_is_noted(steps, warmup, decay, expected):
+  c = config_lib.base()
+  c.train.steps, c.optim.warmup_steps, c.train.ema_decay = steps, warmup, decay
+  notes = loop.notes(c)
+  assert len(notes) == len(expected) and all(map(str.startswith, notes, expected))
+
+
+def test_the_start_of_a_run_prints_the_notes(uninterrupted, monkeypatch, capsys):
+  monkeypatch.setattr(loop, 'notes', lambda config: ['this is noted.'])
+  loop.train(_config(), str(uninterrupted), jax.devices()[:1])
+  assert '\nnote: this is noted.\n' in capsys.readouterr().out
 
 
 def test_the_log_states_parameters_and_conditions(uninterrupted, capsys):

@@ -64,10 +64,18 @@ def test_names_in_a_bucket_are_joined_as_those_of_folders(scheme):
   assert str(storage.path(f'{scheme}://bucket')).rstrip('/') == f'{scheme}://bucket'
 
 
-@pytest.mark.parametrize('address', ['runs/a b', '/runs/x:/y', 'a#b', 'ünï', '.', '~/x', 'c:/x', 'a/gs://b', './gs:x'])
+@pytest.mark.parametrize('address', ['runs/a b', '/runs/x:/y', 'a#b', 'ünï', '.', 'x~', 'c:/x', 'a/gs://b', './gs:x'])
 def test_a_path_of_the_disk_may_have_any_name(address):
   assert storage.path(address) == pathlib.Path(address) and not storage.is_remote(address)
   assert storage.path(pathlib.Path(address)) == pathlib.Path(address)
+
+
+def test_a_string_may_start_with_the_home_folder(monkeypatch, tmp_path):
+  # Shells expand it in `cd ~/runs`, not in --workdir=~/runs: a folder called ~ would be made.
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert storage.path('~/runs') == storage.absolute('~/runs') == tmp_path / 'runs'
+  assert storage.path(pathlib.Path('~/runs')) == pathlib.Path('~/runs')
+  assert storage.path('runs/~') == pathlib.Path('runs/~')
 
 
 def test_a_file_is_replaced(tmp_path):

@@ -142,21 +142,21 @@ class Data:
       self, config: ml_collections.ConfigDict, records: list[Records | FileDataset], copy: storage.Path | None,
   ) -> tuple[Tokenizer, pathlib.Path, str]:
     """(tokenizer, its file, fingerprint); one that is trained for this text and size is cached."""
-    c, expand = config.tokenizer, lambda path: storage.path(os.path.expanduser(path))
+    c = config.tokenizer
     if c.type == 'clip':
       tokenizer = ClipTokenizer(c.merges_path)
-      return tokenizer, expand(c.merges_path), tokenizer.fingerprint
+      return tokenizer, storage.path(c.merges_path), tokenizer.fingerprint
     # The initial parameters belong to the token ids of their run.
     init, inherited = config.train.init, os.path.join(config.train.init, 'tokenizer.model')
     if file := c.path or init and inherited:
-      path = copy or expand(file)
+      path = copy or storage.path(file)
       if not path.is_file():
         if not c.path:
           raise MissingFileError(
               f"config.train.init={init!r} has no tokenizer.model, so config.tokenizer.type='sentencepiece' is not "
               'that of this run; copy its section config.tokenizer.')
         raise MissingFileError(f'config.tokenizer.path={file!r} does not exist; give the tokenizer.model of a run.')
-      own = expand(inherited) if init and c.path and not copy else path
+      own = storage.path(inherited) if init and c.path and not copy else path
       if own.is_file() and own.read_bytes() != path.read_bytes():
         raise UsageError(
             f'config.tokenizer.path={file!r} is another tokenizer than that of config.train.init={init!r}, whose '
@@ -165,7 +165,7 @@ class Data:
     texts = sorted({text for r in records for text in _texts(r)})
     size = f'{c.vocab_size} or fewer' if c.allow_smaller_vocab else str(c.vocab_size)
     digest = hashlib.sha256('\0'.join([size, *texts]).encode()).hexdigest()[:24]
-    path = expand(self.dir) / 'tokenizers' / f'{digest}.model'
+    path = storage.path(self.dir) / 'tokenizers' / f'{digest}.model'
     if path.exists():
       return SentencePieceTokenizer(path), path, digest
     train = lambda path: SentencePieceTokenizer.train(texts, path, c.vocab_size, c.allow_smaller_vocab)

@@ -334,7 +334,7 @@ def local_input(address: str | os.PathLike[str], name: str, cache_dir: str) -> I
   Of .jsonl and tables the whole folder is copied, since their lines name files beside them. name: of the flag, for
   errors.
   """
-  source = storage.path(os.path.expanduser(address), name)
+  source = storage.path(address, name)
   if isinstance(source, pathlib.Path):
     yield source
     return

@@ -14,6 +14,7 @@ from uni_moe_jax.data.files.formats import MEDIA_SUFFIXES, media_type_of
 from uni_moe_jax.serve.batching import Batcher
 from uni_moe_jax.serve.limits import Limits, Refused
 from uni_moe_jax.serve.worker import Facts, Item
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
 
 _MAX_FILES = 5000
@@ -33,7 +34,7 @@ class GalleryItem:
 
 def files_of(folder: str) -> list[pathlib.Path]:
   """Images and videos in a folder, sorted. Raises UsageError: there are none, or too many."""
-  files = sorted(p for p in pathlib.Path(folder).rglob('*') if p.suffix.lower() in MEDIA_SUFFIXES and p.is_file())
+  files = sorted(p for p in storage.path(folder).rglob('*') if p.suffix.lower() in MEDIA_SUFFIXES and p.is_file())
   if not files:
     raise UsageError(f'--gallery={folder} has no file that ends in one of {", ".join(MEDIA_SUFFIXES)}; give a folder '
                      'of images and videos.')

@@ -20,6 +20,7 @@ from uni_moe_jax.serve.guard import Guard, Metrics
 from uni_moe_jax.serve.limits import Limits
 from uni_moe_jax.serve.service import Service
 from uni_moe_jax.serve.supervisor import Supervisor
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
 
 _LOOPBACK = ('127.0.0.1', 'localhost', '::1')
@@ -84,7 +85,7 @@ def read_token(file: str | None) -> str:
 
   Without spaces and line ends around it, which no header has. Raises UsageError: nothing is left.
   """
-  source, text = (f'--token_file={file}', pathlib.Path(file).read_text()) if file is not None else (
+  source, text = (f'--token_file={file}', storage.path(file).read_text()) if file is not None else (
       'UNI_MOE_TOKEN', os.environ.get('UNI_MOE_TOKEN', ''))
   if (file is not None or text) and not text.strip():
     raise UsageError(f'{source} is empty; write the token into it.')

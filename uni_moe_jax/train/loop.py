@@ -36,6 +36,8 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED, PREEMPTED
 from uni_moe_jax.utils.files import write_json
 
+_INITIAL_SHARE = 0.1  # of an average, above which a note says so
+
 
 class Stop:
   """A request to stop after the step, by SIGINT or SIGTERM; a second one ends the process."""
@@ -49,8 +51,9 @@ class Stop:
       os._exit(PREEMPTED)
     self.requested = True
     # Not by print, which fails where the signal has interrupted another print to this stream.
-    os.write(2, (f'\n{signal.Signals(number).name}: stopping after this step and saving (a second signal stops at once, '
-                 'without saving).\n').encode())
+    name = signal.Signals(number).name
+    os.write(2, f'\n{name}: stopping after this step and saving (a second signal stops at once, without saving).\n'
+             .encode())
 
 
 def _describe(run: Run) -> str:
@@ -63,7 +66,21 @@ def _describe(run: Run) -> str:
   return (f'parameters: {counts["total"]:,} total, {counts["active"]:,} active per token\n'
           f'router: {router}; {len(names)} conditions: {", ".join(names)}\n'
           f'tasks: {", ".join(f"{t.name} ({t.type.name}, {t.batch_size})" for t in run.plan.tasks)}\n'
-          f'target sets: {sizes}\nmesh: {dict(run.mesh.shape)}\nproducts: {dtype}\nresume: {resume}')
+          f'target sets: {sizes}\nmesh: {dict(run.mesh.shape)}\nproducts: {dtype}\nresume: {resume}'
+          + ''.join(f'\nnote: {note}' for note in notes(run.config)))
+
+
+def notes(config) -> list[str]:
+  """Sentences about numbers of a config that do little in so few steps, which may not be meant."""
+  steps, warmup, decay = config.train.steps, config.optim.warmup_steps, config.train.ema_decay
+  result = []
+  if warmup >= steps > 0:
+    result.append(f'config.optim.warmup_steps={warmup} of {steps} steps: the learning rate only rises, to '
+                  f'{steps / warmup:.0%} of config.optim.learning_rate.')
+  if decay and (share := decay ** steps) > _INITIAL_SHARE:
+    result.append(f'config.train.ema_decay={decay}: after {steps:,} steps the averaged parameters, which evaluation '
+                  f'uses, still contain {share:.0%} of those that the run started from.')
+  return result
 
 
 def commit() -> str:

@@ -46,8 +46,8 @@ def matrix_axes(names: Sequence[str]) -> MuonDimensionNumbers | None:
 def scale_by_muon(axes: Any, on_one_cpu: bool) -> optax.GradientTransformation:
   """The direction of Muon; 0 for a matrix whose gradient is 0, such as that of an expert that nothing has chosen.
 
-  Adam's updates fade without gradients. Muon's would keep their size for as long as float32 holds the momentum, hundreds
-  of steps in one direction, since they do not depend on its length.
+  Adam's updates fade without gradients. Muon's do not depend on the length of the momentum, so that they would keep
+  their size for as long as float32 holds it, hundreds of steps in one direction.
 
   Args:
     axes: tree of `matrix_axes`, with `optax.MaskedNode` for parameters that it leaves out.

@@ -73,5 +73,5 @@ def check_local(path: str, name: str) -> None:
 
 def check_folder_of(path: str, name: str) -> None:
   """Raise UsageError if the folder of a file to write does not exist, before the work whose result it would get."""
-  if not storage.is_remote(path) and not pathlib.Path(path).absolute().parent.is_dir():
+  if not storage.is_remote(path) and not storage.path(path).absolute().parent.is_dir():
     raise UsageError(f'{name}={path}: its folder does not exist; create it first.')

@@ -65,13 +65,14 @@ def path(address: str | os.PathLike[str], name: str = 'path') -> Path:
 
   Args:
     address: a local path, gs://BUCKET/NAME or s3://BUCKET/NAME; a slash at its end is ignored. hf:OWNER/NAME@REVISION
-      is downloaded, and the path is that of the copy.
+      is downloaded, and the path is that of the copy. A string may start with ~, which shells leave as it is in
+      --flag=~/folder.
     name: of the flag or field, for errors.
 
   Raises:
     UsageError: the scheme, the bucket or the name cannot be one, or the package for the scheme is not installed.
   """
-  text = str(address)
+  text = os.fspath(address)
   if isinstance(address, pathlib.PurePath) and not re.match('(gs|s3):/', text):
     return pathlib.Path(address)
   if text.startswith(hub.SCHEME):
@@ -81,7 +82,7 @@ def path(address: str | os.PathLike[str], name: str = 'path') -> Path:
     raise wrong(f'is no address of a bucket; write {typo[1]}://BUCKET/NAME')
   matches = re.match(r'([A-Za-z][\w+.-]*)://(.*)', text, re.DOTALL)
   if matches is None:
-    return pathlib.Path(text)
+    return pathlib.Path(os.path.expanduser(text))
   scheme, rest = matches.groups()
   if scheme not in _PACKAGES:
     raise wrong(f'has the unknown scheme {scheme!r}; {nearest(scheme, _PACKAGES)}, or a local path')

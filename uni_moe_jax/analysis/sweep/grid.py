@@ -120,7 +120,7 @@ def adaptation_grid(
     raise UsageError('--sweep=adaptation needs --run: the work directory of a trained run, or several with commas.')
   if unknown := [r for r in recipes if r not in finetuning.RECIPES]:
     raise UsageError(f'--recipes={unknown[0]} is unknown; choices: {", ".join(finetuning.RECIPES)}.')
-  runs, cells = list(dict.fromkeys(str(storage.absolute(os.path.expanduser(r))) for r in runs if r)), []
+  runs, cells = list(dict.fromkeys(str(storage.absolute(r)) for r in runs if r)), []
   several = len(runs) > 1
   if several and num_seeds:
     raise UsageError(f'--num_seeds={num_seeds}: of several runs each is adapted with its own seed; remove it.')

@@ -143,7 +143,7 @@ def load(source: str, directory: str | os.PathLike[str], split: str) -> FileData
 
 def own_folder(name: str, directory: str | os.PathLike[str]) -> storage.Path:
   """The folder of the newest version of own data, or of the named one ('pets/1.0.0'). Raises MissingFileError."""
-  root, (base, _, version) = storage.path(os.path.expanduser(directory)) / prepare.FOLDER, name.partition('/')
+  root, (base, _, version) = storage.path(directory) / prepare.FOLDER, name.partition('/')
   folders = (p.parent for p in (root / base).glob(f'*/{prepare.SUMMARY}'))
   folders = sorted((p for p in folders if prepare.VERSIONS.fullmatch(p.name)),  # others are copies of a user, say
                    key=lambda p: tuple(map(int, p.name.split('.'))))

@@ -132,7 +132,7 @@ def _byte_symbols() -> dict[int, str]:
 def _read_merges(merges_file: str | os.PathLike[str], pieces: Sequence[str]) -> list[tuple[str, str]]:
   """Reads the first `MAX_MERGES` merges of a file; each joins two earlier pieces into a new one."""
   field = f'config.tokenizer.merges_path={os.fspath(merges_file)!r}'
-  path = storage.path(os.path.expanduser(merges_file))
+  path = storage.path(merges_file)
   if not path.is_file():
     raise MissingFileError(f"{field} is not a file; give the path of CLIP's bpe_simple_vocab_16e6.txt.gz.")
   content = path.read_bytes()

@@ -85,7 +85,7 @@ def opened(address: str, cache_dir: str) -> Iterator[storage.Path]:
 
   Parquet files that name files are copied with their folder.
   """
-  source = storage.path(os.path.expanduser(address), '--input')
+  source = storage.path(address, '--input')
   if storage.is_remote(source):
     storage.check_access(source.parent if _RANGE.search(source.name) else source, '--input')
     files = [file for file in _row_files(source) if file.suffix.lower() in _ARCHIVES]
