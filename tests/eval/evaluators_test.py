@@ -140,6 +140,11 @@ def test_classification_counts_right_answers_and_wrong_ones(data, name, targets)
   assert 'majority' in right['top-1'].baselines
 
 
+def test_chance_of_balanced_accuracy_is_that_of_a_guess_among_all_targets(data):
+  scores = _scores(data, 'shape', _Oracle(3), num_examples=1)  # one of the three classes has examples
+  assert scores['balanced_accuracy'].chance == scores['top-1'].chance == 1 / 3
+
+
 def test_each_example_is_evaluated_and_counted_once_although_the_last_batch_is_filled_up(data):
   score = _scores(data, 'package', oracle := _Oracle(2))['top-1']
   assert score.count == 16  # 24 paragraphs, a third of them without a label; batches of 5

@@ -1,11 +1,35 @@
 """A saved run whose parameters alone are read is built on its own mesh, or on one device."""
 
+import functools
+
 import jax
 import pytest
 
 from tests.helpers import tiny
 from uni_moe_jax.train import run as train_run
+from uni_moe_jax.train import workdir
 from uni_moe_jax.utils.errors import UsageError
+
+
+def _config():
+  c = tiny.config('shape', data_dir=tiny.data_dir())
+  c.tokenizer.path = tiny.tokenizer_file()
+  c.model.num_layers = 1
+  return c
+
+
+@functools.cache
+def _fingerprint():
+  return train_run.build(_config(), jax.devices()[:1]).data.fingerprint
+
+
+@pytest.mark.parametrize('is_other', [True, False])
+def test_other_data_than_that_of_training_is_noted(tmp_path, capsys, is_other):
+  workdir.claim_workdir(tmp_path, _config(), 'of the version before' if is_other else _fingerprint())
+  capsys.readouterr()
+  train_run.build_to_read(_config(), tmp_path)
+  note = capsys.readouterr().err
+  assert note.startswith(f'note: {tmp_path} was trained on other data') if is_other else note == ''
 
 
 @pytest.mark.parametrize('mesh, batch_size, shape', [
@@ -15,11 +39,11 @@ from uni_moe_jax.utils.errors import UsageError
     (dict(), 4, None)])  # trained on at most four devices
 def test_a_mesh_that_does_not_fit_these_devices_is_replaced_by_one_device_where_a_run_is_only_read(
     tmp_path, capsys, mesh, batch_size, shape):
-  c = tiny.config('shape', data_dir=tiny.data_dir())
-  c.tokenizer.path = tiny.tokenizer_file()
-  c.model.num_layers, c.tasks.shape.batch_size = 1, batch_size
+  c = _config()
+  c.tasks.shape.batch_size = batch_size
   c.mesh.update(mesh)
   before = c.to_dict()
+  workdir.claim_workdir(tmp_path, c, _fingerprint())
   run = train_run.build_to_read(c, tmp_path)
   note = capsys.readouterr().err
   if shape:

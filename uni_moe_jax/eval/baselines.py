@@ -1,8 +1,9 @@
 """Baselines: simple predictors that are computed from the data alone, beside the evaluation.
 
-A baseline sees the same train and test arrays as the model and nothing else. Each function returns predictions (or
-indices, or a similarity) in the form that the metrics take, so that baseline and model are scored by the same code. All
-of them are deterministic: the same arrays give the same numbers on any machine.
+A baseline sees the same test arrays as the model, and all train arrays, also where a task trains on few (`shots`,
+`train_fraction`). Each function returns predictions (or indices, or a similarity) in the form that the metrics take, so
+that baseline and model are scored by the same code. All of them are deterministic: the same arrays give the same
+numbers on any machine.
 
 Axis letters: N train examples, Q test examples, V targets, T frames.
 """

@@ -118,7 +118,7 @@ def classification(q: Query) -> list[Score]:
   if is_measured('top-5', V):
     top5 = {'majority': baselines.majority_accuracy(train_labels, labels, 5)} if len(train_labels) else {}
     scores.append(Score.share('top-5', ranks <= 5, 5 / V, top5))
-  scores.append(Score('balanced_accuracy', metrics.balanced_accuracy(predicted, labels), n, 1 / len(np.unique(labels)),
+  scores.append(Score('balanced_accuracy', metrics.balanced_accuracy(predicted, labels), n, 1 / V,
                       by(metrics.balanced_accuracy), metrics.balanced_accuracy_error(predicted, labels)))
   if q.task.type.visual:
     q.show(ids, names[labels], names[predicted])

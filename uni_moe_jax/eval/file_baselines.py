@@ -199,5 +199,5 @@ class FileBaselines:
     """Of everything that a result depends on."""
     t = self.evaluation.task
     content = (_VERSION, purpose, self.trained.fingerprint, self.evaluated.fingerprint, np.asarray(ids).tolist(),
-               self._media, t.label_column, t.template, t.caption_templates[:1], self.keys, t.num_frames)
+               self._media, t.label_column, t.template, t.caption_templates, self.keys, t.num_frames)
     return hashlib.sha256(repr(content).encode()).hexdigest()[:24]

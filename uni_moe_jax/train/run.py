@@ -288,7 +288,9 @@ def build_to_read(config: ml_collections.ConfigDict, workdir: str | os.PathLike[
       print(f'note: config.mesh of {workdir} does not fit here (devices: {len(devices)}); one device is used.',
             file=sys.stderr, flush=True)
       config, devices = on_one_device(config), devices[:1]
-  return build(config, devices, workdir=workdir)
+  run = build(config, devices, workdir=workdir)
+  workdir_lib.note_other_data(workdir, run.data.fingerprint)
+  return run
 
 
 def on_one_device(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -164,6 +164,13 @@ def claim_workdir(
     write_json(path, {_PACKAGE: __version__, **new, 'versions': versions()})
 
 
+def note_other_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
+  """Prints a note if the data of a saved run is not what it was in training; a command may read it all the same."""
+  if _read(storage.path(workdir) / CONFIG_FILE)['data'] != fingerprint:
+    print(f'note: {workdir} was trained on other data, by its fingerprint: a source was prepared again, or has a newer '
+          'version, which is the one that is read.', file=sys.stderr, flush=True)
+
+
 def _hint_of_init(
     workdir: str | os.PathLike[str], old: Mapping[str, Any], changed: Sequence[str]) -> str:
   """How a run continues when the one that it started from, which it no longer reads, has another address now."""

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data import own_files
-from uni_moe_jax.data.files import file_dataset, prepare
+from uni_moe_jax.data.files import file_dataset, formats, prepare
 from uni_moe_jax.data.preparation import archives, input_shards
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
@@ -267,7 +267,8 @@ def _inputs(root: pathlib.Path) -> dict[str, pathlib.Path]:
   """An input of every kind, with odd rows."""
   own_files.write_captioned_images(root / 'jsonl', 12)
   own_files.append_odd_rows(root / 'jsonl')
-  (root / 'lines.txt').write_bytes(b'\xef\xbb\xbfone\n\ntwo\rthree\r\n\r\n\n four\n\xe3\x80\x80\nfive\r\rsix \xff')
+  (root / 'lines.txt').write_bytes(
+      b'\xef\xbb\xbfone\n\ntwo\rthree\r\n\r\n\n four\n\xe3\x80\x80\nfive\r\rsix \xff\r\rseven')
   for i in range(7):
     own_files.write_image(root / f'folder/{("red", "blue")[i % 2]}/{i}.png', 'red', i, (8, 8))
   rows = [f'folder/red/{i}.png,"number\n{i}",{i}\n' for i in (0, 2, 4)]
@@ -298,9 +299,29 @@ def test_the_rows_do_not_depend_on_the_size_of_shards(tmp_path, monkeypatch, nam
 def test_documents_and_line_numbers_go_on_over_shards(tmp_path, monkeypatch):
   monkeypatch.setattr(input_shards, '_NUM_ROWS', 2)
   rows = [row for shard in input_shards.plan(_inputs(tmp_path)['txt']) for row in input_shards.read(shard)]
-  assert [(row.texts['text'], row.location, row.group) for row in rows] == [
+  assert [(row.texts['text'], row.location, row.group) for row in rows if not row.skipped] == [
       ('one', 'lines.txt:1', 'lines/0'), ('two', 'lines.txt:3', 'lines/1'), ('three', 'lines.txt:4', 'lines/1'),
-      ('four', 'lines.txt:7', 'lines/3'), ('five', 'lines.txt:9', 'lines/4'), ('six \ufffd', 'lines.txt:11', 'lines/5')]
+      ('four', 'lines.txt:7', 'lines/3'), ('five', 'lines.txt:9', 'lines/4'), ('seven', 'lines.txt:13', 'lines/6')]
+  # As in every other format, a line in another encoding, such as Latin-1, is no text with holes.
+  assert [(row.skipped, row.location, row.texts) for row in rows if row.skipped] == [('not UTF-8', 'lines.txt:11', {})]
+
+
+@pytest.mark.parametrize('fields, media_type, texts, labels', [
+    ({'file_name': 'a/1.PNG', 'text': 'a cat'}, 'image', {'captions': ('a cat',)}, {}),
+    ({'file_name': '2.mp4', 'text': 'a cat', 'captions': ['b']}, 'video', {'text': 'a cat', 'captions': ('b',)}, {}),
+    ({'file_name': '3.png', 'label': 'cat'}, 'image', {}, {'label': 'cat'}),
+    ({'image': '4.png', 'file_name': '5.png'}, 'image', {}, {'file_name': '5.png'}),
+    ({'file_name': 'notes.txt', 'text': 'a cat'}, '', {'text': 'a cat'}, {'file_name': 'notes.txt'})])
+def test_rows_may_have_the_names_that_hugging_face_gives_fields(tmp_path, fields, media_type, texts, labels):
+  (tmp_path / 'metadata.jsonl').write_text(json.dumps(fields))
+  ((row,),) = (input_shards.read(shard) for shard in input_shards.plan(tmp_path))
+  assert (row.media_type, row.texts, row.labels, row.skipped) == (media_type, texts, labels, '')
+  assert row.path == (tmp_path / fields.get('image', fields['file_name']) if media_type else None)
+
+
+def test_an_image_in_an_archive_is_not_looked_for_by_its_file_name(tmp_path):
+  row = formats.parse({'file_name': '5.png'}, 'x.tar', tmp_path, '', False, data=('image', b'bytes'))
+  assert (row.data, row.path, row.labels) == (b'bytes', None, {'file_name': '5.png'})
 
 
 @pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-be'])

@@ -117,6 +117,8 @@ def parse(value: Any, location: str, folder: pathlib.Path, split: str, allow_out
   if wrong := next((name for name in dropped if name in RESERVED_FIELDS), ''):
     raise Skip(f'wrong type of {shorten(wrong)}')
   value = {k: v for k, v in value.items() if k not in dropped}
+  if array is None and data is None:
+    value = _of_file_name(value)
   media_type, *others = [m for m in MEDIA_TYPES if m in value] or ['']
   if others:
     raise Skip('both an image and a video')
@@ -143,6 +145,18 @@ def parse(value: Any, location: str, folder: pathlib.Path, split: str, allow_out
     raise Skip('a file outside of the input folder (--allow_outside packs it)')
   return Row(location, SPLIT_NAMES.get(split.lower(), ''), media_type, path, array_index, content, texts, labels, key,
              group, tuple(map(shorten, dropped)))
+
+
+def _of_file_name(value: dict[str, Any]) -> dict[str, Any]:
+  """The fields of a row as `datasets` of Hugging Face names them: `file_name` of an image, and `text`, its caption."""
+  name = value.get('file_name')
+  media_type = media_type_of(pathlib.PurePath(name).suffix) if isinstance(name, str) else ''
+  if not media_type or any(m in value for m in MEDIA_TYPES):
+    return value
+  value = {media_type: name, **{k: v for k, v in value.items() if k != 'file_name'}}
+  if isinstance(value.get('text'), str) and not value.keys() & {'caption', 'captions'}:
+    value['caption'] = value.pop('text')
+  return value
 
 
 _real_path = functools.lru_cache(2**14)(os.path.realpath)

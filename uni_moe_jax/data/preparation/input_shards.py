@@ -266,7 +266,8 @@ def _check_encoding(file: storage.Path, lines: BinaryIO) -> None:
 
 def _texts(data: bytes, is_first: bool) -> list[str]:
   """The lines of a part of a text file, which may end as on any system."""
-  return io.StringIO(data.decode('utf-8-sig' if is_first else 'utf-8', 'replace'), newline=None).readlines()
+  text = data.decode('utf-8-sig' if is_first else 'utf-8', 'surrogateescape')
+  return io.StringIO(text, newline=None).readlines()
 
 
 def _read_lines(shard: InputShard, _: bool) -> Iterator[Row]:
@@ -274,12 +275,15 @@ def _read_lines(shard: InputShard, _: bool) -> Iterator[Row]:
   name, document = os.path.basename(shard.file), shard.document
   stem = printable(pathlib.PurePath(name).stem)
   for number, line in enumerate(_texts(b''.join(_lines(shard)), not shard.start), shard.line):
-    if text := one_line(line):
-      yield Row(shard.location(number), shard.split, texts={'text': text},
+    location = shard.location(number)
+    if not (text := one_line(line)):
+      document += 1
+    elif printable(text) != text:
+      yield Row(location, skipped=formats.NOT_UTF8)
+    else:
+      yield Row(location, shard.split, texts={'text': text},
                 key=f'{name}:{number}',  # equal lines are no duplicates: a book may repeat a sentence
                 group=f'{stem}/{document}')
-    else:
-      document += 1
 
 
 def _read_jsonl(shard: InputShard, allow_outside: bool) -> Iterator[Row]:
