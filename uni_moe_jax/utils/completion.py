@@ -12,9 +12,13 @@ _uni_moe() {
   local line="${COMP_LINE:0:COMP_POINT}" words
   read -ra words <<<"$line"
   [[ "$line" == *' ' ]] && words+=('')
-  mapfile -t COMPREPLY < <(uni-moe completion -- "${words[@]:1}" 2>/dev/null)
-  [[ "${COMPREPLY[0]}" == *= ]] && compopt -o nospace
-  [[ "${words[-1]}" == *=* ]] && COMPREPLY=("${COMPREPLY[@]#*=}")  # bash completes what follows the last =
+  local choice word="${words[${#words[@]}-1]}"  # as bash 3.2 of macOS knows it
+  COMPREPLY=()
+  while IFS= read -r choice; do
+    COMPREPLY+=("$choice")
+  done < <(uni-moe completion -- "${words[@]:1}" 2>/dev/null)
+  [[ "${COMPREPLY[0]}" == *= ]] && type compopt >/dev/null 2>&1 && compopt -o nospace
+  [[ "$word" == *=* ]] && COMPREPLY=("${COMPREPLY[@]#*=}")  # bash completes what follows the last =
 }
 complete -o default -F _uni_moe uni-moe''',
     'zsh': r'''

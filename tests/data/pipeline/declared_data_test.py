@@ -44,6 +44,16 @@ def test_batches_have_the_shapes_and_shardings_of_real_ones(accum):
   assert _described(declared.abstract_state()) == _described(real.abstract_state())
 
 
+@pytest.mark.parametrize('synonyms', [True, False])
+def test_every_synonym_of_an_entry_in_the_config_is_a_text(synonyms):
+  c = _config()
+  c.target_sets.shapes.update(entries=(('a', 'cat', 'tom', 'kitty'), ('b', 'dog')), synonyms=synonyms, max_len=5)
+  c.preflight.target_lengths.update(dict.fromkeys(('answers', 'motions', 'packages'), ((4, 3),)))
+  (bucket,) = compiled_programs.prepare(c, jax.devices()[:4]).data.target_sets['shapes'].buckets
+  assert bucket['text'].shape == ((2, 3, 5) if synonyms else (2, 5))
+  assert not synonyms or bucket['count'].tolist() == [3, 1]
+
+
 def test_a_set_without_declared_lengths_is_reported():
   c = _config()
   with pytest.raises(ValueError, match=r'config\.preflight\.target_lengths\.answers is missing: .*give \(\(tokens, '

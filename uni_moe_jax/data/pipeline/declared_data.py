@@ -11,6 +11,7 @@ import numpy as np
 
 from uni_moe_jax.config.plan import Plan, SetSpec, TaskSpec
 from uni_moe_jax.data.pipeline import clip_tokenizer
+from uni_moe_jax.data.pipeline.class_names import parse_entries
 from uni_moe_jax.data.pipeline.examples import Builder, Examples
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.target_sets import TargetSet, bucket_by_length, vocabulary_set
@@ -75,14 +76,18 @@ class DeclaredData:
 
 def _declared_set(
     spec: SetSpec, lengths: tuple[tuple[int, int], ...] | None, tokenizer: PlaceholderTokenizer) -> TargetSet:
-  """Makes a target set of ((tokens, entries), …); entries listed in the config have `max_len` tokens."""
+  """Makes a target set of ((tokens, entries), …); names of entries in the config have `max_len` tokens."""
   if spec.is_vocabulary:
     return vocabulary_set(tokenizer.size)
   if lengths is None and isinstance(spec.entries, str):
     raise UsageError(f'config.preflight.target_lengths.{spec.name} is missing: the number and length of the entries of '
                      f'{spec.entries!r} are unknown without data; give ((tokens, entries), …), for example '
                      f'(({spec.max_len}, 1000),).')
-  lengths = lengths or ((spec.max_len, len(spec.entries)),)
-  rows = [[tokenizer.word] * (tokens - 1) + [tokenizer.eot] for tokens, entries in lengths for _ in range(entries)]
-  buckets, order = bucket_by_length([[row] for row in rows], tokenizer.pad)
+  row = lambda tokens: [tokenizer.word] * (tokens - 1) + [tokenizer.eot]
+  if lengths is not None:
+    rows = [[row(tokens)] for tokens, entries in lengths for _ in range(entries)]
+  else:
+    entries = parse_entries(spec.entries, f'target_sets.{spec.name}.entries')
+    rows = [[row(spec.max_len)] * (len(names) if spec.synonyms else 1) for _, names in entries]
+  buckets, order = bucket_by_length(rows, tokenizer.pad)
   return TargetSet(buckets, order, ('',) * len(rows))
