@@ -183,7 +183,7 @@ def test_rounds_compute_every_row_of_every_group(sizes):
 
 @pytest.mark.parametrize('device, capacity, auto, xla', [
     ('cpu', False, 'tiled', 'tiled'), ('cpu', True, 'batched', 'batched'), ('tpu', False, 'megablox', 'ragged'),
-    ('tpu', True, 'megablox', 'batched'), ('gpu', True, 'batched', 'batched'), ('gpu', False, 'triton', 'ragged')])
+    ('tpu', True, 'batched', 'batched'), ('gpu', True, 'batched', 'batched'), ('gpu', False, 'triton', 'ragged')])
 def test_auto_follows_the_device_and_xla_is_auto_without_the_kernels(device, capacity, auto, xla):
   with mock.patch.object(jax, 'default_backend', lambda: device):
     assert gmm.choose_backend('auto', capacity) == auto

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -133,3 +134,11 @@ def test_all_axes_except_model_shard_the_batch_and_none_its_micro_steps():
   assert sharding.local_shards(mesh) == (0, 1, 2, 3)  # a single process has all
   assert sharding.local_shards(_mesh(model=8)) == (0,)
   assert sharding.replicated(mesh).is_fully_replicated
+
+
+def test_arrays_of_the_host_are_put_on_every_device_without_a_gather():
+  mesh = sharding.make_mesh(dict(replica=1, data=4, expert=2, model=1))
+  tree = {'a': np.arange(6.).reshape(2, 3), 'b': [jnp.ones(4, jnp.bfloat16)], 'nan': np.array([np.nan])}
+  placed = sharding.on_every_device(tree, mesh)
+  chex.assert_trees_all_equal(placed, tree)
+  assert all(len(x.addressable_shards) == 8 and x.sharding.is_fully_replicated for x in jax.tree.leaves(placed))

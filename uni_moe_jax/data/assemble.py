@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import pathlib
 import sys
@@ -18,7 +19,7 @@ from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.pipeline.examples import Builder, Examples
 from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.target_sets import TargetSet, build_target_set
-from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
+from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer, Tokenizer, trained_parts
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError, disk_is_full
 from uni_moe_jax.utils.suggest import nearest
@@ -153,8 +154,8 @@ class Data:
       if not path.is_file():
         if not c.path:
           raise MissingFileError(
-              f"config.train.init={init!r} has no tokenizer.model, so config.tokenizer.type='sentencepiece' is not "
-              'that of this run; copy its section config.tokenizer.')
+              f'config.train.init={init!r} has no tokenizer.model: restore it, or, if the tokenizer of that run is of '
+              "another type than 'sentencepiece', copy its section config.tokenizer.")
         raise MissingFileError(f'config.tokenizer.path={file!r} does not exist; give the tokenizer.model of a run.')
       own = storage.path(inherited) if init and c.path and not copy else path
       if own.is_file() and own.read_bytes() != path.read_bytes():
@@ -164,23 +165,25 @@ class Data:
       return (tokenizer := SentencePieceTokenizer(path)), path, tokenizer.fingerprint
     texts = sorted({text for r in records for text in _texts(r)})
     size = f'{c.vocab_size} or fewer' if c.allow_smaller_vocab else str(c.vocab_size)
-    digest = hashlib.sha256('\0'.join([size, *texts]).encode()).hexdigest()[:24]
-    path = storage.path(self.dir) / 'tokenizers' / f'{digest}.model'
+    parts = itertools.chain.from_iterable(map(trained_parts, texts))
+    digest = hashlib.sha256('\0'.join([size, *parts]).encode()).hexdigest()[:24]
+    path = copy or storage.path(self.dir) / 'tokenizers' / f'{digest}.model'  # the copy also if the data has changed
     if path.exists():
       return SentencePieceTokenizer(path), path, digest
     train = lambda path: SentencePieceTokenizer.train(texts, path, c.vocab_size, c.allow_smaller_vocab)
     try:
+      try:
+        return train(path), path, digest
+      except OSError as e:
+        if disk_is_full(e):
+          raise
+        print(f'note: {path.parent} cannot be written ({e.strerror}), so that the tokenizer is trained in a temporary '
+              'folder.', file=sys.stderr, flush=True)
+      self._own_folder = tempfile.TemporaryDirectory()  # for as long as this data is used
+      path = pathlib.Path(self._own_folder.name, path.name)
       return train(path), path, digest
     except ValueError as e:
       raise UsageError(f'config.tokenizer.vocab_size={c.vocab_size}: {e}') from e
-    except OSError as e:
-      if disk_is_full(e):
-        raise
-      print(f'note: {path.parent} cannot be written ({e.strerror}), so that the tokenizer is trained at every start.',
-            file=sys.stderr, flush=True)
-    self._own_folder = tempfile.TemporaryDirectory()  # for as long as this data is used
-    path = pathlib.Path(self._own_folder.name, path.name)
-    return train(path), path, digest
 
 
 def _texts(records: Records | FileDataset) -> list[str]:

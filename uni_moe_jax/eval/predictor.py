@@ -93,7 +93,7 @@ class Predictor:
       rows = normalize(jnp.concatenate(rows))
       rows = rows if spec.is_vocabulary else rows[target.order]
       mesh = self._model.mesh
-      self._features[name] = rows if mesh is None else jax.device_put(rows, sharding.replicated(mesh))
+      self._features[name] = rows if mesh is None else sharding.on_every_device(rows, mesh)
     return self._features[name]
 
   def log_probabilities(self, features: np.ndarray | jax.Array, task: TaskSpec) -> jax.Array:

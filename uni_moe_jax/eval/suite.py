@@ -48,7 +48,7 @@ def evaluate(
   with multihost.exit_with_peers(), baselines.bounded_fits():
     if writes:  # as it is: a folder without permission or space is an error before the evaluation, not at its end
       made_by = storage.path(workdir) / EVALUATORS_FILE
-      write_json(made_by, read_json(made_by, {}))
+      storage.write_bytes(made_by, made_by.read_bytes() if made_by.exists() else b'{}')
     if sharding.on_one_cpu(predictor.mesh) and jax.process_count() == 1:
       # Most of the time goes to compiling, which uses one core.
       pool, waits = concurrent.futures.ThreadPoolExecutor(min(2, cores.available())), True

@@ -1,8 +1,8 @@
 """Grouped matmul: rows sorted by expert, each times its expert's kernel.
 
 With a capacity, groups are equal and one batched product is fastest. Without one, it is a kernel of our own on GPU
-(`gmm_triton.py`: XLA's `ragged_dot` is a dense product there, E times as much work). On TPU the megablox kernel of JAX
-serves both. On CPU a loop over tiles gathers and sums tokens itself, see `gmm_tiled.py`. All backends compute the same.
+(`gmm_triton.py`: XLA's `ragged_dot` is a dense product there, E times as much work), and the megablox kernel of JAX on
+TPU. On CPU a loop over tiles gathers and sums tokens itself, see `gmm_tiled.py`. All backends compute the same.
 A program that is exported for several platforms has one product for CPUs and one for the others, see `PORTABLE`.
 """
 
@@ -35,11 +35,10 @@ def choose_backend(backend: str, capacity: bool, platform: str | None = None) ->
   if backend not in (AUTO, XLA):
     return backend
   platform = platform or jax.default_backend()
-  if backend == AUTO and platform == 'tpu':
-    return 'megablox'
-  if backend == AUTO and platform == 'gpu' and not capacity:
-    return 'triton'
-  return 'batched' if capacity else {'cpu': 'tiled'}.get(platform, 'ragged')
+  if capacity:
+    return 'batched'
+  kernels = {'tpu': 'megablox', 'gpu': 'triton'} if backend == AUTO else {}
+  return {'cpu': 'tiled', **kernels}.get(platform, 'ragged')
 
 
 def num_rows(backend: str, most: int) -> int:

@@ -97,9 +97,12 @@ def _product(group, first, start, end, x, kernel, out, *, contract: int, tiles: 
       return total + triton.dot(a, _load(kernel, (g,), inner, column, in_depth, in_width))
     return total + triton.dot(a, _load(kernel, (g,), column, inner, in_width, in_depth), trans_b=True)
 
-  zero = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
-  total = jax.lax.fori_loop(0, pl.cdiv(depth, tiles.contracted), add, zero)
-  triton.store(out.at[row[:, None], column[None]], total.astype(out.dtype), mask=in_group[:, None] & in_width[None])
+  # Idle items may be most of them: with expert parallelism a device has slots for all rows, and its own are a part.
+  @pl.when(start[item] < end[item])
+  def _():
+    zero = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
+    total = jax.lax.fori_loop(0, pl.cdiv(depth, tiles.contracted), add, zero)
+    triton.store(out.at[row[:, None], column[None]], total.astype(out.dtype), mask=in_group[:, None] & in_width[None])
 
 
 def _gradients(

@@ -6,10 +6,12 @@ Batches are sharded over (replica, data, expert), so that no two groups of `mode
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -120,6 +122,17 @@ def _constrained(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Ar
 
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
+
+
+def on_every_device(tree: Any, mesh: Mesh) -> Any:
+  """Arrays of this host, which are those of all processes, on every device.
+
+  `jax.device_put` would gather the arrays of all processes on each device to compare them, bit for bit.
+  """
+  def put(x):
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, replicated(mesh), lambda index: host[index])
+  return jax.tree.map(put, tree)
 
 
 def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:

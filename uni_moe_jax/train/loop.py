@@ -66,7 +66,8 @@ def _describe(run: Run) -> str:
   return (f'parameters: {counts["total"]:,} total, {counts["active"]:,} active per token\n'
           f'router: {router}; {len(names)} conditions: {", ".join(names)}\n'
           f'tasks: {", ".join(f"{t.name} ({t.type.name}, {t.batch_size})" for t in run.plan.tasks)}\n'
-          f'target sets: {sizes}\nmesh: {dict(run.mesh.shape)}\nproducts: {dtype}\nresume: {resume}'
+          f'target sets: {sizes}\ndevices: {run.mesh.size} × {run.mesh.devices.flat[0].device_kind}\n'
+          f'mesh: {dict(run.mesh.shape)}\nproducts: {dtype}\nresume: {resume}'
           + ''.join(f'\nnote: {note}' for note in notes(run.config)))
 
 

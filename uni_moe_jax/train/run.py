@@ -104,7 +104,7 @@ class Run:
 
   def target_sets(self) -> TargetSets:
     """Target sets on the devices."""
-    return jax.device_put(target_set_arrays(self.data, self.plan), sharding.replicated(self.mesh))
+    return sharding.on_every_device(target_set_arrays(self.data, self.plan), self.mesh)
 
   def parameter_counts(self) -> dict[str, int]:
     """{'total', 'active'}: of E experts, K are active for a token, by merging or by dispatch."""
@@ -279,11 +279,11 @@ def _check_layout(config: ml_collections.ConfigDict, plan: Plan, mesh: Mapping[s
 
 def build_to_read(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> Run:
   """`build` of a saved run whose parameters alone are read: on one device, with a note, if its mesh does not fit."""
-  devices = jax.devices()
+  devices, plan = jax.devices(), make_plan(config)
   if jax.process_count() == 1:
     try:
       mesh = sharding.mesh_shape({axis: config.mesh[axis] for axis in sharding.AXES}, len(devices))
-      _check_layout(config, make_plan(config), mesh)
+      _check_layout(config, plan, mesh)
     except UsageError:
       print(f'note: config.mesh of {workdir} does not fit here (devices: {len(devices)}); one device is used.',
             file=sys.stderr, flush=True)

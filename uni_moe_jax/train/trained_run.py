@@ -77,8 +77,9 @@ class TrainedRun:
                        f'{spec.template!r} of task {task!r}; '
                        f'{nearest(unknown[0], ["names", "top", *templates.columns(spec.template)])}.')
     fields = self._fields(images)
-    if names is not None and len(names):
-      _check_list('names', names)
+    _check_list('names', names)
+    names = list(names)
+    if names:
       trained = next(s for s in (*self._run.plan.sets, *self._run.plan.probe_sets) if s.name == spec.target_set)
       set_spec = dataclasses.replace(trained, name=_NAMES, entries=tuple(names), label_prompts=False)
       target = build_target_set(set_spec, tuple((name,) for name in names), self._run.data.tokenizer,

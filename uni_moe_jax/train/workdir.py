@@ -41,6 +41,8 @@ MAY_CHANGE = (
     'train.evaluate_every', 'train.max_nonfinite_steps', 'train.hang_timeout', 'train.interference_every',
     'train.interference_parameters', 'train.deterministic', 'data.dir', 'data.cache_dir', 'data.cache_gb',
     'data.max_corrupt_fraction', 'preflight', 'mesh', 'evaluators', 'tokenizer.merges_path')
+_OTHER_DATA = ('a source was prepared again or has a newer version, which is the one that is read, or the data '
+               "directory or the tokenizer's file is another one.")
 
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
@@ -145,9 +147,8 @@ def claim_workdir(
     changed = [] if extended else differences(old['config'], plain)
     if fingerprint is not None and old['data'] != fingerprint and not changed:
       raise UsageError(
-          f'workdir {workdir} belongs to a run with other data, by its fingerprint: since it started, the data of a '
-          'source was prepared again, or got a newer version, which is the one that runs read. Restore that data, for '
-          'example by moving the newer version to another folder, or give another --workdir.')
+          f'workdir {workdir} belongs to a run with other data, by its fingerprint: {_OTHER_DATA} Restore what it '
+          'was, for example by moving the newer version to another folder, or give another --workdir.')
     if inputs is not None and old['inputs'] not in (None, inputs) and not changed:
       changed = ['the content of the tokenizer file, or of a file of class names']
     if changed:
@@ -167,8 +168,7 @@ def claim_workdir(
 def note_other_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
   """Prints a note if the data of a saved run is not what it was in training; a command may read it all the same."""
   if _read(storage.path(workdir) / CONFIG_FILE)['data'] != fingerprint:
-    print(f'note: {workdir} was trained on other data, by its fingerprint: a source was prepared again, or has a newer '
-          'version, which is the one that is read.', file=sys.stderr, flush=True)
+    print(f'note: {workdir} was trained on other data, by its fingerprint: {_OTHER_DATA}', file=sys.stderr, flush=True)
 
 
 def _hint_of_init(

@@ -148,8 +148,9 @@ def _silence_repeated_errors() -> None:
 def _report_exception(cls: type[BaseException], e: BaseException, traceback: types.TracebackType | None) -> None:
   """Print an exception that ends the command; Ctrl-C without the lines that happened to run."""
   if issubclass(cls, KeyboardInterrupt):
-    sys.stdout.flush()
-    print('\nSIGINT: stopped.', file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # whatever reads them may have ended by the same Ctrl-C
+      sys.stdout.flush()
+      print('\nSIGINT: stopped.', file=sys.stderr, flush=True)
     # At once: Python would end by this signal, too, but only when threads that compute have finished.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.raise_signal(signal.SIGINT)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data import own_files
-from uni_moe_jax.data.files import file_dataset, formats, prepare
+from uni_moe_jax.data.files import file_dataset, prepare
 from uni_moe_jax.data.preparation import archives, input_shards
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
@@ -304,24 +304,6 @@ def test_documents_and_line_numbers_go_on_over_shards(tmp_path, monkeypatch):
       ('four', 'lines.txt:7', 'lines/3'), ('five', 'lines.txt:9', 'lines/4'), ('seven', 'lines.txt:13', 'lines/6')]
   # As in every other format, a line in another encoding, such as Latin-1, is no text with holes.
   assert [(row.skipped, row.location, row.texts) for row in rows if row.skipped] == [('not UTF-8', 'lines.txt:11', {})]
-
-
-@pytest.mark.parametrize('fields, media_type, texts, labels', [
-    ({'file_name': 'a/1.PNG', 'text': 'a cat'}, 'image', {'captions': ('a cat',)}, {}),
-    ({'file_name': '2.mp4', 'text': 'a cat', 'captions': ['b']}, 'video', {'text': 'a cat', 'captions': ('b',)}, {}),
-    ({'file_name': '3.png', 'label': 'cat'}, 'image', {}, {'label': 'cat'}),
-    ({'image': '4.png', 'file_name': '5.png'}, 'image', {}, {'file_name': '5.png'}),
-    ({'file_name': 'notes.txt', 'text': 'a cat'}, '', {'text': 'a cat'}, {'file_name': 'notes.txt'})])
-def test_rows_may_have_the_names_that_hugging_face_gives_fields(tmp_path, fields, media_type, texts, labels):
-  (tmp_path / 'metadata.jsonl').write_text(json.dumps(fields))
-  ((row,),) = (input_shards.read(shard) for shard in input_shards.plan(tmp_path))
-  assert (row.media_type, row.texts, row.labels, row.skipped) == (media_type, texts, labels, '')
-  assert row.path == (tmp_path / fields.get('image', fields['file_name']) if media_type else None)
-
-
-def test_an_image_in_an_archive_is_not_looked_for_by_its_file_name(tmp_path):
-  row = formats.parse({'file_name': '5.png'}, 'x.tar', tmp_path, '', False, data=('image', b'bytes'))
-  assert (row.data, row.path, row.labels) == (b'bytes', None, {'file_name': '5.png'})
 
 
 @pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-be'])

@@ -100,10 +100,12 @@ def test_of_a_task_type_the_step_with_most_tokens_is_compiled_those_of_its_targe
 
 
 def test_during_training_evaluation_needs_the_whole_state_of_training_besides():
-  def evaluation_memory(evaluate_every):
+  def evaluation_memory(evaluate_every, largest=''):
     c = _config()
     c.model.num_layers = 1
     c.evaluators.shape = config.evaluator('classification', 'shape', split='val', during_training=True)
+    if largest:
+      c.evaluators[largest] = config.evaluator('classification', 'shape', split='val', batch_size=512)
     c.train.update(dict(evaluate_every=evaluate_every, log_every=1, ema_decay=0.9))
     run = compiled_programs.prepare(c, jax.devices()[:1])
     return compiled_programs.compile_program(run, EVALUATION).memory, run.parameter_counts()['total']
@@ -111,6 +113,8 @@ def test_during_training_evaluation_needs_the_whole_state_of_training_besides():
   (after, _), (during, total) = evaluation_memory(0), evaluation_memory(1)
   state = during.total - after.total
   assert state == during.optimizer and after.optimizer == 0
+  # The largest evaluation alone is compiled; one that follows training has no such state beside it.
+  assert evaluation_memory(1, largest='after training')[0].optimizer == 0
   assert 0 <= state - 3 * 4 * total < 100  # two moments and an average of every parameter, and a few counters
 
 

@@ -27,6 +27,7 @@ TEXT_FIELDS = ('text', 'text_a', 'text_b')
 _STRING_FIELDS = (*MEDIA_TYPES, 'caption', 'label_name', 'split', *TEXT_FIELDS)
 # Fields that the documented format defines. Others are extra, and a wrong one costs no row.
 RESERVED_FIELDS = (*_STRING_FIELDS, 'captions', 'label', 'key', 'group')
+FILE_NAME = 'file_name'  # see `of_image_folder`
 _URL = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+://')
 _FIELD_NAME = re.compile(r'\w[\w .:-]{0,49}')  # files are named after fields
 
@@ -96,6 +97,23 @@ def decode_text(data: bytes) -> str:
     raise Skip(NOT_UTF8) from None
 
 
+def of_image_folder(value: Any, file: str) -> Any:
+  """A row of the metadata.jsonl or .csv of an image folder of Hugging Face, in the names of this format.
+
+  There `file_name` is an image or a video, and `text` its caption.
+  """
+  is_row = pathlib.PurePath(file).stem == 'metadata' and isinstance(value, dict) and not any(
+      m in value for m in MEDIA_TYPES)
+  name = value.get(FILE_NAME) if is_row else None
+  media_type = media_type_of(pathlib.PurePath(name).suffix) if isinstance(name, str) else ''
+  if not media_type:
+    return value
+  value = {media_type: name, **{k: v for k, v in value.items() if k != FILE_NAME}}
+  if isinstance(value.get('text'), str) and not value.keys() & {'caption', 'captions'}:
+    value['caption'] = value.pop('text')
+  return value
+
+
 def parse(value: Any, location: str, folder: pathlib.Path, split: str, allow_outside: bool,
           array: tuple[pathlib.Path, int] | None = None, data: tuple[str, bytes] | None = None) -> Row:
   """The row of a JSON value.
@@ -117,8 +135,6 @@ def parse(value: Any, location: str, folder: pathlib.Path, split: str, allow_out
   if wrong := next((name for name in dropped if name in RESERVED_FIELDS), ''):
     raise Skip(f'wrong type of {shorten(wrong)}')
   value = {k: v for k, v in value.items() if k not in dropped}
-  if array is None and data is None:
-    value = _of_file_name(value)
   media_type, *others = [m for m in MEDIA_TYPES if m in value] or ['']
   if others:
     raise Skip('both an image and a video')
@@ -145,18 +161,6 @@ def parse(value: Any, location: str, folder: pathlib.Path, split: str, allow_out
     raise Skip('a file outside of the input folder (--allow_outside packs it)')
   return Row(location, SPLIT_NAMES.get(split.lower(), ''), media_type, path, array_index, content, texts, labels, key,
              group, tuple(map(shorten, dropped)))
-
-
-def _of_file_name(value: dict[str, Any]) -> dict[str, Any]:
-  """The fields of a row as `datasets` of Hugging Face names them: `file_name` of an image, and `text`, its caption."""
-  name = value.get('file_name')
-  media_type = media_type_of(pathlib.PurePath(name).suffix) if isinstance(name, str) else ''
-  if not media_type or any(m in value for m in MEDIA_TYPES):
-    return value
-  value = {media_type: name, **{k: v for k, v in value.items() if k != 'file_name'}}
-  if isinstance(value.get('text'), str) and not value.keys() & {'caption', 'captions'}:
-    value['caption'] = value.pop('text')
-  return value
 
 
 _real_path = functools.lru_cache(2**14)(os.path.realpath)

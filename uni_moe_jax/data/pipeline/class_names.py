@@ -38,7 +38,7 @@ def parse_entries(values: Sequence[str | tuple[str, ...]], field: str) -> tuple[
 
 def read_entries(values: str, directory: str | os.PathLike[str], field: str) -> tuple[Entry, ...]:
   """Reads the entries of 'file:PATH', relative to the data directory. Raises MissingFileError, UsageError."""
-  name = values.removeprefix(FILE_PREFIX)
+  name = os.path.expanduser(values.removeprefix(FILE_PREFIX))
   path = storage.path(name if storage.is_remote(name) else storage.path(directory) / name)
   # An absolute path after the address of a bucket would be a file of this machine, which must stay as it is.
   if isinstance(directory, Mirror) and not os.path.isabs(name):

@@ -87,8 +87,8 @@ def _report_equal(
     (a, *_), (b, *_) = same[0]
     more = f' (and {len(same) - 1} more)' if len(same) > 1 else ''
     print(f'note: {field}: {a!r} and {b!r}{more} are the same tokens, for example because the tokenizer has no upper '
-          'case, or not these characters: only a linear head or label prompts can tell them apart. Call one of them '
-          'otherwise.', file=sys.stderr, flush=True)
+          'case, or not these characters: only a linear head or label prompts can separate them. Rename one of them.',
+          file=sys.stderr, flush=True)
 
 
 def _check_positions(text: str, num_tokens: int, field: str, max_text_len: int) -> None:

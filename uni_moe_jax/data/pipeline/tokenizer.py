@@ -124,7 +124,7 @@ class SentencePieceTokenizer(Tokenizer):
     with tempfile.TemporaryDirectory(dir=model_file.parent) as folder:
       try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain.from_iterable(map(_parts, texts)), model_writer=model,
+            sentence_iterator=itertools.chain.from_iterable(map(trained_parts, texts)), model_writer=model,
             vocab_size=vocab_size, **_TRAINER, **options)
       except RuntimeError as error:
         raise UsageError(f'These texts cannot give a vocabulary of {vocab_size} pieces: {error}') from error
@@ -143,7 +143,7 @@ class SentencePieceTokenizer(Tokenizer):
     return self._model.decode([i for i in before_eot(ids, self.eot) if i not in self.special_ids])
 
 
-def _parts(text: str) -> Iterator[str]:
+def trained_parts(text: str) -> Iterator[str]:
   """Yields a text; one that the trainer would drop, such as a book, in parts that end before spaces."""
   size = _MAX_TRAINED_BYTES // 4  # a character has at most four bytes
   if len(text) <= size or len(text.encode()) <= _MAX_TRAINED_BYTES:

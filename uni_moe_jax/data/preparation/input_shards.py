@@ -295,6 +295,7 @@ def _read_jsonl(shard: InputShard, allow_outside: bool) -> Iterator[Row]:
       location = shard.location(number)
       try:
         value = formats.decode_json(line, 'utf-8-sig' if number == 1 else 'utf-8')
+        value = formats.of_image_folder(value, shard.file)
         yield formats.parse(value, location, root, shard.split, allow_outside,
                             (array, number - 1) if has_array else None)
       except formats.Skip as e:
@@ -308,7 +309,7 @@ def _columns(file: storage.Path) -> tuple[str, ...]:
 
 
 def _has_fields(columns: Iterable[str]) -> bool:
-  return not set(formats.RESERVED_FIELDS).isdisjoint(columns)
+  return not {*formats.RESERVED_FIELDS, formats.FILE_NAME}.isdisjoint(columns)
 
 
 def _header(lines: Iterable[bytes], delimiter: str) -> tuple[tuple[str, ...], int, int]:
@@ -380,6 +381,7 @@ def _read_table(shard: InputShard, allow_outside: bool) -> Iterator[Row]:
           raise formats.Skip('another number of fields than in the first line')
         texts = (formats.decode_text(field.encode(errors='surrogateescape')) for field in record)
         value = {name: text for name, text in zip(shard.columns, texts) if text}
+        value = formats.of_image_folder(value, shard.file)
         yield formats.parse(value, location, root, shard.split, allow_outside)
       except formats.Skip as e:
         yield Row(location, skipped=str(e))

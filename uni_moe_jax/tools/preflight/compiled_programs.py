@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 import tensorflow as tf
 
-from uni_moe_jax.config.plan import TaskSpec, make_plan
+from uni_moe_jax.config.plan import Evaluation, TaskSpec, make_plan
 from uni_moe_jax.data.pipeline.declared_data import DeclaredData
 from uni_moe_jax.data.pipeline.mixtures import UNBATCHED_FIELDS
 from uni_moe_jax.eval import predictor
@@ -112,7 +112,7 @@ def compile_program(run: Run, which: Which, topology: Topology | None = None) ->
   if which == EVALUATION:
     name, examples, _ = evaluated(run)
     name = f'{EVALUATION[0]}, {name}'
-    if not run.config.train.evaluate_every:  # otherwise the state of training stays on the devices
+    if not _is_during_training(run):  # otherwise the state of training stays on the devices
       optimizer = 0.0
   else:
     arguments += optimizer
@@ -139,7 +139,18 @@ def evaluated(run: Run) -> tuple[str, int, Any]:
   It is the inputs of a batch, split over the batch shards, or texts of a target set, which every device has. Without
   evaluators, training batches are taken.
   """
-  tasks = [dataclasses.replace(e.task, batch_size=e.batch_size) for e in run.plan.evaluations] or run.plan.tasks
+  return _largest(run, run.plan.evaluations)[1:]
+
+
+def _is_during_training(run: Run) -> bool:
+  """Return whether the sequence of `evaluated` is one of the evaluations while the run trains."""
+  during = [e for e in run.plan.evaluations if e.during_training] if run.config.train.evaluate_every else []
+  return bool(during) and _largest(run, during)[0] == _largest(run, run.plan.evaluations)[0]
+
+
+def _largest(run: Run, evaluations: Sequence[Evaluation]) -> tuple[int, str, int, Any]:
+  """Return (tokens, name, examples, shapes) of what `evaluated` looks for."""
+  tasks = [dataclasses.replace(e.task, batch_size=e.batch_size) for e in evaluations] or run.plan.tasks
   task = max(tasks, key=lambda t: _num_tokens(run, t))
   rows = -(-task.batch_size // run.spec.model.shards) * run.spec.model.shards  # as `eval.batches` fills up a batch
   fields = {k: jax.ShapeDtypeStruct((rows, *shape), dtype)
@@ -152,7 +163,7 @@ def evaluated(run: Run) -> tuple[str, int, Any]:
     for sequence in jax.eval_shape(texts):
       entries, length = sequence.text.shape
       encoded.append((entries * (1 + length), f'target set {name}', entries, _replicated(run, sequence)))
-  return max(encoded, key=lambda e: e[0])[1:]
+  return max(encoded, key=lambda e: e[0])
 
 
 def batch_shapes(run: Run, tasks: Sequence[TaskSpec]) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:

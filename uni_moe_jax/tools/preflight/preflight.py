@@ -78,9 +78,9 @@ def estimate_largest_batch(compiler: Compiler, config: Config, task: str | None,
 def for_tpu(config: Config) -> Config:
   """Return a config whose `moe.gmm` does not depend on the devices of this process.
 
-  On a TPU 'auto' selects the megablox kernel, which, like tokamax's, can only be compiled on one. XLA's own grouped
-  products replace it, on as many tokens: 'xla' is batched with a capacity (training) and ragged without one
-  (evaluation).
+  On a TPU 'auto' selects the megablox kernel where there is no capacity (evaluation). Like tokamax's, it can only be
+  compiled on one. XLA's own grouped products replace it, on as many tokens: 'xla' is batched with a capacity (training)
+  and ragged without one.
   """
   changed = config.copy_and_resolve_references()
   if config.moe.router in DISPATCHED and config.moe.gmm in ('auto', 'megablox', 'tokamax'):
