@@ -132,6 +132,14 @@ def test_images_of_parquet_are_bytes_or_paths(tmp_path):
       'a URL, which is not fetched (img2dataset downloads images)': ['train-2.parquet:3']}
 
 
+@pytest.mark.parametrize('first, names_files', [(None, True), (b'x', False)])
+def test_images_with_a_path_and_without_bytes_name_files(tmp_path, first, names_files):
+  images = pa.array([{'bytes': first, 'path': '0.png'}, {'bytes': None, 'path': '1.png'}],
+                    pa.struct({'bytes': pa.binary(), 'path': pa.string()}))
+  pq.write_table(pa.table({'image': images}), tmp_path / 'a.parquet')
+  assert archives.names_files(str(tmp_path / 'a.parquet')) == names_files
+
+
 @pytest.mark.parametrize('column, names_files', [
     (pa.array(['a.png']), True), (pa.array(['a.png'], pa.large_string()), True),
     (pa.array(['a.png'], pa.string_view()), True), (pa.array(['a.png']).dictionary_encode(), True),

@@ -86,7 +86,17 @@ def row_groups(address: str) -> list[int]:
 def names_files(address: str) -> bool:
   """Whether a Parquet file has a column of paths of images or videos; False if it is damaged."""
   fields = _of_metadata(address, lambda parquet: list(parquet.schema_arrow)) or ()
-  return any(_is_text(_unwrapped(field.type)) for field in fields if field.name in formats.MEDIA_TYPES)
+  if any(_is_text(_unwrapped(field.type)) for field in fields if field.name in formats.MEDIA_TYPES):
+    return True
+  metadata = _of_metadata(address, lambda parquet: parquet.metadata)
+  if metadata is None:
+    return False
+  # Of the type {bytes, path}, without any bytes.
+  chunks = [metadata.row_group(i).column(j) for i in range(metadata.num_row_groups)
+            for j in range(metadata.num_columns)]
+  nulls = [chunk.statistics is not None and chunk.statistics.null_count == chunk.num_values for chunk in chunks
+           if chunk.path_in_schema in [f'{name}.bytes' for name in formats.MEDIA_TYPES]]
+  return bool(nulls) and all(nulls)
 
 
 def _of_metadata(address: str, get: Callable[[Any], Any]) -> Any:
