@@ -53,3 +53,20 @@ def test_a_mesh_that_does_not_fit_these_devices_is_replaced_by_one_device_where_
     with pytest.raises(UsageError):  # what trains must say so
       train_run.build(c)
   assert c.to_dict() == before
+
+
+@pytest.mark.parametrize('field, value, platform', [
+    ('model.attention_impl', 'splash', 'gpu'), ('model.attention_impl', 'short', 'gpu'),
+    ('moe.gmm', 'megablox', 'gpu'), ('moe.gmm', 'triton', 'tpu')])
+def test_a_kernel_of_another_type_of_device_is_refused(field, value, platform):
+  c = _config()
+  c.update_from_flattened_dict({field: value})
+  for fitting in {'gpu', 'tpu', 'cpu'} - {platform}:
+    train_run.check_kernels(c, fitting)
+  train_run.check_kernels(_config(), platform)
+  with pytest.raises(UsageError, match=f"config.{field}='{value}' is a kernel for .PUs, and this run has devices of "
+                                       f"type '{platform}'; set it to 'auto'"):
+    train_run.check_kernels(c, platform)
+  assert train_run.with_fitting_kernels(c, 'cpu') is c
+  read = train_run.with_fitting_kernels(c, platform)
+  assert read.model.attention_impl == read.moe.gmm == 'auto' and c.to_dict() != read.to_dict()

@@ -35,6 +35,8 @@ from uni_moe_jax.train.used_params import expert_sublayer, unit_axes
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path, path_of
 
+_KERNELS = {'splash': 'tpu', 'short': 'tpu', 'megablox': 'tpu', 'triton': 'gpu'}  # kernel → type of device
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -242,6 +244,7 @@ def build(
     _check_router(config, plan, workdir_lib.load_config(config.train.init))
   mesh = sharding.make_mesh({axis: config.mesh[axis] for axis in sharding.AXES}, devices)
   _check_layout(config, plan, mesh.shape)
+  check_kernels(config, mesh.devices.flat[0].platform)
   shards = sharding.batch_shards(mesh.shape)
   if data is None:
     data = Data(config, plan, workdir_lib.tokenizer_copy(workdir) if has_started else None)
@@ -277,6 +280,29 @@ def _check_layout(config: ml_collections.ConfigDict, plan: Plan, mesh: Mapping[s
     plan.check_halves(shards, config.train.grad_accum_steps)
 
 
+def check_kernels(config: ml_collections.ConfigDict, platform: str) -> None:
+  """Raises UsageError for a kernel of another type of device than 'gpu' or 'tpu'. On CPUs, as in tests, all work.
+
+  It would be interpreted, which gives the same results, orders of magnitude more slowly.
+  """
+  for field, value in (('model.attention_impl', config.model.attention_impl), ('moe.gmm', config.moe.gmm)):
+    wanted = _KERNELS.get(value, platform)
+    if platform not in ('cpu', wanted):
+      raise UsageError(f"config.{field}={value!r} is a kernel for {wanted.upper()}s, and this run has devices of type "
+                       f"{platform!r}; set it to 'auto'.")
+
+
+def with_fitting_kernels(config: ml_collections.ConfigDict, platform: str) -> ml_collections.ConfigDict:
+  """A config of which `check_kernels` refuses nothing: the parameters of a run serve on every type of device."""
+  try:
+    check_kernels(config, platform)
+    return config
+  except UsageError:
+    config = config.copy_and_resolve_references()
+    config.model.attention_impl = config.moe.gmm = 'auto'
+    return config
+
+
 def build_to_read(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> Run:
   """`build` of a saved run whose parameters alone are read: on one device, with a note, if its mesh does not fit."""
   devices, plan = jax.devices(), make_plan(config)
@@ -288,7 +314,7 @@ def build_to_read(config: ml_collections.ConfigDict, workdir: str | os.PathLike[
       print(f'note: config.mesh of {workdir} does not fit here (devices: {len(devices)}); one device is used.',
             file=sys.stderr, flush=True)
       config, devices = on_one_device(config), devices[:1]
-  run = build(config, devices, workdir=workdir)
+  run = build(with_fitting_kernels(config, devices[0].platform), devices, workdir=workdir)
   workdir_lib.note_other_data(workdir, run.data.fingerprint)
   return run
 
