@@ -1,6 +1,8 @@
 """The gallery: files of every medium that a task searches, and a sentence about each of the others."""
 
 import asyncio
+import json
+import os
 import types
 
 import numpy as np
@@ -34,7 +36,7 @@ def _encoded(tmp_path, searched, names=()):
   examples = [{'task': '', 'num_frames': frames, 'answer': medium, 'png': b''} for medium, frames in _FRAMES.items()]
   files, notes, batcher = [tmp_path / name for name in names], [], _Batcher()
   for file in files:
-    file.write_bytes(file.name.encode())
+    file.write_bytes(os.fsencode(file.name))
   gallery = Gallery(Facts({'tasks': tasks}, examples, {}, {}), files, tmp_path / 'cache.npz')
   asyncio.run(gallery.encode(batcher, Limits(), notes.append))
   return gallery, notes, batcher.tasks
@@ -62,6 +64,16 @@ def test_a_file_that_no_task_searches_is_reported_and_is_no_item(tmp_path, searc
 def test_examples_are_those_that_a_task_searches(tmp_path, searched):
   gallery, notes, sent = _encoded(tmp_path, searched)
   assert [item.text for item in gallery.items] == searched and gallery.size == len(sent) == len(searched) and not notes
+
+
+@pytest.mark.parametrize('stored, name, text', [
+    (b'caf\xe9_1.png', 'caf\ufffd_1.png', 'caf\ufffd 1'), ('café_1.png'.encode(), 'café_1.png', 'café 1')],
+    ids=['latin-1', 'utf-8'])
+def test_a_file_name_that_is_not_utf8_becomes_text_that_json_and_tokenizers_take(tmp_path, stored, name, text):
+  gallery, notes, _ = _encoded(tmp_path, ['image'], [os.fsdecode(stored)])
+  [item] = gallery.items
+  assert (item.name, item.text) == (name, text) and not notes
+  json.dumps([item.name, item.text], ensure_ascii=False).encode()
 
 
 class _Supervisor:

@@ -109,7 +109,9 @@ class Gallery:
       data, suffix = await asyncio.to_thread(source.read_bytes), source.suffix.lower()
       is_video = suffix == '.gif' or media_type_of(suffix) == 'video'
       item = Item(thumbnail=True, **{'video' if is_video else 'image': data})
-      made, digest = GalleryItem(index, source.name, source.stem.replace('_', ' ')), hashlib.sha256(data).hexdigest()
+      name = source.name.encode(errors='surrogateescape').decode(errors='replace')  # the bytes may be no UTF-8
+      made = GalleryItem(index, name, pathlib.PurePath(name).stem.replace('_', ' '))
+      digest = hashlib.sha256(data).hexdigest()
     for task in self.searchers():
       frames = self._tasks[task]['num_frames']
       if (frames > 1) != is_video or item.example >= 0 and frames != example['num_frames']:
