@@ -69,7 +69,8 @@ class Search(Input):
   """A text, or an image or video with the texts to rank."""
   text: str = pydantic.Field('', description='Ranks the gallery.')
   names: _Texts = pydantic.Field([], description='Texts to rank by an image or video.')
-  candidates: str = pydantic.Field('', description="Instead of names: a target set, or 'gallery', see GET /model.")
+  candidates: str = pydantic.Field('', description="Instead of names: a target set, or 'gallery', see GET /model; "
+                                                'without texts that are too long for the task.')
 
 
 class Fill(_Body):

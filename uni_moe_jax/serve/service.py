@@ -115,10 +115,13 @@ class Service:
                for i in np.argsort(-scores, kind='stable')[:top].tolist()]
       return {'task': task, 'results': results, 'conditions': self._conditions(task, entry['text_condition'])}
     self._check_inputs(task, entry, item)
-    names = list(names) or self._candidates(candidates)
-    output, texts = await asyncio.gather(self._batcher.submit(task, 'encode', item), self.texts(task, names))
-    scores = texts @ output['features']
-    results = [{'text': names[i], 'score': float(scores[i])} for i in np.argsort(-scores, kind='stable')[:top].tolist()]
+    ranked = list(names) or self._candidates(candidates)
+    output, encoded = await asyncio.gather(self._batcher.submit(task, 'encode', item), self._encoded(task, ranked))
+    if not names:  # of the model or gallery: who searches cannot shorten those that are too long for this task
+      ranked = [t for t in ranked if not (isinstance(encoded[t], Refused) and encoded[t].status == 422)] or ranked
+    scores = _stacked([encoded[t] for t in ranked]) @ output['features']
+    results = [{'text': ranked[i], 'score': float(scores[i])}
+               for i in np.argsort(-scores, kind='stable')[:top].tolist()]
     return {'task': task, 'results': results, 'conditions': self._conditions(task, entry['text_condition'])}
 
   def candidates(self) -> list[str]:
@@ -128,27 +131,33 @@ class Service:
     return sets + [GALLERY_TEXTS] * any(g.text for g in self.gallery.items)
 
   async def texts(self, task: str, texts: Sequence[str]) -> np.ndarray:
-    """Normalized features [n, D] of texts as answers of a task; each text is encoded once."""
+    """Normalized features [n, D] of texts as answers of a task."""
+    encoded = await self._encoded(task, texts)
+    return _stacked([encoded[text] for text in texts])
+
+  async def _encoded(self, task: str, texts: Sequence[str]) -> dict[str, np.ndarray | BaseException]:
+    """The features of every text, or why it has none; each is encoded once."""
     entry = self.tasks[task]
     condition = entry['text_condition'], text_length(self._manifest, task)
-    keys = [(*condition, text) for text in texts]
-    missing = [text for text in dict.fromkeys(texts) if (*condition, text) not in self._features]
+    keys = {text: (*condition, text) for text in texts}
+    missing = [text for text, key in keys.items() if key not in self._features]
     made = await asyncio.gather(
         *(self._batcher.submit(task, 'encode_text', Item(text=text)) for text in missing), return_exceptions=True)
+    failed = {}
     for text, output in zip(missing, made):
       if isinstance(output, BaseException):
-        raise output
-      self._features[(*condition, text)] = output['features']
+        failed[text] = output
+      else:
+        self._features[keys[text]] = output['features']
     # Concurrent requests may have removed others of these: they are taken before the cache is shortened.
-    features = [self._features.get(key) for key in keys]
-    for key in keys:
+    removed = Refused(503, 'Too many texts are encoded at once; send the request again in a second.')
+    encoded = {text: self._features.get(key, failed.get(text, removed)) for text, key in keys.items()}
+    for key in keys.values():
       if key in self._features:
         self._features.move_to_end(key)
     while len(self._features) > _CACHED_TEXTS:
       self._features.popitem(last=False)
-    if any(f is None for f in features):
-      raise Refused(503, 'Too many texts are encoded at once; send the request again in a second.')
-    return np.stack(features)
+    return encoded
 
   def _candidates(self, name: str) -> list[str]:
     if name not in (known := self.candidates()):
@@ -200,6 +209,13 @@ def is_captioner(entry: dict[str, Any]) -> bool:
 def is_filler(entry: dict[str, Any]) -> bool:
   """Whether a task fills masks."""
   return entry['readout'] == 'masked'
+
+
+def _stacked(features: Sequence[np.ndarray | BaseException]) -> np.ndarray:
+  """Features as one array. Raises the first reason why a text has none."""
+  if error := next((f for f in features if isinstance(f, BaseException)), None):
+    raise error
+  return np.stack(features)
 
 
 def _media_of(entry: dict[str, Any]) -> str:
