@@ -76,6 +76,18 @@ def test_a_file_name_that_is_not_utf8_becomes_text_that_json_and_tokenizers_take
   json.dumps([item.name, item.text], ensure_ascii=False).encode()
 
 
+def test_what_is_encoded_is_in_the_cache_and_not_twice_in_memory(tmp_path):
+  gallery, _, sent = _encoded(tmp_path, ['image'], ['a.png', 'b.png'])
+  assert len(sent) == 2 and not gallery._stored
+  with np.load(tmp_path / 'cache.npz') as cached:  # features and a thumbnail of each
+    assert len(cached) == 4
+  again, _, sent = _encoded(tmp_path, ['image'], ['a.png', 'b.png'])
+  assert not sent and not again._stored
+  for before, after in zip(gallery.items, again.items, strict=True):
+    assert after.png == before.png == b'png'
+    np.testing.assert_array_equal(after.features['image search'], before.features['image search'])
+
+
 class _Supervisor:
   """Workers that end when they read a file of some content, and before that `restarts` times for another reason."""
   sizes = {('image search', 'encode'): 4}

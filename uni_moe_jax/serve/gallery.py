@@ -59,7 +59,7 @@ class Gallery:
         Item(example=i, thumbnail=True) for i, e in enumerate(facts.examples) if e['num_frames'] in searched]
     self._slots: list[GalleryItem | None] = [None] * len(self._sources)
     self._num_refused = 0
-    self._stored: dict[str, np.ndarray] = {}
+    self._stored: dict[str, np.ndarray] = {}  # by content; empty after `encode`
     self._used: set[str] = set()  # keys of `_stored`
 
   @property
@@ -98,6 +98,7 @@ class Gallery:
 
     await asyncio.gather(*map(add, range(len(self._sources))))
     await asyncio.to_thread(self._save)
+    self._stored, self._used = {}, set()  # the items have their own
 
   async def _encoded(self, index: int, batcher: Batcher) -> GalleryItem:
     source = self._sources[index]
