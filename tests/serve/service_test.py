@@ -348,6 +348,8 @@ def test_the_front_never_imports_jax():
     ([], 'give either --model=FOLDER'), (['--model=a', '--workdir=b'], 'give either --model=FOLDER'),
     (['--model=tests'], 'tests is no folder of uni-moe export'),
     (['--model=a', '--max_batch=6'], '--max_batch=6 is no power of two'),
+    (['--model=a', '--timeout=inf'], '--timeout=inf is not finite; give a number, such as 10.'),
+    (['--model=a', '--max_seconds=nan'], '--max_seconds=nan is not finite; give a number, such as 60.'),
     (['--model=a', '--gallery=tests/serve'], 'has no file that ends in one of .png'),
     (['--model=a', '--token_file=tests/nothing'], 'tests/nothing: No such file'),
     (['--model=a', '--host=300.0.0.1'], '--host=300.0.0.1 --port=8000 cannot be used')])

@@ -1,6 +1,9 @@
 """Bounds of requests, and the refusal of one that exceeds them."""
 
 import dataclasses
+import math
+
+from uni_moe_jax.utils.errors import UsageError
 
 
 class Refused(Exception):
@@ -26,7 +29,7 @@ def _bound(default: int | float, help_string: str, at_least: int = 1) -> int | f
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What the service accepts. Every field is a flag of uni-moe serve."""
+  """What the service accepts. Every field is a flag of uni-moe serve. Raises UsageError: one is not finite."""
   max_body_bytes: int = _bound(8 * 2**20, 'Bytes of a request; more are answered with 413.')
   max_pixels: int = _bound(2**24, 'Pixels of an image or of a frame, by its header, before it is decoded.')
   max_frames: int = _bound(1000, 'Frames of a video.')
@@ -37,6 +40,11 @@ class Limits:
   max_batch: int = _bound(32, 'Requests that one program call answers; a power of two.')
   batch_wait_ms: float = _bound(3, 'Milliseconds that a request waits for others of its kind.', at_least=0)
   timeout: float = _bound(10, 'Seconds until a request is answered with 503, and a busy worker is replaced.')
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      if not math.isfinite(value := getattr(self, field.name)):  # no bound of a flag excludes nan, and JSON has neither
+        raise UsageError(f'--{field.name}={value} is not finite; give a number, such as {field.default}.')
 
   def check_text(self, text: str, field: str) -> str:
     """Returns the text. Raises Refused: it is empty, too long or not valid Unicode."""
