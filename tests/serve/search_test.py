@@ -50,7 +50,7 @@ def _search(sets, *requests):
 
 def test_a_stored_text_that_is_too_long_for_a_task_is_left_out_of_a_search_and_a_given_one_is_refused():
   answers, encoded = _search({'set': ['a', 'long', 'bcd'], 'long': ['longer', 'longest'], 'busy': ['a', '503']},
-                           ([], 'set'), ([], 'set'), (['a', 'long'], ''), ([], 'long'), ([], 'busy'))
+                             ([], 'set'), ([], 'set'), (['a', 'long'], ''), ([], 'long'), ([], 'busy'))
   assert answers[:2] == [{'bcd': 4.0, 'a': 2.0}] * 2
   assert encoded['a'] == encoded['bcd'] == 1  # kept beside one that is refused
   assert answers[2:] == ['long has too many tokens', 'longer has too many tokens', 'busy']

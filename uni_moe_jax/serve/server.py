@@ -83,10 +83,16 @@ def _caches() -> pathlib.Path:
 def read_token(file: str | None) -> str:
   """The bearer token of a file or, without one, of UNI_MOE_TOKEN; '' if there is neither.
 
-  Without spaces and line ends around it, which no header has. Raises UsageError: nothing is left.
+  Without spaces and line ends around it, and a mark of UTF-8 before it, which no header has. Raises UsageError: nothing
+  is left, or the file is not UTF-8.
   """
-  source, text = (f'--token_file={file}', storage.path(file).read_text()) if file is not None else (
-      'UNI_MOE_TOKEN', os.environ.get('UNI_MOE_TOKEN', ''))
+  source, text = 'UNI_MOE_TOKEN', os.environ.get('UNI_MOE_TOKEN', '')
+  if file is not None:
+    source = f'--token_file={file}'
+    try:
+      text = storage.path(file).read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError:
+      raise UsageError(f'{source} is not UTF-8, but perhaps UTF-16; save it as UTF-8.') from None
   if (file is not None or text) and not text.strip():
     raise UsageError(f'{source} is empty; write the token into it.')
   return text.strip()
