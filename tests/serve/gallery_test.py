@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from uni_moe_jax.serve import gallery as gallery_lib
+from uni_moe_jax.serve import server
 from uni_moe_jax.serve.batching import Batcher
 from uni_moe_jax.serve.gallery import Gallery
 from uni_moe_jax.serve.limits import Limits, Refused
@@ -86,6 +87,15 @@ def test_what_is_encoded_is_in_the_cache_and_not_twice_in_memory(tmp_path):
   for before, after in zip(gallery.items, again.items, strict=True):
     assert after.png == before.png == b'png'
     np.testing.assert_array_equal(after.features['image search'], before.features['image search'])
+
+
+def test_galleries_are_cached_by_model_and_version(tmp_path, monkeypatch):
+  names = set()
+  for sums, version in (('a', '1.0'), ('b', '1.0'), ('a', '1.1'), ('a', '1.0')):
+    (tmp_path / 'SHA256SUMS').write_text(sums)
+    monkeypatch.setattr(server, '__version__', version)
+    names.add(server.gallery_name(tmp_path))
+  assert len(names) == 3 and all(name.endswith('.npz') for name in names)
 
 
 class _Supervisor:

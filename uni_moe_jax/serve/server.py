@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from uni_moe_jax import __version__
 from uni_moe_jax.serve import app as app_lib
 from uni_moe_jax.serve.batching import Batcher
 from uni_moe_jax.serve.gallery import Gallery
@@ -76,6 +77,12 @@ def cache_folder() -> pathlib.Path:
   return _caches() / 'any'
 
 
+def gallery_name(folder: pathlib.Path) -> str:
+  """The file of encoded galleries of a model. Another version of the package may resize images in another way."""
+  digest = hashlib.sha256((folder / 'SHA256SUMS').read_bytes()).hexdigest()[:16]
+  return f'gallery-{digest}-{__version__}.npz'
+
+
 def _caches() -> pathlib.Path:
   return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'uni_moe_jax/serve'
 
@@ -133,8 +140,7 @@ async def serve(
     metrics = Metrics()
     batcher = Batcher(supervisor, limits, lambda program, size: metrics.batch.labels(program).observe(size))
     stack.push_async_callback(batcher.close)
-    digest = hashlib.sha256((folder / 'SHA256SUMS').read_bytes()).hexdigest()[:16]
-    gallery = Gallery(supervisor.facts, gallery_files, cache / f'gallery-{digest}.npz')
+    gallery = Gallery(supervisor.facts, gallery_files, cache / gallery_name(folder))
     service = Service(supervisor, batcher, gallery, limits)
     app = app_lib.create(supervisor, service, gallery, limits, metrics)
     guard = Guard(app, limits, metrics, token, any_host=host not in _LOOPBACK)
