@@ -67,8 +67,9 @@ def _exported(workdir: pathlib.Path) -> pathlib.Path:
     command = [sys.executable, str(pathlib.Path(__file__).with_name('export.py')), f'--workdir={workdir}',
                f'--output={folder}', f'--num_examples={_NUM_EXAMPLES}']
     with cli.exit_on_signals(exit_codes.PREEMPTED):
-      if code := subprocess.run(command, check=False, preexec_fn=signals.end_with_parent()).returncode:
-        sys.exit(code)
+      code = subprocess.run(command, check=False, preexec_fn=signals.end_with_parent()).returncode
+    if code and not folder.exists():  # else another start has made it meanwhile
+      sys.exit(code)
   return folder
 
 
