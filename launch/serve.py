@@ -60,8 +60,10 @@ def main() -> int:
 
 def _exported(workdir: pathlib.Path) -> pathlib.Path:
   """The export of a run's last checkpoint beside it; makes it, in a process of its own, unless it exists."""
-  from uni_moe_jax.train.workdir import saved_step
-  folder = workdir / 'served' / str(saved_step(workdir) or 0)
+  from uni_moe_jax.train.workdir import load_config, saved_step
+  if (step := saved_step(workdir)) is None and (init := load_config(workdir).train.init):
+    step = saved_step(init)  # of a run that trains nothing
+  folder = workdir / 'served' / str(step or 0)
   if not folder.exists():
     print(f'Exporting {workdir} to {folder}', flush=True)
     command = [sys.executable, str(pathlib.Path(__file__).with_name('export.py')), f'--workdir={workdir}',

@@ -53,3 +53,12 @@ def test_a_run_is_exported_once_per_step(tmp_path, export):
 def test_of_two_starts_that_export_at_once_the_later_uses_what_the_other_has_made(tmp_path, export):
   assert export(_run(tmp_path / 'both', 3), code=2) == (0, ['served/3'])
   assert export(_run(tmp_path / 'alone', 3), code=2, writes=False) == (2, ['served/3'])
+
+
+def test_a_run_that_trains_nothing_is_exported_once_per_step_of_the_run_whose_parameters_it_has(tmp_path, export):
+  parent = _run(tmp_path / 'parent', 3)
+  run = _run(tmp_path / 'run', init=str(parent))
+  assert export(run) == (0, ['served/3']) and export(run) == (0, [])
+  _run(parent, 5)
+  assert export(run) == (0, ['served/5'])
+  assert export(_run(run, 2, init=str(parent))) == (0, ['served/2'])  # a run that trains: its own
