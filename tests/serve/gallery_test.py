@@ -89,6 +89,27 @@ def test_what_is_encoded_is_in_the_cache_and_not_twice_in_memory(tmp_path):
     np.testing.assert_array_equal(after.features['image search'], before.features['image search'])
 
 
+@pytest.mark.parametrize('has_files', [True, False])
+def test_files_are_sent_only_when_all_is_compiled_because_those_that_end_workers_would_end_the_service(
+    monkeypatch, has_files):
+  monkeypatch.setattr(server, '_PAUSE', 0.0)
+  supervisor, sent = types.SimpleNamespace(ready=False), []
+
+  async def encode(batcher, limits, note):
+    sent.append(supervisor.ready)
+
+  async def start():
+    encoding = asyncio.create_task(server.encode(
+        types.SimpleNamespace(encode=encode), supervisor, None, Limits(), has_files))
+    for _ in range(10):
+      await asyncio.sleep(0)
+    supervisor.ready = True
+    await asyncio.wait_for(encoding, 10)
+
+  asyncio.run(start())
+  assert sent == [has_files]  # examples of the model end no worker, and the page needs them at once
+
+
 def test_galleries_are_cached_by_model_and_version(tmp_path, monkeypatch):
   names = set()
   for sums, version in (('a', '1.0'), ('b', '1.0'), ('a', '1.1'), ('a', '1.0')):

@@ -155,6 +155,19 @@ def test_a_page_that_is_opened_while_the_model_starts_shows_that_and_answers_lat
   open_page.errors.clear()
 
 
+def test_a_page_that_is_opened_before_the_gallery_is_encoded_knows_its_texts_later(open_page):
+  answers = iter([{'items': [], 'candidates': []}] * 2)
+
+  def encoding(page):
+    def answer(route):
+      model = route.fetch().json()
+      route.fulfill(json={**model, 'gallery': {**model['gallery'], **next(answers, {})}})
+    page.route('**/model', answer)
+  page = open_page(prepare=encoding)
+  _until(page, "model.gallery.candidates.includes('gallery')")
+  assert not list(answers) and page.evaluate('model.ready === true')
+
+
 @pytest.mark.parametrize('failures', [2, 5])
 def test_a_page_that_waits_for_the_model_polls_on_after_errors_and_stops_after_five(open_page, failures):
   answers = iter([False, *['abort'] * failures, True])

@@ -25,6 +25,7 @@ from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
 
 _LOOPBACK = ('127.0.0.1', 'localhost', '::1')
+_PAUSE = 0.1  # seconds between two looks at the worker
 _MIN_CONNECTIONS = 256  # before uvicorn closes some; the guard refuses requests long before
 
 
@@ -119,6 +120,14 @@ def bind(host: str, port: int) -> socket.socket:
     raise UsageError(f'--host={host} --port={port} cannot be used: {e.strerror}; give another one.') from None
 
 
+async def encode(
+    gallery: Gallery, supervisor: Supervisor, batcher: Batcher, limits: Limits, has_files: bool) -> None:
+  """Encodes a gallery, with notes on stderr about files that are not accepted."""
+  while has_files and not supervisor.ready:  # a file may end workers, of which only some may end before one is ready
+    await asyncio.sleep(_PAUSE)
+  await gallery.encode(batcher, limits, lambda text: print(f'note: {text}', file=sys.stderr))
+
+
 async def serve(
     folder: pathlib.Path, limits: Limits, bound: socket.socket, host: str, token: str,
     gallery_files: Sequence[pathlib.Path]) -> None:
@@ -146,7 +155,7 @@ async def serve(
     guard = Guard(app, limits, metrics, token, any_host=host not in _LOOPBACK)
     metrics.active.set_function(lambda: guard.active)
     metrics.waiting.set_function(lambda: batcher.waiting)
-    encoding = loop.create_task(gallery.encode(batcher, limits, lambda text: print(f'note: {text}', file=sys.stderr)))
+    encoding = loop.create_task(encode(gallery, supervisor, batcher, limits, has_files=bool(gallery_files)))
     stack.callback(encoding.cancel)
     server = _Server(uvicorn.Config(
         guard, loop='asyncio', http=protocol(limits.timeout), ws='none', lifespan='off', log_level='error',
