@@ -48,12 +48,12 @@ def main() -> int:
     hub.check_push(_PUSH_TO_HUB.value, _OUTPUT.value)
   from uni_moe_jax.eval import suite
   from uni_moe_jax.export import artifact, contents
-  from uni_moe_jax.train import checkpoint, loop
+  from uni_moe_jax.train import checkpoint, evaluated, loop
   from uni_moe_jax.train import run as train_run
   with checkpoint.Checkpoints(workdir, max_to_keep=None) as checkpoints:
     run = train_run.build_to_read(config, workdir)
     _, params = train_run.predictor(run, checkpoints)
-    step = checkpoints.latest() if run.plan.tasks else 0
+    step = evaluated.find_step(config, run.plan, checkpoints, workdir, best=False)
   exported = contents.make_contents(
       run.spec.model.spec, params, run.plan, run.data, tasks=_TASKS.value, bake_targets=_BAKE_TARGETS.value,
       dtype=_DTYPE.value, num_examples=_NUM_EXAMPLES.value)

@@ -13,6 +13,7 @@ from tests.helpers import in_process, saved_run, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.eval import suite
+from uni_moe_jax.export import artifact
 from uni_moe_jax.train import finetuning, loop, workdir
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
@@ -89,6 +90,19 @@ def test_it_is_evaluated_again_after_more_steps_of_the_run_or_with_another_evalu
     checkpoints.save(5, trained.state_from(run[2]))
   assert evaluated('--config.evaluators.package.num_examples=0')
   assert suite.evaluated_step(tmp_path / 'new') == 5 and not evaluated()
+
+
+def test_its_export_names_the_step_of_the_run_and_has_the_rows_of_the_evaluation(run, tmp_path, monkeypatch, capfd):
+  build, exports = train_run.build, []
+  monkeypatch.setattr(train_run, 'build', lambda c, *_, **given: build(c, jax.devices()[:1], **given))
+  monkeypatch.setattr(artifact, 'write', lambda *given: exports.append(given) or 'weights')
+  workdir_flag, output = f'--workdir={tmp_path / "new"}', f'--output={tmp_path / "out"}'
+  arguments = f'--config={_FILE}:run={run[0]},task=package', workdir_flag
+  assert in_process.run(_ROOT / 'launch/evaluate.py', *arguments) == 0
+  assert in_process.run(_ROOT / 'launch/export.py', workdir_flag, output) == 0
+  [(_, _, provenance, rows, *_)] = exports
+  assert provenance['step'] == 2 and f'{tmp_path / "out"}: step 2, ' in capfd.readouterr().out
+  assert {(row['evaluator'], row['step']) for row in rows} == {('package', 2)}
 
 
 def test_the_new_task_type_has_attribute_bits_by_rule_and_targets_of_a_known_family(run):
