@@ -10,7 +10,7 @@ from uni_moe_jax.config.task_schema import TaskConfig
 from uni_moe_jax.tasks.router_names import DENSE, DISPATCHED
 from uni_moe_jax.tasks.task_types import TaskType
 
-_TOKEN_ROUTER_FIELDS = (
+TOKEN_ROUTER_FIELDS = (
     'experts_per_condition', 'capacity_factor', 'balance_loss_weight', 'importance_loss_weight', 'z_loss_weight')
 
 _OF_IMAGES = ('crop', 'random_flip', 'randaugment', 'random_erasing')  # fields of tasks on sources in files
@@ -66,7 +66,7 @@ def _check_model(c: Config) -> None:
 
 def _check_moe(c: Config) -> None:
   moe, last = c.moe, c.model.num_layers - 1
-  for name in _TOKEN_ROUTER_FIELDS if moe.router not in DISPATCHED else ():
+  for name in TOKEN_ROUTER_FIELDS if moe.router not in DISPATCHED else ():
     fail_if(value := getattr(moe, name),
             f"moe.{name}={value} needs config.moe.router='token' or 'context'; kernels of {moe.router!r} merge. Set it "
             'to 0.')

@@ -10,9 +10,19 @@ import numpy as np
 import pytest
 
 from tests.helpers import tiny
+from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.pipeline import in_flight
 from uni_moe_jax.tasks import router_names
-from uni_moe_jax.tools.bench import caption_rate, cases, input_rate, settings, suites, training_steps
+from uni_moe_jax.tools.bench import (
+    caption_rate,
+    cases,
+    input_rate,
+    results_table,
+    settings,
+    suites,
+    timing,
+    training_steps,
+)
 
 _SIZES = settings.Sizes(
     rounds=1, num_layers=1, width=16, num_heads=2, mlp_dim=16, image_size=16, patch_size=8, experts=2, batch_size=4,
@@ -22,6 +32,10 @@ _SIZES = settings.Sizes(
 
 def _config():
   return tiny.config('shape', 'motion', 'pair', data_dir=tiny.data_dir())
+
+
+def _texts():
+  return tiny.config('package', data_dir=tiny.data_dir())
 
 
 @functools.cache
@@ -90,6 +104,39 @@ def test_the_recorded_seconds_are_scaled_by_the_peak():
   rows = {r.name: r for r in training_steps.published(context)}
   seconds = rows['train step, all names 4 tokens'].figure.value
   assert rows["all names 4 tokens / the published code's"].figure.value == pytest.approx(seconds / 1.6)
+
+
+def test_tasks_without_images_and_videos_have_no_rate_of_the_pipeline():
+  mixture = mock.Mock(num_ahead=lambda _: 1, iterate=lambda *_: ((None, {}) for _ in range(9)))
+  step = mock.Mock(return_value=np.zeros(()), run=mock.Mock(plan=make_plan(_texts()), mixture=lambda: mixture))
+  with mock.patch.object(input_rate, 'RepeatedStep', lambda _: step):
+    rows = input_rate.input_rate(mock.Mock(sizes=_SIZES, own_config=_texts))
+  assert [row.name for row in rows] == ['constant-batch step', 'real-data step / constant-batch step']
+
+
+def test_every_router_takes_a_config_of_token_routing_and_token_routers_keep_its_fields():
+  c, fields = _config(), dict(
+      capacity_factor=1.5, balance_loss_weight=.1, importance_loss_weight=.2, z_loss_weight=.3, experts_per_condition=2)
+  c.moe.update(dict(fields, router='token'))
+  context = dataclasses.replace(_context(), config=c)
+  for router in router_names.ROUTERS:
+    made = training_steps.with_router(context.own_config(), router)
+    make_plan(made)  # it is valid
+    kept = router in router_names.DISPATCHED
+    assert {name: made.moe[name] for name in fields} == (fields if kept else dict.fromkeys(fields, 0)), router
+  assert c.moe.capacity_factor == 1.5
+
+
+def test_the_rows_of_a_suite_are_printed_when_it_ends_and_survive_a_failure_of_the_next(capsys):
+  def fail(_):
+    raise RuntimeError('out of memory')
+
+  row = results_table.Row('routers', 'dense train step', timing.Estimate(0.25), 's', note='on random data')
+  with mock.patch.dict(suites.SUITE_FUNCTIONS, routers=lambda _: [row], decoding=fail):
+    with pytest.raises(RuntimeError, match='out of memory'):
+      suites.measure(('routers', 'decoding'), _SIZES, _config(), 'float32')
+  out, err = capsys.readouterr()
+  assert not out and 'routers  dense train step   0.250  s' in err and '[1] on random data' in err
 
 
 @pytest.mark.nightly

@@ -1,5 +1,6 @@
 """Statistics of rounds, the order of interleaved rounds, and rounds that other processes disturb."""
 
+import pathlib
 import subprocess
 import sys
 import time
@@ -102,6 +103,17 @@ def test_own_work_is_not_that_of_others_and_ticks_are_cores():
   assert others() == pytest.approx((4 - 1.5) / 5)
   assert others() == 0
   assert timing.OtherProcesses(lambda: None)() == 0  # a system that does not tell
+
+
+def test_a_thread_that_ends_while_its_children_are_read_has_none(monkeypatch):
+  def ended(path, *_args, **_kwargs):
+    read.append(path)
+    raise FileNotFoundError(2, 'No such file or directory', str(path))
+
+  read, threads = [], [pathlib.Path('/proc/self/task/1/children'), pathlib.Path('/proc/self/task/2/children')]
+  monkeypatch.setattr(pathlib.Path, 'glob', lambda *_: iter(threads))
+  monkeypatch.setattr(pathlib.Path, 'read_text', ended)
+  assert timing._seconds_of_live_children() == 0 and read == threads
 
 
 _SPIN = 'import time\nend = time.perf_counter() + 2\nwhile time.perf_counter() < end: pass'

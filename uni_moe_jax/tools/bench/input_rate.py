@@ -78,6 +78,8 @@ def _pipeline_rates(
 
   note: of (name, unit). by_hand: name of a mixture → batches of the same work in plain tf.data, and their size.
   """
+  if not mixtures:  # of texts alone
+    return []
   streams: dict[Any, Iterator[Any]] = {name: _batches(mixture) for name, mixture in mixtures.items()}
   first = {name: next(stream) for name, stream in streams.items()}
   ahead = {name: mixture.num_ahead(first[name]) for name, mixture in mixtures.items()}

@@ -14,7 +14,7 @@ import numpy as np
 
 from uni_moe_jax.tools.bench import caption_rate, gpu, input_rate, settings, training_steps
 from uni_moe_jax.tools.bench.cases import Context
-from uni_moe_jax.tools.bench.results_table import Row
+from uni_moe_jax.tools.bench.results_table import Row, render
 from uni_moe_jax.tools.bench.settings import Sizes
 from uni_moe_jax.tools.bench.timing import interleaved
 from uni_moe_jax.train.loop import commit
@@ -33,7 +33,7 @@ _FLOPS_PER_CALL, _MAX_PER_CALL = 2e10, 100
 def measure(
     names: Sequence[str], sizes: Sizes, config: ml_collections.ConfigDict,
     dtype: str) -> tuple[dict[str, str], list[Row]]:
-  """Run suites on the first device and return (header, rows); progress goes to stderr.
+  """Run suites on the first device and return (header, rows); progress and the rows of each suite go to stderr.
 
   Args:
     names: of `settings.SUITES`, or `gpu`. config: whose tasks and data some suites take. dtype: of matrix products.
@@ -51,8 +51,11 @@ def measure(
   for name in names:
     start = time.perf_counter()
     print(f'{name} …', end=' ', file=sys.stderr, flush=True)
-    rows += SUITE_FUNCTIONS[name](context)
+    own = SUITE_FUNCTIONS[name](context)
     print(f'{time.perf_counter() - start:.0f} s', file=sys.stderr, flush=True)
+    if own:  # a failure of a later suite must not lose them
+      print(render(own, {}, sizes.reduced), file=sys.stderr, flush=True)
+    rows += own
   return header, rows
 
 

@@ -68,12 +68,17 @@ def _seconds_of_live_children() -> float:
   """CPU seconds of processes that this one has started, such as those that read videos, and that still run."""
   ticks = 0
   for path in pathlib.Path('/proc/self/task').glob('*/children'):
-    for child in path.read_text().split():
-      try:
-        ticks += sum(map(int, pathlib.Path(f'/proc/{child}/stat').read_text().rpartition(')')[2].split()[11:15]))
-      except OSError:  # it has just ended
-        continue
+    for child in _text(path).split():
+      ticks += sum(map(int, _text(pathlib.Path(f'/proc/{child}/stat')).rpartition(')')[2].split()[11:15]))
   return ticks / os.sysconf('SC_CLK_TCK')
+
+
+def _text(path: pathlib.Path) -> str:
+  """Text of a file of a process or thread; '' if that has just ended."""
+  try:
+    return path.read_text()
+  except OSError:
+    return ''
 
 
 class OtherProcesses:

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from uni_moe_jax.config.plan import make_plan
+from uni_moe_jax.config.validate import TOKEN_ROUTER_FIELDS
 from uni_moe_jax.moe import products
-from uni_moe_jax.tasks.router_names import DENSE, ROUTERS
+from uni_moe_jax.tasks.router_names import DENSE, DISPATCHED, ROUTERS
 from uni_moe_jax.tools.bench.cases import RECORDED_PEAK, Context, RepeatedStep
 from uni_moe_jax.tools.bench.results_table import Budget, Row
 from uni_moe_jax.tools.bench.timing import Estimate, Rounds, estimate, interleaved
@@ -75,8 +77,8 @@ def mixed(context: Context) -> list[Row]:
   tasks 7,000 or more, and Linux allows a process 65,530 by default.
   """
   def step(router: str, cpu_bfloat16: bool = True) -> RepeatedStep:
-    c = context.own_config()
-    c.moe.router, c.train.mixture = router, 'all_tasks'
+    c = with_router(context.own_config(), router)
+    c.train.mixture = 'all_tasks'
     c.train.cpu_bfloat16 &= cpu_bfloat16
     return RepeatedStep(context.build(c))
 
@@ -97,6 +99,14 @@ def mixed(context: Context) -> list[Row]:
     ratio = seconds.figure(seconds[r] / seconds[_FLOAT32])
     rows.append(Row('mixed', f'{r}, bfloat16 / float32 products', ratio, 'x', note=note))
   return rows
+
+
+def with_router(config: ml_collections.ConfigDict, router: str) -> ml_collections.ConfigDict:
+  """Give a config another router, without the fields that only token routers have if it is none; return it."""
+  config.moe.router = router
+  if router not in DISPATCHED:
+    config.moe.update(dict.fromkeys(TOKEN_ROUTER_FIELDS, 0))
+  return config
 
 
 def published(context: Context) -> list[Row]:
