@@ -11,6 +11,8 @@ import pytest
 from tests.helpers import tiny
 from uni_moe_jax.analysis import run_expert_usage
 from uni_moe_jax.train import run as train_run
+from uni_moe_jax.train import workdir
+from uni_moe_jax.utils.errors import UsageError
 
 
 def _config(router, *tasks, **changes):
@@ -91,3 +93,26 @@ def test_files_have_the_name_of_the_checkpoint_and_a_dense_model_is_an_error(tmp
     run_expert_usage.measure_expert_usage(_config('dense', 'shape'), tmp_path, None, True, 1, 0, jax.devices()[:1])
   with pytest.raises(ValueError, match='has no checkpoint yet'):
     run_expert_usage.measure_expert_usage(_config('task', 'shape'), tmp_path, None, False, 1, 0, jax.devices()[:1])
+
+
+def test_a_run_is_read_on_one_device_if_its_mesh_does_not_fit_and_other_data_is_noted(tmp_path, capsys):
+  c = _config('task', 'shape')
+  c.mesh.update(dict(expert=4, data=4))  # of 16 devices
+  workdir.claim_workdir(tmp_path, c, 'of the version before')
+  assert len(run_expert_usage.measure_expert_usage(c, tmp_path, None, True, 1, 0)) == 2
+  notes = capsys.readouterr().err
+  assert 'does not fit here (devices: 8); one device is used' in notes and 'was trained on other data' in notes
+
+
+@pytest.mark.parametrize('router, advice', [
+    ('task', "'runs/quickstart', or --at_init for its parameters in the tasks of this one."),
+    ('token', "'runs/quickstart'.")])
+def test_a_run_that_trains_no_task_names_what_can_be_measured(tmp_path, monkeypatch, router, advice):
+  run = train_run.build(config := _config(router, 'shape'), jax.devices()[:1])
+  config.train.init = 'runs/quickstart'
+  without = dataclasses.replace(run, plan=dataclasses.replace(run.plan, tasks=()))
+  monkeypatch.setattr(run_expert_usage, 'build_to_read', lambda *_: without)
+  with pytest.raises(UsageError) as error:
+    run_expert_usage.measure_expert_usage(config, tmp_path, None, False, 1, 0)
+  assert str(error.value) == (
+      f'this run trains no task and has no checkpoints; give --workdir of the run that it starts from, {advice}')

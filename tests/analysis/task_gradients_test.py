@@ -18,6 +18,7 @@ from uni_moe_jax.analysis.interference_hook import interference_hook
 from uni_moe_jax.analysis.task_gradients import TaskGradients, half_gradient, quiet_spec, task_gradient
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
+from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path
 
@@ -166,9 +167,28 @@ def test_the_metric_is_delta_of_the_two_halves_at_every_nth_step():
 def test_a_run_that_trains_no_task_is_an_error_that_names_the_run_it_starts_from(tmp_path, monkeypatch, at_init):
   run, config = _run(), _config(init='runs/quickstart')
   without = dataclasses.replace(run, config=config, plan=dataclasses.replace(run.plan, tasks=()))
-  monkeypatch.setattr(run_interference, 'build', lambda *_, **_options: without)
+  monkeypatch.setattr(run_interference, 'build_to_read', lambda *_: without)
   with pytest.raises(UsageError, match="trains no task.*--workdir of the run that it starts from, 'runs/quickstart'"):
     run_interference.measure_interference(config, tmp_path, None, at_init, PATTERN, None, 2, 0)
+
+
+def test_a_run_whose_mesh_does_not_fit_is_measured_on_one_device(tmp_path, capsys):
+  c = _config()
+  c.mesh.update(dict(expert=4, data=4))  # of 16 devices
+  # It is built, and fails at the next step.
+  with pytest.raises(UsageError, match="--parameters='nothing' matches nothing"):
+    run_interference.measure_interference(c, tmp_path, None, True, 'nothing', None, 2, 0)
+  assert 'does not fit here (devices: 8); one device is used' in capsys.readouterr().err
+
+
+def test_only_parameters_are_read_and_averages_are_if_they_are_wanted(tmp_path):
+  run, params = _run(), _params()
+  with Checkpoints(tmp_path, 1) as checkpoints:  # without moments, as an export has it
+    checkpoints.save(3, {'params': params, 'ema_params': jax.tree.map(lambda x: x + 1, params)})
+  for averaged in (False, True):
+    got, name = run_interference.load_params(run, tmp_path, None, False, averaged)
+    assert name == 'step 3'
+    chex.assert_trees_all_equal(got, jax.tree.map(lambda x: x + averaged, params))
 
 
 @pytest.fixture(scope='module')

@@ -12,11 +12,11 @@ import ml_collections
 import numpy as np
 
 from uni_moe_jax.analysis import expert_usage, expert_usage_file
-from uni_moe_jax.analysis.run_interference import file_stem, load_state
+from uni_moe_jax.analysis.run_interference import file_stem, load_params
 from uni_moe_jax.model.sequences import Sequence
 from uni_moe_jax.moe import precision, routers
 from uni_moe_jax.train.forward import Batch, StepSpec, TargetSets, sample_synonyms, sample_vocabularies, step_inputs
-from uni_moe_jax.train.run import Run, build, conditions
+from uni_moe_jax.train.run import Run, build, build_to_read, conditions
 from uni_moe_jax.utils import splitmix
 from uni_moe_jax.utils.errors import UsageError
 
@@ -26,17 +26,21 @@ def measure_expert_usage(
     num_batches: int, seed: int, devices=None) -> list[pathlib.Path]:
   """Measures averaged parameters if the run keeps them; returns the paths of the files it wrote.
 
-  The arguments are flags of uni-moe experts; devices: all of them by default.
+  The arguments are flags of uni-moe experts; devices: by default all of them, or one if the mesh does not fit.
 
   Raises:
     UsageError: a model without experts, a step without a checkpoint, a run that trains no task.
   """
-  run = build(config, devices, workdir=workdir)
+  run = build(config, devices, workdir=workdir) if devices else build_to_read(config, workdir)
   if not expert_usage.expert_layers(run.spec.model.spec):
     raise UsageError(f'config.moe.router={config.moe.router!r}, placement={config.moe.placement!r}: the model has no '
                      'experts.')
-  state, checkpoint = load_state(run, workdir, step, at_init)
-  params = state.params if state.ema_params is None else state.ema_params
+  if not (run.plan.tasks or at_init):
+    needs_batches = routers.routes_tokens(config.moe.router)
+    raise UsageError('this run trains no task and has no checkpoints; give --workdir of the run that it starts from, '
+                     f'{config.train.init!r}' +
+                     ('.' if needs_batches else ', or --at_init for its parameters in the tasks of this one.'))
+  params, checkpoint = load_params(run, workdir, step, at_init, averaged=True)
   content = compute_usage(run, params, checkpoint, num_batches, seed)
   stem = file_stem(expert_usage_file.FILE, checkpoint, step is not None or at_init)
   return expert_usage_file.write(content, workdir, stem)

@@ -13,8 +13,7 @@ import tqdm
 from uni_moe_jax.analysis import interference, interference_file, param_subsets
 from uni_moe_jax.analysis.task_gradients import TaskGradients
 from uni_moe_jax.train.checkpoint import Checkpoints
-from uni_moe_jax.train.run import Run, build, initial_state
-from uni_moe_jax.train.step import TrainState
+from uni_moe_jax.train.run import Run, build, build_to_read, initial_state
 from uni_moe_jax.utils.errors import UsageError
 
 
@@ -23,20 +22,20 @@ def measure_interference(
     layers: list[int] | None, num_batches: int, seed: int, devices=None) -> list[pathlib.Path]:
   """Measures a run, at the parameters that training updates, not their averages; returns the paths of the files.
 
-  The arguments are flags of uni-moe interference; devices: all of them by default.
+  The arguments are flags of uni-moe interference; devices: by default all of them, or one if the mesh does not fit.
 
   Raises:
     UsageError: a run that trains no task, a step without a checkpoint, parameters that do not exist, a task whose
       gradient is not finite.
   """
-  run = build(config, devices, workdir=workdir)
+  run = build(config, devices, workdir=workdir) if devices else build_to_read(config, workdir)
   if not run.plan.tasks:
     raise UsageError('this run trains no task, so that there are no gradients to measure; give --workdir of the run '
                      f'that it starts from, {run.config.train.init!r}.')
   slices = param_subsets.select(run.shapes.params, run.spec.model.spec.stack, pattern, layers, '--parameters')
-  state, checkpoint = load_state(run, workdir, step, at_init)
+  params, checkpoint = load_params(run, workdir, step, at_init, averaged=False)
   tasks = [t.name for t in run.plan.tasks]
-  gradients = TaskGradients(run, state.params, slices, num_batches, seed)
+  gradients = TaskGradients(run, params, slices, num_batches, seed)
   for task, epochs in gradients.epochs().items():
     if epochs > 1:
       print(f'{task}: {num_batches} batches are {epochs:.1f} epochs of its examples, so that they are not independent; '
@@ -81,10 +80,14 @@ def to_json(
       for subset, (layer, projection) in subsets.items()]}
 
 
-def load_state(run: Run, workdir: str | os.PathLike[str], step: int | None, at_init: bool) -> tuple[TrainState, str]:
-  """(state, name) of a checkpoint, of the newest one if step is None, or of the state that the run starts from."""
+def load_params(
+    run: Run, workdir: str | os.PathLike[str], step: int | None, at_init: bool, averaged: bool) -> tuple[Any, str]:
+  """(parameters, name) of a checkpoint, of the newest one if step is None, or of the state that the run starts from.
+
+  averaged: whether they are the averages if the run keeps them.
+  """
   if at_init:
-    return initial_state(run), 'init'
+    return initial_state(run).params, 'init'  # which are their average, too
   with Checkpoints(workdir, max_to_keep=None) as checkpoints:
-    state = checkpoints.restore(run.abstract_state(), step)
-    return state, f'step {checkpoints.latest() if step is None else step}'
+    params = checkpoints.restore_params(step, run.abstract_state().params, averaged=averaged)
+    return params, f'step {checkpoints.latest() if step is None else step}'

@@ -140,20 +140,21 @@ class Checkpoints:
     """Shapes of the parameters that `restore_params` reads by default."""
     return self._of_intact(step, self._saved_params)[1]
 
-  def restore_params(self, step: int | None = None, like: Any = None, partial: bool = False) -> Any:
+  def restore_params(
+      self, step: int | None = None, like: Any = None, partial: bool = False, averaged: bool = True) -> Any:
     """Parameters of a step (default: the newest), averaged ones if the run keeps them. No other array is read.
 
     Args:
       step: to restore.
       like: their shapes, with the shardings onto which they are restored; None: all of them, on the host.
       partial: whether the step may have more parameters than `like`.
+      averaged: False: those that training updates, also if the run keeps averages.
 
     Raises:
-      RunError: the step is damaged.
-      UsageError: it was not saved, or has other arrays than `like`.
+      RunError: the step is damaged. UsageError: it was not saved, or has other arrays than `like`.
     """
     def read(step):
-      name, saved = self._saved_params(step)
+      name, saved = self._saved_params(step, averaged)
       if like is None:
         item = {name: saved}
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
@@ -306,10 +307,10 @@ class Checkpoints:
             f'({names}).', file=sys.stderr, flush=True)
     raise _DamagedError(step, self._workdir, f'it was read {_READS} times, and not as it was saved ({names})')
 
-  def _saved_params(self, step: int) -> tuple[str, Any]:
+  def _saved_params(self, step: int, averaged: bool = True) -> tuple[str, Any]:
     """(field of the state, shapes) of the parameters to use of a step."""
     tree = self._saved_tree(step)
-    name = 'ema_params' if tree.get('ema_params') else 'params'
+    name = 'ema_params' if averaged and tree.get('ema_params') else 'params'
     return name, tree[name]
 
   def _check_fits(self, step: int, shapes: Any, like: Any, partial: bool = False) -> None:

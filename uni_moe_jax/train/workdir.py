@@ -167,7 +167,8 @@ def claim_workdir(
 
 def note_other_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
   """Prints a note if the data of a saved run is not what it was in training; a command may read it all the same."""
-  if _read(storage.path(workdir) / CONFIG_FILE)['data'] != fingerprint:
+  path = storage.path(workdir) / CONFIG_FILE
+  if path.exists() and _read(path)['data'] != fingerprint:  # it is measured before training, too
     print(f'note: {workdir} was trained on other data, by its fingerprint: {_OTHER_DATA}', file=sys.stderr, flush=True)
 
 
