@@ -118,7 +118,7 @@ def test_a_failed_router_is_reported_the_others_continue_and_a_rerun_repairs_it(
   (root / 'evaluate').unlink()
   assert in_process.run(*command) == 0
   assert capfd.readouterr().err == ''
-  assert _stages(root) == [*expected, 'evaluate dense-0', 'evaluate task-0']
+  assert _stages(root) == [*expected, 'evaluate dense-0', 'report dense-0', 'evaluate task-0', 'report task-0']
   assert in_process.run(*command, '--num_batches=3') == 2
   assert 'num_batches: 16 → 3' in capfd.readouterr().err
 

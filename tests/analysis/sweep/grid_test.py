@@ -52,6 +52,12 @@ def test_a_router_cell_has_the_commands_that_a_person_would_type():
   assert [s.name for s in cell.stages if s.needs] == ['evaluate', 'interference', 'experts', 'report']
 
 
+def test_the_report_comes_last_and_is_written_again_after_any_other_stage():
+  [cell] = _router_cells(['task'], '1', measures=['report', 'merged', 'experts'])
+  assert [(s.name, s.shows_all) for s in cell.stages] == [
+      ('train', False), ('experts', False), ('merged', False), ('report', True)]
+
+
 def test_models_whose_experts_merge_are_evaluated_merged_after_their_own_evaluation():
   dense, task, token = (cell.stages[-1] for cell in _router_cells(
       ['dense', 'task', 'token'], '1', measures=['evaluation', 'merged']))

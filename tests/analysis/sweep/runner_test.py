@@ -40,6 +40,17 @@ def test_finished_stages_are_not_repeated(tmp_path, capsys):
   assert all(t['seconds'] >= 0 for t in log) and runner.read_log(tmp_path / 'cell-0') == log
 
 
+def test_a_page_is_written_again_after_another_stage_and_not_without_one(tmp_path):
+  train, evaluate = Stage('train', ('t',)), Stage('evaluate', ('e',), 'train')
+  page = Stage('page', ('p',), 'train', shows_all=True)
+  short, cell = (_cell(tmp_path)._replace(stages=stages) for stages in ((train, page), (train, evaluate, page)))
+  assert _run(short) == (True, ['t', 'p'])
+  assert _run(short) == (True, [])
+  assert _run(cell, p=75) == (False, ['e', 'p'])
+  assert _run(cell) == (True, ['p'])  # the page of the call before was interrupted
+  assert _run(cell) == (True, [])
+
+
 def test_a_failure_skips_what_needs_it_and_is_retried(tmp_path):
   assert _run(_cell(tmp_path), a=1, t=3) == (True, ['a', 't'])
   assert _run(_cell(tmp_path)) == (True, ['a', 't', 'b'])

@@ -30,6 +30,7 @@ class Stage(NamedTuple):
   name: str
   command: tuple[str, ...]
   needs: str = ''
+  shows_all: bool = False  # what it writes depends on all stages before it, so that it is repeated after them
 
 
 class Cell(NamedTuple):
@@ -89,8 +90,8 @@ def router_grid(
         'along': [Stage(f'interference at step {s}', ('interference', workdir_flag, f'--step={s}', batches), TRAIN)
                   for s in kept],
         'experts': [Stage('experts', ('experts', workdir_flag), TRAIN)] if router != DENSE else [],
-        'report': [Stage('report', ('report', workdir_flag), TRAIN)],
-        'merged': [Stage('merged', (EVALUATE, workdir_flag, '--merged'), evaluated)] if router in MERGED else []}
+        'merged': [Stage('merged', (EVALUATE, workdir_flag, '--merged'), evaluated)] if router in MERGED else [],
+        'report': [Stage('report', ('report', workdir_flag), TRAIN, shows_all=True)]}
     compiles = ['--compile_separately'] if seed == 0 else []  # later seeds find the program in JAX's cache
     at_init = Stage('interference at init', ('interference', '--at_init', *config_flags, workdir_flag, batches))
     return Cell(path, name, '', seed, (

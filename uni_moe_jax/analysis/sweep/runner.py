@@ -1,7 +1,8 @@
 """Runs the cells of a sweep, stage by stage, as processes. Imports no JAX.
 
-A finished stage is never repeated. A failed or interrupted one is tried again by the next call. If this process is
-killed, the command that it runs stops too, and until then no other sweep runs a stage of that cell.
+A finished stage is not repeated, except one that shows the others, after these. A failed or interrupted one is tried
+again by the next call. If this process is killed, the command that it runs stops too, and until then no other sweep
+runs a stage of that cell.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from uni_moe_jax.analysis.sweep.grid import Cell
+from uni_moe_jax.analysis.sweep.grid import Cell, Stage
 from uni_moe_jax.utils import signals, storage
 from uni_moe_jax.utils.errors import UsageError, first_few
 from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED
@@ -66,8 +67,14 @@ def is_finished(log: Sequence[dict[str, Any]], stage: str) -> bool:
   return any(attempt['stage'] == stage and attempt['exit_code'] == FINISHED for attempt in log)
 
 
+def _is_current(log: Sequence[dict[str, Any]], stage: Stage) -> bool:
+  """Whether a stage need not run: it has succeeded, and if it shows the others, none of them has since."""
+  succeeded = [attempt['stage'] for attempt in log if attempt['exit_code'] == FINISHED]
+  return stage.name in (succeeded[-1:] if stage.shows_all else succeeded)
+
+
 def run_cells(cells: Sequence[Cell], start: Callable[[Sequence[str], Sequence[int]], int]) -> bool:
-  """Runs every unfinished stage whose `needs` has finished.
+  """Runs every stage that is not current and whose `needs` has finished.
 
   A failure does not stop the other stages and cells. `start` runs a command, which inherits file descriptors, and
   returns its exit code. False: a signal stopped a command, and nothing was started after it.
@@ -76,10 +83,10 @@ def run_cells(cells: Sequence[Cell], start: Callable[[Sequence[str], Sequence[in
     storage.make_folder(cell.folder)
     with _locked(cell.folder) as inherited:
       log = read_log(cell.folder)
-      is_done = all(is_finished(log, stage.name) for stage in cell.stages)
+      is_done = all(_is_current(log, stage) for stage in cell.stages)
       print(f'{number}/{len(cells)} {cell.folder.name}' + (': done' if is_done else ''), flush=True)
       for stage in cell.stages:
-        if is_finished(log, stage.name) or stage.needs and not is_finished(log, stage.needs):
+        if _is_current(log, stage) or stage.needs and not is_finished(log, stage.needs):
           continue
         began = time.perf_counter()
         code = start(stage.command, inherited)
