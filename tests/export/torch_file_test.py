@@ -1,7 +1,10 @@
 """The authors' checkpoint files: three layouts are read, no code in them is executed, and damage is reported."""
 
 import collections
+import errno
+import io
 import os
+import pathlib
 import pickle
 
 import chex
@@ -134,6 +137,21 @@ def test_an_output_that_cannot_be_written_is_named_and_leaves_no_file(tmp_path, 
   with pytest.raises(LayoutError, match=r'cannot be written .*; choose another --output'):
     torch_file.write(tmp_path / target, _state())
   assert sorted(os.listdir(tmp_path)) == ['file', 'folder']
+
+
+def test_a_full_disk_is_reported_as_such_and_leaves_no_file(tmp_path, monkeypatch):
+  class Full(io.FileIO):
+
+    def write(self, data):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  plain = pathlib.Path.open
+  monkeypatch.setattr(pathlib.Path, 'open', lambda path, *how, **options: (
+      Full(path, *how) if path.parent == tmp_path else plain(path, *how, **options)))
+  with pytest.raises(OSError) as error:
+    torch_file.write(tmp_path / 'a.pth', _state())
+  assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / 'a.pth'))
+  assert not os.listdir(tmp_path)
 
 
 def test_a_plain_pickle_with_code_is_refused_and_not_executed(tmp_path):

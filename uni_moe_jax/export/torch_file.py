@@ -5,6 +5,7 @@ DeepSpeed files with other names for the same tensors. All are read as arrays un
 this module needs PyTorch.
 """
 
+import errno
 import os
 import pathlib
 import pickle
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.export.torch_layout import PATCH_BIAS, VISUAL_TYPE, LayoutError
-from uni_moe_jax.utils.errors import MissingFileError
+from uni_moe_jax.utils.errors import MissingFileError, disk_is_full
 
 _STATES = ('model', 'module', 'state_dict')  # keys of the parameters; a file without them is a state dict itself
 _WRAPPER = 'module.'  # prefix of a model saved inside DistributedDataParallel
@@ -86,11 +87,14 @@ def write(path: str | os.PathLike[str], state: Mapping[str, np.ndarray]) -> None
   temporary = path.with_name(path.name + '.tmp')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({'model': {k: torch.from_numpy(np.array(v)) for k, v in state.items()}}, temporary)
+    with temporary.open('wb') as file:  # of a path PyTorch says only that writing failed, and not why
+      torch.save({'model': {k: torch.from_numpy(np.array(v)) for k, v in state.items()}}, file)
     temporary.rename(path)
   except (OSError, RuntimeError) as e:
     if temporary.is_file():
       temporary.unlink()
+    if disk_is_full(e):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
     raise LayoutError(f'{path} cannot be written ({type(e).__name__}); choose another --output.') from None
 
 
