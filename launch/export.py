@@ -54,12 +54,13 @@ def main() -> int:
     run = train_run.build_to_read(config, workdir)
     _, params = train_run.predictor(run, checkpoints)
     step = evaluated.find_step(config, run.plan, checkpoints, workdir, best=False)
+  formats = [flag.name for flag in (_TORCH, _SAVED_MODEL, _ONNX, _BROWSER) if flag.value]
+  artifact.prepare(formats, _DTYPE.value or run.spec.model.spec.dtype)
   exported = contents.make_contents(
       run.spec.model.spec, params, run.plan, run.data, tasks=_TASKS.value, bake_targets=_BAKE_TARGETS.value,
       dtype=_DTYPE.value, num_examples=_NUM_EXAMPLES.value)
   rows = suite.finished_rows(workdir, run.plan, step)
   provenance = workdir_lib.provenance(workdir, step) | {'exported by commit': loop.commit()}
-  formats = [flag.name for flag in (_TORCH, _SAVED_MODEL, _ONNX, _BROWSER) if flag.value]
   write_start = functools.partial(checkpoint.write_start, params=params, step=step, provenance=provenance)
   weights = artifact.write(
       _OUTPUT.value, exported, provenance, rows, formats, write_start if _CHECKPOINT.value else None)

@@ -1,6 +1,7 @@
 """The page without a service: its tokenizer equals SentencePiece, and Chromium gets the answers of the programs."""
 
 import base64
+import contextlib
 import functools
 import hashlib
 import http.server
@@ -10,6 +11,7 @@ import pathlib
 import random
 import shutil
 import subprocess
+import sys
 import threading
 import types
 from typing import Any
@@ -22,7 +24,7 @@ from PIL import Image
 from tests.helpers import shipped, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
-from uni_moe_jax.export import artifact, browser, contents, texts
+from uni_moe_jax.export import artifact, browser, contents, onnx_programs, texts
 from uni_moe_jax.serve import media
 from uni_moe_jax.serve.limits import Limits
 from uni_moe_jax.train import run as train_run
@@ -215,12 +217,26 @@ def test_an_npm_that_is_missing_is_reported_before_anything_is_converted(tmp_pat
   _npm(tmp_path, b'', monkeypatch)
   monkeypatch.setattr(shutil, 'which', lambda _: None)
   monkeypatch.setattr(artifact, '_write_programs', lambda *_: pytest.fail('programs are written'))
+  monkeypatch.setattr(onnx_programs, 'python', lambda: 'python')
   made = types.SimpleNamespace(spec=types.SimpleNamespace(dtype='float32'))
   with pytest.raises(UsageError, match='--browser needs npm .*; install Node.js'):
     artifact.write(tmp_path / 'model', made, {}, [], formats=['browser'])
   assert not (tmp_path / 'model').exists()
   with pytest.raises(pytest.fail.Exception, match='programs are written'):  # which another format does at once
     artifact.write(tmp_path / 'model', made, {}, [], formats=['onnx'])
+
+
+@pytest.mark.parametrize('formats, dtype, message', [
+    (['torch'], 'float32', 'need PyTorch'), (['onnx'], 'float32', 'environment for jax2onnx'),
+    (['torch', 'onnx'], 'bfloat16', 'float32.* has bfloat16'), (['saved_model'], 'bfloat16', '')])
+def test_what_a_format_needs_is_missed_before_anything_is_exported(monkeypatch, formats, dtype, message):
+  def fail():
+    raise RunError('the environment for jax2onnx could not be made')
+
+  monkeypatch.setitem(sys.modules, 'torch', None)  # not installed
+  monkeypatch.setattr(onnx_programs, 'python', fail)
+  with pytest.raises((RunError, UsageError), match=message) if message else contextlib.nullcontext():
+    artifact.prepare(formats, dtype)
 
 
 @pytest.fixture(name='folder', scope='module')

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from tests.helpers import in_process, saved_run, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.eval import suite
-from uni_moe_jax.export import artifact
+from uni_moe_jax.export import artifact, contents
 from uni_moe_jax.train import finetuning, loop, workdir
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
@@ -103,6 +104,9 @@ def test_its_export_names_the_step_of_the_run_and_has_the_rows_of_the_evaluation
   [(_, _, provenance, rows, *_)] = exports
   assert provenance['step'] == 2 and f'{tmp_path / "out"}: step 2, ' in capfd.readouterr().out
   assert {(row['evaluator'], row['step']) for row in rows} == {('package', 2)}
+  monkeypatch.setitem(sys.modules, 'torch', None)  # not installed, which is reported before the export
+  monkeypatch.setattr(contents, 'make_contents', lambda *_, **_options: pytest.fail('it is exported'))
+  assert in_process.run(_ROOT / 'launch/export.py', workdir_flag, output, '--torch') == 2
 
 
 def test_the_new_task_type_has_attribute_bits_by_rule_and_targets_of_a_known_family(run):

@@ -30,7 +30,24 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path
 
 _SHIPPED = {'loader.py': 'load.py', 'texts.py': 'texts.py', 'example.py': 'example.py'}
+_ONNX = {'onnx', 'browser'}  # formats with ONNX models
 _CARD, _PIECES = 'README.md', 'tokenizer_pieces.json'
+
+
+def prepare(formats: Collection[str], dtype: Any) -> None:
+  """Gets what formats need, before minutes of work that would be lost without it. dtype: of the export's products.
+
+  Raises:
+    UsageError: something is not installed, or a format does not have these products. RunError: it cannot be fetched.
+  """
+  if _ONNX & {*formats}:
+    onnx_programs.check_dtype(dtype)
+  if 'torch' in formats:
+    torch_file.check_installed()
+  if 'browser' in formats:
+    browser.fetch()
+  if _ONNX & {*formats}:
+    onnx_programs.python()
 
 
 def write(
@@ -53,12 +70,9 @@ def write(
   folder = storage.path(folder)
   if folder.exists():
     raise UsageError(f'--output={folder} exists; choose another folder or remove it.')
-  onnx = {'onnx', 'browser'} & {*formats}
+  onnx = _ONNX & {*formats}
+  prepare(formats, contents.spec.dtype)
   state = torch_dense.state(contents.spec, contents.params, contents.tasks) if 'torch' in formats else None
-  if onnx:
-    onnx_programs.check_dtype(contents.spec.dtype)
-  if 'browser' in formats:
-    browser.fetch()  # before minutes of conversion
   with npz_records.atomic_folder(folder, is_reproducible=False) as staging:
     files = _write_programs(staging, contents)
     save(staging / 'params.safetensors', {path: np.asarray(x) for path, x in by_path(contents.params).items()})

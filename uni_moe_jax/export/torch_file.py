@@ -54,6 +54,11 @@ def _torch():
   return torch
 
 
+def check_installed() -> None:
+  """Raises LayoutError without PyTorch."""
+  _torch()
+
+
 def read(path: str | os.PathLike[str], keep_visual_type: bool = False) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """Reads the parameters of a checkpoint file.
 
