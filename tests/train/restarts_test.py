@@ -55,7 +55,8 @@ def _start(folder, script, *flags, command=None, before=()):
   return subprocess.Popen(
       [*before, sys.executable, str(_ROOT / 'launch/keep_running.py'), *flags, '--', *command], cwd=folder, text=True,
       env={**os.environ, 'PYTHONPATH': str(_ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-      start_new_session=True)
+      start_new_session=True,  # and no nohup of these tests, which ignores SIGHUP
+      preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
 
 
 def _run(folder, script, *flags, **options):

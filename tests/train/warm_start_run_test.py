@@ -211,6 +211,6 @@ def test_parameters_of_a_run_are_not_read_with_another_tokenizer_of_the_same_siz
 
 def test_a_run_without_a_tokenizer_file_of_this_type_is_named(tuned):
   pathlib.Path('parent/tokenizer.model').unlink()
-  with pytest.raises(ValueError, match=r"config\.train\.init='parent' has no tokenizer\.model, so config\.tokenizer\."
-                                       r"type='sentencepiece' is not that of this run; copy its section config\.token"):
+  with pytest.raises(ValueError, match=r"config\.train\.init='parent' has no tokenizer\.model: restore it, or, if the "
+                                       r"tokenizer of that run is of another type than 'sentencepiece', copy its sec"):
     _build(tuned[0])

@@ -125,9 +125,9 @@ def test_a_text_of_any_length_trains(tmp_path, monkeypatch, separator):
   assert t.unk not in t.encode(book) and t.decode(t.encode('größere Häuser')) == 'größere häuser'
   if separator:  # no word is cut
     assert [len(t.encode(word)) for word in ('größere', 'Häuser', '𝔚älder')] == [1, 1, 1]
-  parts = list(tokenizer._parts(book))
+  parts = list(tokenizer.trained_parts(book))
   assert len(parts) > 3 and ''.join(parts) == book and max(len(part.encode()) for part in parts) <= 2000
-  assert list(tokenizer._parts(short := 'ä ' * 600)) == [short] and list(tokenizer._parts('')) == ['']
+  assert list(tokenizer.trained_parts(short := 'ä ' * 600)) == [short] and list(tokenizer.trained_parts('')) == ['']
 
 
 def test_packed_texts_end_in_eot_and_fill_rows_and_at_least_one():
