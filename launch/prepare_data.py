@@ -10,7 +10,6 @@ prepared.json: splits, statistics, and skipped rows with the reason. The same co
 dataset is downloaded by TFDS and becomes 'tfds:coco_captions'.
 """
 
-import os
 import shlex
 
 from absl import flags
@@ -40,8 +39,7 @@ _BEAM_OPTIONS = flags.DEFINE_string('beam_options', '', 'Options of Apache Beam,
 
 
 def main() -> int:
-  storage.path(_DATA_DIR.value, '--data_dir')
-  config = DataConfig(dir=os.path.expanduser(_DATA_DIR.value), cache_dir=_CACHE_DIR.value)
+  config = DataConfig(dir=str(storage.path(_DATA_DIR.value, '--data_dir')), cache_dir=_CACHE_DIR.value)
   directory = mirror.open_folder(config)
   if (_INPUT.value is None) != (_NAME.value is None):
     raise UsageError('--input and --name belong together: the path of your data, and its name.')

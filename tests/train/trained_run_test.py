@@ -69,6 +69,7 @@ def test_images_may_be_a_list(run, images):
 
 def test_names_may_be_an_array(run, images):
   assert run.classify('shape', images, np.array(['bar', 'line'])) == run.classify('shape', images, ['bar', 'line'])
+  assert run.classify('shape', images, None) == run.classify('shape', images, []) == run.classify('shape', images)
 
 
 def test_no_images_have_no_answers(run, images):

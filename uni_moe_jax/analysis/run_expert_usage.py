@@ -16,7 +16,7 @@ from uni_moe_jax.analysis.run_interference import file_stem, load_params
 from uni_moe_jax.model.sequences import Sequence
 from uni_moe_jax.moe import precision, routers
 from uni_moe_jax.train.forward import Batch, StepSpec, TargetSets, sample_synonyms, sample_vocabularies, step_inputs
-from uni_moe_jax.train.run import Run, build, build_to_read, conditions
+from uni_moe_jax.train.run import Run, build_to_read, conditions
 from uni_moe_jax.utils import splitmix
 from uni_moe_jax.utils.errors import UsageError
 
@@ -31,7 +31,7 @@ def measure_expert_usage(
   Raises:
     UsageError: a model without experts, a step without a checkpoint, a run that trains no task.
   """
-  run = build(config, devices, workdir=workdir) if devices else build_to_read(config, workdir)
+  run = build_to_read(config, workdir, devices)
   if not expert_usage.expert_layers(run.spec.model.spec):
     raise UsageError(f'config.moe.router={config.moe.router!r}, placement={config.moe.placement!r}: the model has no '
                      'experts.')

@@ -13,7 +13,7 @@ import tqdm
 from uni_moe_jax.analysis import interference, interference_file, param_subsets
 from uni_moe_jax.analysis.task_gradients import TaskGradients
 from uni_moe_jax.train.checkpoint import Checkpoints
-from uni_moe_jax.train.run import Run, build, build_to_read, initial_state
+from uni_moe_jax.train.run import Run, build_to_read, initial_state
 from uni_moe_jax.utils.errors import UsageError
 
 
@@ -28,7 +28,7 @@ def measure_interference(
     UsageError: a run that trains no task, a step without a checkpoint, parameters that do not exist, a task whose
       gradient is not finite.
   """
-  run = build(config, devices, workdir=workdir) if devices else build_to_read(config, workdir)
+  run = build_to_read(config, workdir, devices)
   if not run.plan.tasks:
     raise UsageError('this run trains no task, so that there are no gradients to measure; give --workdir of the run '
                      f'that it starts from, {run.config.train.init!r}.')

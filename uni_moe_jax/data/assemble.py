@@ -170,20 +170,25 @@ class Data:
     path = copy or storage.path(self.dir) / 'tokenizers' / f'{digest}.model'  # the copy also if the data has changed
     if path.exists():
       return SentencePieceTokenizer(path), path, digest
-    train = lambda path: SentencePieceTokenizer.train(texts, path, c.vocab_size, c.allow_smaller_vocab)
     try:
-      try:
-        return train(path), path, digest
-      except OSError as e:
-        if disk_is_full(e):
-          raise
-        print(f'note: {path.parent} cannot be written ({e.strerror}), so that the tokenizer is trained in a temporary '
-              'folder.', file=sys.stderr, flush=True)
-      self._own_folder = tempfile.TemporaryDirectory()  # for as long as this data is used
-      path = pathlib.Path(self._own_folder.name, path.name)
-      return train(path), path, digest
+      return *self._train_tokenizer(c, texts, path), digest
     except ValueError as e:
       raise UsageError(f'config.tokenizer.vocab_size={c.vocab_size}: {e}') from e
+
+  def _train_tokenizer(
+      self, c: ml_collections.ConfigDict, texts: list[str], path: storage.Path) -> tuple[Tokenizer, storage.Path]:
+    """(tokenizer, its file), which is a temporary one if `path` cannot be written."""
+    train = lambda path: SentencePieceTokenizer.train(texts, path, c.vocab_size, c.allow_smaller_vocab)
+    try:
+      return train(path), path
+    except OSError as e:
+      if disk_is_full(e):
+        raise
+      print(f'note: {path.parent} cannot be written ({e.strerror}), so that the tokenizer is trained in a temporary '
+            'folder.', file=sys.stderr, flush=True)
+    self._own_folder = tempfile.TemporaryDirectory()  # for as long as this data is used
+    path = pathlib.Path(self._own_folder.name, path.name)
+    return train(path), path
 
 
 def _texts(records: Records | FileDataset) -> list[str]:

@@ -9,8 +9,6 @@ by the content of both splits and everything else that they depend on. Every pro
 import dataclasses
 import hashlib
 import json
-import os
-import pathlib
 import secrets
 import statistics
 import time
@@ -26,7 +24,7 @@ from uni_moe_jax.data.files.file_dataset_examples import example_ids
 from uni_moe_jax.data.files.file_dataset_features import references
 from uni_moe_jax.data.pipeline.vqa_answers import normalize_answer
 from uni_moe_jax.eval import baselines
-from uni_moe_jax.utils import templates
+from uni_moe_jax.utils import storage, templates
 from uni_moe_jax.utils.errors import UsageError
 
 NEAREST = 'nearest neighbor'
@@ -174,7 +172,7 @@ class FileBaselines:
 
   def _once(self, purpose: str, ids: np.ndarray, compute: Callable[[], dict], otherwise: dict) -> dict:
     """The result that is kept, else of `compute`, or `otherwise` if that leaves the baselines out."""
-    path = pathlib.Path(os.path.expanduser(self.data_dir)) / FOLDER / f'{self._digest(purpose, ids)}.json'
+    path = storage.path(self.data_dir) / FOLDER / f'{self._digest(purpose, ids)}.json'
     try:
       return json.loads(path.read_text())
     except (OSError, ValueError):  # not yet computed, or damaged

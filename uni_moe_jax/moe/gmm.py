@@ -16,6 +16,7 @@ from uni_moe_jax.utils.errors import UsageError
 
 BACKENDS = ('tiled', 'batched', 'ragged', 'megablox', 'triton', 'tokamax')
 AUTO, XLA = 'auto', 'xla'
+DEVICES = {'megablox': 'tpu', 'triton': 'gpu'}  # kernel → type of device; elsewhere it is interpreted
 # Of exported programs: 'tiled' on CPU, `in_rounds` elsewhere. No kernel is part of it: those of Triton and megablox are
 # not stable in a serialized program, and `ragged_dot` has no symbolic number of rows.
 PORTABLE = 'portable'
@@ -37,7 +38,7 @@ def choose_backend(backend: str, capacity: bool, platform: str | None = None) ->
   platform = platform or jax.default_backend()
   if capacity:
     return 'batched'
-  kernels = {'tpu': 'megablox', 'gpu': 'triton'} if backend == AUTO else {}
+  kernels = {device: kernel for kernel, device in DEVICES.items()} if backend == AUTO else {}
   return {'cpu': 'tiled', **kernels}.get(platform, 'ragged')
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,10 +19,10 @@ from uni_moe_jax.config.plan import Plan, make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.pipeline.mixtures import UNBATCHED_FIELDS, Batch, BatchLayout, Mixture
 from uni_moe_jax.eval.predictor import Predictor
-from uni_moe_jax.model import flops
+from uni_moe_jax.model import attention_kernels, flops
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, boxed_params, init_params
-from uni_moe_jax.moe import products
+from uni_moe_jax.moe import gmm, products
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.attributes import Condition
@@ -34,8 +34,6 @@ from uni_moe_jax.train.step import Step, TrainState, forward_flops, init_state
 from uni_moe_jax.train.used_params import expert_sublayer, unit_axes
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path, path_of
-
-_KERNELS = {'splash': 'tpu', 'short': 'tpu', 'megablox': 'tpu', 'triton': 'gpu'}  # kernel → type of device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,40 +278,51 @@ def _check_layout(config: ml_collections.ConfigDict, plan: Plan, mesh: Mapping[s
     plan.check_halves(shards, config.train.grad_accum_steps)
 
 
+def _unfitting_kernels(config: ml_collections.ConfigDict, platform: str) -> dict[str, str]:
+  """Fields with a kernel of another type of device → that type. On a CPU, as in tests, all but cuDNN's work."""
+  kernels = {'model.attention_impl': attention_kernels.DEVICES, 'moe.gmm': gmm.DEVICES}
+  chosen = {field: (value := config[field], devices.get(value)) for field, devices in kernels.items()}
+  return {field: device for field, (value, device) in chosen.items() if device not in (None, platform) and (
+      platform != 'cpu' or value == attention_kernels.CUDNN)}
+
+
 def check_kernels(config: ml_collections.ConfigDict, platform: str) -> None:
-  """Raises UsageError for a kernel of another type of device than 'gpu' or 'tpu'. On CPUs, as in tests, all work.
+  """Raises UsageError for a kernel of another type of device than `platform`, 'gpu' or 'tpu'.
 
   It would be interpreted, which gives the same results, orders of magnitude more slowly.
   """
-  for field, value in (('model.attention_impl', config.model.attention_impl), ('moe.gmm', config.moe.gmm)):
-    wanted = _KERNELS.get(value, platform)
-    if platform not in ('cpu', wanted):
-      raise UsageError(f"config.{field}={value!r} is a kernel for {wanted.upper()}s, and this run has devices of type "
-                       f"{platform!r}; set it to 'auto'.")
+  for field, device in _unfitting_kernels(config, platform).items():
+    raise UsageError(f'config.{field}={config[field]!r} is a kernel for {device.upper()}s, and this run has devices of '
+                     f"type {platform!r}; set it to 'auto'.")
 
 
 def with_fitting_kernels(config: ml_collections.ConfigDict, platform: str) -> ml_collections.ConfigDict:
   """A config of which `check_kernels` refuses nothing: the parameters of a run serve on every type of device."""
-  try:
-    check_kernels(config, platform)
-    return config
-  except UsageError:
+  fields = _unfitting_kernels(config, platform)
+  if fields:
     config = config.copy_and_resolve_references()
-    config.model.attention_impl = config.moe.gmm = 'auto'
-    return config
+    config.update_from_flattened_dict(dict.fromkeys(fields, 'auto'))
+  return config
 
 
-def build_to_read(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> Run:
-  """`build` of a saved run whose parameters alone are read: on one device, with a note, if its mesh does not fit."""
-  devices, plan = jax.devices(), make_plan(config)
-  if jax.process_count() == 1:
-    try:
-      mesh = sharding.mesh_shape({axis: config.mesh[axis] for axis in sharding.AXES}, len(devices))
-      _check_layout(config, plan, mesh)
-    except UsageError:
-      print(f'note: config.mesh of {workdir} does not fit here (devices: {len(devices)}); one device is used.',
-            file=sys.stderr, flush=True)
-      config, devices = on_one_device(config), devices[:1]
+def build_to_read(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], devices: Sequence[jax.Device] | None = None
+) -> Run:
+  """`build` of a saved run whose parameters alone are read, with a note if its data has changed.
+
+  devices: of its mesh; default: all of them or, with a note, one if the mesh does not fit.
+  """
+  plan = make_plan(config)
+  if devices is None:
+    devices = jax.devices()
+    if jax.process_count() == 1:
+      try:
+        mesh = sharding.mesh_shape({axis: config.mesh[axis] for axis in sharding.AXES}, len(devices))
+        _check_layout(config, plan, mesh)
+      except UsageError:
+        print(f'note: config.mesh of {workdir} does not fit here (devices: {len(devices)}); one device is used.',
+              file=sys.stderr, flush=True)
+        config, devices = on_one_device(config), devices[:1]
   run = build(with_fitting_kernels(config, devices[0].platform), devices, workdir=workdir)
   workdir_lib.note_other_data(workdir, run.data.fingerprint)
   return run

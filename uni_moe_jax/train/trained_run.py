@@ -43,7 +43,7 @@ class TrainedRun:
       MissingFileError: nothing was trained there. UsageError: it has no such checkpoint.
     """
     config = run_lib.on_one_device(workdir_lib.load_config(workdir))
-    run = run_lib.build(config, jax.devices()[:1], workdir=workdir)
+    run = run_lib.build_to_read(config, workdir, jax.devices()[:1])
     with Checkpoints(workdir, max_to_keep=None) as checkpoints:
       return cls(run, *run_lib.predictor(run, checkpoints, step))
 
@@ -77,9 +77,9 @@ class TrainedRun:
                        f'{spec.template!r} of task {task!r}; '
                        f'{nearest(unknown[0], ["names", "top", *templates.columns(spec.template)])}.')
     fields = self._fields(images)
+    names = () if names is None else names
     _check_list('names', names)
-    names = list(names)
-    if names:
+    if names := list(names):
       trained = next(s for s in (*self._run.plan.sets, *self._run.plan.probe_sets) if s.name == spec.target_set)
       set_spec = dataclasses.replace(trained, name=_NAMES, entries=tuple(names), label_prompts=False)
       target = build_target_set(set_spec, tuple((name,) for name in names), self._run.data.tokenizer,

@@ -81,7 +81,7 @@ def build(root: str | os.PathLike[str], name: str, splits: Iterable[Split]) -> N
 
 def check_directory(root: str | os.PathLike[str]) -> None:
   """Raises MissingFileError unless the data directory exists, or is in a bucket."""
-  if not storage.is_remote(root) and not pathlib.Path(os.path.expanduser(root)).is_dir():
+  if not storage.is_remote(root) and not storage.path(root).is_dir():
     raise MissingFileError(f'Data directory {root} does not exist. Run: {_COMMAND}{root}')
 
 
@@ -93,7 +93,7 @@ def load(root: str | os.PathLike[str], name: str, split: str) -> Records:
     UsageError: The folder has no such split (the message lists its splits), or the file cannot be read.
   """
   mirror.sync(root, name.partition('/')[0])
-  directory = pathlib.Path(os.path.expanduser(root)) / name
+  directory = storage.path(root) / name
   if not directory.is_dir():
     raise MissingFileError(f'No prepared data {directory.name!r} in {root}. Run: {_COMMAND}{root}')
   path = mirror.local(root, directory / f'{split}.npz')

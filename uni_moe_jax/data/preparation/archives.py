@@ -85,10 +85,9 @@ def row_groups(address: str) -> list[int]:
 
 def names_files(address: str) -> bool:
   """Whether a Parquet file has a column of paths of images or videos; False if it is damaged."""
-  fields = _of_metadata(address, lambda parquet: list(parquet.schema_arrow)) or ()
+  fields, metadata = _of_metadata(address, lambda parquet: (list(parquet.schema_arrow), parquet.metadata)) or ((), None)
   if any(_is_text(_unwrapped(field.type)) for field in fields if field.name in formats.MEDIA_TYPES):
     return True
-  metadata = _of_metadata(address, lambda parquet: parquet.metadata)
   if metadata is None:
     return False
   # Of the type {bytes, path}, without any bytes.
