@@ -85,6 +85,15 @@ def test_where_nothing_can_be_written_the_tokenizer_is_trained_for_this_process(
   assert not capsys.readouterr().err
 
 
+def test_a_run_keeps_the_ids_of_its_tokenizer_whatever_its_data_would_train_now(tmp_path):
+  other = SentencePieceTokenizer.train(['words of an earlier version'] * 4, tmp_path / 'tokenizer.model', 40, True)
+  config = tiny.config('text', 'package', data_dir=tiny.data_dir())
+  data = Data(config, make_plan(config), tmp_path / 'tokenizer.model')
+  assert data.tokenizer_file == tmp_path / 'tokenizer.model'
+  assert data.tokenizer.fingerprint == other.fingerprint != _data().tokenizer.fingerprint
+  assert data.fingerprint == _data().fingerprint  # of the text, which a change of the data would change
+
+
 def test_a_missing_merges_file_is_an_error_that_names_the_field(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"config\.tokenizer\.merges_path='.*gone\.txt' is not a file"):
     _data(tmp_path / 'gone.txt')

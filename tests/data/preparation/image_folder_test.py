@@ -38,3 +38,14 @@ def test_elsewhere_the_name_of_a_file_is_a_label(tmp_path, name):
     (tmp_path / name).write_text(json.dumps(row))
   ((row,),) = (input_shards.read(shard) for shard in input_shards.plan(tmp_path))
   assert (row.media_type, row.texts, row.labels) == ('', {'text': 'scanned'}, {'file_name': 'page_3.png'})
+
+
+@pytest.mark.parametrize('name, is_data', [('metadata.csv', True), ('list.csv', False)])
+def test_a_table_of_file_names_is_data_only_as_metadata_and_else_a_note_beside_folders_of_classes(
+    tmp_path, name, is_data):
+  (tmp_path / 'cat').mkdir()
+  (tmp_path / 'cat/1.png').touch()
+  (tmp_path / name).write_text('file_name,species\ncat/1.png,felis\n')
+  rows = [row for shard in input_shards.plan(tmp_path) for row in input_shards.read(shard) if not row.skipped]
+  assert [(row.path, row.labels) for row in rows] == [
+      (tmp_path / 'cat/1.png', {'species': 'felis'} if is_data else {'label': 'cat'})]

@@ -27,7 +27,7 @@ TEXT_FIELDS = ('text', 'text_a', 'text_b')
 _STRING_FIELDS = (*MEDIA_TYPES, 'caption', 'label_name', 'split', *TEXT_FIELDS)
 # Fields that the documented format defines. Others are extra, and a wrong one costs no row.
 RESERVED_FIELDS = (*_STRING_FIELDS, 'captions', 'label', 'key', 'group')
-FILE_NAME = 'file_name'  # see `of_image_folder`
+METADATA, FILE_NAME = 'metadata', 'file_name'  # see `of_image_folder`
 _URL = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+://')
 _FIELD_NAME = re.compile(r'\w[\w .:-]{0,49}')  # files are named after fields
 
@@ -102,7 +102,7 @@ def of_image_folder(value: Any, file: str) -> Any:
 
   There `file_name` is an image or a video, and `text` its caption.
   """
-  is_row = pathlib.PurePath(file).stem == 'metadata' and isinstance(value, dict) and not any(
+  is_row = pathlib.PurePath(file).stem == METADATA and isinstance(value, dict) and not any(
       m in value for m in MEDIA_TYPES)
   name = value.get(FILE_NAME) if is_row else None
   media_type = media_type_of(pathlib.PurePath(name).suffix) if isinstance(name, str) else ''

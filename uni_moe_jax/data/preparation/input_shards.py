@@ -150,7 +150,7 @@ def _row_files(source: storage.Path) -> list[storage.Path]:
   for suffixes in _FILES[:3] if remote else _FILES:
     files = [p for p in paths if p.suffix.lower() in suffixes]
     if suffixes == tuple(_TABLES) and files != [source]:  # others are notes
-      files = [p for p in files if _has_fields(_columns(p))]
+      files = [p for p in files if _has_fields(p, _columns(p))]
     if suffixes == ('.txt',) and files != [source] and _has_media(source):
       files = []
     if files:
@@ -219,7 +219,7 @@ def _divide(file: storage.Path) -> Iterator[InputShard]:
       start, first_line = 0, 1
       if suffix in _TABLES:
         columns, num_lines, start = _header(lines, _TABLES[suffix])
-        if not _has_fields(columns):
+        if not _has_fields(file, columns):
           raise UsageError(
               f'--input={file}: the first line of a table must name fields such as text, caption, image or label, '
               f'separated by {"tabs" if suffix == ".tsv" else "commas"}, in UTF-8 and with a line feed at its end; it '
@@ -308,8 +308,9 @@ def _columns(file: storage.Path) -> tuple[str, ...]:
     return _header(lines, _TABLES[file.suffix.lower()])[0]
 
 
-def _has_fields(columns: Iterable[str]) -> bool:
-  return not {*formats.RESERVED_FIELDS, formats.FILE_NAME}.isdisjoint(columns)
+def _has_fields(file: storage.Path, columns: Iterable[str]) -> bool:
+  of_image_folder = [formats.FILE_NAME] if file.stem == formats.METADATA else []
+  return not {*formats.RESERVED_FIELDS, *of_image_folder}.isdisjoint(columns)
 
 
 def _header(lines: Iterable[bytes], delimiter: str) -> tuple[tuple[str, ...], int, int]:
