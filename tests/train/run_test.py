@@ -72,10 +72,11 @@ def test_a_kernel_of_another_type_of_device_is_refused(field, value, platform):
   assert read.model.attention_impl == read.moe.gmm == 'auto' and c.to_dict() != read.to_dict()
 
 
-def test_a_saved_run_with_attention_of_cudnn_is_read_on_a_cpu():
+def test_a_saved_run_with_attention_of_cudnn_is_read_on_a_cpu(tmp_path):
   c = _config()
-  c.model.attention_impl = 'cudnn'
+  c.model.update(dict(attention_impl='cudnn', dtype='bfloat16', num_heads=c.model.width // 8))
   train_run.check_kernels(c, 'gpu')
   with pytest.raises(UsageError, match="'cudnn' is a kernel for GPUs, and this run has devices of type 'cpu'"):
     train_run.check_kernels(c, 'cpu')
   assert train_run.with_fitting_kernels(c, 'cpu').model.attention_impl == 'auto'
+  assert train_run.build_to_read(c, tmp_path).config.model.attention_impl == 'auto'
