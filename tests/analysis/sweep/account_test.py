@@ -1,7 +1,8 @@
-"""Variants against dense: resampled by hand, equal models, real differences, and how often there is a false alarm."""
+"""Variants against dense: by hand, equal models, real differences, and how often there is a false alarm."""
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from uni_moe_jax.analysis.sweep import account
 
@@ -91,51 +92,60 @@ def test_training_losses_are_paired_by_seed():
   assert dense['training_loss_gain'] is None and token['training_loss_gain'] is None  # one seed has no spread
 
 
-def test_examples_are_resampled_by_hand_once_for_all_runs():
-  # Two examples, of which the second counts three times: means of a resample are 0 (1/4), (0 + 3) / 4 (1/2), 1 (1/4).
-  means = account.resampled_means(np.array([[0., 1], [0, 2]]), np.array([1., 3]), np.random.default_rng(0))
-  assert means.shape == (1 + account.RESAMPLES, 2) and means[0].tolist() == [.75, 1.5]
-  values, times = np.unique(means[1:, 0], return_counts=True)
-  assert values.tolist() == [0, .75, 1]
-  np.testing.assert_allclose(times / account.RESAMPLES, [.25, .5, .25], atol=.02)
-  np.testing.assert_array_equal(means[:, 1], 2 * means[:, 0])
+def test_a_mean_over_seeds_and_examples_by_hand():
+  # Two examples, of which the second counts three times. Means over seeds are 0 and 2, that of all is 6 / 4, and its
+  # variance ((1 · 1.5)² + (3 · .5)²) / 4² · 2 / (2 - 1).
+  mean = account.mean_of({0: np.array([0., 1]), 5: np.array([0., 3])}, np.array([1., 3]))
+  assert (mean.by_seed, mean.value, mean.num_examples) == ({0: .75, 5: 2.25}, 1.5, 2)
+  assert mean.variance == pytest.approx(4.5 / 16 * 2)
+  scaled = mean.scaled(.5, 2.5)
+  assert (scaled.by_seed, scaled.variance) == ({0: .125, 5: .875}, pytest.approx(mean.variance / 4))
 
 
-@pytest.mark.parametrize('drawn', [6 * 7, 1])  # six resamples of seven examples, which do not divide all; one
-def test_of_many_examples_fewer_resamples_are_in_memory_and_the_means_are_the_same(monkeypatch, drawn):
-  values, weights = np.random.default_rng(1).random((2, 7)), np.arange(1., 8)
-  means = account.resampled_means(values, weights, np.random.default_rng(0))
-  monkeypatch.setattr(account, '_DRAWN', drawn)
-  np.testing.assert_array_equal(account.resampled_means(values, weights, np.random.default_rng(0)), means)
-  assert (account.resampled_means(values, weights, np.random.default_rng(2)) != means).any()
+@pytest.mark.parametrize('mean, half, freedom', [
+    # Student's t of one degree of freedom: 12.706. Seeds 0 and 2 have variance 2, and their mean 1.
+    (account.Mean({0: 0., 1: 2.}, 0., 1), 12.706, 1),
+    # One seed: examples alone; 1.984 of 99 degrees of freedom.
+    (account.Mean({0: 1.}, .25, 100), 1.984 * .5, 99),
+    # Of seeds 0, 1, 2 the mean has variance 1/3, as by examples: (2/3)² / ((1/3)² / 2 + (1/3)² / 99) = 7.842; 2.314.
+    (account.Mean({0: 0., 1: 1., 2: 2.}, 1 / 3, 100), 2.314 * (2 / 3)**.5, 7.842)])
+def test_intervals_and_p_by_hand(mean, half, freedom):
+  gain = account.interval(mean)
+  assert [gain[k] for k in ('gain', 'low', 'high')] == pytest.approx([1, 1 - half, 1 + half], abs=1e-3)
+  error = half / stats.t.ppf(.975, freedom)
+  assert gain['p'] == pytest.approx(2 * stats.t.sf(1 / error, freedom), rel=1e-3)
+  negative = account.Mean({s: -x for s, x in mean.by_seed.items()}, mean.variance, mean.num_examples)
+  assert account.interval(negative)['p'] == gain['p']  # two-sided
 
 
-def test_deviations_of_seeds_are_widened_by_hand():
-  # Seeds with 0 and 2: resamples have the mean 0 (1/4), 1 (1/2) or 2 (1/4). Student's t of one degree of freedom has
-  # 12.706 where the normal distribution has 1.960; √(2 / 1): 1 ± 12.706 / 1.960 · 1.414.
-  samples = account._over_seeds(np.tile([0., 2], (10_001, 1)))
-  np.testing.assert_allclose(np.unique(samples), [1 - 9.168, 1, 1 + 9.168], rtol=1e-3)
-  assert samples[0] == 1
+@pytest.mark.parametrize('num_seeds', [2, 3, 5])
+@pytest.mark.parametrize('level', [.05, .05 / 14])  # the second as Holm's correction of 14 evaluators needs it
+def test_models_without_a_true_difference_have_as_many_false_alarms_as_the_level(num_seeds, level):
+  rng = np.random.default_rng(0)
+  seeds = [dict(enumerate(rng.normal(size=num_seeds))) for _ in range(1500)]
+
+  def false_alarms(mean):
+    return np.mean([account.interval(mean(x))['p'] < level for x in seeds])
+
+  assert abs(false_alarms(lambda x: account.Mean(x, 0., 1)) - level) < 3 * (level / 1500)**.5
+  # With the same error, but taken to be known as that of many examples is, there are many more.
+  of_seeds = lambda x: account.Mean({0: np.mean([*x.values()])}, np.var([*x.values()], ddof=1) / len(x), 10**6)
+  assert false_alarms(of_seeds) > level + 6 * (level / 1500)**.5
 
 
-@pytest.mark.parametrize('num_seeds, too_many', [(2, .4), (3, .2), (5, .12)])
-def test_models_without_a_true_difference_have_a_false_alarm_in_about_one_of_twenty(num_seeds, too_many):
-  def false_alarms(resample):
-    rng = np.random.default_rng(0)
-    p = [account._interval(resample(rng.normal(size=num_seeds)))['p'] for _ in range(600)]
-    return np.mean(np.less(p, .05))
-
-  rng = np.random.default_rng(1)
-  assert .025 < false_alarms(lambda seeds: account._over_seeds(np.tile(seeds, (2001, 1)))) < .085
-  # As they are, resampled seeds have many more.
-  assert false_alarms(lambda seeds: rng.choice(seeds, (2001, num_seeds)).mean(1)) > too_many
+def test_differences_of_seeds_and_of_examples_together_give_no_more_false_alarms():
+  rng, alarms, N = np.random.default_rng(0), 0, 50
+  for _ in range(500):
+    examples, seeds = rng.normal(size=N), rng.normal(size=3) / N**.5  # their means vary as much
+    gain = account.interval(account.mean_of(dict(enumerate(examples + seeds[:, None])), np.ones(N)))
+    alarms += gain['p'] < .05
+  assert .025 < alarms / 500 < .08
 
 
-def test_p_is_two_sided_and_never_0():
-  samples = np.array([2., *[-1] * 3, *[1] * 96])  # the value, then 99 resamples
-  assert account._interval(samples)['p'] == pytest.approx(2 * (1 + 3) / 100)
-  assert account._interval(-samples)['p'] == pytest.approx(2 * (1 + 3) / 100)
-  assert account._interval(np.ones(100))['p'] == pytest.approx(2 / 100)
+def test_an_average_is_over_the_seeds_that_all_evaluators_have():
+  means = account.Mean({0: 0., 1: 2., 2: 9.}, .5, 10), account.Mean({1: 4., 0: 0.}, 1.5, 8)
+  assert account._average(means) == account.Mean({0: 0., 1: 3.}, 2 / 4, 8)
+  assert account._average((means[0], account.Mean({3: 0.}, 0., 8))) is None
 
 
 def test_holm_by_hand():

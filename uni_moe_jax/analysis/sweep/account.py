@@ -1,11 +1,14 @@
 """Variants against dense: paired by seed and example, one main metric per evaluator.
 
-Scores are such that higher is better: a mean over examples, and of perplexity its negative logarithm. Of every resample
-of the bootstrap the examples are those of all runs, because all are evaluated on the same ones.
+Scores are such that higher is better: a mean over examples, and of perplexity its negative logarithm. Seeds differ, and
+so would other examples, which are the same for all runs: both variances add up, and the degrees of freedom are
+Satterthwaite's (1946). So p-values are right at small levels, too, which Holm's correction needs. A bootstrap is not:
+resamples of three seeds give no p between 0.07 and 0.
 """
 
 import collections
-import zlib
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,12 +19,26 @@ from uni_moe_jax.eval import headline
 from uni_moe_jax.tasks.router_names import DENSE
 
 WIN, TIE, LOSS = 'win', 'tie', 'loss'
-RESAMPLES = 10_000
-_CHUNK, _DRAWN = 500, 50_000_000  # at most so many resamples, and examples of them, are in memory together
 _LEVEL = 0.05
-_SEED = 27  # of the bootstrap
 
 Examples = Mapping[tuple[str, str], np.ndarray]  # see `example_scores.read`
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+  """A mean over examples and seeds. by_seed: {seed: mean over examples}; variance: of the mean, by examples alone."""
+  by_seed: Mapping[int, float]
+  variance: float
+  num_examples: int
+
+  @property
+  def value(self) -> float:
+    return round(float(np.mean([*self.by_seed.values()])), 12)  # so that equal models are equal
+
+  def scaled(self, zero: float, one: float) -> 'Mean':
+    """The mean with other units: `zero` becomes 0, and `one` 1."""
+    return Mean({s: (x - zero) / (one - zero) for s, x in self.by_seed.items()}, self.variance / (one - zero)**2,
+                self.num_examples)
 
 
 def compare(cells: Sequence[Mapping[str, Any]], examples: Sequence[Examples]) -> dict[str, Any]:
@@ -58,28 +75,26 @@ def compare(cells: Sequence[Mapping[str, Any]], examples: Sequence[Examples]) ->
     _, weights = next(iter(columns.values())).astype(np.float64)
     same = {run: values for run, (values, others) in columns.items() if np.array_equal(others, weights)}
     errors += [f'{v}-{s}: {key[0]} has other examples than in the first run.' for v, s in columns if (v, s) not in same]
-    rng = np.random.default_rng([_SEED, zlib.crc32(key[0].encode())])
-    by_run = dict(zip(same, resampled_means(np.array([*same.values()], np.float64), weights, rng).T, strict=True))
-    seeds = {v: [s for variant, s in by_run if variant == v] for v in variants}
-    samples = {v: _over_seeds(np.stack([by_run[v, s] for s in seeds[v]], 1)) for v in variants if seeds[v]}
-    task = _task(row, len(weights), [x[0] for x in samples.values()])
+    by_variant = {v: {s: x.astype(np.float64) for (variant, s), x in same.items() if variant == v} for v in variants}
+    means = {v: mean_of(of_seeds, weights) for v, of_seeds in by_variant.items() if of_seeds}
+    task = _task(row, len(weights), [m.value for m in means.values()])
     tasks.append(task)
-    for v, x in samples.items():
-      if task['reference'] is not None:
-        scale = task['best'] - task['reference_score']
-        averages[v].append((x - task['reference_score']) / scale)
-      common = [s for s in seeds[v] if s in seeds.get(DENSE, ())]
-      if v != DENSE and common:
-        gains = _over_seeds(np.stack([by_run[v, s] - by_run[DENSE, s] for s in common], 1))
-        paired.append({'variant': v, 'evaluator': key[0], 'metric': key[1], 'seeds': len(common), **_interval(gains)})
-        if task['reference'] is not None:
-          averages[v, DENSE].append(gains / scale)
+    has_scale = task['reference'] is not None
+    for v, m in means.items():
+      if has_scale:
+        averages[v].append(m.scaled(task['reference_score'], task['best']))
+      gains = {s: x - by_variant[DENSE][s] for s, x in by_variant[v].items() if s in by_variant.get(DENSE, ())}
+      if v != DENSE and gains:
+        gain = mean_of(gains, weights)
+        paired.append({'variant': v, 'evaluator': key[0], 'metric': key[1], 'seeds': len(gains), **interval(gain)})
+        if has_scale:
+          averages[v, DENSE].append(gain.scaled(0, task['best'] - task['reference_score']))
   for v in variants:
     rows = [p for p in paired if p['variant'] == v]
     for p, p_holm in zip(rows, holm([p['p'] for p in rows]), strict=True):
       p |= {'p_holm': p_holm, 'outcome': _outcome(p['gain'], p['p']), 'outcome_holm': _outcome(p['gain'], p_holm)}
   number = sum(task['reference'] is not None for task in tasks)
-  mean = lambda key: np.mean(averages[key], 0) if number and len(averages[key]) == number else None
+  mean = lambda key: _average(averages[key]) if number and len(averages[key]) == number else None
   return {'errors': errors, 'tasks': tasks, 'paired': paired, 'variants': [
       _summary(v, [c for c in cells if c['variant'] == v], [p for p in paired if p['variant'] == v], mean(v),
                mean((v, DENSE))) | _training_losses(v, cells) for v in variants]}
@@ -90,45 +105,33 @@ def _main_rows(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
   return [line.row for line in headline.lines(row for c in cells for row in c['evaluation'])]
 
 
-def resampled_means(values: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Weighted means [1 + R, M] of values [M, N], weights [N]: of the examples as they are, then of R resamples.
-
-  A resample has the same examples for all M runs.
-  """
-  N, means = len(weights), [np.average(values, axis=1, weights=weights)[None]]
-  chunk = max(1, min(_CHUNK, _DRAWN // N))
-  for start in range(0, RESAMPLES, chunk):
-    R = min(chunk, RESAMPLES - start)
-    drawn = rng.integers(N, size=(R, N)) + N * np.arange(R)[:, None]
-    times = np.bincount(drawn.reshape(-1), minlength=R * N).reshape(R, N) * weights
-    means.append(times @ values.T / times.sum(1, keepdims=True))
-  return np.concatenate(means).round(12)  # so that equal models are equal
+def mean_of(values: Mapping[int, np.ndarray], weights: np.ndarray) -> Mean:
+  """The mean of {seed: values [N]} with weights [N] of the examples."""
+  N, over_seeds = len(weights), np.mean([*values.values()], 0)
+  deviations = weights * (over_seeds - np.average(over_seeds, weights=weights))
+  variance = (deviations**2).sum() / weights.sum()**2 * N / max(N - 1, 1)
+  return Mean({s: float(np.average(x, weights=weights)) for s, x in values.items()}, float(variance), N)
 
 
-def _over_seeds(means: np.ndarray) -> np.ndarray:
-  """Means [1 + R, S] over resamples of examples, one column a seed → [1 + R] over resamples of examples and seeds.
-
-  The first is the mean of all seeds. Resampling a few seeds understates their spread, by √((S - 1) / S), and lacks what
-  Student's t adds: of three seeds without any true gain, 26 % would have p < 0.05. So deviations are widened by both
-  factors, after which it is 5 % (`account_test.py`). All evaluators draw the same seeds.
-  """
-  R, S = means.shape
-  average = means.mean(1)
-  if S == 1:
-    return average
-  drawn = np.random.default_rng([_SEED, S]).integers(S, size=(R, S))
-  drawn[0] = np.arange(S)
-  wider = stats.t.ppf(1 - _LEVEL / 2, S - 1) / stats.norm.ppf(1 - _LEVEL / 2) * np.sqrt(S / (S - 1))
-  return average + wider * (np.take_along_axis(means, drawn, 1).mean(1) - average)
+def _average(means: Sequence[Mean]) -> Mean | None:
+  """The mean of means over different examples, of the seeds that all have; None without one."""
+  seeds = [s for s in means[0].by_seed if all(s in m.by_seed for m in means)]
+  by_seed = {s: float(np.mean([m.by_seed[s] for m in means])) for s in seeds}
+  variance = sum(m.variance for m in means) / len(means)**2
+  return Mean(by_seed, variance, min(m.num_examples for m in means)) if seeds else None
 
 
-def _interval(samples: np.ndarray, name: str = 'gain') -> dict[str, float]:
-  """{name, 'low', 'high', 'p'}: p is two-sided, of a value of 0."""
-  value, rest = samples[0], samples[1:]
-  low, high = np.quantile(rest, (_LEVEL / 2, 1 - _LEVEL / 2))
-  rarer = min((rest <= 0).sum(), (rest >= 0).sum())
-  return {name: float(value), 'low': float(low), 'high': float(high),
-          'p': float(min(1, 2 * (1 + rarer) / (1 + len(rest))))}
+def interval(mean: Mean, name: str = 'gain') -> dict[str, float]:
+  """{name, 'low', 'high', 'p'}: Student's t; p is two-sided, of a value of 0."""
+  S, value = len(mean.by_seed), mean.value
+  of_seeds = float(np.var([*mean.by_seed.values()], ddof=1)) / S if S > 1 else 0.
+  total = of_seeds + mean.variance
+  parts = of_seeds**2 / max(S - 1, 1) + mean.variance**2 / max(mean.num_examples - 1, 1)
+  freedom = total**2 / parts if parts else math.inf
+  error = math.sqrt(total)
+  half = stats.t.ppf(1 - _LEVEL / 2, freedom) * error
+  p = 2 * stats.t.sf(abs(value) / error, freedom) if error else value == 0
+  return {name: value, 'low': float(value - half), 'high': float(value + half), 'p': float(p)}
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -157,16 +160,16 @@ def _task(row: Mapping[str, Any], num_examples: int, scores: Sequence[float]) ->
 
 def _summary(
     variant: str, cells: Sequence[Mapping[str, Any]], paired: Sequence[Mapping[str, Any]],
-    average: np.ndarray | None, gain: np.ndarray | None) -> dict[str, Any]:
+    average: Mean | None, gain: Mean | None) -> dict[str, Any]:
   steps = [c['seconds_per_step'] for c in cells if c['seconds_per_step']]
   counts = next((c['parameters'] for c in cells if c['parameters']), {})
   outcomes = {f'{outcome}{end}': sum(p[f'outcome{end}'] == outcome for p in paired)
               for end in ('', '_holm') for outcome in (WIN, TIE, LOSS)}
-  mean = dict.fromkeys(('average', 'low', 'high')) if average is None else _interval(average, 'average')
+  mean = dict.fromkeys(('average', 'low', 'high')) if average is None else interval(average, 'average')
   return {'variant': variant, 'seeds': len({c['seed'] for c in cells if c['evaluation']}),
           **(outcomes if variant != DENSE else {}),
           'average': mean['average'], 'average_low': mean['low'], 'average_high': mean['high'],
-          **(dict.fromkeys(('gain', 'low', 'high', 'p')) if gain is None else _interval(gain)),
+          **(dict.fromkeys(('gain', 'low', 'high', 'p')) if gain is None else interval(gain)),
           'seconds_per_step': float(np.median(steps)) if steps else None,
           'total': counts.get('total'), 'active': counts.get('active')}
 
@@ -175,8 +178,8 @@ def _training_losses(variant: str, cells: Sequence[Mapping[str, Any]]) -> dict[s
   """The final training loss of a variant, and how far it is below that of dense in the same seeds."""
   by_run = {(c['variant'], c['seed']): loss for c in cells if (loss := c['final_loss']) is not None}
   own = {s: loss for (v, s), loss in by_run.items() if v == variant}
-  gains = [by_run[DENSE, s] - loss for s, loss in own.items() if variant != DENSE and (DENSE, s) in by_run]
+  gains = {s: by_run[DENSE, s] - loss for s, loss in own.items() if variant != DENSE and (DENSE, s) in by_run}
   keys = 'gain', 'low', 'high', 'p'
-  interval = _interval(_over_seeds(np.tile(gains, (1 + RESAMPLES, 1)))) if len(gains) > 1 else dict.fromkeys(keys)
+  gain = interval(Mean(gains, 0., 1)) if len(gains) > 1 else dict.fromkeys(keys)
   return {'training_loss': float(np.mean([*own.values()])) if own else None,
-          **{f'training_loss_{k}': interval[k] for k in keys}}
+          **{f'training_loss_{k}': gain[k] for k in keys}}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.analysis import expert_usage_file, interference_file
-from uni_moe_jax.analysis.sweep import account, markdown, routers
+from uni_moe_jax.analysis.sweep import markdown, routers
 from uni_moe_jax.analysis.sweep.account import LOSS, TIE, WIN
 from uni_moe_jax.analysis.sweep.grid import TRAIN
 from uni_moe_jax.eval import headline, metrics
@@ -59,7 +59,7 @@ def _scores(results: Mapping[str, Any], variants: Sequence[str]) -> list[str]:
       *markdown.table(
           ['variant', *columns, 'average', 'training loss', 's / step', 'parameters', 'active', 'seeds'], rows), '',
       "± 95 %: the error of the test examples and, with several seeds, the spread of seeds (Student's t). average: the "
-      'mean of (score - reference) / (best - reference), with its bootstrap interval; best is the best variant, the '
+      'mean of (score - reference) / (best - reference), with its interval; best is the best variant, the '
       'reference the strongest of chance and baselines below all variants, or 0, and perplexity is taken in logarithms '
       f'({references}). Training loss: the weighted sum of all tasks, in the last eighth of the run. Baselines are '
       'fitted on all training examples.',
@@ -95,9 +95,9 @@ def paired(account_of_variants: Mapping[str, Any]) -> list[str]:
   names = [v['variant'] for v in summary]
   return [
       'Gain: the mean difference from dense, paired by seed and example; above 0 is better, also for perplexity, which '
-      f'is compared in logarithms. Interval and two-sided p: a bootstrap with {account.RESAMPLES:,} resamples of seeds '
-      'and examples; one seed shows nothing about how runs differ. A win (▲) or loss (▼) has p < 0.05, all else is a '
-      "tie; with *, also after Holm's correction over the evaluators of the variant.", '',
+      "is compared in logarithms. Interval and two-sided p: Student's t, by the variances of seeds and examples; one "
+      'seed shows nothing about how runs differ. A win (▲) or loss (▼) has p < 0.05, all else is a tie; with *, also '
+      "after Holm's correction over the evaluators of the variant.", '',
       *markdown.table(
           ['variant', 'win / tie / loss', 'after Holm', 'gain of the average', 'p',
            *(['training loss below dense', 'p'] if losses else [])],
