@@ -18,6 +18,7 @@ from uni_moe_jax.train import loop, validation
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.metrics_log import TIMINGS
+from uni_moe_jax.train.workdir import saved_steps
 from uni_moe_jax.utils.errors import UsageError
 
 _METRIC = 'eval/masked/perplexity'
@@ -142,15 +143,37 @@ def test_a_run_whose_evaluations_have_no_finite_value_finishes(plain, tmp_path, 
   assert _lines(workdir, True) == []
 
 
-def test_the_best_checkpoint_is_kept_by_its_validation_metric(tmp_path, monkeypatch):
-  values = iter([.1, .9, .5])
-  scores = lambda e, *_: [Score.proportion('accuracy', next(values), 10)]
+def test_the_best_checkpoint_is_kept_and_an_evaluation_that_fails_is_repeated_by_the_next_start(
+    tmp_path, monkeypatch):
+  saved_run.share_steps(monkeypatch)
+  values = iter([.1, None, .9, .5])
+
+  def scores(*_):
+    if (value := next(values)) is None:
+      raise OSError('the disk is full')
+    return [Score.proportion('accuracy', value, 10)]
+
   monkeypatch.setattr(validation.suite, 'scores', scores)
   config = _config(evaluate_every=2, best_metric='eval/masked/accuracy')
   config.train.max_to_keep = 1
+  with pytest.raises(OSError, match='the disk is full'):
+    _train(tmp_path, config)
+  assert saved_steps(tmp_path) == [2, 4]  # the evaluation of step 4 failed
   _train(tmp_path, config)
+  measured = [(line['step'], line['eval/masked/accuracy']) for line in _lines(tmp_path, True)]
+  assert measured == [(2, .1), (4, .9), (5, .5)]
   with Checkpoints(tmp_path, None, config.train.best_metric) as checkpoints:
     assert (checkpoints.steps(), checkpoints.best()) == ([4, 5], 4)
+
+
+def test_a_split_that_is_missing_is_refused_before_the_first_step(tmp_path):
+  config = _config(evaluate_every=2)
+  config.evaluators.masked.split = 'validation'
+  with pytest.raises(UsageError, match="split 'validation'"):
+    _train(tmp_path / 'run', config)
+  assert not (tmp_path / 'run').exists()
+  config.train.evaluate_every = 0  # nothing reads it in training
+  validation.Validation(train_run.build(config, jax.devices()[:1]), None)
 
 
 def test_a_run_that_is_to_stop_measures_nothing_more(run, monkeypatch):

@@ -13,6 +13,7 @@ import jax
 
 from uni_moe_jax.config.plan import Evaluation, Plan
 from uni_moe_jax.data.assemble import Data
+from uni_moe_jax.data.pipeline.examples import Examples
 from uni_moe_jax.eval import baselines, evaluators, example_scores, glue_vqa, samples
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.metrics import Score
@@ -89,10 +90,15 @@ def _measure(
 def scores(e: Evaluation, data: Data, predictor: Predictor, shown: dict[str, list[dict[str, Any]]]) -> list[Score]:
   """The scores of one evaluator; all processes take part. shown: gets its samples."""
   names = data.target_sets[e.task.target_set].names if e.task.target_set else ()
-  examples = data.examples(e.task, e.split, num_views=e.num_views, num_crops=e.num_crops)
   return EVALUATORS[e.type](Query(
-      e, predictor, examples, data.records(e.task.source, e.split), data.records(e.task.source, e.task.split), names,
-      data.entry_keys.get(e.task.target_set, ()), data.tokenizer, shown, data.dir))
+      e, predictor, examples(e, data), data.records(e.task.source, e.split),
+      data.records(e.task.source, e.task.split), names, data.entry_keys.get(e.task.target_set, ()), data.tokenizer,
+      shown, data.dir))
+
+
+def examples(e: Evaluation, data: Data) -> Examples:
+  """The examples of one evaluator."""
+  return data.examples(e.task, e.split, num_views=e.num_views, num_crops=e.num_crops)
 
 
 def _settings(plan: Plan) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from uni_moe_jax.train import manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_step, saved_steps, unfinished_folders, write_config
 from uni_moe_jax.utils import errors, files, heap, orbax_s3, storage
 from uni_moe_jax.utils.errors import RunError, UsageError
-from uni_moe_jax.utils.tree_paths import by_path
+from uni_moe_jax.utils.tree_paths import describe_arrays
 
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step
 _MODE = ocp.options.AtomicityMode
@@ -103,7 +103,8 @@ class Checkpoints:
       self._manager.save(step, args=ocp.args.StandardSave(state))
 
   def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Adds metrics to those of a saved step, as if they had been logged before the save."""
+    """Adds metrics to those of a saved step, as if they had been logged before the save, for which it waits."""
+    self.finish()
     if distributed.is_primary():
       manifest.add_metrics(self._folder / str(step), metrics)
     self._metrics[step] = {**self._metrics.get(step, {}), **metrics}
@@ -315,7 +316,7 @@ class Checkpoints:
 
   def _check_fits(self, step: int, shapes: Any, like: Any, partial: bool = False) -> None:
     """Raises UsageError with the arrays that differ between saved shapes and `like`. partial: that has all of them."""
-    saved, expected = _describe_arrays(shapes), _describe_arrays(like)
+    saved, expected = describe_arrays(shapes), describe_arrays(like)
     wrong = [f'{name}: {saved.get(name, "absent")} → {expected.get(name, "absent")}'
              for name in sorted({*expected} if partial else {*saved, *expected})
              if saved.get(name) != expected.get(name)]
@@ -393,8 +394,3 @@ class _Retention:
     newest = steps if self.max_to_keep is None else sorted(steps)[-self.max_to_keep:]
     kept = {self.best_of(steps), *multiples, *newest}
     return [s in kept for s in steps]
-
-
-def _describe_arrays(tree: Any) -> dict[str, str]:
-  """{path: 'float32[8, 3]'} of a tree of shapes or of Orbax's description of one."""
-  return {path: f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in by_path(tree).items() if hasattr(leaf, 'shape')}

@@ -129,6 +129,7 @@ def train(
     with detector.phase(START), multihost.exit_with_peers():
       run = build(config, devices, workdir=workdir)
       run.plan.check_trains()
+      validation = Validation(run, detector.phase)
       multihost.check_same_data(run.data.inputs_fingerprint)
       is_primary = distributed.is_primary()
       claim = functools.partial(claim_workdir, workdir, run.config, run.data.fingerprint,
@@ -149,7 +150,7 @@ def train(
       checkpoints = Checkpoints(workdir, config.train.max_to_keep, config.train.best_metric, config.train.keep_every)
     stack.push(functools.partial(_close, checkpoints, detector))
     with multihost.exit_with_peers():
-      return _loop(run, workdir, checkpoints, stop, detector, started, hooks, compiler)
+      return _loop(run, workdir, checkpoints, validation, stop, detector, started, hooks, compiler)
 
 
 def _buckets(workdir: str, data_dir: str) -> dict[str, str]:
@@ -180,10 +181,10 @@ def compile_steps(config, workdir: str, devices=None) -> int:
 
 
 def _loop(
-    run: Run, workdir: str, checkpoints: Checkpoints, stop: Stop, detector: HangDetector, started: float, hooks,
-    compiler: CompilerProcess | None) -> int:
+    run: Run, workdir: str, checkpoints: Checkpoints, validation: Validation, stop: Stop, detector: HangDetector,
+    started: float, hooks, compiler: CompilerProcess | None) -> int:
   saved, last = checkpoints.latest(), run.config.train.steps
-  first, validation = saved or 0, Validation(run, detector.phase)
+  first = saved or 0
   finished = f'{workdir} is finished: {first} of {last} steps.'
   if first >= last and not validation.is_missing(first, workdir):
     print(finished)
@@ -285,19 +286,22 @@ class _Trainer:
       done = step + 1
       if not self._add_metrics(done, metrics):
         return None
+      is_saved = done % self._config.checkpoint_every == 0 or done == self._config.steps
+      if is_saved:  # first: the next start continues here if the evaluation fails
+        self._save(done, state)
       if self._validation.is_due(done):
-        self._means |= evaluate(done, state)
-      if done % self._config.checkpoint_every == 0 and done != self._config.steps:
-        with self._phase(SAVE, done):
-          self._log.copy()
-          self._checkpoints.save(done, state, self._means)
+        self._means |= evaluate(done, state, of_checkpoint=is_saved)
     with self._phase(STEP, done):
       jax.block_until_ready(state.step)
+    self._save(done, state)
     with self._phase(SAVE, done):
-      self._log.copy()
-      self._checkpoints.save(done, state, self._means)
       self._checkpoints.finish()
     return done
+
+  def _save(self, step: int, state: TrainState) -> None:
+    with self._phase(SAVE, step):
+      self._log.copy()
+      self._checkpoints.save(step, state, self._means)
 
   def _evaluate(
       self, step: int, state: TrainState, stopped: Callable[[], bool], of_checkpoint: bool = False) -> dict[str, float]:

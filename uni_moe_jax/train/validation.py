@@ -20,10 +20,18 @@ class Validation:
   """The evaluators of a run that run while it trains."""
 
   def __init__(self, run: Run, phase: Callable[..., AbstractContextManager[None]]):
-    """phase: of the hang detector. Raises UsageError if `train.best_metric` is not measured among so few targets."""
+    """Opens what they read.
+
+    phase: of the hang detector.
+
+    Raises:
+      UsageError: a split does not exist, or `train.best_metric` is not measured among so few targets.
+    """
     self._run, self._phase, self._every = run, phase, run.config.train.evaluate_every
     self._evaluations = tuple(
         dataclasses.replace(e, baselines=False) for e in run.plan.evaluations if e.during_training)
+    for e in self._evaluations if self._every else ():
+      suite.examples(e, run.data)
     best = run.config.train.best_metric
     for e in self._evaluations:
       num_targets = run.data.target_sets[e.task.target_set].size if e.task.target_set else 0

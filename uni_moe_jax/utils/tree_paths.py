@@ -13,3 +13,8 @@ def path_of(key_path) -> str:
 def by_path(tree: Any) -> dict[str, Any]:
   """Return {path: leaf} in the order of the tree."""
   return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def describe_arrays(tree: Any) -> dict[str, str]:
+  """Return {path: 'float32[8, 3]'} of a tree of shapes or of Orbax's description of one."""
+  return {path: f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in by_path(tree).items() if hasattr(leaf, 'shape')}
