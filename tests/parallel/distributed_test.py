@@ -73,6 +73,26 @@ def test_two_processes_see_the_devices_of_both_and_the_first_one_prints():
   assert 'err False False 1 of 2, 4 devices\n' in outputs[1][1]
 
 
+_STOPPED = '''
+import signal
+import sys
+import time
+from uni_moe_jax.parallel import distributed
+from uni_moe_jax.utils import cli
+with cli.exit_on_signals(75):
+  i = int(sys.argv[2])
+  distributed.initialize(distributed.Cluster(sys.argv[1], 2, i))
+  time.sleep(1 - i)  # JAX aborts a process that outlives the one that coordinates
+  signal.raise_signal(signal.SIGTERM)
+'''
+
+
+def test_a_process_that_has_joined_another_one_still_handles_sigterm_by_python():
+  command = [sys.executable, '-c', _STOPPED, processes.free_address()]
+  ended = processes.together(*([*command, str(i)] for i in range(2)), timeout=100)
+  assert [code for code, _ in ended] == [75, 75], ended
+
+
 # A command of three arguments: the address, the number of this process, and what each of the two does.
 _COMMAND = '''
 import sys

@@ -72,6 +72,7 @@ def initialize(cluster: Cluster | None) -> bool:
   if cluster is None:
     return True
   import jax  # pylint: disable=g-import-not-at-top
+  jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM from Python, and nothing uses it
   if cluster == Cluster():
     try:
       jax.distributed.initialize()
