@@ -14,6 +14,7 @@ import sys
 from absl import app, flags
 
 from uni_moe_jax.train import restarts
+from uni_moe_jax.utils import output
 from uni_moe_jax.utils.errors import UsageError
 
 _MAX_RESTARTS = flags.DEFINE_integer(
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> int:
   if len(argv) < 2:
     print('error: no command; write: uni-moe keep-running [FLAGS] -- COMMAND [ARGUMENTS].', file=sys.stderr)
     return restarts.USAGE
+  output.outlive_readers()
   try:
     return restarts.keep_running(argv[1:], _MAX_RESTARTS.value, _BACKOFF.value)
   except UsageError as e:

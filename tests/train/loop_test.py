@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -23,7 +24,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.data.pipeline import lookahead, mixtures
 from uni_moe_jax.train import loop, metrics_log
 from uni_moe_jax.train import run as train_run
-from uni_moe_jax.train.workdir import claim_workdir
+from uni_moe_jax.train.workdir import claim_workdir, saved_step
 from uni_moe_jax.utils import cli, locks, signals
 
 
@@ -350,6 +351,21 @@ def test_losses_that_stay_nonfinite_stop_the_run_and_are_named(tmp_path, capsys,
     assert [line['skipped_steps'] for line in saved_run.lines(tmp_path)] == [0, 1, 2, 2, 3, 4]
     assert ['loss/shape' in line for line in saved_run.lines(tmp_path)] == [True, False, False, True, False, False]
     assert [line.get('corrupt_examples') for line in saved_run.lines(tmp_path)] == [None, 1, 1, 2, 2, 3]
+
+
+@pytest.mark.nightly
+def test_a_run_whose_output_nobody_reads_any_more_goes_on_until_a_signal_and_saves(tmp_path):
+  flag, workdir = tiny.write_config(tmp_path / 'c.py', 'shape', steps=10_000), tmp_path / 'run'
+  command = [sys.executable, 'launch/train.py', flag, f'--workdir={workdir}']
+  with subprocess.Popen(command, cwd=processes.ROOT, env=processes.environment(1), stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT, text=True) as process:
+    output = iter(process.stdout.readline, '')
+    assert any(line.startswith('step 1/') for line in output)
+    process.stdout.close()
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+  assert saved_step(workdir) == saved_run.lines(workdir)[-1]['step'] > 10
 
 
 @pytest.mark.nightly

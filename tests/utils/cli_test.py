@@ -1,6 +1,7 @@
 """Mistakes at the command line end at once in one sentence without a traceback, and exit code 2."""
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -257,6 +258,19 @@ def test_ctrl_c_ends_any_other_command_by_its_signal_and_in_one_sentence():
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert done.returncode == code and report in done.stderr
     assert ('Traceback' in done.stderr) == (code == 1)
+
+
+@pytest.mark.parametrize('body, code', [
+    ('print(1, flush=True); print(2, file=sys.stderr); print(3); return 0', 0),
+    ('with cli.exit_on_signals(75): signal.raise_signal(signal.SIGTERM)', 75)])
+def test_a_command_whose_output_nobody_reads_any_more_ends_as_otherwise(body, code):
+  reader, writer = os.pipe()
+  os.close(reader)
+  program = f'import signal, sys\nfrom uni_moe_jax.utils import cli\ndef main():\n  {body}\ncli.run(main)'
+  try:
+    assert subprocess.run([sys.executable, '-c', program], stdout=writer, stderr=writer, timeout=40).returncode == code
+  finally:
+    os.close(writer)
 
 
 def test_signal_handlers_are_restored():

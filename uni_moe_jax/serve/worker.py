@@ -27,6 +27,7 @@ import numpy as np
 
 from uni_moe_jax.data.files.formats import shorten
 from uni_moe_jax.serve.limits import Limits, Refused
+from uni_moe_jax.utils import output
 
 STREAM = 'stream'  # the program `caption`, with words of `prefill` and `step` while it runs
 _FIRST = ('classify', 'caption', STREAM, 'encode', 'encode_text')
@@ -107,6 +108,7 @@ def text_length(manifest: dict[str, Any], task: str) -> int:
 
 def main(connection: Connection, folder: str, limits: Limits, cache: str) -> None:
   """Serves jobs until the front closes the pipe."""
+  output.outlive_readers()
   for number in (signal.SIGINT, signal.SIGTERM):  # the front decides when to end
     signal.signal(number, signal.SIG_IGN)
   try:

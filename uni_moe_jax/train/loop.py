@@ -31,7 +31,7 @@ from uni_moe_jax.train.run import Run, build, conditions, initial_state
 from uni_moe_jax.train.step import TrainState
 from uni_moe_jax.train.validation import Validation
 from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, copy_tokenizer, is_finished
-from uni_moe_jax.utils import cli, locks, signals, storage
+from uni_moe_jax.utils import cli, locks, output, signals, storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED, PREEMPTED
 from uni_moe_jax.utils.files import write_json
@@ -50,10 +50,8 @@ class Stop:
     if self.requested:
       os._exit(PREEMPTED)
     self.requested = True
-    # Not by print, which fails where the signal has interrupted another print to this stream.
-    name = signal.Signals(number).name
-    os.write(2, f'\n{name}: stopping after this step and saving (a second signal stops at once, without saving).\n'
-             .encode())
+    output.write_error(f'\n{signal.Signals(number).name}: stopping after this step and saving (a second signal stops '
+                       'at once, without saving).\n')
 
 
 def _describe(run: Run) -> str:

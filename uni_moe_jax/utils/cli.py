@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from uni_moe_jax.utils import errors, files, heap, hub, shipped, signals, storage
+from uni_moe_jax.utils import errors, files, heap, hub, output, shipped, signals, storage
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED, USAGE
 from uni_moe_jax.utils.suggest import nearest
@@ -110,6 +110,7 @@ def run(main: Callable[[], int], local: Sequence[str] = ()) -> None:
   # Batches and their parts are made in parallel; splitting ops as well made 0.8 times as many JPEGs on two cores.
   os.environ.setdefault('TF_NUM_INTRAOP_THREADS', '1')
   heap.keep_memory()
+  output.outlive_readers()
   logging.set_verbosity(logging.WARNING)  # no progress messages of libraries
   _silence_repeated_errors()
   sys.excepthook = _report_exception
@@ -126,7 +127,7 @@ def command_line() -> str:
 def exit_on_signals(code: int) -> Iterator[None]:
   """End the process at once with `code` on SIGINT and SIGTERM, unless code inside handles them."""
   def end(number, _) -> None:
-    os.write(2, f'\n{signal.Signals(number).name}: stopped; the same command continues.\n'.encode())
+    output.write_error(f'\n{signal.Signals(number).name}: stopped; the same command continues.\n')
     os._exit(code)
 
   with signals.handled(end, signal.SIGINT, signal.SIGTERM):
@@ -220,8 +221,6 @@ def _parse(argv: Sequence[str], local: Sequence[str] = ()) -> list[str]:
     sys.exit(FINISHED)
   except UsageError as e:
     sys.exit(_report(str(e), USAGE))
-  except BrokenPipeError:  # --help | head
-    os._exit(ERROR)
   except _PARSE_ERRORS as e:
     sys.exit(_report(_flag_error(e, argv), USAGE))
   if len(rest) > 1:
