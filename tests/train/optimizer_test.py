@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import small_model
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.config import presets
+from uni_moe_jax.config import presets, schema
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
 from uni_moe_jax.train import optimizer
@@ -150,6 +150,19 @@ def test_frozen_paths():
   assert optimizer.frozen_paths(optimizer.match_param_groups(PARAMS, (('block/', 'freeze'), ('.*', 1., 0.)))) == {
       'block/kernel', 'block/bias'}
   assert optimizer.frozen_paths(optimizer.match_param_groups(PARAMS, (('.*', 1., 0.),))) == set()
+
+
+@pytest.mark.parametrize('groups', [
+    config_lib.base().optim.param_groups, schema.published_param_groups(.05), (('.*', 1., .1),),
+    (('embed/spa', 'freeze'), ('.*', 1., 0.))])
+def test_a_frozen_position_table_does_not_train_whatever_the_groups_are(groups):
+  params = {'embed': {'spatial': jnp.ones((4, 2)), 'word': jnp.ones((3, 2))}}
+  c = _config(groups)
+  for posemb, is_frozen in (('frozen', True), ('learned', any(group[1] == 'freeze' for group in groups))):
+    c.model.posemb = posemb
+    expected = {'embed/spatial'} if is_frozen else set()
+    assert optimizer.frozen_paths(optimizer.make_optimizer(c, params).groups) == expected
+    assert optimizer.frozen_paths(optimizer.param_groups(c, params)) == expected
 
 
 @pytest.mark.parametrize('sharing', ['shared', 'separate', 'inputs'])

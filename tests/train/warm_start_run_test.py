@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import saved_run, tiny
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
 from uni_moe_jax.model.embedders import sincos_table
-from uni_moe_jax.train import loop, trained_run, workdir
+from uni_moe_jax.train import finetuning, loop, trained_run, workdir
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.utils.errors import UsageError
@@ -112,7 +112,7 @@ def test_other_parameters_than_the_model_has_are_refused_by_a_predictor(saved):
       train_run.predictor(run, checkpoints)
 
 
-def test_a_frozen_position_table_is_computed_anew_at_another_image_size(tmp_path):
+def test_a_frozen_position_table_stays_frozen_and_is_computed_anew_at_another_image_size(tmp_path):
   c = _config()
   c.model.posemb = 'frozen'
   saved = saved_run.save(tmp_path, c, step=2)['embed']['spatial']
@@ -126,6 +126,8 @@ def test_a_frozen_position_table_is_computed_anew_at_another_image_size(tmp_path
   np.testing.assert_array_equal(spatial(side, 1.), saved)  # that of the run, which is another
   np.testing.assert_array_equal(spatial(2 * side, .5), sincos_table(2 * side // patch, width, .5))
   np.testing.assert_array_equal(spatial(side, .5), sincos_table(side // patch, width, .5))
+  tuned = finetuning.finetune(f'run={tmp_path},task=shape')
+  assert train_run.build(tuned, jax.devices()[:1]).spec.frozen == {'embed/spatial'}
 
 
 def test_a_linear_head_of_other_classes_starts_at_zero(tmp_path):

@@ -6,7 +6,7 @@ A fine-tuning recipe is a list of (pattern, …) groups. Every parameter must ma
 import dataclasses
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,10 +75,21 @@ def _of_router(path: str) -> bool:
   return '_router/' in path
 
 
-def match_param_groups(params: Any, groups, router_lr_multiplier: float = 1.0) -> Any:
+def param_groups(c, params: Any) -> Any:
+  """The tree of `ParamGroup` of a config. A table that `model.posemb` freezes is frozen, whatever its pattern says."""
+  frozen = ('embed/spatial',) if c.model.posemb == 'frozen' else ()
+  return match_param_groups(params, c.optim.param_groups, c.optim.router_lr_multiplier, frozen)
+
+
+def match_param_groups(
+    params: Any, groups, router_lr_multiplier: float = 1.0, frozen: Collection[str] = ()) -> Any:
   """A tree of `ParamGroup` for a parameter tree, by `config.optim.param_groups`.
 
-  router_lr_multiplier: of the learning rate of routers (the published WG_LR_FACTOR).
+  Args:
+    params: the parameters or their shapes.
+    groups: of the config.
+    router_lr_multiplier: of the learning rate of routers (the published WG_LR_FACTOR).
+    frozen: paths that no pattern trains.
 
   Raises:
     UsageError: a parameter that no pattern matches, or a freezing pattern that freezes nothing.
@@ -90,7 +101,7 @@ def match_param_groups(params: Any, groups, router_lr_multiplier: float = 1.0) -
     for i, (pattern, factor, *weight_decay) in enumerate(groups):
       if re.search(pattern, path):
         used.add(i)
-        if factor == FREEZE:
+        if factor == FREEZE or path in frozen:
           return ParamGroup(0.0, 0.0, True, i)
         factor = float(factor) * (router_lr_multiplier if _of_router(path) else 1)
         return ParamGroup(factor, float(*weight_decay), index=i)
@@ -187,7 +198,7 @@ def make_optimizer(
     on_one_cpu: see `sharding.on_one_cpu`.
   """
   optim = c.optim
-  groups = match_param_groups(params, optim.param_groups, optim.router_lr_multiplier)
+  groups = param_groups(c, params)
   frozen, trained = (jax.tree.map(lambda g, f=f: g.frozen == f, groups) for f in (True, False))
 
   def unless_frozen(f):  # optax.masked replaces frozen leaves by nodes without leaves

@@ -34,7 +34,7 @@ def measure(folder: storage.Path, log: Sequence[Mapping[str, Any]]) -> dict[str,
   config = workdir.load_config(folder)
   with Checkpoints(folder, max_to_keep=None) as checkpoints:
     params, steps = checkpoints.restore_params(), checkpoints.latest()
-  frozen = optimizer.frozen_paths(optimizer.match_param_groups(params, config.optim.param_groups))
+  frozen = optimizer.frozen_paths(optimizer.param_groups(config, params))
   changes = warm_start.compare_params(_run_params(config.train.init), params, frozen)
   task = make_plan(config).tasks[0]
   records = sources.load(task.source, mirror.open_folder(config.data), task.split)
