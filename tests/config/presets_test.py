@@ -95,6 +95,16 @@ def test_the_tokens_of_a_step_are_divided_between_tasks_by_their_shares():
   assert _tasks(*[_summary({'video': 'video', 'motion': 'class'})] * 20)['data0_motion'].batch_size == 8
 
 
+@pytest.mark.parametrize('visual, width, num_sampled', [
+    ('video', 128, 1024), ('image', 128, 1280), ('image', 768, 2304)])
+def test_half_of_the_labels_of_a_step_fit_into_the_sampled_vocabulary(visual, width, num_sampled):
+  # 32 tokens of 16, 40 or 96 captions, and 12 words of 96 texts; half of that, in multiples of 256 from 512.
+  media = {'media': _summary({visual: visual, 'captions': 'texts'}, text_bytes=80)}
+  words = _config(media | {'books': _summary({'text': 'text'})}, width=width, num_heads=8).target_sets.vocabulary
+  assert words.num_sampled == num_sampled
+  assert _config({'media': _summary({'video': 'video', 'captions': 'texts'})}).target_sets.vocabulary.num_sampled == 512
+
+
 @pytest.mark.parametrize('text_bytes, tokens', [(0, 16), (34, 16), (35, 24), (63, 32), (500, 32)])
 def test_captions_and_texts_are_as_long_as_those_of_the_data(text_bytes, tokens):
   tasks = _tasks(_summary({'image': 'image', 'captions': 'texts'}, text_bytes=text_bytes))

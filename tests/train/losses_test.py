@@ -228,3 +228,11 @@ def test_labels_beyond_the_sample_size_are_counted_and_absent():
   assert len(absent) == 1
   np.testing.assert_array_equal(words.correction, 0)
   assert float(_sample(0, 3).dropped) == 0
+
+
+@pytest.mark.parametrize('size', [1, 2])
+def test_of_more_labels_than_the_sample_has_words_each_is_kept_as_often(size):
+  kept = np.concatenate([_sample(seed, size).ids for seed in range(90)])
+  counts = [(kept == label).sum() for label in LABELS]
+  assert sum(counts) == len(kept)
+  assert all(abs(n - 30 * size) < 4 * math.sqrt(20) for n in counts)  # binomial, 90 · 1/3 · 2/3

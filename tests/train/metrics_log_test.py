@@ -61,6 +61,16 @@ def test_without_a_terminal_lines_show_losses_rate_and_time_left(tmp_path, capsy
   assert capsys.readouterr().out == 'step 2/500  text 1.500 total 2.000  0.50 step/s  16 min 36 s left\n'
 
 
+def test_labels_that_a_sampled_vocabulary_drops_are_noted_once(tmp_path, capsys):
+  with MetricsLog(tmp_path, 0, 500) as log:
+    for step, dropped in enumerate((0., 3., 4.), start=1):
+      log.add({'loss/total': 2., 'sampled_softmax/dropped_labels': dropped})
+      log.write(step)
+  notes = [line for line in capsys.readouterr().out.splitlines() if not line.startswith('step')]
+  assert notes == ['note: a step has 3.0 more distinct labels than config.target_sets.NAME.num_sampled, and trains '
+                   'without them; raise it.']
+
+
 def test_evaluations_have_a_line_of_their_own_and_cost_no_speed(tmp_path, capsys):
   with mock.patch('time.perf_counter', side_effect=[0., 4., 100., 104.]), MetricsLog(tmp_path, 0, 4) as log:
     log.add({'loss/total': 2.})

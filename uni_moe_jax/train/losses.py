@@ -120,7 +120,7 @@ def sample_vocabulary(key: jax.Array, is_label: jax.Array, size: int) -> Sampled
   is_label: bool [V], words that are a label with positive weight in any micro-step. size: K ≤ V.
   """
   V = is_label.shape[0]
-  order = jnp.where(is_label, 2.0, jax.random.uniform(key, (V,)))
+  order = jax.random.uniform(key, (V,)) + 2.0 * is_label  # of more labels than K each is as likely to be dropped
   _, ids = jax.lax.top_k(order, size)
   index = jnp.full((V,), size, jnp.int32).at[ids].set(jnp.arange(size, dtype=jnp.int32))
   labels = is_label.sum()

@@ -26,7 +26,7 @@ class MetricsLog:
     writes: whether this process writes; one of several does, and the others only average.
     """
     self._last, self._sums, self._work, self._count, self._since = last, {}, {}, 0, time.perf_counter()
-    self._bar, self._writes = None, writes
+    self._bar, self._writes, self._drops_labels = None, writes, False
     if not writes:
       return
     self._folder = storage.GrowingFolder(storage.path(workdir))
@@ -90,7 +90,15 @@ class MetricsLog:
       shown = ''.join('  ' + text.format(speed[k]) for k, text in _SHOWN.items() if k in speed)
       left = (self._last - step) / rate
       print(f'step {step}/{self._last}  {losses}  {rate:.2f} step/s{shown}  {_duration(left)} left', flush=True)
+    dropped = means.get('sampled_softmax/dropped_labels', 0)
+    if dropped and not self._drops_labels:
+      self._drops_labels = True
+      self._print(f'note: a step has {dropped:.1f} more distinct labels than config.target_sets.NAME.num_sampled, and '
+                  'trains without them; raise it.')
     return means
+
+  def _print(self, text: str) -> None:
+    self._bar.write(text) if self._bar else print(text, flush=True)
 
   def _speed(self, seconds: float) -> dict[str, float]:
     """The `TIMINGS` of the steps since the last write."""
@@ -114,7 +122,7 @@ class MetricsLog:
       return
     self.record(step, metrics)
     text = f'step {step}  ' + '  '.join(f'{k.removeprefix("eval/")} {v:.3f}' for k, v in metrics.items())
-    self._bar.write(text) if self._bar else print(text, flush=True)
+    self._print(text)
     self.restart_clock()
 
   def record(self, step: int, scalars: dict[str, float]) -> None:
