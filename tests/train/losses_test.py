@@ -207,6 +207,7 @@ def test_a_sampled_word_represents_those_left_out_in_the_sum_and_in_smoothing():
   tally = _cross_entropy([[[math.log(2), 0.]]], [[0]], [[1.]], .1, [0., math.log(3)])
   expected = .9 * math.log(5 / 2) + .1 * (math.log(5 / 2) + 3 * math.log(5)) / 4
   np.testing.assert_allclose(tally.loss, expected, rtol=1e-6)
+  assert float(tally.hits) == 1  # the most likely word is the label, however many words the other one represents
 
 
 def test_averaged_over_keys_the_corrected_partition_function_is_the_full_one():

@@ -31,6 +31,7 @@ def cross_entropy(
     correction: f32 [V] of a sampled softmax, see `SampledVocabulary`. The sum of the probabilities and the mean of
       smoothing are then estimates of those over the whole vocabulary.
   """
+  likeliest = jnp.argmax(logits, axis=-1)
   if correction is not None:
     correction = correction[None, None]
     logits = logits + correction
@@ -43,7 +44,7 @@ def cross_entropy(
     # A sampled word represents exp(correction) words.
     mean = shifted.mean(-1) if correction is None else ((shifted - correction) * jax.nn.softmax(correction)).sum(-1)
     nll = (1 - smoothing) * nll - smoothing * (mean - log_total)
-  hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+  hits = (likeliest == labels).astype(jnp.float32)
   return Tally((weights * nll).sum(), (weights * hits).sum(), weights.sum())
 
 
