@@ -96,10 +96,13 @@ def test_delta_is_the_decrease_of_the_loss_by_a_short_step():
   assert np.abs(decrease - delta.swapaxes(0, 1)).max() > 0.1 * scale  # affected and step task are not interchangeable
 
 
-def test_gradients_are_those_of_the_unweighted_loss_without_noise():
+def test_gradients_are_those_of_the_unweighted_loss_without_noise_and_losses_of_routers():
   run, (batch, _) = _run(), _batches()['package'][0]
   spec = quiet_spec(run.spec, 'package')
   assert spec.plan.tasks[0].loss_weight == 1 and [s.name for s in spec.plan.sets] == ['packages']
+  model = run.spec.model.clone(spec=dataclasses.replace(run.spec.model.spec, drop_path=.5, noise_std=1.))
+  trained = dataclasses.replace(run.spec, model=model, auxiliary=(('balance', 10.),), cpu_bfloat16=True)
+  assert quiet_spec(trained, 'package') == spec != dataclasses.replace(spec, auxiliary=trained.auxiliary)
   noisy = jit(functools.partial(task_gradient, spec=dataclasses.replace(spec, model=run.spec.model), slices=_slices()))
   for gradient, is_equal in ((_gradients()._functions['package'], True), (noisy, False)):
     one, other = (gradient(_params(), batch, run.target_sets(), jax.random.key(seed))[0] for seed in (1, 2))

@@ -100,10 +100,24 @@ def test_a_step_reports_drop_rate_and_expert_balance():
   for accum in (1, 2):
     extra = _gradients(accum).metrics
     assert set(extra) == {f'router/{name}' for name in (
-        'entropy', 'drop_rate', 'effective_experts', 'condition_overlap', 'balance', 'importance', 'z')}
+        'entropy', 'drop_rate', 'effective_experts', 'condition_overlap', 'auxiliary_loss', *WEIGHTS)}
     assert 1 < extra['router/effective_experts'] <= 4 and 0 < extra['router/condition_overlap'] <= 1
     assert 0 < extra['router/drop_rate'] < 1 and 0 < extra['router/entropy'] <= np.log(2) + 1e-6
     assert extra['router/balance'] > 0
+    weighted = sum(weight * extra[f'router/{name}'] for name, weight in WEIGHTS.items())
+    np.testing.assert_allclose(extra['router/auxiliary_loss'], weighted, rtol=1e-5)
+
+
+def test_the_logged_total_is_that_of_the_tasks_alone():
+  output, (spec, params, *arguments) = _gradients(1), _problem(1)
+  tasks = tuple(dataclasses.replace(t, loss_weight=3.) for t in spec.plan.tasks)
+  spec = dataclasses.replace(spec, plan=dataclasses.replace(spec.plan, tasks=tasks))
+  with pytest.MonkeyPatch.context() as patch:  # which are compiled already
+    patch.setattr(step, 'gradients', lambda *_: output)
+    _, metrics = small_model.jit(lambda params: step.train_step(
+        step.init_state(spec, params), *arguments, spec=spec))(params)
+  np.testing.assert_allclose(metrics['loss/total'], 3 * output.tallies['shape'].loss, rtol=1e-6)
+  np.testing.assert_allclose(metrics['loss/shape'] + metrics['router/auxiliary_loss'], output.loss, rtol=1e-5)
 
 
 def test_experts_with_a_filled_slot_are_used():

@@ -2,8 +2,8 @@
 
 Router noise and stochastic depth are off: the measurement is about the tasks, not about one draw of a router, and it
 compares with a model without experts, which has no noise. A task's target set is encoded with its batch, so that its
-gradient reaches the parameters through both; a vocabulary that training samples is sampled. Loss weights of tasks do
-not count.
+gradient reaches the parameters through both; a vocabulary that training samples is sampled. Neither loss weights of
+tasks nor auxiliary losses of routers count.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ from uni_moe_jax.utils import splitmix
 
 
 def quiet_spec(spec: StepSpec, task: str, share: int = 1) -> StepSpec:
-  """The step of one task on 1/share of its batch, with loss weight 1 and without noise."""
+  """The step of one task on 1/share of its batch, with loss weight 1, without noise and losses of routers."""
   plan = spec.plan.only(task)
   only_task = dataclasses.replace(plan.tasks[0], loss_weight=1.0, batch_size=plan.tasks[0].batch_size // share)
   model = spec.model.clone(spec=dataclasses.replace(spec.model.spec, noise_std=0.0, drop_path=0.0))
-  return dataclasses.replace(spec, plan=dataclasses.replace(plan, tasks=(only_task,)), model=model,
+  return dataclasses.replace(spec, plan=dataclasses.replace(plan, tasks=(only_task,)), model=model, auxiliary=(),
                              cpu_bfloat16=False)
 
 

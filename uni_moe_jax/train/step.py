@@ -56,6 +56,8 @@ def _router_output(spec: StepSpec, collected: Collected, share: float) -> StepOu
   """Auxiliary losses and metrics of the routers of one encoding, times its share of the step."""
   metrics = jax.tree.map(lambda x: share * x, router_metrics.metrics(collected))
   loss = share * router_metrics.auxiliary_loss(spec.auxiliary, collected)
+  if spec.auxiliary:
+    metrics['router/auxiliary_loss'] = loss
   return StepOutput(loss, {}, metrics, used_params.used_experts(collected))
 
 
@@ -145,8 +147,8 @@ def train_step(
   """One optimizer step.
 
   Returns:
-    (state, metrics): scalars 'loss/total', 'loss/<task>', 'accuracy/<task>', 'grad_norm', 'learning_rate', …. A step
-    whose loss or gradient is not finite changes only the counters.
+    (state, metrics): scalars 'loss/total' (the weighted sum of the tasks), 'loss/<task>', 'accuracy/<task>',
+    'grad_norm', 'learning_rate', …. A step whose loss or gradient is not finite changes only the counters.
   """
   output = gradients(spec, state.params, batch, target_sets, jax.random.fold_in(key, state.step))
   # A frozen parameter has gradient zero: it does not count in the norm, and XLA computes no gradient for it.
@@ -162,7 +164,7 @@ def train_step(
   new_state = TrainState(state.step + 1, params, opt_state, ema_params, (state.nonfinite_streak + 1) * skipped,
                          state.skipped_steps + skipped)
   metrics = {
-      'loss/total': output.loss, 'grad_norm': grad_norm,
+      'loss/total': sum(t.loss_weight * output.tallies[t.name].loss for t in spec.plan.tasks), 'grad_norm': grad_norm,
       'learning_rate': spec.optimizer.learning_rate(state.step - state.skipped_steps),
       'nonfinite_streak': new_state.nonfinite_streak, 'skipped_steps': new_state.skipped_steps, **output.metrics}
   for name, tally in output.tallies.items():
