@@ -1,11 +1,20 @@
-"""One synonym per class and step; at evaluation the mean of all."""
+"""Target sets in a step and in an evaluation: one synonym per class and step, the mean of all; entries in order."""
+
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.helpers import small_model
+from uni_moe_jax.config.plan import Plan, SetSpec
+from uni_moe_jax.data.pipeline import target_sets
 from uni_moe_jax.eval import predictor
-from uni_moe_jax.train.forward import sample_synonyms
+from uni_moe_jax.model.heads import normalize
+from uni_moe_jax.model.sequences import Sequence
+from uni_moe_jax.model.uni_perceiver import UniPerceiver
+from uni_moe_jax.tasks import task_types
+from uni_moe_jax.train.forward import StepSpec, forward, sample_synonyms
 
 
 def _sets(n=3000):
@@ -40,3 +49,41 @@ def test_evaluation_averages_the_features_of_all_synonyms():
   bucket = {'text': np.zeros((2, 3, 2), np.int32), 'count': np.array([2, 1])}
   rows = jnp.array([[2.0, 0], [0, 1], [9, 9], [3, 4], [9, 9], [9, 9]])
   np.testing.assert_allclose(predictor._mean_of_synonyms(rows, bucket), [[0.5, 0.5], [0.6, 0.8]], rtol=1e-6)
+
+
+def test_entries_of_several_buckets_are_in_the_order_of_the_set_in_a_step_and_in_an_evaluation(monkeypatch):
+  monkeypatch.setattr(target_sets, 'MIN_SAVED_TOKENS', 0)
+  monkeypatch.setattr(target_sets, 'MIN_SAVED_SHARE', 0)
+  rng, condition = np.random.default_rng(0), task_types.families()['names']
+  tokens = lambda n: rng.integers(2, small_model.VOCABULARY, n).tolist()
+  entries = {'plain': [[tokens(n)] for n in (4, 2, 4, 2, 2)],
+             'named': [[tokens(4), tokens(2)], [tokens(2)], [tokens(4)], [tokens(2), tokens(2)], [tokens(2)]]}
+  sets = {name: target_sets.TargetSet(*target_sets.bucket_by_length(rows, small_model.EOT), ()) for name, rows in
+          entries.items()}
+  assert all(s.order.tolist() == [3, 0, 4, 1, 2] for s in sets.values())  # the short ones first: not its own inverse
+  specs = {name: SetSpec(name=name, entries=('text',), family='names', condition=condition, max_len=4) for name in sets}
+  model = UniPerceiver(small_model.spec('dense', num_layers=1))
+  params = small_model.params(model.spec)
+
+  def alone(row):
+    bucket = {'text': np.array([row], np.int32), 'valid': np.ones((1, len(row)), bool)}
+    [sequence] = Sequence.of_buckets('plain', condition, (bucket,), np.zeros(1, np.int32), False)
+    return np.asarray(normalize(predictor.encode(model, params, sequence)[0, 0]))
+
+  expected = {name: [[alone(row) for row in names] for names in rows] for name, rows in entries.items()}
+  evaluated = predictor.Predictor(model, params, {name: (specs[name], s) for name, s in sets.items()},
+                                  types.SimpleNamespace(eot=small_model.EOT))
+  for name, of_set in expected.items():
+    means = np.array([np.mean(names, axis=0) for names in of_set])
+    np.testing.assert_allclose(evaluated.target_set(name), normalize(means), rtol=1e-4, atol=1e-5)
+
+  plan = Plan(task_types=(), tasks=(), sets=tuple(specs.values()), probes=(), probe_sets=(), evaluations=(),
+              temperatures=('group',))
+  spec = StepSpec(model=model, plan=plan, optimizer=None, grad_accum_steps=1, ema_decay=0., eot=small_model.EOT,
+                  vocab_size=small_model.VOCABULARY)
+  arrays = sample_synonyms({name: {'buckets': s.buckets, 'order': s.order} for name, s in sets.items()},
+                           jax.random.key(0))
+  features = small_model.jit(lambda p: forward(spec, p, {}, arrays, {}, None)[0].target_sets)(params)
+  for name, of_set in expected.items():
+    for feature, names in zip(normalize(features[name]), of_set, strict=True):
+      assert min(np.abs(feature - x).max() for x in names) < 1e-4
