@@ -74,7 +74,7 @@ def test_what_img2dataset_writes_goes_in_by_the_documented_command(program, urls
              for record in file_dataset.load('own:downloaded', tmp_path / 'data', split).read(np.arange(size))]
   assert {record['captions']: record['image'] for record in records} == {
       (f'caption number {i}',): (tmp_path / f'served/{i}.jpg').read_bytes() for i in kept}
-  assert summary['columns']['image'] == 'image'
+  assert summary['columns'] == {'captions': 'texts', 'image': 'image'}
   reasons = {'corrupt image', 'not an image', *(['no image'] if output_format == 'parquet' else [])}
   assert {reason: rows['count'] for reason, rows in summary['skipped'].items()} == dict.fromkeys(reasons, 1)
   assert all(rows['first'][0].startswith('00000.') for rows in summary['skipped'].values())

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data import own_files
-from uni_moe_jax.data.files import file_dataset, prepare
+from uni_moe_jax.data.files import file_dataset, formats, prepare
 from uni_moe_jax.data.preparation import archives, input_shards
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
@@ -64,6 +64,16 @@ def test_samples_of_tar_files_have_captions_fields_and_classes(tmp_path):
       (_image(3, file_format='WEBP'), (), '', '7', '00001.tar/1')]
   assert summary['columns'] == {'captions': 'texts', 'color': 'class', 'image': 'image', 'label': 'class'}
   assert summary['dropped_fields'] == {"'size'": 1, "'npy'": 1} and not summary['skipped']
+
+
+def test_what_img2dataset_records_of_a_download_is_no_column():
+  downloaded = {
+      'url': 'x.example/1', 'caption': 'a cat', 'key': '1', 'status': 'success', 'error_message': None, 'width': 3,
+      'height': 3, 'original_width': 9, 'original_height': 9, 'exif': '{}', 'sha256': 'f0', 'license': 'CC0'}
+  parse = lambda fields: formats.parse(fields, '', pathlib.Path(), '', False, data=('image', b''))
+  row = parse(downloaded)
+  assert (row.texts, row.labels, row.key) == ({'captions': ('a cat',)}, {'license': 'CC0'}, '1')
+  assert parse({'key': '1', 'url': 'x.example/1', 'status': 'new'}).labels.keys() == {'url', 'status'}  # of another
 
 
 def test_broken_samples_of_a_tar_file_are_counted_and_named(tmp_path):

@@ -28,6 +28,9 @@ _STRING_FIELDS = (*MEDIA_TYPES, 'caption', 'label_name', 'split', *TEXT_FIELDS)
 # Fields that the documented format defines. Others are extra, and a wrong one costs no row.
 RESERVED_FIELDS = (*_STRING_FIELDS, 'captions', 'label', 'key', 'group')
 METADATA, FILE_NAME = 'metadata', 'file_name'  # see `of_image_folder`
+# What img2dataset writes about each download, beside the caption and its user's columns. The first mark such a row.
+_DOWNLOAD_FIELDS = ('url', 'status', 'error_message', 'original_width', 'original_height', 'width', 'height', 'exif',
+                    'md5', 'sha256', 'sha512')
 _URL = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+://')
 _FIELD_NAME = re.compile(r'\w[\w .:-]{0,49}')  # files are named after fields
 
@@ -129,6 +132,8 @@ def parse(value: Any, location: str, folder: pathlib.Path, split: str, allow_out
   """
   if not isinstance(value, dict):
     raise Skip('not an object')
+  if value.keys() >= {'key', *_DOWNLOAD_FIELDS[:5]}:
+    value = {k: v for k, v in value.items() if k not in _DOWNLOAD_FIELDS}
   # NaN is what pandas writes for a missing value.
   value = {k: v for k, v in value.items() if v is not None and not (isinstance(v, float) and math.isnan(v))}
   dropped = [name for name, v in value.items() if not _can_be_column(name, v)]
