@@ -113,6 +113,38 @@ def test_captions_and_texts_are_as_long_as_those_of_the_data(text_bytes, tokens)
   assert words.max_len == (64 if text_bytes == 500 else tokens)
 
 
+def test_texts_that_are_cut_are_noted_with_the_fields_to_raise(capsys):
+  photos = {'image': 'image', 'captions': 'texts', 'breed': 'class'}
+  _tasks(_summary(photos, text_bytes=73), _summary({'text': 'text'}, text_bytes=500))  # 32 tokens; windows of texts
+  assert not capsys.readouterr().err
+  _tasks(_summary(photos, text_bytes=74), _summary({'text': 'text', 'label': 'class'}, text_bytes=500))
+  captions, texts = capsys.readouterr().err.splitlines()
+  assert 'own:data0: 3 % of the texts have more than 74 bytes, about 32 tokens, and are cut to 32;' in captions
+  assert 'raise tasks.data0_retrieval.max_len and tasks.data0_caption.max_len, and model.max_text_len=64' in captions
+  assert 'cut to 64; to keep more, raise tasks.data1_label.max_len, and' in texts
+
+
+@pytest.mark.parametrize('column, names, reason', [
+    ('width', [str(i) for i in range(101)], '101 classes, all of them numbers'),
+    ('similarity', [f'0.{i}' for i in range(101)], '101 classes, all of them numbers'),
+    ('exif', ['a', 'x' * 145], 'a class of 145 bytes, too long for model.max_text_len=64'),
+    ('label', [str(i) for i in range(101)], ''), ('year', [str(i) for i in range(100)], ''),
+    ('model', [f'T{i}' for i in range(101)], ''), ('place', ['a', 'x' * 144], '')])
+def test_numbers_and_long_texts_are_no_classes_to_learn(column, names, reason, capsys):
+  summary = _summary({'image': 'image', column: 'class', 'breed': 'class'})
+  summary['classes'][column]['names'] = names
+  c = _config({'pets': summary})
+  assert set(c.tasks) == set(c.target_sets) == {'pets_breed', *([] if reason else [f'pets_{column}'])}
+  noted = capsys.readouterr().err
+  assert f'note: own:pets: column {column!r} has {reason}, and gets no task' in noted if reason else not noted
+
+
+def test_long_names_of_classes_get_all_positions_of_the_model():
+  longest = lambda num_bytes: _config({'pets': _summary({'image': 'image', 'breed': 'class'}, ('a', 'x' * num_bytes))}
+                                      ).target_sets.pets_breed.max_len
+  assert (longest(31), longest(32)) == (32, 64)
+
+
 @pytest.mark.parametrize('names', [('Left hand', 'Right hand'), ('left_hand', 'other'), ('other', 'hand-right')])
 def test_images_are_mirrored_and_with_them_left_and_right_but_not_where_a_class_names_a_side(names):
   columns = {'image': 'image', 'captions': 'texts', 'hand': 'class'}

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -19,6 +20,12 @@ _STEP_TOKENS = ((256, 10_240), (math.inf, 65_536))
 # (share of these tokens, weight of the loss) by evaluator: names and captions take longest to learn.
 _SHARES = {'retrieval': (3, 2.0), 'caption': (2, 1.5), 'classification': (1, 1.0), 'mlm': (1, 1.0)}
 _BATCH_MULTIPLE, _MAX_BATCH = 8, 96
+# Pieces of a vocabulary of 2,000 have two to three letters (a Chinese character has three bytes), those of very few
+# texts one.
+_BYTES_PER_TOKEN = 2.3
+_CLASS_TOKENS = 32  # of a class
+_NUMBER = re.compile(r'-?\d+(\.\d+)?(e-?\d+)?')
+_MAX_NUMBERS = 100  # as classes; more are sizes or scores
 _SIDES = ('left', 'right')
 _CANDIDATES = 5000  # of retrieval over your own data, as in the largest published ones: all pairs are scored in memory
 # Evaluated splits of glyphs and videos, and what is new in them.
@@ -106,9 +113,7 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
       'video': dict(num_frames=min(8, c.model.max_num_frames), crop='jittered_crop', max_affine=0.2)}.get(visual, {})
 
   def max_len(bound: int, template: int = 1) -> int:
-    # Pieces of a vocabulary of 2,000 have two to three letters (a Chinese character has three bytes), those of very
-    # few texts one. The template's own are added.
-    return int(min(bound, max(16, -(-(text_bytes / 2.3 + template) // 8) * 8)))
+    return int(min(bound, max(16, -(-(text_bytes / _BYTES_PER_TOKEN + template) // 8) * 8)))
 
   def unused_name(suffix: str) -> str:
     task_name, taken = f'{name}_{suffix}'.replace('.', '_'), {t.replace('_', ' ') for t in c.tasks}
@@ -150,16 +155,45 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
   for column, classes in summary['classes'].items():
     names = classes['names']
     if len(names) >= 2 and (visual or text):
+      if reason := _without_task(column, names, c.model.max_text_len):
+        _note(f'{source}: column {column!r} has {reason}, and gets no task. A config file that calls presets.own can '
+              'add one.')
+        continue
       task_name = unused_name(column)
+      set_tokens = _CLASS_TOKENS if _longest(names) < _CLASS_TOKENS else max(_CLASS_TOKENS, c.model.max_text_len)
       c.target_sets[task_name] = config.target_set(
-          f'{source}/{column}', family='names' if visual else 'words', max_len=32)
+          f'{source}/{column}', family='names' if visual else 'words', max_len=set_tokens)
       values = media if visual else dict(template=template, max_len=max_len(TEXT_TOKENS, template=8))
       if any(side in re.split(r'[\W_]+', name.lower()) for name in names for side in _SIDES):
         values = {**values, 'random_flip': False}
       sizes = {split: sum(counts) for split, counts in classes['counts'].items()}
       add(task_name, 'classification', f'{visual or "text"}_classification', sizes, target_set=task_name,
           label_column=column, **values)
+  cut = [name for name in shares if c.tasks[name].type != 'text_mlm'  # which has parts of long texts
+         and 0 < c.tasks[name].max_len < text_bytes / _BYTES_PER_TOKEN]
+  if cut:
+    _note(f'{source}: 3 % of the texts have more than {text_bytes:,} bytes, about {text_bytes / _BYTES_PER_TOKEN:,.0f} '
+          f'tokens, and are cut to {c.tasks[cut[0]].max_len}; to keep more, raise ' +
+          ' and '.join(f'tasks.{name}.max_len' for name in cut) +
+          f', and model.max_text_len={c.model.max_text_len} where they exceed it.')
   return shares
+
+
+def _without_task(column: str, names: Sequence[str], max_text_len: int) -> str:
+  """Why a column of classes gets no task, '' if it gets one."""
+  if column != 'label' and len(names) > _MAX_NUMBERS and all(map(_NUMBER.fullmatch, names)):
+    return f'{len(names):,} classes, all of them numbers'
+  is_long = _longest(names) / _BYTES_PER_TOKEN + 1 > max_text_len
+  return f'a class of {_longest(names):,} bytes, too long for model.max_text_len={max_text_len}' if is_long else ''
+
+
+def _longest(names: Sequence[str]) -> int:
+  """Bytes of the longest name."""
+  return max(len(name.encode()) for name in names)
+
+
+def _note(text: str) -> None:
+  print(f'note: {text}', file=sys.stderr, flush=True)
 
 
 def embedded(c: ml_collections.ConfigDict) -> None:
