@@ -27,7 +27,9 @@ _CLASS_TOKENS = 32  # of a class
 _NUMBER = re.compile(r'-?\d+(\.\d+)?(e-?\d+)?')
 _MAX_NUMBERS = 100  # as classes; more are sizes or scores
 _SIDES = ('left', 'right')
-_CANDIDATES = 5000  # of retrieval over your own data, as in the largest published ones: all pairs are scored in memory
+# At most; of others 50,000. In retrieval all pairs are scored in memory, as many as in the largest published one; a
+# caption takes a search.
+_NUM_EVALUATED = {'retrieval': 5000, 'caption': 5000}
 # Evaluated splits of glyphs and videos, and what is new in them.
 UNSEEN = (('test_characters', 'unseen characters'), ('test_fonts', 'unseen fonts'))
 SIZES = {'tiny': 'Ti/16', 'small': 'S/16', 'base': 'B/16', 'large': 'L/16'}  # argument of config files → model.variant
@@ -132,7 +134,7 @@ def _add_own_tasks(c: ml_collections.ConfigDict, name: str, summary: Mapping[str
     for split in evaluated:
       suffix = ', validation' if split != evaluated[0] else ''
       c.evaluators[task_name.replace('_', ' ') + suffix] = config.evaluator(
-          evaluator, task_name, split=split, num_examples=_CANDIDATES if evaluator == 'retrieval' else 0,
+          evaluator, task_name, split=split, num_examples=_NUM_EVALUATED.get(evaluator, 50_000),
           during_training=split == 'validation', **search)
 
   def vocabulary() -> str:

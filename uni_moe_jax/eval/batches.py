@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,27 +13,45 @@ from jax.sharding import Mesh
 
 from uni_moe_jax.data.pipeline.examples import Examples
 from uni_moe_jax.data.pipeline.mixtures import BatchLayout, evaluation_batches
-from uni_moe_jax.parallel import sharding
+from uni_moe_jax.parallel import distributed, sharding
 
 Fields = dict[str, np.ndarray | jax.Array]
+_PERIOD = 10.0  # seconds between lines of progress
 _replicate = jax.jit(sharding.replicate, static_argnums=1)
 
 
 def gather(
-    function: Callable[[Fields], Any], examples: Examples, ids: np.ndarray, batch_size: int, mesh: Mesh | None) -> Any:
+    function: Callable[[Fields], Any], examples: Examples, ids: np.ndarray, batch_size: int, mesh: Mesh | None,
+    name: str = '') -> Any:
   """Concatenates the arrays [B, …] of `function(fields)`, one or a tree, over the batches of `ids`: numpy [N, …].
 
   Each example counts once. On a mesh, each process makes the rows of its own batch shards, and a batch has `batch_size`
   rows rounded up to a multiple of them. The input of later batches is made while the devices compute. Without a mesh
   two batches are in work at once, see `two_at_once`; on a mesh, where all processes must make their calls in one order,
   the results of a batch are read when the next one is queued.
+
+  name: of what is evaluated, for lines of progress; '' for none.
   """
   if mesh is None:
     batches = evaluation_batches(examples, ids, batch_size, BatchLayout())
-    parts = list(two_at_once(lambda batch: _read(function(batch[0]), batch[1]), batches))
+    parts = two_at_once(lambda batch: _read(function(batch[0]), batch[1]), batches)
   else:
-    parts = list(_on_mesh(function, examples, ids, batch_size, mesh))
+    parts = _on_mesh(function, examples, ids, batch_size, mesh)
+  if name and distributed.is_primary():
+    parts = _with_progress(parts, name, len(ids))
   return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)
+
+
+def _with_progress(parts: Iterable[Any], name: str, number: int) -> Iterator[Any]:
+  """Yields the results of each batch, and prints a line now and then."""
+  start, num_done = time.monotonic(), 0
+  shown = start
+  for part in parts:
+    yield part
+    num_done, now = num_done + len(jax.tree.leaves(part)[0]), time.monotonic()
+    if num_done < number and now - shown >= _PERIOD:
+      shown, left = now, (now - start) / num_done * (number - num_done)
+      print(f'{name}: {num_done:,} of {number:,} examples, {left / 60:,.1f} min left', flush=True)
 
 
 def two_at_once(function: Callable[[Any], Any], inputs: Iterable[Any]) -> Iterator[Any]:

@@ -85,7 +85,8 @@ class Query:
 
   def gather(self, ids: np.ndarray, function: Callable[[Fields], Any]) -> Any:
     """Concatenates the arrays of `function(fields)`, one or a tree, over the batches of `ids`, see `batches.gather`."""
-    return batches.gather(function, self.examples, ids, self.evaluation.batch_size, self.predictor.mesh)
+    e = self.evaluation
+    return batches.gather(function, self.examples, ids, e.batch_size, self.predictor.mesh, e.name)
 
   def phrases(self, records: Records) -> np.ndarray:
     """The text [N] of each record in the evaluated phrasing, the task's first template."""
