@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import hashlib
 import pathlib
 import shutil
 
@@ -9,9 +10,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.data import own_files
 from tests.helpers import tiny
+from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
+from uni_moe_jax.data import sources
 from uni_moe_jax.data.assemble import Data
+from uni_moe_jax.data.files import prepare
+from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
@@ -92,6 +98,51 @@ def test_a_run_keeps_the_ids_of_its_tokenizer_whatever_its_data_would_train_now(
   assert data.tokenizer_file == tmp_path / 'tokenizer.model'
   assert data.tokenizer.fingerprint == other.fingerprint != _data().tokenizer.fingerprint
   assert data.fingerprint == _data().fingerprint  # of the text, which a change of the data would change
+
+
+def _own_texts(directory, **extra):
+  """Data of a task on prepared pairs of texts, of which each has `extra` fields of its own, functions of its index."""
+  rows = own_files.read_jsonl(own_files.write_text_pairs(directory / 'in') / 'train.jsonl')
+  own_files.write_jsonl(directory / 'in/train.jsonl', [
+      {**row, **{name: value(i) for name, value in extra.items()}} for i, row in enumerate(rows)])
+  prepare.prepare(directory / 'in', directory, 'pairs')
+  config = tiny.config(data_dir=str(directory))
+  config.tokenizer.update(vocab_size=60, allow_smaller_vocab=True)
+  config.target_sets.labels = config_lib.target_set('own:pairs/label', family='words')
+  config.tasks.pair = config_lib.task('text_classification', 'own:pairs', batch_size=4, target_set='labels', max_len=20,
+                                      label_column='label', template='{text_a} <eot> <spe> , {text_b} <eot>')
+  return Data(config, make_plan(config))
+
+
+def test_a_tokenizer_is_trained_on_the_columns_that_tasks_read(tmp_path):
+  plain = _own_texts(tmp_path / 'plain')
+  more = _own_texts(
+      tmp_path / 'more', digest=lambda i: hashlib.sha256(b'%d' % i).hexdigest(), color=lambda i: 'ab'[i % 2])
+  assert more.records('own:pairs', 'train').columns.items() >= {('digest', 'text'), ('color', 'class')}
+  assert more.tokenizer.fingerprint == plain.tokenizer.fingerprint
+  assert {'digest', 'color'}.isdisjoint(plain.records('own:pairs', 'train').columns)
+
+
+@pytest.mark.parametrize('columns, num_read', [({'video': 'video', 'label': 'class'}, 0),
+                                               ({'video': 'video', 'label': 'class', 'captions': 'texts'}, 5)])
+def test_no_video_is_read_for_a_tokenizer_without_its_texts_and_none_twice(columns, num_read, tmp_path, monkeypatch):
+  ids_read = []
+
+  def read(ids):
+    ids_read.extend(ids.tolist())
+    return [{'video': b'', 'label': 'up', 'captions': (f'video number {i}', 'it moves')} for i in ids]
+
+  source = FileDataset('own:x', 5, read, columns, {'label': ('up', 'down')}, {}, '')
+  monkeypatch.setitem(sources.SOURCES, 'x', lambda *_: source)
+  config = tiny.config(data_dir=str(tmp_path))
+  config.tokenizer.update(vocab_size=60, allow_smaller_vocab=True)
+  config.target_sets.labels = config_lib.target_set('x/label', family='names')
+  config.tasks.a = config_lib.task('video_classification', 'x', batch_size=4, target_set='labels', label_column='label')
+  config.tasks.b = config.tasks.a
+  if 'captions' in columns:
+    config.tasks.b = config_lib.task('video_retrieval', 'x', batch_size=4, caption_templates=('{captions}',), max_len=8)
+  Data(config, make_plan(config))
+  assert ids_read == list(range(num_read))
 
 
 def test_a_missing_merges_file_is_an_error_that_names_the_field(tmp_path):

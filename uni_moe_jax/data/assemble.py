@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import ml_collections
 
@@ -14,6 +15,7 @@ from uni_moe_jax.config.plan import Plan, SetSpec, TaskSpec
 from uni_moe_jax.data import mirror, sources
 from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.files.file_dataset_examples import FileExampleBuilder
+from uni_moe_jax.data.files.file_dataset_features import text_columns
 from uni_moe_jax.data.pipeline import class_names
 from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.pipeline.examples import Builder, Examples
@@ -57,8 +59,7 @@ class Data:
     self.dir, self._model, self._plan = mirror.open_folder(config.data), config.model, plan
     self._records: dict[tuple[str, str], Records | FileDataset] = {}
     records = [self.records(t.source, t.split) for t in plan.tasks]
-    self.tokenizer, self.tokenizer_file, tokenizer_fingerprint = self._make_tokenizer(
-        config, records, tokenizer_copy)
+    self.tokenizer, self.tokenizer_file, tokenizer_fingerprint = self._make_tokenizer(config, tokenizer_copy)
     specs = (*plan.sets, *plan.probe_sets, *plan.answer_sets)
     entries = {s.name: self._entries(s) for s in specs}
     self.target_sets: dict[str, TargetSet] = {
@@ -140,8 +141,7 @@ class Data:
     return class_names.parse_entries(classes[column], field)
 
   def _make_tokenizer(
-      self, config: ml_collections.ConfigDict, records: list[Records | FileDataset], copy: storage.Path | None,
-  ) -> tuple[Tokenizer, pathlib.Path, str]:
+      self, config: ml_collections.ConfigDict, copy: storage.Path | None) -> tuple[Tokenizer, pathlib.Path, str]:
     """(tokenizer, its file, fingerprint); one that is trained for this text and size is cached."""
     c = config.tokenizer
     if c.type == 'clip':
@@ -163,7 +163,7 @@ class Data:
             f'config.tokenizer.path={file!r} is another tokenizer than that of config.train.init={init!r}, whose '
             "parameters would mean other words; set it to ''.")
       return (tokenizer := SentencePieceTokenizer(path)), path, tokenizer.fingerprint
-    texts = sorted({text for r in records for text in _texts(r)})
+    texts = sorted(set(self._training_texts()))
     size = f'{c.vocab_size} or fewer' if c.allow_smaller_vocab else str(c.vocab_size)
     parts = itertools.chain.from_iterable(map(trained_parts, texts))
     digest = hashlib.sha256('\0'.join([size, *parts]).encode()).hexdigest()[:24]
@@ -174,6 +174,19 @@ class Data:
       return *self._train_tokenizer(c, texts, path), digest
     except ValueError as e:
       raise UsageError(f'config.tokenizer.vocab_size={c.vocab_size}: {e}') from e
+
+  def _training_texts(self) -> Iterator[str]:
+    """Yields what a tokenizer is trained on: all texts in memory; of files a sample of those that the tasks read."""
+    for source, split in dict.fromkeys((t.source, t.split) for t in self._plan.tasks):
+      records = self.records(source, split)
+      if isinstance(records, FileDataset):
+        sets = [s.entries for s in self._plan.sets if isinstance(s.entries, str)]
+        columns = [column for entries in sets for start, _, column in [entries.rpartition('/')] if start == source]
+        for t in self._plan.tasks:
+          columns += text_columns(t) if (t.source, t.split) == (source, split) else ()
+        yield from records.sample_texts(columns, _MAX_MEDIA_RECORDS if records.media_column() else _MAX_TEXT_RECORDS)
+      else:
+        yield from (text for c in records.columns.values() if c.dtype.kind == 'U' for text in set(c.tolist()))
 
   def _train_tokenizer(
       self, c: ml_collections.ConfigDict, texts: list[str], path: storage.Path) -> tuple[Tokenizer, storage.Path]:
@@ -189,10 +202,3 @@ class Data:
     self._own_folder = tempfile.TemporaryDirectory()  # for as long as this data is used
     path = pathlib.Path(self._own_folder.name, path.name)
     return train(path), path
-
-
-def _texts(records: Records | FileDataset) -> list[str]:
-  """The texts that a tokenizer is trained on: all of those in memory, a sample of those in files."""
-  if isinstance(records, FileDataset):
-    return records.sample_texts(_MAX_MEDIA_RECORDS if records.media_column() else _MAX_TEXT_RECORDS)
-  return [text for c in records.columns.values() if c.dtype.kind == 'U' for text in set(c.tolist())]

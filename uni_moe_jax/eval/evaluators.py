@@ -15,6 +15,7 @@ import numpy as np
 from uni_moe_jax.config.metric_names import RECALLS, is_measured, modality
 from uni_moe_jax.config.plan import Evaluation
 from uni_moe_jax.data.files.file_dataset import FileDataset
+from uni_moe_jax.data.files.file_dataset_features import text_columns
 from uni_moe_jax.data.pipeline import examples as examples_lib
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.data.pipeline.records import Records
@@ -308,7 +309,7 @@ def masked_language_modeling(q: Query) -> list[Score]:
   n, V, unigram, right = int(counted.sum()), q.tokenizer.size, ({}, {}), ranks == 1
   accuracy = metrics.share_within(ranks[counted], 1)
   if q.evaluation.baselines:
-    texts = (q.trained.sample_texts(_COUNTED) if isinstance(q.trained, FileDataset) else
+    texts = (q.trained.sample_texts(text_columns(q.task), _COUNTED) if isinstance(q.trained, FileDataset) else
              q.trained.columns['text'].tolist())
     tokens = q.tokenizer.encode_batch(texts)
     counts = np.bincount(np.concatenate([np.asarray(t, np.int64) for t in tokens]), minlength=V)

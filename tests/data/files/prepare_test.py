@@ -1,5 +1,6 @@
 """Preparation of a user's own data: which rows are accepted, rewritten or skipped, and why."""
 
+import dataclasses
 import io
 import shutil
 import subprocess
@@ -182,6 +183,10 @@ def test_texts_are_known_without_reading(images):
   assert sorted(set(dataset.num_texts['captions'].tolist())) == [0, 1, 2]
   expected = [text for r in records for text in r['captions']]
   assert dataset.text_file('captions').read_text().split('\n') == [*expected, '']
+  for number in (7, 10_000):
+    assert dataset.sample_texts(['captions', 'color'], number) == dataclasses.replace(
+        dataset, text_file=None).sample_texts(['captions', 'color'], number)
+  assert set(dataset.sample_texts(['captions'], 10_000)) == set(expected)
 
 
 def test_the_most_frequent_media_type_and_text_fields_are_kept(tmp_path):

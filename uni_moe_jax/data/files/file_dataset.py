@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -118,13 +118,21 @@ class FileDataset:
         record = self._read_one(index)
     return record[LOCATION] if isinstance(record, dict) else f'{self.name}, record {index}'
 
-  def sample_texts(self, max_records: int) -> list[str]:
-    """Class names, and the texts of up to `max_records` evenly spaced records."""
-    texts = [name for names in self.classes.values() for name in names]
-    for _, record in self.read_chunks(_evenly_spaced(self.size, max_records)):
-      for column, column_type in self.columns.items():
-        if column_type in ('text', 'texts') and column != LOCATION and not isinstance(record, CorruptExample):
-          texts += [record[column]] if column_type == 'text' else record[column]
+  def sample_texts(self, columns: Iterable[str], max_records: int) -> list[str]:
+    """Class names of some columns, and their texts in up to `max_records` evenly spaced records."""
+    columns, ids = set(columns) & self.columns.keys() - {LOCATION}, _evenly_spaced(self.size, max_records)
+    texts = [name for column in columns for name in self.classes.get(column, ())]
+    columns = [column for column in columns if self.columns[column] in prepare.TEXT_TYPES]
+    if self.text_file:  # a record may have a video
+      is_sampled = np.isin(np.arange(self.size), ids)
+      for column in columns:
+        with open(self.text_file(column), encoding='utf-8', newline='\n') as file:
+          lines = itertools.compress(file, np.repeat(is_sampled, self.num_texts[column]))
+          texts += [line.removesuffix('\n') for line in lines]
+    elif columns:
+      for _, record in self.read_chunks(ids):
+        for column in columns if not isinstance(record, CorruptExample) else ():
+          texts += [record[column]] if self.columns[column] == 'text' else record[column]
     return texts
 
 

@@ -33,7 +33,7 @@ from uni_moe_jax.data.pipeline import hashing, in_flight, words
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.examples import Examples, Features, check_segments, mask_maker, move_images, subset
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
-from uni_moe_jax.utils import cores, templates
+from uni_moe_jax.utils import cores
 from uni_moe_jax.utils.errors import UsageError
 
 _PNGS_AT_ONCE = 4  # in an iteration of a loop, which takes about 10 µs
@@ -115,9 +115,8 @@ def example_ids(records: FileDataset, task: TaskSpec, seed: int | None = None) -
   Raises:
     UsageError: there are none, or `shots` is set and labels are not known before records are read.
   """
-  columns = {task.label_column}.union(*map(templates.columns, (*task.caption_templates, task.template)))
   present = {c: labels >= 0 for c, labels in records.labels.items()} | {c: n > 0 for c, n in records.num_texts.items()}
-  required = sorted(columns & present.keys())
+  required = sorted(file_dataset_features.text_columns(task) & present.keys())
   keep = np.flatnonzero(np.all([np.ones(records.size, bool), *(present[column] for column in required)], axis=0))
   labels = None
   if task.label_column in records.labels:

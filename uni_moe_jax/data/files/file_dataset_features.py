@@ -113,6 +113,12 @@ def _label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str], tra
                        lambda rows: dict(zip(('label', 'weight'), zip(*rows))))
 
 
+def text_columns(task: TaskSpec) -> set[str]:
+  """Columns from which a task takes labels and texts."""
+  label = task.label_column or ('text' if task.type.readout == 'masked' else '')
+  return {label}.union(*map(templates.columns, (*task.caption_templates, task.template)))
+
+
 def has_phrase(task: TaskSpec) -> bool:
   """Whether a task's examples have a paired text or a caption to generate."""
   return task.type.target == 'pair' or task.type.readout == 'queries'
