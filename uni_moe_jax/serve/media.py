@@ -1,7 +1,6 @@
 """Pixels from the bytes of an image or video, bounded before anything is decoded."""
 
 import io
-import re
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -11,8 +10,6 @@ from uni_moe_jax.serve.limits import Limits, Refused
 from uni_moe_jax.utils.errors import UsageError
 
 _FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP')
-# Beginnings of videos. FFmpeg reads more, such as playlists, which name other files and addresses.
-_VIDEOS = re.compile(rb'.{4}ftyp|\x1aE\xdf\xa3|GIF8|RIFF.{4}AVI ', re.DOTALL)
 _NO_VIDEO = 'The video is not a readable file; send mp4, mov, webm, mkv, avi or gif.'
 _THUMBNAIL = 96  # pixels of the longer side, at least
 _FRAME_MS = 150
@@ -59,7 +56,7 @@ def video_pixels(
 
   frame_stride: of the task, in frames at 30 per second from the first one; 0: the middle frames of T segments.
   """
-  if not _VIDEOS.match(data):
+  if not video.format_of(data):  # FFmpeg reads more, such as playlists, which name other files and addresses
     raise Refused(422, _NO_VIDEO)
 
   def choose(count: int, fps: float) -> np.ndarray:
@@ -100,13 +97,11 @@ def thumbnail(pixels: np.ndarray) -> bytes:
 def _frame_size(data: bytes) -> tuple[int, int]:
   """(width, height) of a video by its header."""
   try:
-    import av
-  except ModuleNotFoundError:
-    return 0, 0  # `video` says how to install it
-  try:
-    with av.open(io.BytesIO(data)) as container:
+    with video.open_container(data) as container:
       stream = container.streams.video[0]
       return stream.width, stream.height
+  except UsageError:  # no PyAV
+    raise
   except Exception as e:
     raise video.CorruptVideo(str(e)) from e
 

@@ -1,5 +1,6 @@
 """Sampled frames and crops of a video, computed by hand; files of several formats."""
 
+import contextlib
 import io
 
 import numpy as np
@@ -162,6 +163,15 @@ def test_bytes_that_are_not_a_video_are_an_error(data):
   for read in (video.probe, lambda data: video.sample_frames(data, _middles)):
     with pytest.raises(video.CorruptVideo):
       read(data)
+
+
+@pytest.mark.parametrize('start', [b'GIF8', b'GIF89a', b'RIFF....AVI ', b'v=0'])
+def test_a_file_that_names_addresses_is_no_video(start):
+  names = start + b'\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n'
+  with contextlib.suppress(EOFError, ValueError), video.open_container(names) as container:
+    assert container.format.name != 'sdp'  # FFmpeg opens its sockets
+  with pytest.raises(video.CorruptVideo):
+    video.probe(names)
 
 
 @pytest.mark.parametrize('suffix', ['mp4', 'avi'])

@@ -9,6 +9,7 @@ training, from the beginning in evaluation, and from the beginning again where t
 import contextlib
 import io
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from uni_moe_jax.utils.errors import UsageError
 
 DEFAULT_FPS = 30.0  # frames per second, where they are unknown and of strides
 _NPY_MAGIC = b'\x93NUMPY'
+# FFmpeg's name of a format → how its files begin.
+_FORMATS = {'mov': rb'.{4}ftyp', 'matroska': rb'\x1aE\xdf\xa3', 'gif': rb'GIF8[79]a', 'avi': rb'RIFF.{4}AVI '}
 _MIN_DECODED = 0.9  # of the frames that a file declares; containers count some that no decoder returns
 _MAX_FRAMES = 100_000  # an hour at 27 frames per second
 
@@ -174,9 +177,23 @@ def _pyav() -> Any:
   return av
 
 
+def format_of(data: bytes) -> str | None:
+  """FFmpeg's name of the format of a video, by its first bytes; None for others than mp4, mov, webm, mkv, avi, gif."""
+  return next((name for name, magic in _FORMATS.items() if re.match(magic, data, re.DOTALL)), None)
+
+
+def open_container(data: bytes) -> Any:
+  """PyAV's container of a video.
+
+  FFmpeg does not choose the format where the first bytes do, and opens no other address: it takes what has the lines of
+  an SDP or a playlist for one, whatever it begins with, and receives from the hosts that it names.
+  """
+  return _pyav().open(io.BytesIO(data), format=format_of(data), options={'protocol_whitelist': ''})
+
+
 def _open(data: bytes) -> tuple[Any, Any]:
   """PyAV's container and its first video stream."""
-  container = _pyav().open(io.BytesIO(data))
+  container = open_container(data)
   stream = container.streams.video[0]
   if stream.width * stream.height > MAX_PIXELS:
     raise HugeVideo(TOO_MANY_PIXELS)
