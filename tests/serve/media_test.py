@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from uni_moe_jax.data.files import image_transforms, video_pixels
+from uni_moe_jax.data.files import image_transforms, video, video_pixels
 from uni_moe_jax.serve import media
 from uni_moe_jax.serve.limits import Limits, Refused
 
@@ -25,11 +25,12 @@ def _noise(*shape: int) -> np.ndarray:
   return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def _video(num_frames: int, size: int = 32, rate: int = 10) -> bytes:
-  """An mp4 whose frame t has brightness 10 t."""
+def _video(num_frames: int, size: int = 32, rate: int = 10, fragments: bool = False) -> bytes:
+  """An mp4 whose frame t has brightness 10 t. fragments: as a live recording, which declares no number of frames."""
   av = pytest.importorskip('av')
   out = io.BytesIO()
-  with av.open(out, 'w', format='mp4') as container:
+  options = {'movflags': 'frag_keyframe+empty_moov'} if fragments else {}
+  with av.open(out, 'w', format='mp4', options=options) as container:
     stream = container.add_stream('mpeg4', rate=rate)
     stream.width = stream.height = size
     for t in range(num_frames):
@@ -113,11 +114,19 @@ def test_a_task_with_a_stride_takes_frames_from_the_first_one_at_thirty_a_second
 
 
 @pytest.mark.parametrize('num_frames, size, rate, message', [
-    (21, 32, 30, '21 frames, and at most 20'), (20, 32, 5, 'is 4 s long, and at most 2 s'),
+    (22, 32, 30, '22 frames, and at most 20'), (20, 32, 5, 'is 4 s long, and at most 2 s'),
     (2, 112, 10, '112 × 112 pixels, and at most 10,000')])
 def test_a_long_or_large_video_is_refused(num_frames, size, rate, message):
   with pytest.raises(Refused, match=message):
     media.video_pixels(_video(num_frames, size, rate), 3, 16, 3, _LIMITS)
+
+
+def test_frames_that_a_file_does_not_declare_are_counted_before_any_is_decoded(monkeypatch):
+  shown = media.video_pixels(_video(12, fragments=True), 3, 16, 3, _LIMITS)
+  np.testing.assert_array_equal(shown, media.video_pixels(_video(12), 3, 16, 3, _LIMITS))
+  monkeypatch.setattr(video, '_decode_all', lambda *_: pytest.fail('decoded'))
+  with pytest.raises(Refused, match='has 21 or more frames, and at most 20 are accepted; shorten it'):
+    media.video_pixels(_video(25, 32, 30, fragments=True), 3, 16, 3, _LIMITS)
 
 
 def test_arrays_and_playlists_are_refused_before_anything_opens_them(tmp_path, monkeypatch):

@@ -61,7 +61,9 @@ def video_pixels(
 
   def choose(count: int, fps: float) -> np.ndarray:
     if count > limits.max_frames:
-      raise Refused(422, f'The video has {count:,} frames, and at most {limits.max_frames:,} are accepted; shorten it.')
+      or_more = ' or more' if count == limits.max_frames + 1 else ''  # no further ones are counted
+      raise Refused(422, f'The video has {count:,}{or_more} frames, and at most {limits.max_frames:,} are accepted; '
+                         'shorten it.')
     if count / fps > limits.max_seconds:
       raise Refused(422, f'The video is {count / fps:.0f} s long, and at most {limits.max_seconds:g} s are accepted; '
                          'shorten it.')
@@ -70,7 +72,7 @@ def video_pixels(
 
   try:
     _check_pixels('The video', *_frame_size(data), limits)
-    frames = video.sample_frames(data, choose)
+    frames = video.sample_frames(data, choose, limits.max_frames)
   except UsageError as e:  # no PyAV
     raise Refused(422, f'This service reads no videos: {e}') from None
   except (video.CorruptVideo, OSError) as e:

@@ -100,10 +100,13 @@ def probe(data: bytes) -> tuple[int, int, int]:
 
 
 @_reading()
-def sample_frames(data: bytes, choose: Callable[[int, float], np.ndarray]) -> np.ndarray:
+def sample_frames(
+    data: bytes, choose: Callable[[int, float], np.ndarray], max_frames: int | None = None) -> np.ndarray:
   """Frames [T] or [V, T] of a video: uint8 [T, H, W, 3] or [V · T, H, W, 3].
 
   choose: (number of frames, frames per second) → their indices; an array has 30 frames per second.
+  max_frames: above which `choose` raises. It is called before the frames of a file that declares no number are decoded,
+    which can take minutes, with the number of packets, and of those one more than the bound is the last one read.
 
   Raises:
     CorruptVideo: the bytes are not a video, or it has no frames. HugeVideo: frames have too many pixels.
@@ -113,11 +116,15 @@ def sample_frames(data: bytes, choose: Callable[[int, float], np.ndarray]) -> np
     return array[choose(len(array), DEFAULT_FPS).reshape(-1)]
   container, stream = _open(data)
   with container:
-    packets, codec = [packet for packet in container.demux(stream) if packet.size], stream.codec_context
+    limit, fps = max_frames and max_frames + 1, float(stream.average_rate or DEFAULT_FPS)
+    packets = list(itertools.islice((packet for packet in container.demux(stream) if packet.size), limit))
+    codec = stream.codec_context
     if not (num_frames := stream.frames):
-      num_frames = sum(1 for _ in _decode_all(codec, packets))
+      if max_frames:
+        choose(len(packets), fps)
+      num_frames = sum(1 for _ in itertools.islice(_decode_all(codec, packets), limit))
       codec.flush_buffers()
-    indices = choose(num_frames, float(stream.average_rate or DEFAULT_FPS)).reshape(-1).tolist()
+    indices = choose(num_frames, fps).reshape(-1).tolist()
     reformat = _pyav().video.reformatter.VideoReformatter().reformat  # frames would make one each
     frames = {i: np.rot90(reformat(frame, format='rgb24', threads=1).to_ndarray(), _quarter_turns(frame))
               for i, frame in _decode(codec, packets, num_frames, sorted(set(indices))).items()}
