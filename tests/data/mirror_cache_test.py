@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import shutil
 import time
 
 import numpy as np
@@ -14,10 +15,13 @@ from array_record.python import array_record_module
 from tests.data import own_files
 from tests.data.bucket_shards import object_in, open_shards, shard_name, upload_shards
 from tests.helpers import processes, tiny
+from uni_moe_jax import config as config_lib
 from uni_moe_jax.data import cache_files, mirror
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.data.mirror import Mirror
 from uni_moe_jax.data.pipeline import npz_records
+from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
+from uni_moe_jax.train.loop import train
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import RunError, UsageError
 
@@ -257,3 +261,43 @@ print(data.num_fetched, hashlib.sha256(content).hexdigest())'''
   assert [p.returncode for p in done] == [0, 0], done
   counts, digests = zip(*(p.stdout.split() for p in done))
   assert sum(map(int, counts)) == 6 and len({*digests}) == 1
+
+
+def test_records_of_training_that_do_not_fit_are_refused_before_any_is_fetched(bucket, tmp_path, monkeypatch):
+  upload_shards(bucket, tmp_path / 'sender', 3)
+  size = object_in(bucket, shard_name(0)).stat().length
+  names, disk = [shard_name(i) for i in range(3)], shutil.disk_usage(tmp_path)
+  bounded = Mirror(bucket, tmp_path / 'receiver', max_bytes=2 * size)
+  bounded.sync('x')
+  bounded.check_space(names[:2])
+  with pytest.raises(UsageError, match='trains on files of 0.000[0-9]+ GB, .* config.data.cache_gb=0.000.* is less;'):
+    bounded.check_space(names)
+  data = Mirror(bucket, tmp_path / 'receiver')
+  data.sync('x')
+  monkeypatch.setattr(mirror.shutil, 'disk_usage', lambda _: disk._replace(free=2 * size))
+  with pytest.raises(UsageError, match='.*/receiver has 0.000.* GB for the missing 0.000.*config.data.cache_dir'):
+    data.check_space(names)
+  assert not data.num_fetched and not bounded.num_fetched
+  data.fetch(names[0])
+  data.check_space(names)
+  monkeypatch.setattr(mirror.shutil, 'disk_usage', lambda _: disk._replace(free=size))
+  bounded.check_space(names[1:])  # the first file is removed for them
+
+
+@pytest.mark.parametrize('has_tokenizer', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_training_does_not_start_where_its_records_do_not_fit(bucket, tmp_path, monkeypatch, has_tokenizer):
+  prepare.prepare(own_files.write_captioned_images(tmp_path / 'in'), Mirror(bucket, tmp_path / 'sender'), 'colors')
+  c = tiny.config(data_dir=bucket)
+  c.data.cache_dir = str(tmp_path / 'receiver')
+  c.model.update(channels=3, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3)
+  c.tokenizer.update(vocab_size=60, allow_smaller_vocab=True)
+  if has_tokenizer:
+    c.tokenizer.path = str(tmp_path / 'tokenizer.model')
+    SentencePieceTokenizer.train(tiny.WORDS, c.tokenizer.path, 60, True)
+  c.target_sets.colors = config_lib.target_set('own:colors/color', family='names')
+  c.tasks.color = config_lib.task('image_classification', 'own:colors', batch_size=8, target_set='colors',
+                                  label_column='color')
+  disk = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(mirror.shutil, 'disk_usage', lambda _: disk._replace(free=9))
+  with pytest.raises(UsageError, match='has 9e-09 GB for the missing 0.000131; attach'):
+    train(c, str(tmp_path / 'run'))

@@ -99,6 +99,12 @@ class Data:
       self._records[source, split] = sources.load(source, self.dir, split)
     return self._records[source, split]
 
+  def check_space(self) -> None:
+    """Raises UsageError if the records that training reads from a bucket do not fit on this host."""
+    if isinstance(self.dir, mirror.Mirror):
+      records = [self.records(t.source, t.split) for t in self._plan.tasks]
+      self.dir.check_space({name for r in records if isinstance(r, FileDataset) for name in r.files})
+
   def examples(self, task: TaskSpec, split: str | None = None, training: bool = False, num_views: int = 1,
                num_crops: int = 1) -> Examples:
     """A task's examples of its own split or another; num_views, num_crops: of video files in evaluation."""

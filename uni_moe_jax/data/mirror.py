@@ -14,10 +14,11 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -100,6 +101,22 @@ class Mirror(os.PathLike):
     if self._max_bytes and size > self._max_bytes:
       raise UsageError(f'config.data.cache_gb={self._max_bytes / 1e9:g} is less than the largest file of {self.address}'
                        f'/{folder}, {size / 1e9:.3g} GB; raise it, or set 0 for no bound.')
+
+  def check_space(self, names: Collection[str]) -> None:
+    """Raises UsageError if files that are all needed again and again do not fit into the cache together."""
+    free = shutil.disk_usage(self.root).free  # first: other processes of the host fetch them meanwhile
+    sizes = {name: self._files[name][0] for name in names}
+    total, missing = sum(sizes.values()), sum(n for name, n in sizes.items() if not (self.root / name).exists())
+    if self._max_bytes:  # others are removed for them
+      free += self._total() - (total - missing)
+    if (is_bounded := 0 < self._max_bytes < total) or missing > free:
+      bound = (f'config.data.cache_gb={self._max_bytes / 1e9:g} is less; raise it, or set 0 for no bound' if is_bounded
+               else f'the disk of {self._cache} has {free / 1e9:.3g} GB for the missing {missing / 1e9:.3g}; attach a '
+               'larger one and set config.data.cache_dir to a folder of it')
+      raise UsageError(
+          f'{self.address}: this run trains on files of {total / 1e9:.3g} GB, all of which every host reads in random '
+          f'order, and {bound}. Or mount the bucket, as by gcsfuse, and set config.data.dir to its folder, or train on '
+          'fewer datasets.')
 
   def has(self, name: str) -> bool:
     """Whether a dataset that was synced has a file."""

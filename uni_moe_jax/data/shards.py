@@ -34,7 +34,7 @@ class Shards:
     """directory: with the files. instructions: of TFDS, with `filename`, `skip` and `take`."""
     self._mirror = directory if isinstance(directory, Mirror) else None
     self._paths = [pathlib.Path(i.filename) for i in instructions]
-    self._names = [str(path.relative_to(self._mirror.root)) if self._mirror else '' for path in self._paths]
+    self.names = [str(path.relative_to(self._mirror.root)) for path in self._paths] if self._mirror else []  # in it
     self._skips = np.array([i.skip for i in instructions], np.int64)
     self._bounds = np.cumsum([0, *(i.take for i in instructions)])
     self._inodes: dict[int, int] = {}  # of the files of a mirror that were opened
@@ -49,7 +49,7 @@ class Shards:
     positions, order = (ids - self._bounds[shards] + self._skips[shards]).tolist(), np.argsort(shards, kind='stable')
     shards, records = shards.tolist(), [b''] * len(ids)
     if self._mirror:
-      self._mirror.fetch_all(self._names[shard] for shard in set(shards))
+      self._mirror.fetch_all(self.names[shard] for shard in set(shards))
     # One reader at a time: a batch of random records needs most of the files.
     for shard, group in itertools.groupby(order.tolist(), shards.__getitem__):
       try:
@@ -70,7 +70,7 @@ class Shards:
   def prefetch(self, ids: np.ndarray) -> None:
     """Fetches all files in the background, in the order in which these records need them first."""
     shards = self._shards_of(ids).tolist()
-    self._mirror.prefetch(self._names[i] for i in dict.fromkeys([*shards, *range(len(self._names))]))
+    self._mirror.prefetch(self.names[i] for i in dict.fromkeys([*shards, *range(len(self.names))]))
 
   def _shards_of(self, ids: np.ndarray) -> np.ndarray:
     return np.searchsorted(self._bounds[1:], ids, 'right')
@@ -78,7 +78,7 @@ class Shards:
   def _take(self, shard: int) -> tuple[Any, int]:
     """(a reader that no other thread uses, the inode of its file in a mirror)."""
     while self._mirror:
-      path = self._mirror.fetch(self._names[shard])
+      path = self._mirror.fetch(self.names[shard])
       # Opened once: whoever removes the file from here on, its bytes stay readable through the descriptor.
       with contextlib.suppress(FileNotFoundError), open(path, 'rb') as file:
         inode = os.fstat(file.fileno()).st_ino

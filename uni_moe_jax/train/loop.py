@@ -222,6 +222,7 @@ class _Trainer:
     self.lacks_evaluation = False  # whether a stop was requested before the newest evaluation that was due had ended
     self._compiler = compiler
     self._run, self._checkpoints, self._phase, self._log = run, checkpoints, detector.phase, log
+    run.data.check_space()
     self._config, self._mixture, self._target_sets = run.config.train, run.mixture(), run.target_sets()
     self._validation = validation
     self._hooks = [hook for make in hooks if (hook := make(run))]

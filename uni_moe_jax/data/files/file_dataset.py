@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,7 @@ class FileDataset:
   labels: dict[str, np.ndarray]  # class column → int32 [N], -1 for none
   fingerprint: str  # hex sha256 of the content
   num_texts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # column of texts → int32 [N]
+  files: Sequence[str] = ()  # of the records, in a mirror
   prefetch: Callable[[np.ndarray], None] | None = None  # ids in the order in which they will be read
   read_examples: Callable[[np.ndarray], list[bytes]] | None = None  # as `read`: serialized tf.train.Examples
   text_file: Callable[[str], pathlib.Path] | None = None  # column → file with the texts of all records, a line each
@@ -188,9 +189,10 @@ def _load_own(source: str, directory: str | os.PathLike[str], split: str) -> Fil
   labels, num_texts = ({c: a for c, a in arrays.items() if (c in classes) == is_class} for is_class in (True, False))
   text_file = lambda column: mirror.local(directory, folder / f'{split}-{column}{prepare.TEXTS}')
   columns = {**summary['columns'], LOCATION: 'text'}
-  _, read, prefetch = _open(_builder(str(folder)), directory, split)
+  shards, read = _open(_builder(str(folder)), directory, split)
   return FileDataset(source, summary['splits'][split], _record_reader(read, columns, classes), columns, classes,
-                     labels, summary['fingerprints'][split], num_texts, prefetch, read, text_file,
+                     labels, summary['fingerprints'][split], num_texts, shards.names,
+                     shards.prefetch if shards.names else None, read, text_file,
                      pathlib.Path(os.path.expanduser(directory)))
 
 
@@ -224,11 +226,11 @@ def _load_tfds(source: str, directory: str | os.PathLike[str], split: str) -> Fi
   builder = tfds_builder(source, directory)
   _check_prepared(builder, source, directory, split)
   columns, classes = tfds_columns(builder.info.features)
-  size, read, prefetch = _open(builder, directory, split)
+  shards, read = _open(builder, directory, split)
   # Name and version of a TFDS dataset identify its content.
-  fingerprint = hashlib.sha256(f'{builder.info.full_name} {split} {size}'.encode()).hexdigest()
-  return FileDataset(source, size, _record_reader(read, columns, classes), columns, classes, {}, fingerprint,
-                     prefetch=prefetch, read_examples=read)
+  fingerprint = hashlib.sha256(f'{builder.info.full_name} {split} {len(shards)}'.encode()).hexdigest()
+  return FileDataset(source, len(shards), _record_reader(read, columns, classes), columns, classes, {}, fingerprint,
+                     files=shards.names, prefetch=shards.prefetch if shards.names else None, read_examples=read)
 
 
 def _check_prepared(builder, source: str, directory: str | os.PathLike[str], split: str) -> None:
@@ -263,12 +265,12 @@ def tfds_columns(features: Mapping[str, Any]) -> tuple[dict[str, str], dict[str,
 
 
 def _open(builder, directory: str | os.PathLike[str], split: str):
-  """(number of records, `FileDataset.read_examples`, `FileDataset.prefetch`) of a split."""
+  """(files, `FileDataset.read_examples`) of a split."""
   info = builder.info.splits[split]
   shards = Shards(directory, info.file_instructions)
   # Its size is 0 if it is not known.
   read = keep_records(shards.__getitems__) if 0 < info.num_bytes <= _MAX_KEPT else shards.__getitems__
-  return len(shards), read, shards.prefetch if isinstance(directory, mirror.Mirror) else None
+  return shards, read
 
 
 def keep_records(read: Callable[[np.ndarray], list[bytes]]) -> Callable[[np.ndarray], list[bytes]]:
