@@ -118,6 +118,7 @@ def main():
     raise KeyError('image')
   with multihost.exit_with_peers():
     multihost.sum_over_processes(1)
+  print(multihost.sums_over_processes([int(i), 2**40]))
   return 0
 
 sys.exit(cli.guarded(main))
@@ -128,7 +129,7 @@ _LOST = 'error: another process of this run has died'
 
 
 @pytest.mark.parametrize('actions, codes, messages', [
-    ('continue,continue', (0, 0), ('', '')),
+    ('continue,continue', (0, 0), ('[1, 2199023255552]', '')),
     ('continue,mistake', (1, 2), (_LOST, 'error: the folder is missing for 1.')),
     pytest.param('continue,failure', (1, 1), (_LOST, 'error: the checkpoint is damaged.'), marks=pytest.mark.slow),
     pytest.param('continue,denied', (1, 1), (_LOST, 'error: /data: Permission denied. '), marks=pytest.mark.slow),

@@ -337,7 +337,7 @@ def test_losses_that_stay_nonfinite_stop_the_run_and_are_named(tmp_path, capsys,
     return put(run, batch)
 
   monkeypatch.setattr(train_run.Run, 'put_batch', corrupt)
-  monkeypatch.setattr(train_run.Mixture, 'num_corrupt_examples', lambda _: next(logged) // 2)
+  monkeypatch.setattr(train_run.Mixture, 'num_corrupt_examples', lambda *_: next(logged) // 2)
   c = _config()
   c.train.max_nonfinite_steps = 3
   assert loop.train(c, str(tmp_path), jax.devices()[:1]) == code

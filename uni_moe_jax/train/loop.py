@@ -344,7 +344,7 @@ class _Trainer:
     if done % self._config.log_every and done != self._config.steps:
       return True
     with self._phase(STEP, done):
-      if corrupt := multihost.sum_over_processes(self._mixture.num_corrupt_examples()):  # since the processes started
+      if corrupt := self._mixture.num_corrupt_examples(multihost.sums_over_processes):  # since the start
         self._pending['corrupt_examples'] = corrupt
       if not self._read(done):
         return False

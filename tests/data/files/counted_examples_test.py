@@ -1,7 +1,9 @@
 """Every record that a mixture reads is counted once, although a batch with a corrupt example is made twice."""
 
+import contextlib
 import dataclasses
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -12,8 +14,11 @@ from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.files.file_dataset_examples import FileExampleBuilder
 from uni_moe_jax.data.files.formats import LOCATION
+from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
+from uni_moe_jax.data.pipeline.examples import Examples
 from uni_moe_jax.data.pipeline.mixtures import BatchLayout, Mixture
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
+from uni_moe_jax.utils.errors import RunError
 
 _BATCH = 8
 
@@ -75,3 +80,17 @@ def test_lines_that_cannot_be_read_are_counted_once(counted):
   damaged = counted(lines=lines)
   assert damaged == counted(lines=lines, once=True)
   assert damaged['text'][0] > 0 and damaged['image'] == (0, _BATCH)
+
+
+@pytest.mark.parametrize('num_read, too_many', [(5000, False), (1900, True)])  # of at most 1 %
+def test_corrupt_examples_of_all_processes_decide_whether_they_are_too_many(num_read, too_many):
+  processes = []
+  for corrupt, read in ((['file 0', *['file'] * 19], 1000), ([], num_read - 1000)):  # one above, and one below 1 %
+    examples = Examples(1, None, corrupt_counter=CorruptExampleCounter('tasks.x', 0.01))
+    examples.corrupt_counter.count(read, corrupt)
+    examples.corrupt_counter.check()
+    processes.append(Mixture(None, {'x': examples}, 0, 'all_tasks', 4, BatchLayout()))
+  own = [[e.corrupt_counter.num_corrupt, e.corrupt_counter.num_read] for m in processes for e in m.examples.values()]
+  for mixture, first in zip(processes, ('the first: file 0', 'other processes name them')):
+    with pytest.raises(RunError, match=f'x: 20 of 1900 .*; {first}') if too_many else contextlib.nullcontext():
+      assert mixture.num_corrupt_examples(lambda _: np.sum(own, 0).tolist()) == 20

@@ -290,6 +290,7 @@ def test_too_many_corrupt_examples_are_an_error_that_names_the_first():
     for start in range(0, 40, 8):
       make(examples, range(start, start + 8))
       examples.corrupt_counter.check()
+      Mixture(None, {'x': examples}, 0, 'all_tasks', 4, BatchLayout()).num_corrupt_examples(list)
   examples = build(_dataset(set(range(40))), max_corrupt_fraction=1.0)
   make(examples, range(4))
   with pytest.raises(RunError, match='config.tasks.x: .* examples'):

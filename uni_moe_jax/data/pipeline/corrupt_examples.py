@@ -1,6 +1,7 @@
 """Counts examples that cannot be read and were replaced; raises when there are too many of them."""
 
 import threading
+from typing import NoReturn
 
 from uni_moe_jax.utils.errors import RunError
 
@@ -27,13 +28,23 @@ class CorruptExampleCounter:
       self._first = self._first or (corrupt[0] if corrupt else '')
 
   def check(self) -> None:
-    """Raises `failure`, or RunError with the first corrupt example if there are too many."""
+    """Raises `failure`, or RunError with the first corrupt example if none is allowed or one has no replacement."""
     if self.failure:
       raise self.failure
-    with self._lock:
-      too_many = self.num_corrupt > self._max_fraction * self.num_read
-      if self.has_no_replacement or too_many and (self.num_corrupt >= _MIN_CORRUPT or not self._max_fraction):
-        raise RunError(
-            f'config.{self._field}: {self.num_corrupt} of {self.num_read} examples could not be used, more than '
-            f'config.data.max_corrupt_fraction={self._max_fraction}; the first: {self._first}. Prepare the source '
-            'again, or leave those examples out.')
+    if self.has_no_replacement or self.num_corrupt and not self._max_fraction:
+      self._raise(self.num_corrupt, self.num_read)
+
+  def check_sums(self, num_corrupt: int, num_read: int) -> None:
+    """Raises RunError, with the first corrupt example of this process, if there are too many in all processes.
+
+    The few that one process of many has read exceed the fraction by chance.
+    """
+    if num_corrupt >= _MIN_CORRUPT and num_corrupt > self._max_fraction * num_read:
+      self._raise(num_corrupt, num_read)
+
+  def _raise(self, num_corrupt: int, num_read: int) -> NoReturn:
+    first = f'the first: {self._first}' if self._first else 'other processes name them'
+    raise RunError(
+        f'config.{self._field}: {num_corrupt} of {num_read} examples could not be used, more than '
+        f'config.data.max_corrupt_fraction={self._max_fraction}; {first}. Prepare the source again, or leave those '
+        'examples out.')

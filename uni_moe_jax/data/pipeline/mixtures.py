@@ -18,7 +18,7 @@ of its own shards. As a set, the batch does not depend on the mesh.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -85,9 +85,16 @@ class Mixture:
   def _max_together(self, tasks: tuple[TaskSpec, ...]) -> int:
     return _MAX_ROWS // sum(len(self._positions(t)) for t in tasks)
 
-  def num_corrupt_examples(self) -> int:
-    """Returns how many examples from files could not be used and were replaced so far."""
-    return sum(e.corrupt_counter.num_corrupt for e in self.examples.values())
+  def num_corrupt_examples(self, sums: Callable[[list[int]], list[int]]) -> int:
+    """Returns how many examples from files could not be used and were replaced so far. Raises RunError: too many.
+
+    sums: of numbers over all processes, which must call this together.
+    """
+    counters = [e.corrupt_counter for e in self.examples.values()]
+    totals = sums([number for c in counters for number in (c.num_corrupt, c.num_read)])
+    for counter, num_corrupt, num_read in zip(counters, totals[::2], totals[1::2], strict=True):
+      counter.check_sums(num_corrupt, num_read)
+    return sum(totals[::2])
 
   def _dataset(self, tasks: tuple[TaskSpec, ...], steps: np.ndarray, counts: np.ndarray) -> Iterator[Batch]:
     """Yields batches; counts[i] is the batch number that every task reads at steps[i]."""
