@@ -105,8 +105,11 @@ def test_arguments_without_a_score_are_errors(function, args, message):
     function(*args)
 
 
-def test_binomial_standard_error():
-  assert metrics.binomial_standard_error(.2, 400) == approx(.02)  # sqrt(.16 / 400)
+def test_the_error_of_a_share_has_two_successes_and_two_failures_more():
+  assert metrics.binomial_standard_error(.2, 396) == approx(math.sqrt(.203 * .797 / 400))  # 79.2 + 2 of 400
+  # 0 of 400 and 1 of 400 are level; so are the means of as many values.
+  for score in (metrics.Score.share('top-1', np.zeros(400)), metrics.Score.mean('word F1', np.zeros(400), {})):
+    assert metrics.verdict(score.row('e', 1), .0025) == metrics.LEVEL, score
 
 
 def test_perplexity_is_exp_of_the_weighted_mean():
@@ -151,10 +154,26 @@ def test_a_mean_has_the_standard_error_of_its_examples():
 
 
 def test_balanced_accuracy_has_an_error_of_its_classes():
-  # Shares 1/2 of 4 and 2/3 of 3: sqrt(¼ / 4 + 2/9 / 3) / 2.
+  # Shares 1/2 of 4 and 2/3 of 3: sqrt(¼ / 3 + 2/9 / 2) / 2.
   labels, output = np.array([0, 0, 0, 0, 1, 1, 1]), np.array([0, 0, 1, 1, 1, 1, 0])
   assert metrics.balanced_accuracy(output, labels) == approx(7 / 12)
-  assert metrics.balanced_accuracy_error(output, labels) == approx(math.sqrt(1 / 16 + 2 / 27) / 2)
+  assert metrics.balanced_accuracy_error(output, labels) == approx(math.sqrt(1 / 12 + 1 / 9) / 2)
+  # A third class of one example has the variance of any: 5 of 8 are right, and 7 of 12 with two of both more.
+  assert metrics.balanced_accuracy_error(np.append(output, 2), np.append(labels, 2)) == approx(
+      math.sqrt(1 / 12 + 1 / 9 + 35 / 144) / 3)
+
+
+@pytest.mark.parametrize('right', [0, 25, 50])
+def test_balanced_accuracy_of_classes_of_one_example_has_the_error_of_the_accuracy(right):
+  labels = np.arange(50)
+  q = (right + 2) / 54
+  assert metrics.balanced_accuracy_error(np.where(labels < right, labels, 50), labels) == approx(
+      math.sqrt(q * (1 - q) / 50))
+
+
+def test_balanced_accuracy_without_a_mistake_has_an_error():
+  labels = np.repeat([0, 1], [90, 6])
+  assert metrics.balanced_accuracy_error(labels, labels) == approx(math.sqrt(98 / 100**2 * 2 * (1 / 90 + 1 / 6)) / 2)
 
 
 @pytest.mark.parametrize('reference, expected', [  # standard error of .5 in 100: .05, so the margin is .15

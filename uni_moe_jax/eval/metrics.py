@@ -100,10 +100,14 @@ def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
 def balanced_accuracy_error(predictions: np.ndarray, labels: np.ndarray) -> float:
   """Returns the standard error of the balanced accuracy.
 
-  It is sqrt(Σ p_c (1 - p_c) / n_c) / C, for C classes with a share p_c of their n_c examples predicted correctly.
+  It is sqrt(Σ p_c (1 - p_c) / (n_c - 1)) / C, for C classes with a share p_c of their n_c examples predicted correctly.
+  A class of one example, and all of them if every p_c is 0 or 1, have the variance of an example of any class.
   """
   share, count = _class_recall(predictions, labels)
-  return float(np.sqrt(np.sum(share * (1 - share) / count))) / len(share)
+  variance = share * (1 - share) / np.maximum(count - 1, 1)
+  of_any = _variance(float(share @ count) / count.sum(), count.sum())
+  variance = np.where((count == 1) | ~variance.any(), of_any / count, variance)
+  return float(np.sqrt(variance.sum())) / len(share)
 
 
 def _class_recall(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -177,8 +181,18 @@ def word_f1(predictions: Sequence[str], references: Sequence[str | Sequence[str]
 
 
 def binomial_standard_error(proportion: float, count: int) -> float:
-  """Returns sqrt(p (1 - p) / n), the standard error of a share p of n independent examples."""
-  return math.sqrt(proportion * (1 - proportion) / count)
+  """Returns the standard error of a share p of n independent examples, sqrt(q (1 - q) / (n + 4)).
+
+  Here q = (p n + 2) / (n + 4), as Agresti and Coull count two successes and two failures more: sqrt(p (1 - p) / n) is 0
+  where all or no examples are right, however few they are.
+  """
+  return math.sqrt(_variance(proportion, count) / (count + 4))
+
+
+def _variance(proportion: float, count: int) -> float:
+  """The variance q (1 - q) of one of the examples of `binomial_standard_error`."""
+  q = (proportion * count + 2) / (count + 4)
+  return q * (1 - q)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,9 +228,11 @@ class Score:
   def mean(cls, name: str, values: np.ndarray, baselines: Mapping[str, np.ndarray]) -> Score:
     """Returns a Score of the mean of values [N], one per example, with its standard error.
 
-    A single example has no standard error. baselines: their values [N], by name.
+    A single example has no standard error; that of equal values is the error of a share of 0. baselines: their values
+    [N], by name.
     """
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    n = len(values)
+    error = float(np.std(values, ddof=1)) / math.sqrt(n) or binomial_standard_error(0, n) if n > 1 else None
     return cls(name, float(np.mean(values)), len(values), standard_error=error,
                baselines={k: float(np.mean(v)) for k, v in baselines.items()}, per_example=values)
 
