@@ -118,6 +118,15 @@ def test_perplexity_is_exp_of_the_weighted_mean():
   assert metrics.perplexity(1e6, 1) == math.inf
 
 
+def test_perplexity_has_the_error_of_its_mean_log_p():
+  # Means 0 of one position and -1 of three: -3/4; deviations 3/4 and -1/4, each times its weight 3/4 in size.
+  log_p, weights = np.array([0., -1.]), np.array([1, 3])
+  value = math.exp(.75)
+  assert metrics.perplexity_error(value, log_p, weights) == approx(value * math.sqrt(2 / 1 * 2 * 9 / 16) / 4)
+  assert metrics.perplexity_error(value, log_p[:1], weights[:1]) is None
+  assert metrics.perplexity_error(math.inf, log_p, weights) is None
+
+
 def test_exact_match_compares_what_the_tokenizer_can_write():
   """SentencePiece replaces signs that are compatible: a perfect caption would not equal its reference."""
   references = ['一只猫，在垫子上！', 'wait… what', '５ ㎏']

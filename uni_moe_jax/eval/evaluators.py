@@ -317,6 +317,7 @@ def masked_language_modeling(q: Query) -> list[Score]:
     unigram = [{'unigram': value} for value in baselines.unigram(counts, labels[counted])]
   times = counted.sum(1)
   per_example = lambda values: np.where(counted, values, 0).sum(1) / np.maximum(times, 1)
+  perplexity, of_texts = metrics.perplexity(float(-log_p[counted].sum()), n), per_example(log_p)
   return [Score.proportion('accuracy', accuracy, n, 1 / V, unigram[0], per_example(right), times),
-          Score('perplexity', metrics.perplexity(float(-log_p[counted].sum()), n), n, V, unigram[1],
-                per_example=per_example(log_p), weights=times)]
+          Score('perplexity', perplexity, n, V, unigram[1], metrics.perplexity_error(perplexity, of_texts, times),
+                of_texts, times)]

@@ -154,6 +154,23 @@ def perplexity(nll_sum: float, weight_sum: float) -> float:
     return math.inf
 
 
+def perplexity_error(value: float, log_p: np.ndarray, weights: np.ndarray) -> float | None:
+  """Returns the standard error of a perplexity: that of the mean log p of examples, times the perplexity.
+
+  Args:
+    value: the perplexity, exp of minus the weighted mean.
+    log_p, weights: float [N], of each example the mean over its positions, and their number.
+
+  Returns:
+    value · sqrt(N / (N - 1) Σ w² (log p - mean)²) / Σ w; None of one example, or if it is not finite.
+  """
+  N, total = len(log_p), weights.sum()
+  if N < 2 or not np.isfinite(value):
+    return None
+  squares = (weights * (log_p - np.average(log_p, weights=weights)))**2
+  return value * math.sqrt(N / (N - 1) * squares.sum()) / float(total)
+
+
 def exact_match(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
   """Returns the share of `exact_matches`."""
   return float(exact_matches(predictions, references).mean())

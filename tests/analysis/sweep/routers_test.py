@@ -214,10 +214,14 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
       # A step on motion hurts names in dense; the row of motion has no base.
       '| at | a step on | for | dense | task |',
       '| step 4 | motion | names | -0.25 (2/2) | 0.25 (0/2) |', '| final | motion | names | -0.25 (2/2) | 0.25 (0/2) |',
-      '![experts by condition, task-0](experts_task.png)', 'seeds 0, 1, commit cccccccccccc,'):
+      '![experts by condition, task-0](experts_task.png)', 'seeds 0, 1, commit cccccccccccc,',
+      '± 95 %: the error of the test examples and the spread'):
     assert line in text, line
   assert text.count('(2/2)') == 2 and 'token' not in text.partition('## Interference')[2].partition('## Experts')[0]
   assert str(workdir) not in text + (out / 'results.json').read_text()
+  scores = [{**score, 'metric': 'BLEU-4', 'error': None} for score in report['scores']]
+  lacking = results._report({**report, 'scores': [*report['scores'], *scores]}, {})[-1]
+  assert 'of the test examples (without: BLEU-4) and' in lacking
 
 
 def test_everything_is_drawn_again_from_the_json_alone(report, workdir, tmp_path):

@@ -175,6 +175,8 @@ def _report(results: Mapping[str, Any], captions: Mapping[str, str]) -> list[str
            adaptation.sections(results))
   seeds = sorted({c['seed'] for c in cells})
   commits = list(dict.fromkeys(c['commit'][:12] for c in cells if c['commit'])) or ['unknown']
+  lacking = list(dict.fromkeys(s['metric'] for s in results['scores'] if s['error'] is None))
+  without = f' (without: {", ".join(lacking)}) ' if lacking else ' '
   source = f'{"config" if is_routers else "run"} {", ".join(f"`{s}`" for s in results["sources"])}'
   return [
       f'# {_TITLES[results["sweep"]]}', '',
@@ -183,7 +185,7 @@ def _report(results: Mapping[str, Any], captions: Mapping[str, str]) -> list[str
       *(f'* {e}' for e in results['errors']), *([''] if results['errors'] else []),
       *first, '## All metrics' if is_routers else '## Evaluation', '',
       *score_table(results['scores'], list(dict.fromkeys(map(adaptation.label, cells)))), '',
-      '± 95 %: the error of the test examples, which BLEU-4 lacks, ' + (
+      f'± 95 %: the error of the test examples{without}' + (
           "and the spread of the seeds (Student's t)." if len(seeds) > 1 else
           'alone: one seed does not show how runs differ.') + ' Baselines are fitted on all training examples.']
 
