@@ -88,10 +88,13 @@ def test_glue_counts_every_example_once_and_scores_by_hand():
 @pytest.mark.parametrize('evaluator, metric', [('glue', 'accuracy'), ('classification', 'top-1')])
 def test_an_answer_that_the_target_set_lacks_is_never_right(evaluator, metric):
   """The model always gives the first entry, which is also the label of such an example."""
-  def value(**options):
+  rows = [{'a': 'x', 'label': 'maybe'}] * 7
+
+  def score(**options):
     return _evaluate(evaluator, _text(), ('no', 'yes'), _examples(7, **options), _Predicts(np.zeros(7, int), 2),
-                     baselines=False)[metric].value
-  assert value() == pytest.approx(3 / 7) and value(unanswered=(0, 2, 4)) == pytest.approx(1 / 7)
+                     rows, rows)[metric]
+  assert score().value == pytest.approx(3 / 7) and score(unanswered=(0, 2, 4)).value == pytest.approx(1 / 7)
+  assert score(unanswered=(0, 2, 4)).baselines == {'tf-idf': 0}  # which knows no answer of the target set
 
 
 class _Broken(_Predicts):

@@ -52,20 +52,20 @@ class FileBaselines:
   def classes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """(training labels [N], rows [Q] of `ids` that baselines answer, {baseline: predicted labels [Q]}).
 
-    Labels are indices into `keys`. Those of training are all where they are known without reading records, else those
-    of the sample.
+    Labels are indices into `keys`; a prediction that the target set lacks is the number of keys, never a label. Those
+    of training are all where they are known without reading records, else those of the sample.
     """
     column = self.evaluation.task.label_column
     is_class = self.trained.columns[column] == 'class'
     index = {key if is_class else normalize_answer(key): i for i, key in enumerate(self.keys)}
     rows, result = self._predict(ids)
-    labels = lambda names: np.array([index.get(name, -1) for name in names], int)  # -1: the target set lacks it
+    labels = lambda names: np.array([index.get(name, len(self.keys)) for name in names], int)
     if column in self.trained.labels:
       known = self.trained.labels[column]
       train_labels = labels(self.trained.classes[column])[known[known >= 0]]
     else:
       train_labels = labels(result['trained'])
-      train_labels = train_labels[train_labels >= 0]
+    train_labels = train_labels[train_labels < len(self.keys)]
     return train_labels, rows, {name: labels(names) for name, names in result['predicted'].items()}
 
   def answers(self, ids: np.ndarray) -> tuple[list[str], np.ndarray, dict[str, list[str]]]:
