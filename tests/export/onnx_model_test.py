@@ -1,6 +1,7 @@
 """The search of captions on the host, by hand. tests/export/onnx_programs_test.py compares it with the program."""
 
 import math
+import pathlib
 import sys
 import types
 
@@ -60,3 +61,21 @@ def test_an_empty_input_is_an_error_and_does_not_reach_onnxruntime(model, empty)
   with pytest.raises(ValueError, match=f'^{empty} of a.onnx is empty; give a batch of at least one'):
     model._call(entry, inputs(given))
   assert model._call(entry, inputs(dict.fromkeys(names, np.ones((2, 3))))) == {'log_p': 18}
+
+
+@pytest.mark.parametrize('available, default', [
+    (['CoreMLExecutionProvider', 'CPUExecutionProvider'], [('CPUExecutionProvider', {})]),
+    (['TensorrtExecutionProvider', 'CUDAExecutionProvider', 'CPUExecutionProvider'],
+     [('CUDAExecutionProvider', {'use_tf32': '0'}), ('CPUExecutionProvider', {})])])
+@pytest.mark.parametrize('chosen', [None, ['CoreMLExecutionProvider']])
+def test_only_providers_of_full_float32_are_used_unless_others_are_set(model, monkeypatch, available, default, chosen):
+  from uni_moe_jax.export import onnx_model
+  session, used = types.SimpleNamespace(get_inputs=lambda: [], run=lambda *_: [1]), []
+  monkeypatch.setattr(onnx_model, 'onnxruntime', types.SimpleNamespace(
+      get_available_providers=lambda: available, SessionOptions=types.SimpleNamespace,
+      InferenceSession=lambda *_, providers: used.append(providers) or session))
+  model._programs, model.folder = {}, pathlib.Path()
+  if chosen:
+    model.providers = chosen
+  model._call({'onnx': {'file': 'a.onnx', 'outputs': ['log_p']}}, {})
+  assert used == [chosen or default]

@@ -13,9 +13,20 @@ import load
 import numpy as np
 import onnxruntime
 
+_FULL_FLOAT32 = {'CUDAExecutionProvider': {'use_tf32': '0'}, 'CPUExecutionProvider': {}}
+
 
 class Model(load.Model):
-  """An exported model; see `load.Model`."""
+  """An exported model; see `load.Model`.
+
+  Attributes:
+    providers: of onnxruntime, before the first `run`. By default those that multiply in full float32.
+  """
+
+  @functools.cached_property
+  def providers(self):
+    available = onnxruntime.get_available_providers()  # CoreML and TensorRT may round to less than float32
+    return [(name, options) for name, options in _FULL_FLOAT32.items() if name in available]
 
   @functools.cached_property
   def target_sets(self):
@@ -36,7 +47,7 @@ class Model(load.Model):
       options = onnxruntime.SessionOptions()
       options.log_severity_level = 3  # without a line for every constant that is not used
       self._programs[entry['file']] = onnxruntime.InferenceSession(
-          self.folder / entry['file'], options, providers=onnxruntime.get_available_providers())
+          self.folder / entry['file'], options, providers=self.providers)
     session = self._programs[entry['file']]
     given = {name: x for name, x in inputs.items() if name != 'cache'}
     given |= {f'cache_{i}': x for i, x in enumerate(inputs.get('cache', ()))}
