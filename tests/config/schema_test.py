@@ -9,6 +9,7 @@ from tests.helpers import small_config
 from uni_moe_jax import config
 from uni_moe_jax.config import presets, schema
 from uni_moe_jax.config.plan import make_plan
+from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 
@@ -309,8 +310,8 @@ def test_a_size_that_contradicts_the_variant_is_an_error_and_the_same_size_is_no
   schema.parse_config(c)
   c.model.width = 128
   with pytest.raises(UsageError, match=(
-      r"config\.model\.variant='B/16' sets config\.model\.width=128 to another value; leave these fields at their "
-      r"defaults, or set config\.model\.variant=''")):
+      r"config\.model\.variant='B/16' sets config\.model\.width=128 to another value; leave these fields out, or "
+      r"set config\.model\.variant=''")):
     schema.parse_config(c)
 
 
@@ -332,3 +333,14 @@ def test_what_contradicts_compat_is_an_error():
   with pytest.raises(UsageError, match=r"config\.compat='published' sets config\.optim\.schedule='constant', "
                                        r"config\.optim\.param_groups="):
     schema.parse_config(c)
+
+
+@pytest.mark.parametrize('name, overrides, refused', [
+    ('published', ['train.mixture=all_tasks', 'optim.b1=0.9'],
+     r"compat='published' sets config\.train\.mixture='all_tasks' to"),
+    ('pretrain:size=large', ['model.num_layers=12'], r"model\.variant='L/16' sets config\.model\.num_layers=12 to"),
+    ('published', ['train.mixture=one_task', f'optim.param_groups={schema.param_groups(0.2)}'], None),
+    ('pretrain:size=large', ['model.num_layers=24'], None), ('quickstart', ['model.num_layers=12'], None)])
+def test_an_override_that_contradicts_a_choice_is_an_error_also_where_it_is_the_default(name, overrides, refused):
+  with pytest.raises(UsageError, match=refused) if refused else contextlib.nullcontext():
+    cli.config_from(name, overrides)

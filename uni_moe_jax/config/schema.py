@@ -5,7 +5,7 @@ checked, frozen `Config`, which is part of the plan.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -14,6 +14,7 @@ from uni_moe_jax.config import fields
 from uni_moe_jax.config.fields import entries, field
 from uni_moe_jax.config.task_schema import EvaluatorConfig, TargetSetConfig, TaskConfig
 from uni_moe_jax.tasks.router_names import ROUTERS
+from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 FREEZE = 'freeze'
@@ -318,39 +319,49 @@ def published_values(weight_decay: float = 0.05) -> dict[str, dict[str, Any]]:
   return values
 
 
-def apply_choices(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def apply_choices(c: ml_collections.ConfigDict, typed: Collection[str] = ()) -> ml_collections.ConfigDict:
   """A copy in which `model.variant` and `compat` have set their fields. Idempotent.
+
+  Args:
+    c: config.
+    typed: overridden fields, 'train.mixture', whose defaults were chosen, too.
 
   Raises:
     UsageError: one of these fields has a value that is neither its default nor the chosen one.
   """
   c = c.copy_and_resolve_references()
   if c.model.variant:
-    _set(c, 'model.variant', c.model.variant, {'model': VARIANTS[c.model.variant]}, base())
+    _set(c, 'model.variant', c.model.variant, {'model': VARIANTS[c.model.variant]}, base(), typed)
   if c.compat:
     decay = next((rule[2] for rule in c.optim.param_groups[-1:] if len(rule) == 3), 0.05)
     defaults = base()
     defaults.optim.param_groups = param_groups(decay)
-    _set(c, 'compat', c.compat, published_values(decay), defaults)
+    typed = [name for name in typed if name != 'optim.param_groups']  # default groups choose the decay
+    _set(c, 'compat', c.compat, published_values(decay), defaults, typed)
   return c
 
 
 def _set(c: ml_collections.ConfigDict, field_name: str, value: str, sections: Mapping[str, Mapping[str, Any]],
-         defaults: ml_collections.ConfigDict) -> None:
+         defaults: ml_collections.ConfigDict, typed: Collection[str]) -> None:
   conflicts = [f'config.{s}.{name}={c[s][name]!r}' for s, values in sections.items() for name, x in values.items()
-               if c[s][name] not in (x, defaults[s][name])]
+               if c[s][name] != x and (c[s][name] != defaults[s][name] or f'{s}.{name}' in typed)]
   if conflicts:
     raise UsageError(f'config.{field_name}={value!r} sets {", ".join(conflicts)} to another value; leave these fields '
-                     f"at their defaults, or set config.{field_name}=''.")
+                     f"out, or set config.{field_name}=''.")
   for name, values in sections.items():
     c[name].update(values)
 
 
-def parse_config(c: ml_collections.ConfigDict) -> Config:
+def parse_config(c: ml_collections.ConfigDict, typed: Collection[str] = ()) -> Config:
   """Check names, types and bounds; return the config with `model.variant` and `compat` applied.
+
+  typed: see `apply_choices`.
 
   Raises:
     UsageError: the first field that is wrong: its name, its value, the bound and the fix.
   """
   config = fields.parse(Config, c)
-  return fields.parse(Config, apply_choices(c)) if config.model.variant or config.compat else config
+  return fields.parse(Config, apply_choices(c, typed)) if config.model.variant or config.compat else config
+
+
+cli.override_checks.append(parse_config)

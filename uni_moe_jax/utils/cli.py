@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -27,6 +27,8 @@ _MAX_PATH = 200  # characters of a path in a message
 _PARSE_ERRORS = flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError
 _MISTAKE_FILE = 'UNI_MOE_MISTAKE_FILE'  # environment: a file that is created where a command ends with code 2
 _endings: list[Callable[[int], None]] = []
+# Given a config and its overridden fields, raise UsageError; `uni_moe_jax.config`, which imports this, adds its own.
+override_checks: list[Callable[[ml_collections.ConfigDict, Collection[str]], Any]] = []
 
 flags.disclaim_key_flags()  # --help of a script lists the flags that it defines through this module
 
@@ -54,16 +56,19 @@ def _define_config(values: flags.FlagValues, default: str | None, **options) -> 
   return holder
 
 
-def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
+def config_of(holder: flags.FlagHolder, values: flags.FlagValues = flags.FLAGS) -> ml_collections.ConfigDict:
   """Return the config of a flag; in `train.init`, a revision of the Hub is replaced by its commit.
 
-  Raise UsageError if the file does not exist, OSError if the file raised it.
+  Raise UsageError if the file does not exist or an override is wrong, OSError if the file raised it.
   """
   try:
     holder.value.keys()
   except OSError as e:  # ml_collections keeps an OSError until the first access to the config
     raise _loading_error(e) from None
   config = holder.value
+  if overrides := config_flags.get_override_values(values[holder.name]):
+    for check in override_checks:
+      check(config, overrides)
   if isinstance(init := config.get('train', {}).get('init'), str):
     config.train.init = hub.pinned(init, 'config.train.init')
   return config
@@ -89,7 +94,7 @@ def config_from(file: str, overrides: Sequence[str]) -> ml_collections.ConfigDic
   holder = _define_config(values, None, sys_argv=argv)
   try:
     values(argv)
-    return config_of(holder)
+    return config_of(holder, values)
   except _PARSE_ERRORS as e:
     raise UsageError(_flag_error(e, argv)) from None
 
