@@ -35,6 +35,18 @@ def test_a_config_is_stored_and_loaded_unchanged(tmp_path):
   assert workdir.load_config(tmp_path).to_dict() == c.to_dict()
 
 
+def test_a_fraction_overrides_a_whole_number_in_a_field_of_floats_also_in_a_stored_run(tmp_path):
+  c = _claimed(tmp_path)
+  c.tasks.shape = config_lib.task('image_classification', 'shapes', batch_size=4, loss_weight=2)
+  c.tasks.shape.loss_weight = 0.5
+  content = _content(tmp_path)['config']
+  content['tasks']['shape']['loss_weight'] = content['optim']['learning_rate'] = 2
+  _rewrite(tmp_path, config=content)
+  stored = workdir.load_config(tmp_path)
+  stored.tasks.shape.loss_weight = stored.optim.learning_rate = 0.5
+  assert type(stored.tasks.shape.batch_size) is int
+
+
 @pytest.mark.parametrize('section, field, value', [
     ('train', 'log_every', 7), ('data', 'dir', '/elsewhere'), ('train', 'interference_every', 5),
     ('train', 'interference_parameters', 'qkv'), ('train', 'hang_timeout', 9.), ('train', 'best_metric', 'loss/total')])

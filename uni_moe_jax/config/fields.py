@@ -61,10 +61,28 @@ def to_config_dict(value: Any) -> ml_collections.ConfigDict:
   def entry(name: str, x: Any) -> Any:
     if dataclasses.is_dataclass(x):
       return to_config_dict(x)
+    x = _as_float(x, hints[name])
     # A value of another type of a union can be assigned.
     return config_dict.FieldReference(x, field_type=object) if isinstance(hints[name], types.UnionType) else x
 
   return ml_collections.ConfigDict({name: entry(name, x) for name, x in vars(value).items()})
+
+
+def with_floats(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+  """A copy of a stored section in which no field of floats has a whole number, since no fraction could override it."""
+  hints, fields = typing.get_type_hints(cls), {f.name: f.metadata for f in dataclasses.fields(cls)}
+
+  def entry(name: str, x: Any) -> Any:
+    hint, cls = hints.get(name), fields.get(name, {}).get('entry')
+    if isinstance(x, dict) and cls:
+      return {key: with_floats(cls, value) if isinstance(value, dict) else value for key, value in x.items()}
+    return with_floats(hint, x) if isinstance(x, dict) and dataclasses.is_dataclass(hint) else _as_float(x, hint)
+
+  return {name: entry(name, x) for name, x in given.items()}
+
+
+def _as_float(x: Any, hint: Any) -> Any:
+  return float(x) if hint is float and type(x) is int and abs(x) <= _LARGEST else x
 
 
 def parse(cls: type[T], given: Any, name: str = '') -> T:

@@ -16,7 +16,8 @@ from typing import Any
 import ml_collections
 
 from uni_moe_jax import __version__
-from uni_moe_jax.config.schema import PATHS, apply_choices, base, parse_config
+from uni_moe_jax.config.fields import with_floats
+from uni_moe_jax.config.schema import PATHS, Config, apply_choices, base, parse_config
 from uni_moe_jax.data.pipeline import class_names
 from uni_moe_jax.train import manifest
 from uni_moe_jax.utils import hub, storage
@@ -286,7 +287,7 @@ def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
                            f'uni-moe train --config=quickstart --workdir={workdir}')
   content = _read(path)
   try:
-    return ml_collections.ConfigDict(_tuples(content['config']))
+    return ml_collections.ConfigDict(with_floats(Config, _tuples(content['config'])))
   except ValueError as e:  # of ml_collections: a name with a dot
     raise UsageError(f'{path} is damaged ({e}); restore an intact copy, or give another --workdir.') from None
 
