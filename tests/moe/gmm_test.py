@@ -192,6 +192,13 @@ def test_auto_follows_the_device_and_xla_is_auto_without_the_kernels(device, cap
     assert gmm.choose_backend(backend, capacity) == backend
 
 
+@pytest.mark.parametrize('capability, expected', [('7.5', 'ragged'), ('8.0', 'triton'), ('gfx90a', 'triton')])
+def test_auto_takes_no_triton_kernel_on_a_gpu_that_cannot_compile_it(capability, expected):
+  device = types.SimpleNamespace(compute_capability=capability)
+  with mock.patch.object(jax, 'devices', lambda: [device]):
+    assert gmm.choose_backend('auto', False, 'gpu') == expected
+
+
 @pytest.mark.parametrize('backend, most, rows', [
     ('portable', 200, 455), ('tiled', 200, 455),
     ('megablox', 200, 256), ('megablox', 256, 256), ('tokamax', 200, 256), ('triton', 200, 200), ('ragged', 200, 200)])

@@ -1,6 +1,7 @@
 """A saved run whose parameters alone are read is built on its own mesh, or on one device."""
 
 import functools
+import types
 
 import jax
 import pytest
@@ -55,28 +56,37 @@ def test_a_mesh_that_does_not_fit_these_devices_is_replaced_by_one_device_where_
   assert c.to_dict() == before
 
 
-@pytest.mark.parametrize('field, value, platform', [
-    ('model.attention_impl', 'splash', 'gpu'), ('model.attention_impl', 'short', 'gpu'),
-    ('moe.gmm', 'megablox', 'gpu'), ('moe.gmm', 'triton', 'tpu')])
-def test_a_kernel_of_another_type_of_device_is_refused(field, value, platform):
+_DEVICES = {name: types.SimpleNamespace(platform=platform, compute_capability=capability) for
+            name, platform, capability in [('cpu', 'cpu', None), ('tpu', 'tpu', None), ('A100', 'gpu', '8.0'),
+                                           ('T4', 'gpu', '7.5'), ('MI250', 'gpu', 'gfx90a')]}
+_OTHER_TYPE = "is a kernel for .PUs, and this run has devices of type '{}'; set it to 'auto'"
+_OLDER = "is a kernel for GPUs of compute capability 8.0 or more, and this run has 7.5; set it to 'auto'"
+
+
+@pytest.mark.parametrize('field, value, unfitting', [
+    *((field, value, dict.fromkeys(('A100', 'T4', 'MI250'), _OTHER_TYPE.format('gpu'))) for field, value in (
+        ('model.attention_impl', 'splash'), ('model.attention_impl', 'short'), ('moe.gmm', 'megablox'))),
+    ('moe.gmm', 'triton', {'tpu': _OTHER_TYPE.format('tpu'), 'T4': _OLDER})])
+def test_a_kernel_of_other_devices_is_refused(field, value, unfitting):
   c = _config()
   c.update_from_flattened_dict({field: value})
-  for fitting in {'gpu', 'tpu', 'cpu'} - {platform}:
-    train_run.check_kernels(c, fitting)
-  train_run.check_kernels(_config(), platform)
-  with pytest.raises(UsageError, match=f"config.{field}='{value}' is a kernel for .PUs, and this run has devices of "
-                                       f"type '{platform}'; set it to 'auto'"):
-    train_run.check_kernels(c, platform)
-  assert train_run.with_fitting_kernels(c, 'cpu') is c
-  read = train_run.with_fitting_kernels(c, platform)
-  assert read.model.attention_impl == read.moe.gmm == 'auto' and c.to_dict() != read.to_dict()
+  for name, device in _DEVICES.items():
+    train_run.check_kernels(_config(), device)
+    if name not in unfitting:
+      train_run.check_kernels(c, device)
+      assert train_run.with_fitting_kernels(c, device) is c
+      continue
+    with pytest.raises(UsageError, match=f"config.{field}='{value}' {unfitting[name]}"):
+      train_run.check_kernels(c, device)
+    read = train_run.with_fitting_kernels(c, device)
+    assert read.model.attention_impl == read.moe.gmm == 'auto' and c.to_dict() != read.to_dict()
 
 
 def test_a_saved_run_with_attention_of_cudnn_is_read_on_a_cpu(tmp_path):
   c = _config()
   c.model.update(dict(attention_impl='cudnn', dtype='bfloat16', num_heads=c.model.width // 8))
-  train_run.check_kernels(c, 'gpu')
+  train_run.check_kernels(c, _DEVICES['A100'])
   with pytest.raises(UsageError, match="'cudnn' is a kernel for GPUs, and this run has devices of type 'cpu'"):
-    train_run.check_kernels(c, 'cpu')
-  assert train_run.with_fitting_kernels(c, 'cpu').model.attention_impl == 'auto'
+    train_run.check_kernels(c, jax.devices()[0])
+  assert train_run.with_fitting_kernels(c, jax.devices()[0]).model.attention_impl == 'auto'
   assert train_run.build_to_read(c, tmp_path).config.model.attention_impl == 'auto'

@@ -69,9 +69,9 @@ def serves_short(implementation: str, q: jax.Array, mesh: Mesh | None) -> bool:
 
 
 def _runs_cudnn(device: Any, q: jax.Array) -> bool:
-  """Whether cuDNN's attention serves a device ('8.0' is Ampere; AMD's are no numbers), the type and the head size."""
-  major = str(getattr(device, 'compute_capability', '')).partition('.')[0]
-  return major.isdecimal() and int(major) >= 8 and q.dtype == jnp.bfloat16 and not q.shape[3] % 8
+  """Whether cuDNN's attention serves a device, the type and the head size."""
+  capability = sharding.compute_capability(device)
+  return capability is not None and capability >= sharding.AMPERE and q.dtype == jnp.bfloat16 and not q.shape[3] % 8
 
 
 def attend(

@@ -1,9 +1,9 @@
 """Grouped matmul: rows sorted by expert, each times its expert's kernel.
 
-With a capacity, groups are equal and one batched product is fastest. Without one, it is a kernel of our own on GPU
-(`gmm_triton.py`: XLA's `ragged_dot` is a dense product there, E times as much work), and the megablox kernel of JAX on
-TPU. On CPU a loop over tiles gathers and sums tokens itself, see `gmm_tiled.py`. All backends compute the same.
-A program that is exported for several platforms has one product for CPUs and one for the others, see `PORTABLE`.
+With a capacity, groups are equal and one batched product is fastest. Without one, it is a kernel of our own on GPUs
+(`gmm_triton.py`, from Ampere on: XLA's `ragged_dot` is a dense product there, E times as much work), and the megablox
+kernel of JAX on TPU. On CPU a loop over tiles gathers and sums tokens itself, see `gmm_tiled.py`. All backends compute
+the same. A program that is exported for several platforms has one product for CPUs and one for others, see `PORTABLE`.
 """
 
 import chex
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 
 from uni_moe_jax.moe import gmm_tiled, gmm_triton, pallas_kernels
+from uni_moe_jax.parallel import sharding
 from uni_moe_jax.utils.errors import UsageError
 
 BACKENDS = ('tiled', 'batched', 'ragged', 'megablox', 'triton', 'tokamax')
@@ -39,6 +40,8 @@ def choose_backend(backend: str, capacity: bool, platform: str | None = None) ->
   if capacity:
     return 'batched'
   kernels = {device: kernel for kernel, device in DEVICES.items()} if backend == AUTO else {}
+  if (sharding.compute_capability(jax.devices()[0]) or sharding.AMPERE) < sharding.AMPERE:
+    kernels.pop('gpu', None)
   return {'cpu': 'tiled', **kernels}.get(platform, 'ragged')
 
 

@@ -5,6 +5,7 @@ Batches are sharded over (replica, data, expert), so that no two groups of `mode
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from uni_moe_jax.utils.errors import UsageError
 
 AXES = ('replica', 'data', 'expert', 'model')
 BATCH_AXES = ('replica', 'data', 'expert')
+AMPERE = 8.0  # its compute capability; NVIDIA GPUs before it run neither Triton kernels nor cuDNN's attention
 
 # Logical axis of a parameter → mesh axis (None: not split). FSDP splits `embed` over `data`.
 RULES = {
@@ -59,6 +61,12 @@ def make_mesh(requested: dict[str, int], devices=None) -> Mesh:
 def platform(mesh: Mesh | None) -> str:
   """'cpu', 'gpu' or 'tpu': the type of the mesh's devices, which may be absent. None: of this process's devices."""
   return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def compute_capability(device: Any) -> float | None:
+  """That of an NVIDIA GPU. None: another device; AMD's are no numbers."""
+  capability = str(getattr(device, 'compute_capability', ''))
+  return float(capability) if re.fullmatch(r'\d+(\.\d+)?', capability) else None
 
 
 def on_one_cpu(mesh: Mesh | None) -> bool:

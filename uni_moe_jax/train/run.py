@@ -242,7 +242,7 @@ def build(
     _check_router(config, plan, workdir_lib.load_config(config.train.init))
   mesh = sharding.make_mesh({axis: config.mesh[axis] for axis in sharding.AXES}, devices)
   _check_layout(config, plan, mesh.shape)
-  check_kernels(config, mesh.devices.flat[0].platform)
+  check_kernels(config, mesh.devices.flat[0])
   shards = sharding.batch_shards(mesh.shape)
   if data is None:
     data = Data(config, plan, workdir_lib.tokenizer_copy(workdir) if has_started else None)
@@ -278,27 +278,33 @@ def _check_layout(config: ml_collections.ConfigDict, plan: Plan, mesh: Mapping[s
     plan.check_halves(shards, config.train.grad_accum_steps)
 
 
-def _unfitting_kernels(config: ml_collections.ConfigDict, platform: str) -> dict[str, str]:
-  """Fields with a kernel of another type of device → that type. On a CPU, as in tests, all but cuDNN's work."""
+def _unfitting_kernels(config: ml_collections.ConfigDict, device: jax.Device) -> dict[str, str]:
+  """Fields with a kernel of other devices → what these are. On a CPU, as in tests, all but cuDNN's work."""
+  platform, capability = device.platform, sharding.compute_capability(device)
   kernels = {'model.attention_impl': attention_kernels.DEVICES, 'moe.gmm': gmm.DEVICES}
-  chosen = {field: (value := config[field], devices.get(value)) for field, devices in kernels.items()}
-  return {field: device for field, (value, device) in chosen.items() if device not in (None, platform) and (
-      platform != 'cpu' or value == attention_kernels.CUDNN)}
+  unfitting = {}
+  for field, devices in kernels.items():
+    fitting = devices.get(value := config[field])
+    if fitting not in (None, platform) and (platform != 'cpu' or value == attention_kernels.CUDNN):
+      unfitting[field] = f'{fitting.upper()}s, and this run has devices of type {platform!r}'
+    elif fitting == 'gpu' and capability is not None and capability < sharding.AMPERE:
+      unfitting[field] = f'GPUs of compute capability {sharding.AMPERE} or more, and this run has {capability}'
+  return unfitting
 
 
-def check_kernels(config: ml_collections.ConfigDict, platform: str) -> None:
-  """Raises UsageError for a kernel of another type of device than `platform`, 'gpu' or 'tpu'.
+def check_kernels(config: ml_collections.ConfigDict, device: jax.Device) -> None:
+  """Raises UsageError for a kernel of other devices.
 
-  It would be interpreted, which gives the same results, orders of magnitude more slowly.
+  On another type it would be interpreted, which gives the same results, orders of magnitude more slowly; on older GPUs
+  it does not compile.
   """
-  for field, device in _unfitting_kernels(config, platform).items():
-    raise UsageError(f'config.{field}={config[field]!r} is a kernel for {device.upper()}s, and this run has devices of '
-                     f"type {platform!r}; set it to 'auto'.")
+  for field, fitting in _unfitting_kernels(config, device).items():
+    raise UsageError(f"config.{field}={config[field]!r} is a kernel for {fitting}; set it to 'auto'.")
 
 
-def with_fitting_kernels(config: ml_collections.ConfigDict, platform: str) -> ml_collections.ConfigDict:
+def with_fitting_kernels(config: ml_collections.ConfigDict, device: jax.Device) -> ml_collections.ConfigDict:
   """A config of which `check_kernels` refuses nothing: the parameters of a run serve on every type of device."""
-  fields = _unfitting_kernels(config, platform)
+  fields = _unfitting_kernels(config, device)
   if fields:
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(dict.fromkeys(fields, 'auto'))
@@ -323,7 +329,7 @@ def build_to_read(
         print(f'note: config.mesh of {workdir} does not fit here (devices: {len(devices)}); one device is used.',
               file=sys.stderr, flush=True)
         config, devices = on_one_device(config), devices[:1]
-  run = build(with_fitting_kernels(config, devices[0].platform), devices, workdir=workdir)
+  run = build(with_fitting_kernels(config, devices[0]), devices, workdir=workdir)
   workdir_lib.note_other_data(workdir, run.data.fingerprint)
   return run
 
