@@ -10,7 +10,7 @@ with kubectl. ARGUMENTs go to launch/train.py; the pods need no shared disk if -
   ./launch/gke.sh --name base --image REGISTRY/uni_moe_jax --service_account trainer --topology 16x16 \
       -- --config=pretrain:size=base,router=attribute,stage=1 --workdir=gs://BUCKET/base
 
-  --image IMAGE        image that was built from launch/Dockerfile with EXTRAS=tpu,gcs,clip
+  --image IMAGE        image that was built from launch/Dockerfile with EXTRAS=tpu,gcs,clip,video
   --service_account S  Kubernetes service account of the pods, which may write the bucket (default: default)
   --claim CLAIM        PersistentVolumeClaim that many pods can write (Filestore), mounted as /runs
   --accelerator A      GKE's name of the TPU (default tpu-v5-lite-podslice)

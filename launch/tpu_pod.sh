@@ -107,7 +107,7 @@ if [[ -n "$install" ]]; then
   on_all "$unless_running mkdir -p ~/uni_moe_jax && tar -xzf ~/uni_moe_jax.tar.gz -C ~/uni_moe_jax && \
 cd ~/uni_moe_jax && python3 -m venv ~/uv && ~/uv/bin/pip install -q uv && \
 ~/uv/bin/uv venv -q --allow-existing --python 3.11 .venv && \
-~/uv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip]'"
+~/uv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip,video]'"
 fi
 if [[ -n "$before" ]]; then on_all "$unless_running cd ~/uni_moe_jax && $before"; fi
 printf -v arguments '%q ' "$@"

@@ -132,7 +132,7 @@ def test_a_pod_is_created_installed_and_started_on_all_hosts():
   assert copy == [*tpu_vm, 'scp', file, 'pod:uni_moe_jax.tar.gz', *location, '--worker=all']
   for line in (install, before, train):
     assert line[:-1] == [*tpu_vm, 'ssh', 'pod', *location, '--worker=all', '--command']
-  assert "uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip]'" in install[-1]
+  assert "uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip,video]'" in install[-1]
   assert '--python 3.11' in install[-1] and 'launch/train.py' in train[-1]
   assert before[-1] == '! kill -0 "$(cat ~/run.pid)" 2>/dev/null || exit 0; cd ~/uni_moe_jax && mount it'
 
