@@ -98,18 +98,24 @@ fi
 # shellcheck disable=SC2016  # the hosts expand it
 running='kill -0 "$(cat ~/run.pid)" 2>/dev/null'
 unless_running="! $running || exit 0;"  # a run keeps its code and packages
+failed() {
+  echo "tpu_pod.sh: $1 failed. The slice is not deleted and costs money: repeat the command, or delete it with" \
+    "${tpu_vm[*]} delete $name ${where[*]}" >&2
+  exit 1
+}
 if [[ -n "$install" ]]; then
   # Of this process alone: another may start another commit, or another user a pod.
   archive="${TMPDIR:-/tmp}/uni_moe_jax.$$.tar.gz"
   trap 'rm -f "$archive"' EXIT
   run git archive --format=tar.gz --output="$archive" HEAD
-  run "${tpu_vm[@]}" scp "$archive" "$name:uni_moe_jax.tar.gz" "${where[@]}" --worker=all
+  run "${tpu_vm[@]}" scp "$archive" "$name:uni_moe_jax.tar.gz" "${where[@]}" --worker=all || failed copying
+  # The python3 of a host may lack venv, so uv is not installed in such an environment.
   on_all "$unless_running mkdir -p ~/uni_moe_jax && tar -xzf ~/uni_moe_jax.tar.gz -C ~/uni_moe_jax && \
-cd ~/uni_moe_jax && python3 -m venv ~/uv && ~/uv/bin/pip install -q uv && \
+cd ~/uni_moe_jax && { [ -x ~/uv/bin/uv ] || python3 -m pip install -q --target ~/uv uv; } && \
 ~/uv/bin/uv venv -q --allow-existing --python 3.11 .venv && \
-~/uv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip,video]'"
+~/uv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip,video]'" || failed installing
 fi
-if [[ -n "$before" ]]; then on_all "$unless_running cd ~/uni_moe_jax && $before"; fi
+if [[ -n "$before" ]]; then on_all "$unless_running cd ~/uni_moe_jax && $before" || failed --before; fi
 printf -v arguments '%q ' "$@"
 # The run is detached, because the connection may end. Its output and exit code are written to files.
 on_all "cd ~/uni_moe_jax || exit; { $running || { \

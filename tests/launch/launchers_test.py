@@ -132,9 +132,13 @@ def test_a_pod_is_created_installed_and_started_on_all_hosts():
   assert copy == [*tpu_vm, 'scp', file, 'pod:uni_moe_jax.tar.gz', *location, '--worker=all']
   for line in (install, before, train):
     assert line[:-1] == [*tpu_vm, 'ssh', 'pod', *location, '--worker=all', '--command']
-  assert "uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip,video]'" in install[-1]
-  assert '--python 3.11' in install[-1] and 'launch/train.py' in train[-1]
+  for part in ('|| python3 -m pip install -q --target ~/uv uv;', 'uv venv -q --allow-existing --python 3.11 .venv',
+               "uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip,video]'"):
+    assert part in install[-1]
+  assert 'launch/train.py' in train[-1] and '--distributed=auto' in train[-1]
   assert before[-1] == '! kill -0 "$(cat ~/run.pid)" 2>/dev/null || exit 0; cd ~/uni_moe_jax && mount it'
+  [installed] = _dry('tpu_pod.sh', *_POD, '--skip_install', '--dry_run', '--', *_TRAIN)
+  assert installed[-1] == train[-1]
 
 
 _POD = ('--name', 'pod', '--zone', 'zone')
@@ -174,7 +178,8 @@ def test_a_pod_that_trains_keeps_its_code_and_packages(tmp_path):
   assert _run('tpu_pod.sh', *_POD, '--stop', **host).returncode == 0
   assert [p.communicate(timeout=10)[0] for p in (first, second)] == ['saved\n'] * 2
   assert second.returncode == 75 and not (tmp_path / 'before').exists()
-  assert _run('tpu_pod.sh', *_POD, '--', 'a', **host).returncode not in (0, 75)  # positive control: it installs
+  done = _run('tpu_pod.sh', *_POD, '--', 'a', **host)  # positive control: it installs
+  assert done.returncode == 1 and 'tpu-vm delete pod --zone zone' in done.stderr
 
 
 def test_a_new_start_on_a_pod_keeps_the_output_of_the_last_one(tmp_path):
@@ -201,11 +206,6 @@ def test_a_slice_is_created_if_it_does_not_exist_or_was_preempted(tmp_path, stat
     (tmp_path / 'state').write_text(f'{state}\n')
   _run('tpu_pod.sh', *_POD, '--create', 'v5litepod-4', '--version', 'v', '--skip_install', '--', 'a', **host)
   assert (tmp_path / 'called').read_text().split() == ['describe', *commands, 'ssh']
-
-
-def test_an_installed_pod_is_only_started():
-  [line] = _dry('tpu_pod.sh', *_POD, '--skip_install', '--dry_run', '--', *_TRAIN)
-  assert '--distributed=auto' in line[-1]
 
 
 def test_many_hosts_can_evaluate():
