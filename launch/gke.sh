@@ -8,7 +8,8 @@ Usage: ./launch/gke.sh --name NAME --image IMAGE [OPTION...] -- ARGUMENT...
 Trains on a TPU slice of a GKE cluster, one pod per host: fills in launch/gke_jobset.yaml and applies it
 with kubectl. ARGUMENTs go to launch/train.py; the pods need no shared disk if --workdir is in a bucket:
   ./launch/gke.sh --name base --image REGISTRY/uni_moe_jax --service_account trainer --topology 16x16 \
-      -- --config=pretrain:size=base,router=attribute,stage=1 --workdir=gs://BUCKET/base
+      -- --config=pretrain:size=base,router=attribute,stage=1 --workdir=gs://BUCKET/base \
+      --config.data.dir=gs://BUCKET/data --config.tokenizer.merges_path=gs://BUCKET/bpe_simple_vocab_16e6.txt.gz
 
   --image IMAGE        image that was built from launch/Dockerfile with EXTRAS=tpu,gcs,clip,video
   --service_account S  Kubernetes service account of the pods, which may write the bucket (default: default)

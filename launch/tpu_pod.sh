@@ -12,13 +12,16 @@ run continues without the connection; the same command shows its output again, a
 On each host ~/run.log has the output, and ~/run.log.1 that of the start before.
 ARGUMENTs go to launch/train.py:
   ./launch/tpu_pod.sh --name pod --zone us-west4-a --create v5litepod-256 --version v2-alpha-tpuv5-lite \
-      -- --config=pretrain:size=base,router=attribute,stage=1 --workdir=gs://BUCKET/base
+      -- --config=pretrain:size=base,router=attribute,stage=1 --workdir=gs://BUCKET/base \
+      --config.data.dir=gs://BUCKET/data --config.tokenizer.merges_path=gs://BUCKET/bpe_simple_vocab_16e6.txt.gz
 
   --project P        Google Cloud project (default: gcloud's)
-  --create TYPE      create the slice if it does not exist or was preempted; TYPE as gcloud's --accelerator-type
+  --create TYPE      create the slice if it does not exist; TYPE as gcloud's --accelerator-type
   --version V        software of the slice, as gcloud's --version (with --create)
+  --spot             create a spot slice, and if it was preempted, delete it and create it again (with --create)
   --service_account A  service account of the slice (with --create; default: the project's)
-  --before COMMAND   run this on every host before training, in the repository: prepare data, for example
+  --before COMMAND   run this on every host before training, in the repository and its environment: prepare data with
+                     uni-moe prepare-data, for example
   --skip_install     copy and install nothing, because an earlier command did
   --evaluate         ARGUMENTs go to launch/evaluate.py
   --stop             stop the run after it has saved
@@ -35,7 +38,8 @@ HELP
 # shellcheck source=launch/options.sh
 . "$(dirname "${BASH_SOURCE[0]}")/options.sh"
 
-name='' zone='' project='' create='' version='' account='' before='' install=yes script=train.py stop='' dry_run=''
+name='' zone='' project='' create='' version='' spot='' account='' before='' install=yes script=train.py stop=''
+dry_run=''
 while (($#)); do
   case "$1" in
     --name) check_value "$@"; name="$2"; shift 2 ;;
@@ -43,6 +47,7 @@ while (($#)); do
     --project) check_value "$@"; project="$2"; shift 2 ;;
     --create) check_value "$@"; create="$2"; shift 2 ;;
     --version) check_value "$@"; version="$2"; shift 2 ;;
+    --spot) spot=yes; shift ;;
     --service_account) check_value "$@"; account="$2"; shift 2 ;;
     --before) check_value "$@"; before="$2"; shift 2 ;;
     --skip_install) install=''; shift ;;
@@ -86,13 +91,18 @@ if [[ -n "$create" ]]; then
     state=$("${tpu_vm[@]}" describe "$name" "${where[@]}" --format='value(state)' 2>/dev/null) || state=''
   fi
   if [[ "$state" == PREEMPTED ]]; then  # it exists, and cannot be started again
+    if [[ -z "$spot" ]]; then
+      echo "tpu_pod.sh: $name was preempted: it was a spot slice. Add --spot to delete it and create another one. For" \
+        "one on demand, which costs more, delete it first: ${tpu_vm[*]} delete $name ${where[*]}" >&2
+      exit 2
+    fi
     echo "tpu_pod.sh: $name was preempted; it is deleted and created again." >&2
     "${tpu_vm[@]}" delete "$name" "${where[@]}" --quiet
     state=''
   fi
   if [[ -z "$state" ]]; then
     run "${tpu_vm[@]}" create "$name" "${where[@]}" --accelerator-type "$create" --version "$version" \
-      ${account:+--service-account "$account"}
+      ${spot:+--spot} ${account:+--service-account "$account"}
   fi
 fi
 # shellcheck disable=SC2016  # the hosts expand it
@@ -115,7 +125,9 @@ cd ~/uni_moe_jax && { [ -x ~/uv/bin/uv ] || python3 -m pip install -q --target ~
 ~/uv/bin/uv venv -q --allow-existing --python 3.11 .venv && \
 ~/uv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip,video]'" || failed installing
 fi
-if [[ -n "$before" ]]; then on_all "$unless_running cd ~/uni_moe_jax && $before" || failed --before; fi
+if [[ -n "$before" ]]; then
+  on_all "$unless_running cd ~/uni_moe_jax && PATH=\$PWD/.venv/bin:\$PATH && $before" || failed --before
+fi
 printf -v arguments '%q ' "$@"
 # The run is detached, because the connection may end. Its output and exit code are written to files.
 on_all "cd ~/uni_moe_jax || exit; { $running || { \

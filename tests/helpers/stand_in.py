@@ -45,7 +45,7 @@ def tpu_host(home: pathlib.Path) -> dict[str, str]:
   """Return the environment of a host: gcloud's ssh is a shell in `home`, and its Python prints its arguments."""
   write_program(home / 'uni_moe_jax/.venv/bin/python', "printf '<%s>' \"$@\"", 'echo',
                 "trap 'echo saved; exit 75' TERM", 'while [[ -e ~/wait ]]; do sleep 0.05; done', 'exit 3')
-  write_program(home / 'bin/gcloud', 'echo "$4" >>~/called',
+  write_program(home / 'bin/gcloud', '[[ " $* " == *" --spot "* ]] && spot=--spot', 'echo "$4" $spot >>~/called',
                 'if [[ "$4" == describe ]]; then exec cat ~/state; fi',
                 'if [[ "$4" == ssh ]]; then exec bash -c "${@: -1}"; fi')
   return {'HOME': str(home), 'PATH': f'{home}/bin:{os.environ["PATH"]}'}

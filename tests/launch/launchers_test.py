@@ -115,17 +115,16 @@ def test_local_processes_differ_only_in_their_number():
 
 def test_each_local_process_has_an_accelerator_of_its_own():
   lines = _dry('local_processes.sh', '--dry_run', '--', *_TRAIN, UNI_MOE_PYTHON=sys.executable)
-  assert [line[1] for line in lines] == ['JAX_LOCAL_DEVICE_IDS=0', 'JAX_LOCAL_DEVICE_IDS=1']
-  assert [line[2] for line in lines] == [sys.executable] * 2
+  assert [line[1:3] for line in lines] == [[f'JAX_LOCAL_DEVICE_IDS={i}', sys.executable] for i in range(2)]
 
 
 def test_a_pod_is_created_installed_and_started_on_all_hosts():
   create, archive, copy, install, before, train = _dry(
       'tpu_pod.sh', '--name', 'pod', '--zone', 'zone', '--project', 'mine', '--create', 'v5litepod-256',
-      '--version', 'v2', '--service_account', 'trainer', '--before', 'mount it', '--dry_run', '--', *_TRAIN)
+      '--version', 'v2', '--spot', '--service_account', 'trainer', '--before', 'mount it', '--dry_run', '--', *_TRAIN)
   tpu_vm, location = ['gcloud', 'compute', 'tpus', 'tpu-vm'], ['--zone', 'zone', '--project', 'mine']
   assert create == [*tpu_vm, 'create', 'pod', *location, '--accelerator-type', 'v5litepod-256', '--version', 'v2',
-                    '--service-account', 'trainer']
+                    '--spot', '--service-account', 'trainer']
   assert archive[:2] == ['git', 'archive'] and archive[-1] == 'HEAD'
   file = archive[3].removeprefix('--output=')
   assert re.fullmatch(r'/\S*/uni_moe_jax\.\d+\.tar\.gz', file)
@@ -136,7 +135,8 @@ def test_a_pod_is_created_installed_and_started_on_all_hosts():
                "uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs,clip,video]'"):
     assert part in install[-1]
   assert 'launch/train.py' in train[-1] and '--distributed=auto' in train[-1]
-  assert before[-1] == '! kill -0 "$(cat ~/run.pid)" 2>/dev/null || exit 0; cd ~/uni_moe_jax && mount it'
+  assert before[-1] == '! kill -0 "$(cat ~/run.pid)" 2>/dev/null || exit 0; cd ~/uni_moe_jax && ' + (
+      'PATH=$PWD/.venv/bin:$PATH && mount it')
   [installed] = _dry('tpu_pod.sh', *_POD, '--skip_install', '--dry_run', '--', *_TRAIN)
   assert installed[-1] == train[-1]
 
@@ -168,12 +168,11 @@ def test_a_run_on_a_pod_survives_its_connection_and_is_stopped_by_name(tmp_path)
 def test_a_pod_that_trains_keeps_its_code_and_packages(tmp_path):
   host = stand_in.tpu_host(tmp_path)
   (tmp_path / 'wait').touch()
-  command, env = [_ROOT / 'launch/tpu_pod.sh', *_POD], {**os.environ, **host}
-  first = subprocess.Popen([*command, '--skip_install', '--', 'a'], env=env, stdout=subprocess.PIPE, text=True)
+  command, popen = [_ROOT / 'launch/tpu_pod.sh', *_POD], dict(env=os.environ | host, stdout=subprocess.PIPE, text=True)
+  first = subprocess.Popen([*command, '--skip_install', '--', 'a'], **popen)
   assert first.stdout.readline() == '<launch/train.py><a><--distributed=auto>\n'
   # The archive does not reach this host: installing would fail.
-  second = subprocess.Popen(
-      [*command, '--before', 'touch ~/before', '--', 'a'], env=env, stdout=subprocess.PIPE, text=True)
+  second = subprocess.Popen([*command, '--before', 'touch ~/before', '--', 'a'], **popen)
   assert second.stdout.readline() == '<launch/train.py><a><--distributed=auto>\n'
   assert _run('tpu_pod.sh', *_POD, '--stop', **host).returncode == 0
   assert [p.communicate(timeout=10)[0] for p in (first, second)] == ['saved\n'] * 2
@@ -198,14 +197,15 @@ def test_an_archive_is_of_one_start_alone_and_is_removed(tmp_path):
   assert 'scp' in (tmp_path / 'called').read_text() and not list(tmp_path.glob('*.tar.gz'))
 
 
-@pytest.mark.parametrize('state, commands', [
-    ('', ['create']), ('READY', []), ('PREEMPTED', ['delete', 'create'])])
-def test_a_slice_is_created_if_it_does_not_exist_or_was_preempted(tmp_path, state, commands):
+@pytest.mark.parametrize('state, spot, calls', [
+    ('', [], 'create ssh'), ('READY', [], 'ssh'), ('PREEMPTED', ['--spot'], 'delete create --spot ssh'),
+    ('PREEMPTED', [], '')])  # one on demand, which costs more, does not replace a spot slice
+def test_a_slice_is_created_if_it_does_not_exist_or_was_a_spot_slice(tmp_path, state, spot, calls):
   host = stand_in.tpu_host(tmp_path)
   if state:
     (tmp_path / 'state').write_text(f'{state}\n')
-  _run('tpu_pod.sh', *_POD, '--create', 'v5litepod-4', '--version', 'v', '--skip_install', '--', 'a', **host)
-  assert (tmp_path / 'called').read_text().split() == ['describe', *commands, 'ssh']
+  _run('tpu_pod.sh', *_POD, '--create', 'v5litepod-4', '--version', 'v', *spot, '--skip_install', '--', 'a', **host)
+  assert (tmp_path / 'called').read_text().split() == ['describe', *calls.split()]
 
 
 def test_many_hosts_can_evaluate():
