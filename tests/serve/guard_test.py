@@ -1,6 +1,7 @@
 """Around every request: host, token, bounded bodies, admission and headers. A tiny ASGI application is guarded."""
 
 import asyncio
+import contextlib
 import json
 import socket
 
@@ -176,26 +177,81 @@ def test_answers_have_headers_that_bind_the_browser():
   assert not [name for name in headers if name.lower().startswith(b'access-control')]
 
 
+@contextlib.asynccontextmanager
+async def _served(guard, protocol, keep_alive=1):
+  """A service of uvicorn, and a connection to it."""
+  service = uvicorn.Server(uvicorn.Config(
+      guard, port=0, http=protocol, lifespan='off', log_level='error', timeout_keep_alive=keep_alive,
+      timeout_graceful_shutdown=1))
+  running = asyncio.create_task(service._serve())
+  while not service.started:
+    await asyncio.sleep(0.01)
+  reader, writer = await asyncio.open_connection(*service.servers[0].sockets[0].getsockname())
+  try:
+    yield service, reader, writer
+  finally:
+    writer.transport.abort()
+    service.should_exit = True
+    await running
+
+
 @pytest.mark.parametrize('first', ['', 'GET / HTTP/1.1\r\nHost: localhost\r\n\r\n'])
 def test_a_head_that_never_ends_closes_the_connection(first):
   async def main():
-    config = uvicorn.Config(_guard(), port=0, http=server.protocol(1.0), lifespan='off', log_level='error')
-    service = uvicorn.Server(config)
-    running = asyncio.create_task(service._serve())
-    while not service.started:
-      await asyncio.sleep(0.01)
-    reader, writer = await asyncio.open_connection(*service.servers[0].sockets[0].getsockname())
-    writer.write(first.encode())
-    answered = (await reader.readuntil(b'0\r\n\r\n')).startswith(b'HTTP/1.1 200') if first else True
-    async with asyncio.timeout(60):
-      while not reader.at_eof() and reader.exception() is None:  # the latter if a byte arrives as the service closes
-        writer.write(b'G')  # now and then
-        await asyncio.sleep(0.02)
-    service.should_exit = True
-    await running
+    async with _served(_guard(), server.protocol(1.0)) as (_, reader, writer):
+      writer.write(first.encode())
+      answered = (await reader.readuntil(b'0\r\n\r\n')).startswith(b'HTTP/1.1 200') if first else True
+      async with asyncio.timeout(60):
+        while not reader.at_eof() and reader.exception() is None:  # the latter if a byte arrives as the service closes
+          writer.write(b'G')  # now and then
+          await asyncio.sleep(0.02)
     return answered, reader.exception()
   answered, error = asyncio.run(main())
   assert answered and isinstance(error, ConnectionError | None)
+
+
+async def _big(scope, receive, send):
+  await send({'type': 'http.response.start', 'status': 200, 'headers': [(b'content-length', b'%d' % 2**23)]})
+  await send({'type': 'http.response.body', 'body': bytes(2**23)})
+
+
+_HEAD = 'GET /model HTTP/1.1\r\nHost: localhost\r\n'
+
+
+@pytest.mark.parametrize('high, sent', [
+    (None, [f'{_HEAD}\r\n{_HEAD}\r\n']),  # the second answer waits until the client has read the first
+    *((2**30, sent) for sent in (  # nothing waits but a connection that closes
+        [f'{_HEAD}\r\n'], [f'{_HEAD}Connection: close\r\n\r\n'], [f'{_HEAD}\r\n', 'no head\r\n\r\n'],
+        [f'{_HEAD}\r\n', 'GET']))])
+def test_a_client_that_does_not_read_its_answers_is_disconnected(high, sent):
+  class Protocol(server.protocol(0.3)):
+    def connection_made(self, transport):
+      transport.set_write_buffer_limits(high)
+      super().connection_made(transport)
+
+  async def main():
+    guard = _guard(_big)
+    async with _served(guard, Protocol) as (service, _, writer):
+      connections = service.server_state.connections
+      async with asyncio.timeout(5):
+        for part in sent:
+          writer.write(part.encode())
+          await asyncio.sleep(0.1)
+        assert connections and guard.active == (high is None)
+        while connections or guard.active:
+          await asyncio.sleep(0.01)
+  asyncio.run(main())
+
+
+def test_a_client_that_reads_its_answers_stays_connected():
+  async def main():
+    async with _served(_guard(_big), server.protocol(1.0), keep_alive=5) as (_, reader, writer):
+      for pause in (1.1, 0):
+        writer.write(f'{_HEAD}\r\n'.encode())
+        await reader.readuntil(b'\r\n\r\n')
+        assert len(await reader.readexactly(2**23)) == 2**23
+        await asyncio.sleep(pause)
+  asyncio.run(main())
 
 
 def test_small_answers_are_sent_at_once():

@@ -38,12 +38,13 @@ class _Server(uvicorn.Server):
 
 
 def protocol(timeout: float) -> type[H11Protocol]:
-  """HTTP connections that close when the head of a request does not arrive within `timeout` seconds.
+  """HTTP connections that end when a head does not arrive, or an answer is not read, within `timeout` seconds.
 
-  uvicorn would wait forever for a client that sends a byte now and then.
+  uvicorn would wait forever for a client that sends a byte now and then, and for one that reads nothing.
   """
   class Protocol(H11Protocol):
     _deadline: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
       super().connection_made(transport)
@@ -55,16 +56,47 @@ def protocol(timeout: float) -> type[H11Protocol]:
 
     def connection_lost(self, exc: Exception | None) -> None:
       super().connection_lost(exc)
-      if self._deadline:
-        self._deadline.cancel()
+      for timer in (self._deadline, self._unread):
+        if timer:
+          timer.cancel()
+
+    def pause_writing(self) -> None:
+      super().pause_writing()
+      self._limit_reading()
+
+    def resume_writing(self) -> None:
+      super().resume_writing()
+      if self._unread and not self.transport.is_closing():
+        self._unread.cancel()
+        self._unread = None
+
+    def on_response_complete(self) -> None:
+      super().on_response_complete()
+      self._limit_closing()
+
+    def timeout_keep_alive_handler(self) -> None:
+      super().timeout_keep_alive_handler()
+      self._limit_closing()
+
+    def _limit_reading(self) -> None:
+      self._unread = self._unread or self.loop.call_later(timeout, self.transport.abort)
+
+    def _limit_closing(self) -> None:
+      if self.transport.is_closing():  # which waits until the client has read everything
+        self._limit_reading()
+
+    def _end(self) -> None:
+      self.transport.close()
+      self._limit_closing()
 
     def _watch(self) -> None:
+      self._limit_closing()
       if self.cycle is not None and not self.cycle.response_complete:
         if self._deadline:
           self._deadline.cancel()
         self._deadline = None
       elif self._deadline is None and not self.transport.is_closing():
-        self._deadline = self.loop.call_later(timeout, self.transport.close)
+        self._deadline = self.loop.call_later(timeout, self._end)
 
   return Protocol
 
