@@ -1,6 +1,7 @@
 """Addresses: what is refused, and that a path of the disk stays one; objects in a bucket, and faults of its store."""
 
 import concurrent.futures
+import contextlib
 import errno
 import functools
 import hashlib
@@ -11,7 +12,7 @@ import signal
 import pytest
 
 from tests.helpers import processes
-from uni_moe_jax.utils import storage
+from uni_moe_jax.utils import cli, storage
 from uni_moe_jax.utils.errors import UsageError
 
 
@@ -181,6 +182,28 @@ def test_a_bucket_that_does_not_exist_is_named(store):
   storage.check_access(storage.path(f'{store.address}/nothing/here'), '--workdir')
   with pytest.raises(UsageError, match=f"--workdir='{scheme}://absent/run' names the bucket 'absent', which does not"):
     storage.check_access(storage.path(f'{scheme}://absent/run'), '--workdir')
+
+
+@pytest.mark.parametrize('message, is_passing, attempts, code', [
+    ('Service Unavailable, 503', False, 1, 1), ('Anonymous caller does not have access, 401', False, 4, 2),
+    ('Anonymous caller does not have access, 401', True, 2, None)])
+def test_credentials_are_looked_for_again_and_a_store_that_does_not_answer_is_no_mistake_of_the_user(
+    gcs, monkeypatch, capsys, message, is_passing, attempts, code):
+  opened = []
+
+  def call(files, *_, **__):
+    opened.append(files)
+    if len(opened) == 1 or not is_passing:
+      raise type('HttpError', (Exception,), {})(message)
+
+  monkeypatch.setattr(type(storage.filesystem(gcs.address)), 'call', call)
+  monkeypatch.setattr(storage, '_PAUSES', (0., 0., 0.))
+  monkeypatch.setattr(cli.flags, 'FLAGS', lambda argv: argv[:1])
+  address = f'--workdir={gcs.address}/run'
+  with contextlib.nullcontext() if code is None else pytest.raises(SystemExit, check=lambda e: e.code == code):
+    cli._parse(['x.py', address])
+  assert len(opened) == len({*map(id, opened)}) == attempts  # each anew: gcsfs keeps what it has found
+  assert capsys.readouterr().err.startswith(f'error: {address}: ' if code else '')
 
 
 @pytest.mark.parametrize('text, meaning', [

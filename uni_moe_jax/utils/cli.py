@@ -224,8 +224,8 @@ def _parse(argv: Sequence[str], local: Sequence[str] = ()) -> list[str]:
     rest = flags.FLAGS(argv)
   except SystemExit:  # --help, for which absl exits with 1
     sys.exit(FINISHED)
-  except UsageError as e:
-    sys.exit(_report(str(e), USAGE))
+  except (UsageError, RunError) as e:
+    sys.exit(_report(str(e), USAGE if isinstance(e, UsageError) else ERROR))
   except _PARSE_ERRORS as e:
     sys.exit(_report(_flag_error(e, argv), USAGE))
   if len(rest) > 1:

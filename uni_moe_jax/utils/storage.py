@@ -24,7 +24,7 @@ from typing import Any
 from etils import epath
 
 from uni_moe_jax.utils import hub
-from uni_moe_jax.utils.errors import UsageError, chain
+from uni_moe_jax.utils.errors import RunError, UsageError, chain
 from uni_moe_jax.utils.suggest import nearest
 
 Path = pathlib.Path | epath.Path
@@ -34,6 +34,7 @@ _LEFTOVER = re.compile(r'\.[0-9a-f]{16}\.tmp')
 _UNFIT = re.compile(r'[\x00-\x1f\x7f#?*\[\]\\]|\s')  # patterns and versions for some libraries
 _CONNECT_TIMEOUT, _READ_TIMEOUT = 20, 60  # seconds without any progress until a request is repeated
 _ATTEMPTS = 8
+_PAUSES = 1.0, 2.0, 4.0  # seconds until credentials are looked for again
 _COPY_PERIOD = 30.0  # seconds; GCS refuses more than one write of an object per second
 _CREDENTIALS = {
     'gs': 'Run gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS to the key of a service '
@@ -44,15 +45,15 @@ _ERRORS = (
     (r'Anonymous caller|HttpError: .*, 401$|Invalid Credentials|UNAUTHENTICATED: |^(Refresh|DefaultCredentials)Error|'
      r'^TokenRetrievalError|^SSOTokenLoadError|^NoCredentialsError|(?i:token .*expired|ExpiredToken|InvalidAccessKeyId|'
      r'SignatureDoesNotMatch|access key id you provided)',
-     'the credentials are missing or have expired. {credentials}'),
+     _NO_CREDENTIALS := 'the credentials are missing or have expired. {credentials}'),
     (r'^OSError: Forbidden: |HttpError: .*, 403$|PERMISSION_DENIED: |^PermissionError: |\((AccessDenied|403)\) when',
      'permission is denied. Give the account the right to list, read, write and delete objects in this bucket'),
     (r'NoSuchBucket|bucket does not exist', 'the bucket does not exist. Check its name, or create it'),
     (r'^(Client(Connector|OS|Payload)|EndpointConnection|(Server|Socket|Connection|Connect|Read|FS)Timeout|'
      r'ServerDisconnected|IncompleteRead|ConnectionClosed|Proxy)\w*: |HttpError: .*, (408|429|5\d\d)$|'
      r'\((SlowDown|ServiceUnavailable|InternalError|429|5\d\d)\) when|(UNAVAILABLE|DEADLINE_EXCEEDED): .*(gs|s3|https?)://',
-     'the store does not answer, or only with errors, also to repeated requests. Check the network; the same command '
-     'continues'))
+     _NO_ANSWER := 'the store does not answer, or only with errors, also to repeated requests. Check the network; the '
+     'same command continues'))
 
 
 def is_remote(address: str | os.PathLike[str]) -> bool:
@@ -118,7 +119,7 @@ def _configure(scheme: str) -> None:
   """Set what all users of the libraries in this process share, Orbax and TensorFlow Datasets among them."""
   import aiohttp  # pylint: disable=g-import-not-at-top
   import fsspec.config  # pylint: disable=g-import-not-at-top
-  from etils.epath import backend, gpath  # pylint: disable=g-import-not-at-top
+  from etils.epath import gpath  # pylint: disable=g-import-not-at-top
   for name in ('gcsfs', 'fsspec'):  # they log the traceback of what they raise
     logging.getLogger(name).setLevel(logging.CRITICAL)
   # Zonal buckets: gcsfs would query another service about every bucket, over gRPC, and wait where it is not reachable.
@@ -131,12 +132,18 @@ def _configure(scheme: str) -> None:
   fsspec.config.conf.setdefault('s3', {}).update(use_listings_cache=False, config_kwargs=dict(
       connect_timeout=_CONNECT_TIMEOUT, read_timeout=_READ_TIMEOUT,
       retries=dict(mode='standard', max_attempts=_ATTEMPTS)))
-  # What was opened before, by TensorFlow Datasets for example, was opened without these settings.
-  fsspec.get_filesystem_class(scheme).clear_instance_cache()
-  backend._FileSystemSpecBackend._get_filesystem.cache_clear()
+  _close(scheme)  # what was opened before, by TensorFlow Datasets for example, was opened without these settings
   if scheme == 's3':  # answers without a body have a status that botocore does not repeat by itself
     from s3fs import core  # pylint: disable=g-import-not-at-top
     core.set_custom_error_handler(lambda e: re.search(r'\((429|5\d\d)\) when calling', str(e)) is not None)
+
+
+def _close(scheme: str) -> None:
+  """Make all users open a store anew."""
+  import fsspec  # pylint: disable=g-import-not-at-top
+  from etils.epath import backend  # pylint: disable=g-import-not-at-top
+  fsspec.get_filesystem_class(scheme).clear_instance_cache()
+  backend._FileSystemSpecBackend._get_filesystem.cache_clear()
 
 
 def filesystem(address: str | os.PathLike[str]) -> Any:
@@ -154,9 +161,26 @@ def split(address: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def check_access(folder: Path, name: str) -> None:
-  """Raise UsageError if a remote folder, the value of flag or field `name`, cannot be listed; one request."""
+  """Check that a remote folder, the value of flag or field `name`, can be listed; one request.
+
+  Raises:
+    UsageError: it cannot. RunError: the store does not answer.
+  """
   if not is_remote(folder):
     return
+  for pause in _PAUSES:  # on a machine that has just started, the server of its credentials may start later
+    try:
+      return _list(folder, name)
+    except UsageError as e:
+      if _meaning(e) != _NO_CREDENTIALS:
+        raise
+    time.sleep(pause)
+    _close(str(folder).partition(':')[0])
+  _list(folder, name)
+
+
+def _list(folder: Path, name: str) -> None:
+  """See `check_access`."""
   files, (bucket, key) = filesystem(folder), split(folder)
   try:
     if str(folder).startswith('gs:'):
@@ -169,16 +193,19 @@ def check_access(folder: Path, name: str) -> None:
   except Exception as e:
     if (reason := explain(e, str(folder))) is None:
       raise
-    raise UsageError(f'{name}={reason}') from e
+    raise (RunError if _meaning(e) == _NO_ANSWER else UsageError)(f'{name}={reason}') from e
 
 
 def explain(e: BaseException | None, address: str) -> str | None:
   """Return one sentence with the address if an exception, or one that caused it, is of a store; else None."""
+  if (meaning := _meaning(e)) is None:
+    return None
+  return f'{address}: {meaning.format(credentials=_CREDENTIALS.get(address.partition(":")[0], ""))}.'
+
+
+def _meaning(e: BaseException | None) -> str | None:
   texts = [f'{type(c).__name__}: {c}' for c in chain(e) if not isinstance(c, UsageError)]
-  for pattern, meaning in _ERRORS:
-    if any(re.search(pattern, text) for text in texts):
-      return f'{address}: {meaning.format(credentials=_CREDENTIALS.get(address.partition(":")[0], ""))}.'
-  return None
+  return next((meaning for pattern, meaning in _ERRORS if any(re.search(pattern, text) for text in texts)), None)
 
 
 def write_bytes(target: Path, content: bytes) -> None:
