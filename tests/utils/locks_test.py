@@ -12,6 +12,9 @@ import fsspec
 import pytest
 
 from tests.helpers import processes
+from uni_moe_jax import __version__
+from uni_moe_jax.train import manifest, workdir
+from uni_moe_jax.utils import files as files_lib
 from uni_moe_jax.utils import locks, storage
 
 _LOCKS = '''
@@ -107,19 +110,26 @@ def test_a_number_that_was_used_before_gives_no_lock(store, monkeypatch):
   assert '000001' not in _objects(folder)
 
 
-def test_a_lock_is_read_while_its_owner_renews_it(store, monkeypatch):
-  path = storage.path(store.address) / 'renewed/.lock/000001'
+@pytest.mark.parametrize('name, read', [
+    ('.lock/000001', lambda path: locks._read(path.parent, 1)), ('config.json', workdir._read),
+    ('evaluation.json', files_lib.read_json), ('manifest.json', lambda path: manifest._read(path.parent))])
+def test_a_lock_or_a_file_of_a_run_is_read_while_another_process_rewrites_it(store, monkeypatch, name, read):
+  path = storage.path(store.address) / 'renewed' / name
+  contents = ({'config': {}, 'uni_moe_jax': __version__, 'beat': 10**i} for i in range(9))  # longer and longer
+  if name == 'manifest.json':
+    contents = ({**content, 'sha256': manifest._own_checksum(content)} for content in contents)
+  contents = (json.dumps(content).encode() for content in contents)
   files = fsspec.get_filesystem_class(store.address.partition(':')[0])
   info = files._info
 
   async def then_renewed(self, *args, **options):
     details = await info(self, *args, **options)
-    await self._pipe_file(str(path), b'{"beat": 10}')
+    await self._pipe_file(str(path), next(contents))
     return details
 
   monkeypatch.setattr(files, '_info', then_renewed)  # before a file system is made, which binds it
-  storage.write_bytes(path, b'{"beat": 9}')
+  storage.write_bytes(path, next(contents))
   with pytest.raises((OSError, ValueError)):  # control: another version than announced, or cut off
     json.loads(path.read_text())
-  storage.write_bytes(path, b'{"beat": 9}')
-  assert locks._read(path.parent, 1) in ({'beat': 9}, {'beat': 10})
+  storage.write_bytes(path, next(contents))
+  assert read(path)['beat']

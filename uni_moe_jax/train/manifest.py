@@ -124,7 +124,7 @@ def _write(folder: storage.Path, content: Mapping[str, Any]) -> None:
 def _read(folder: storage.Path) -> dict[str, Any]:
   """The content of a manifest. Raises ValueError if it is damaged."""
   try:
-    content = json.loads((folder / FILE).read_text())
+    content = json.loads(storage.read_bytes(folder / FILE))
     checksum = content.pop('sha256')
   except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
     raise ValueError(f'{FILE} cannot be read') from None

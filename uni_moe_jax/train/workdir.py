@@ -295,7 +295,7 @@ def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
 def _read(path: storage.Path) -> dict[str, Any]:
   """Content of config.json. Raises UsageError if it is damaged or of another version of the package."""
   try:
-    content = json.loads(path.read_text())
+    content = json.loads(storage.read_bytes(path))
     if not (isinstance(content, dict) and isinstance(content.get('config'), dict)):
       raise UsageError('it lacks the config')
     content = {'data': None, 'inputs': None, 'versions': {}, 'extended': [], **content}

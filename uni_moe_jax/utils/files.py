@@ -36,7 +36,7 @@ def save_figure(figure: Any, path: Path, **options: Any) -> None:
 
 def read_json(path: Path, default: Any = None) -> Any:
   """Return the content of a JSON file; `default` if it does not exist."""
-  return json.loads(path.read_text()) if path.exists() else default
+  return json.loads(storage.read_bytes(path)) if path.exists() else default
 
 
 def renames_folders(parent: pathlib.Path) -> bool:

@@ -87,7 +87,7 @@ def _newest(folder: storage.Path) -> int:
 def _read(folder: storage.Path, number: int) -> dict:
   """Return the content of a lock; {} if it was removed, because there is a newer one."""
   try:
-    return json.loads(storage.read_object(folder / f'{number:0{_DIGITS}}'))
+    return json.loads(storage.read_bytes(folder / f'{number:0{_DIGITS}}'))
   except FileNotFoundError:
     return {}
 

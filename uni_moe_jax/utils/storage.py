@@ -231,9 +231,9 @@ def is_leftover(file: Path) -> bool:
   return _LEFTOVER.fullmatch(file.name) is not None
 
 
-def read_object(target: Path) -> bytes:
-  """Read an object of a bucket by one request. A file object needs two, and fails if it is rewritten between."""
-  return filesystem(target).cat_file(str(target))
+def read_bytes(target: Path) -> bytes:
+  """Read what one `write_bytes` wrote. A file object of a bucket needs two requests, and another may be between."""
+  return filesystem(target).cat_file(str(target)) if is_remote(target) else target.read_bytes()
 
 
 def move_file(source: str | os.PathLike[str], target: Path) -> None:
@@ -256,7 +256,7 @@ def create(target: Path, content: bytes) -> bool:
     filesystem(target).pipe_file(str(target), content, mode='create')
     return True
   except FileExistsError:
-    return read_object(target) == content
+    return read_bytes(target) == content
 
 
 def make_folder(folder: Path) -> None:
