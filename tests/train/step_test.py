@@ -55,9 +55,14 @@ def _batch(i: int):
   return _step()[1][i]
 
 
-def _take(state, batch):
-  """One step that does not change its arguments (the step itself donates the buffers of the state)."""
-  return _step()[0](_copy(state), batch, _step()[2])
+def _take(state, batch, **numbers):
+  """One step that does not change its arguments (the step itself donates the buffers of the state).
+
+  numbers: other ones of the spec.
+  """
+  made, _, sets = _step()
+  key, own = made._on_devices
+  return made._jitted(_copy(state), batch, sets, key, {**own, **jax.device_put(numbers, made._replicated)})
 
 
 @functools.cache
@@ -167,6 +172,25 @@ def test_a_nonfinite_step_changes_only_the_counters():
   assert np.isnan(metrics['loss/shape']) and np.isfinite(metrics['loss/text'])
 
 
+def test_a_step_with_a_finite_loss_and_an_infinite_gradient_changes_only_the_counters():
+  before = _states()[0][2]
+  after, metrics = _take(before, _batch(2), loss_weights=tuple(np.float32([1e38, 0, 0])))
+  assert np.isfinite(metrics['loss/total']) and not np.isfinite(metrics['grad_norm'])
+  for name in ('params', 'opt_state', 'ema_params'):
+    _assert_identical(getattr(after, name), getattr(before, name))
+  assert (int(after.step), int(after.nonfinite_streak), int(after.skipped_steps)) == (3, 1, 1)
+
+
+def test_a_task_without_weights_in_a_step_has_loss_zero_and_the_others_train():
+  before, batch = _states()[0][2], _batch(2)
+  fields = batch['image_classification']
+  after, metrics = _take(before, {**batch, 'image_classification': {**fields, 'weight': 0 * fields['weight']}})
+  assert (metrics['loss/shape'], metrics['accuracy/shape'], int(after.skipped_steps)) == (0, 0, 0)
+  before, after = _by_path(before.params), _by_path(after.params)
+  moved = {path for path in before if (before[path] != after[path]).any()}
+  assert {'log_scale_text_mlm', 'log_scale_image_retrieval', 'embed/word'} <= moved
+
+
 def test_the_same_step_on_finite_data_changes_all_of_them():
   before, after = _states()[0][2:4]
   for name in ('params', 'opt_state', 'ema_params'):
@@ -174,12 +198,14 @@ def test_the_same_step_on_finite_data_changes_all_of_them():
   assert (int(after.step), int(after.nonfinite_streak), int(after.skipped_steps)) == (3, 0, 0)
 
 
-def test_nonfinite_steps_are_counted_in_a_row_and_in_total():
-  state, counts = _states()[0][0], []
+def test_nonfinite_steps_are_counted_in_a_row_and_in_total_and_leave_the_schedule_where_it_was():
+  (state, *_), (first, second, *_), counts, rates = *_states(), [], []
   for batch in (_nonfinite(_batch(0)), _nonfinite(_batch(0)), _batch(0), _nonfinite(_batch(0))):
     state, metrics = _take(state, batch)
     counts.append((int(metrics['nonfinite_streak']), int(metrics['skipped_steps'])))
+    rates.append(metrics['learning_rate'])
   assert counts == [(1, 1), (2, 2), (0, 2), (1, 3)]
+  assert rates == [first['learning_rate']] * 3 + [second['learning_rate']]
 
 
 def test_a_step_is_deterministic():
@@ -307,35 +333,6 @@ def test_a_task_gets_its_own_rows_of_its_group_in_every_shard():
   assert {name: fields['label'][:, 0].tolist() for name, fields in rows.items()} == {
       'answer': [0, 1, 3, 4], 'package': [2, 5]}
   assert rows['package']['weight'].tolist() == [[1.], [2.5]]
-
-
-LABELS = [[5, 6, 7], [5, 8, 9], [10, 5, 11], [12, 13, 5]]
-LABEL_WEIGHTS = [[1, 1, 1], [1, 0, 1], [1, 1, 1], [1, 1, 1]]
-
-
-def _mlm(num_sampled, *leading):
-  """(spec, batch) of a masked-language task whose vocabulary samples `num_sampled` words, with these leading axes."""
-  plan = _set_run().plan.only('text')
-  plan = dataclasses.replace(plan, sets=(dataclasses.replace(plan.sets[0], num_sampled=num_sampled),))
-  fields = {'label': np.array(LABELS), 'weight': np.array(LABEL_WEIGHTS, np.float32)}
-  spec = dataclasses.replace(_set_run().spec, plan=plan, grad_accum_steps=leading[0])
-  return spec, {'text_mlm': {k: v.reshape(*leading, -1, 3) for k, v in fields.items()}}
-
-
-@pytest.mark.parametrize('leading', [(1,), (2, 1)])
-def test_labels_of_positive_weight_of_all_micro_steps_are_sampled_together(leading):
-  words = forward.sample_vocabularies(*_mlm(8, *leading), jax.random.key(0))['words']
-  assert sorted(words.ids.tolist()) == [5, 6, 7, 9, 10, 11, 12, 13]  # 8 has weight 0
-  assert float(words.dropped) == 0
-
-
-def test_dropped_labels_have_weight_zero():
-  # A sample of 6 for 8 labels: the two that are dropped do not count. Label 5 occurs four times.
-  spec, batch = _mlm(6, 1)
-  sampled = forward.sample_vocabularies(spec, batch, jax.random.key(0))
-  kept = np.isin(LABELS, sampled['words'].ids) * np.array(LABEL_WEIGHTS)
-  assert float(sampled['words'].dropped) == 2
-  assert float(forward.weight_sums(spec, batch, sampled)['text']) == kept.sum() < 11
 
 
 # Seven texts: no other array of the step has this leading axis.
