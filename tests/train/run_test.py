@@ -56,6 +56,17 @@ def test_a_mesh_that_does_not_fit_these_devices_is_replaced_by_one_device_where_
   assert c.to_dict() == before
 
 
+def test_the_readout_token_may_be_a_word_of_one_token():
+  c = _config()
+  assert train_run.build(c, jax.devices()[:1]).spec.model.spec.prefix_word is None
+  c.model.readout_token = 'a'
+  run = train_run.build(c, jax.devices()[:1])
+  assert [run.spec.model.spec.prefix_word] == run.data.tokenizer.encode('a')
+  c.model.readout_token = 'a a'
+  with pytest.raises(UsageError, match=r"readout_token='a a' is 2 tokens; give a word that is one token, or '<spe>'"):
+    train_run.build(c, jax.devices()[:1])
+
+
 _DEVICES = {name: types.SimpleNamespace(platform=platform, compute_capability=capability) for
             name, platform, capability in [('cpu', 'cpu', None), ('tpu', 'tpu', None), ('A100', 'gpu', '8.0'),
                                            ('T4', 'gpu', '7.5'), ('MI250', 'gpu', 'gfx90a')]}
