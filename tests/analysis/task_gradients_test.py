@@ -166,6 +166,12 @@ def test_the_metric_is_delta_of_the_two_halves_at_every_nth_step():
   assert not np.isclose(got['interference/package<-answer'], got['interference/answer<-package'], rtol=1e-3)
 
 
+def test_parameters_of_the_metric_that_do_not_exist_are_an_error():
+  run = dataclasses.replace(_run(), config=_config(interference_every=3, interference_parameters='nothing'))
+  with pytest.raises(UsageError, match="config.train.interference_parameters='nothing' matches nothing"):
+    interference_hook(run)
+
+
 @pytest.mark.parametrize('at_init', [False, True])
 def test_a_run_that_trains_no_task_is_an_error_that_names_the_run_it_starts_from(tmp_path, monkeypatch, at_init):
   run, config = _run(), _config(init='runs/quickstart')
@@ -184,7 +190,7 @@ def test_a_run_whose_mesh_does_not_fit_is_measured_on_one_device(tmp_path, capsy
   assert 'does not fit here (devices: 8); one device is used' in capsys.readouterr().err
 
 
-def test_only_parameters_are_read_and_averages_are_if_they_are_wanted(tmp_path):
+def test_only_parameters_are_read_and_averages_are_if_they_are_wanted_and_not_measured(tmp_path, monkeypatch):
   run, params = _run(), _params()
   with Checkpoints(tmp_path, 1) as checkpoints:  # without moments, as an export has it
     checkpoints.save(3, {'params': params, 'ema_params': jax.tree.map(lambda x: x + 1, params)})
@@ -192,6 +198,14 @@ def test_only_parameters_are_read_and_averages_are_if_they_are_wanted(tmp_path):
     got, name = run_interference.load_params(run, tmp_path, None, False, averaged)
     assert name == 'step 3'
     chex.assert_trees_all_equal(got, jax.tree.map(lambda x: x + averaged, params))
+
+  def start(run, got, *_):  # of the measurement
+    chex.assert_trees_all_equal(got, params)
+    raise UsageError('it has started')
+  monkeypatch.setattr(run_interference, 'build_to_read', lambda *_: run)
+  monkeypatch.setattr(run_interference, 'TaskGradients', start)
+  with pytest.raises(UsageError, match='it has started'):
+    run_interference.measure_interference(run.config, tmp_path, None, False, PATTERN, None, 2, 0)
 
 
 @pytest.fixture(scope='module')
