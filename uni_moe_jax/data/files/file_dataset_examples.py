@@ -168,7 +168,8 @@ class _Batch:
     self._flips = b.training and task.random_flip
     self._mirror_words = (
         file_dataset_features.word_mirror(task.mirrored_words) if b.training and task.mirrored_words else None)
-    self._tables = file_dataset_features.label_tables(task, records, b.keys.get(task.target_set, ()), self.keep)
+    self._tables = file_dataset_features.label_tables(
+        task, records, b.keys.get(task.target_set, ()), self.keep, b.training)
     self._has_images = bool(self._media_column) and not self._is_video
     self._shape = [1, b.size, b.size, b.channels]  # of an image
     # TensorFlow takes an image from the bytes of its record, without Python's lock.

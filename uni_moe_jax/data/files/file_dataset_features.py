@@ -47,7 +47,7 @@ def feature_readers(
     UsageError: the config does not fit the source.
   """
   readers = []
-  if task.type.has_classes and task.label_column not in records.labels:
+  if task.type.has_classes and not _labels_are_known(task, records, training):
     readers.append(_label_reader(task, records, keys, training))
   if has_phrase(task) and not phrases_are_known:
     readers.append(_phrase_reader(task, records, tokenizer, training))
@@ -56,14 +56,20 @@ def feature_readers(
   return readers
 
 
+def _labels_are_known(task: TaskSpec, records: FileDataset, training: bool) -> bool:
+  """Whether they are before a record is read; with `mirrored_words` a mirrored image may have another class."""
+  return task.label_column in records.labels and not (training and task.mirrored_words)
+
+
 def label_tables(
-    task: TaskSpec, records: FileDataset, keys: Sequence[str], keep: np.ndarray) -> dict[str, np.ndarray]:
+    task: TaskSpec, records: FileDataset, keys: Sequence[str], keep: np.ndarray, training: bool,
+) -> dict[str, np.ndarray]:
   """Features of all examples that are known before any is read, [n, …]: `label` and `weight` of own data's classes.
 
   keep: ids [n] of the records that are examples, all of which have a class. Raises UsageError for a class that is not
   in the target set.
   """
-  if not task.type.has_classes or task.label_column not in records.labels:
+  if not task.type.has_classes or not _labels_are_known(task, records, training):
     return {}
   index = _class_index(task, records, keys)
   table = np.array([index[name] for name in records.classes[task.label_column]], np.int32)
@@ -94,6 +100,13 @@ def _label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str], tra
   is_class = column_type == 'class'
   M, normalize = (1, str) if is_class else (max(1, task.max_predictions), normalize_answer)
   index = _class_index(task, records, keys) if is_class else {normalize(key): i for i, key in enumerate(keys)}
+  if is_class and training and task.mirrored_words:
+    mirrored = word_mirror(task.mirrored_words)({name: name for name in records.classes[column]})
+    if unknown := [(a, b) for a, b in mirrored.items() if b not in index]:
+      raise UsageError(
+          f'config.tasks.{task.name}.mirrored_words={task.mirrored_words}: with its image, class {unknown[0][0]!r} '
+          f'becomes {unknown[0][1]!r}, which is not in config.target_sets.{task.target_set}; add it, or set '
+          'mirrored_words=().')
 
   def draw(counts, N, h):
     """One of the answers, as if all N people had given it."""
@@ -164,14 +177,21 @@ def _template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer,
 
 
 def word_mirror(pairs: Sequence[Sequence[str]]) -> Callable[[Record], Record]:
-  """Record → the record with the words of every pair exchanged in its texts; whole words, in upper or lower case."""
+  """Record → the record with the words of every pair exchanged in its texts.
+
+  Words are whole, also beside an underscore, and keep their case.
+  """
   other = {a.lower(): b for left, right in pairs for a, b in ((left, right), (right, left))}
-  pattern = re.compile(rf'\b(?:{"|".join(map(re.escape, other))})\b', re.IGNORECASE)
+  pattern = re.compile(rf'(?<![^\W_])(?:{"|".join(map(re.escape, other))})(?![^\W_])', re.IGNORECASE)
+
+  def exchange(match):
+    word = other[match[0].lower()]
+    return word.upper() if match[0].isupper() else word.capitalize() if match[0][0].isupper() else word
 
   def mirror(value):
     if isinstance(value, (tuple, list)):
       return tuple(map(mirror, value))
-    return pattern.sub(lambda match: other[match[0].lower()], value) if isinstance(value, str) else value
+    return pattern.sub(exchange, value) if isinstance(value, str) else value
   return lambda record: {column: mirror(value) for column, value in record.items()}
 
 
