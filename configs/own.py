@@ -11,6 +11,7 @@ Arguments:
   mode=finetune            every parameter of the run trains (default)
   mode=prompts             only prompts and norms train
   mode=zero_shot           nothing trains; for uni-moe evaluate
+  devices=1                devices that share each batch; batches are larger by this factor
 
 Tasks follow from the columns of the data: captions give retrieval and captioning; classes, classification; texts,
 masked language modeling or classification. Change them by overrides such as
@@ -31,7 +32,10 @@ from uni_moe_jax.utils.errors import UsageError
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """2 layers, width 128, 8 experts, images of 64 pixels in patches of 16; or the model of the run."""
   a = config.arguments(
-      arg, __file__, dict(sources='', run='', mode='finetune'), dict(mode=finetuning.MODES), required=('sources',))
+      arg, __file__, dict(sources='', run='', mode='finetune', devices=1), dict(mode=finetuning.MODES),
+      required=('sources',))
+  if not a.devices:
+    raise UsageError(f'own:{arg}: devices=0 must be at least 1, the number of devices that share each batch.')
   paths = [storage.path(name, f'own:{arg}') for name in a.sources.split('+')]
   directories = {str(p.parent.parent) if p.parent.name else config.base().data.dir for p in paths}
   if len(directories) > 1:
@@ -47,7 +51,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     c.tokenizer.allow_smaller_vocab = True  # the amount of text is unknown
     c.model.frame_differences = any('video' in summary['columns'].values() for summary in summaries.values())
   c.data.dir = directory
-  presets.own(c, summaries)
+  presets.own(c, summaries, a.devices)
   for name, summary in summaries.items():
     if not any(t.source == f'own:{name}' for t in c.tasks.values()):
       columns = ', '.join(f'{column} ({column_type})' for column, column_type in summary['columns'].items())

@@ -162,6 +162,16 @@ def test_a_wrong_argument_is_an_error_with_its_choices(name, arg, message):
     _config(name, arg)
 
 
+def test_batches_of_own_data_are_those_of_one_device_times_their_number(tmp_path):
+  sources = '+'.join(own_data.write(tmp_path))
+  one, many = (_config('own', f'sources={sources}{number}') for number in ('', ',devices=16'))
+  make_plan(many).check_batches(16, 1)
+  assert {name: t.batch_size for name, t in many.tasks.items()} == {
+      name: 16 * t.batch_size for name, t in one.tasks.items()}
+  with pytest.raises(UsageError, match='devices=0 must be at least 1'):
+    _config('own', f'sources={sources},devices=0')
+
+
 def test_own_data_that_gives_no_task_is_refused_with_its_columns(tmp_path):
   """Also beside data that gives one: of two sources, one would be left out without a word."""
   pets, _ = own_data.write(tmp_path)

@@ -68,7 +68,7 @@ def small(c: ml_collections.ConfigDict) -> None:
   c.train.update(dict(steps=2500, log_every=20, checkpoint_every=500, cpu_bfloat16=True))
 
 
-def own(c: ml_collections.ConfigDict, summaries: Mapping[str, Mapping[str, Any]]) -> None:
+def own(c: ml_collections.ConfigDict, summaries: Mapping[str, Mapping[str, Any]], devices: int = 1) -> None:
   """Add tasks and evaluators for the columns of your own prepared data.
 
   Tasks are called NAME_retrieval, NAME_caption, NAME_words, and NAME_COLUMN for a column of classes, with '_' for a dot
@@ -79,6 +79,7 @@ def own(c: ml_collections.ConfigDict, summaries: Mapping[str, Mapping[str, Any]]
   Args:
     c: config with a model.
     summaries: name of the data → its prepared.json.
+    devices: that share each batch, which is larger by this factor.
   """
   shares = {}
   for name, summary in summaries.items():
@@ -87,7 +88,7 @@ def own(c: ml_collections.ConfigDict, summaries: Mapping[str, Mapping[str, Any]]
   for name, share in shares.items():
     task = c.tasks[name]
     examples = int(step_tokens * share / sum(shares.values()) / _tokens(c, task))
-    task.batch_size = min(max(examples // _BATCH_MULTIPLE, 1) * _BATCH_MULTIPLE, _MAX_BATCH)
+    task.batch_size = min(max(examples // _BATCH_MULTIPLE, 1) * _BATCH_MULTIPLE, _MAX_BATCH) * devices
   # The distinct words of a step must fit: at least half of its labels are padding or repeat others.
   labels = sum(t.batch_size * (t.max_predictions if t.type == 'text_mlm' else t.max_len)
                for t in c.tasks.values() if t.target_set == 'vocabulary')
