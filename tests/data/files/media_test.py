@@ -55,6 +55,21 @@ def test_equal_bytes_have_equal_digests_whatever_is_rewritten(tmp_path):
   assert a.note and a.digest == b.digest != c.digest
 
 
+@pytest.mark.parametrize('file_format', ['JPEG', 'MPO'])
+@pytest.mark.parametrize('options', [dict(quality=75), dict(quality=90, subsampling='4:2:2'), dict(qtables=[[9] * 64])])
+@pytest.mark.parametrize('mode, orientation', [('RGB', 6), ('L', 6), ('RGB', 1)])
+def test_a_rotated_photograph_stays_a_jpeg_of_its_size(file_format, options, mode, orientation):
+  exif = Image.Exif()
+  exif[media._EXIF_ORIENTATION] = orientation
+  image = own_files.color_image('red', 0, (120, 88)).resize((440, 610)).convert(mode)
+  more = dict(save_all=True, append_images=[image]) if file_format == 'MPO' else {}
+  made = media.check_image(data := own_files.encode_image(image, file_format, exif=exif, **options, **more))
+  assert made.data.startswith(b'\xff\xd8\xff') and len(made.data) < 1.5 * len(data)
+  shown, stored = (np.asarray(Image.open(io.BytesIO(d))).astype(int) for d in (data, made.data))
+  upright = np.rot90(shown, -1) if orientation == 6 else shown
+  assert stored.shape == upright.shape and np.abs(stored - upright).mean() < 3 < np.abs(stored - stored[::-1]).mean()
+
+
 # Levels of 16 bits and, in training, their upper 8: of the first two pixels only the lower 8 differ.
 _DEEP = np.array([0x0012, 0x0013, 0x40ff, 0xff00], np.uint16).repeat(16).reshape(8, 8)
 _UPPER = np.array([0x00, 0x00, 0x40, 0xff], np.uint8).repeat(16).reshape(8, 8)

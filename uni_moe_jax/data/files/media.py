@@ -12,7 +12,7 @@ import pathlib
 import stat
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from uni_moe_jax.utils.errors import UsageError
 
@@ -27,6 +27,8 @@ TOO_MANY_PIXELS = f'more than {MAX_PIXELS // 10**6} megapixels'
 _PLAIN_FORMATS = ('JPEG', 'PNG', 'WEBP')
 _PLAIN_MODES = ('L', 'RGB', '1', 'P')
 _EXIF_ORIENTATION = 0x0112
+_PHOTOGRAPHS = ('JPEG', 'MPO')  # MPO: of phones, a JPEG and further ones behind it
+_SQUARE = 2  # 4:2:0, the usual subsampling, which may be rotated
 
 
 class CorruptFile(Exception):
@@ -67,6 +69,7 @@ def _as_displayed(data: bytes) -> Media:
   image = Image.open(io.BytesIO(data))
   if image.width * image.height > MAX_PIXELS:
     raise CorruptFile(TOO_MANY_PIXELS)
+  original = image
   digest, file_format, notes = hashlib.sha256(data).digest(), image.format, []
   if file_format == 'PNG' and _PNG_END not in data:  # Pillow loads it; TensorFlow, in training, does not
     raise CorruptFile('truncated')
@@ -88,7 +91,12 @@ def _as_displayed(data: bytes) -> Media:
     if image.mode != 'I' or file_format == 'PPM':  # other formats have 32 bits in this mode, of an unknown range
       image = eight_bits(image)  # Pillow's conversion would make all that is not nearly black white
     image = on_white(image) if image.has_transparency_data else image
-    image.convert('RGB').save(out := io.BytesIO(), 'PNG')
+    if file_format in _PHOTOGRAPHS and image.mode in ('L', 'RGB'):  # as PNG it would be several times as large
+      subsampling = JpegImagePlugin.get_sampling(original)
+      image.save(out := io.BytesIO(), 'JPEG', qtables=[*original.quantization.values()],
+                 subsampling=subsampling if subsampling == _SQUARE else 0)
+    else:
+      image.convert('RGB').save(out := io.BytesIO(), 'PNG')
     data = out.getvalue()
   return Media(data, image.size, '; '.join(notes), digest)
 
