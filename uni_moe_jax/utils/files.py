@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from uni_moe_jax.utils import storage
@@ -75,3 +77,21 @@ def check_folder_of(path: str, name: str) -> None:
   """Raise UsageError if the folder of a file to write does not exist, before the work whose result it would get."""
   if not storage.is_remote(path) and not storage.path(path).absolute().parent.is_dir():
     raise UsageError(f'{name}={path}: its folder does not exist; create it first.')
+
+
+def files_below(folder: str, prefix: str, real_paths: tuple[str, ...]) -> Iterator[str]:
+  """Yield the names of files below a folder, in the order of sorted paths; hidden ones are ignored.
+
+  real_paths: of the folder, the last one, and of those that it was reached through; a link to one of them would be
+  followed without end. A link to nothing is a file, which is missing.
+  """
+  with os.scandir(folder) as entries:
+    scanned = sorted((e for e in entries if not e.name.startswith('.')), key=lambda entry: entry.name)
+  for entry in scanned:
+    is_link = entry.is_symlink()
+    if os.path.isdir(entry.path) if is_link else entry.is_dir():
+      real_path = os.path.realpath(entry.path) if is_link else os.path.join(real_paths[-1], entry.name)
+      if real_path not in real_paths:
+        yield from files_below(entry.path, f'{prefix}{entry.name}/', (*real_paths, real_path))
+    elif os.path.isfile(entry.path) or not os.path.exists(entry.path) if is_link else entry.is_file():
+      yield prefix + entry.name

@@ -314,6 +314,20 @@ def test_the_rows_do_not_depend_on_the_size_of_shards(tmp_path, monkeypatch, nam
     assert len({shard.name() for shard in shards}) == len(shards)
 
 
+def test_a_shard_has_fewer_videos_than_rows(tmp_path):
+  names = [f'{i}.MP4' for i in range(130)]
+  own_files.write_jsonl(tmp_path / 'videos/x.jsonl', [{'video': name} for name in names])
+  own_files.write_jsonl(tmp_path / 'named/metadata.jsonl', [{'file_name': name} for name in names])
+  own_files.write_jsonl(tmp_path / 'images/x.jsonl', [{'image': f'{i}.png'} for i in range(130)])
+  (tmp_path / 'x.csv').write_text('\n'.join(['video', *names]))
+  for i, name in enumerate(names):
+    (path := tmp_path / f'folder/{i % 2}/{name}').parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+  counts = {name: [sum(1 for _ in input_shards.read(shard)) for shard in input_shards.plan(tmp_path / name)]
+            for name in ('videos', 'named', 'x.csv', 'folder', 'images')}
+  assert counts == dict.fromkeys(('videos', 'named', 'x.csv', 'folder'), [63, 63, 4]) | {'images': [130]}
+
+
 def test_documents_and_line_numbers_go_on_over_shards(tmp_path, monkeypatch):
   monkeypatch.setattr(input_shards, '_NUM_ROWS', 2)
   rows = [row for shard in input_shards.plan(_inputs(tmp_path)['txt']) for row in input_shards.read(shard)]

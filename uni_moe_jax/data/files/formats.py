@@ -14,6 +14,7 @@ from typing import Any
 
 _SUFFIXES = {'image': ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp'),
              'video': ('.mp4', '.webm', '.mkv', '.avi', '.mov', '.gif')}
+_VIDEO_NAME = re.compile(r'\.(mp4|webm|mkv|avi|mov)\b', re.IGNORECASE)
 MEDIA_SUFFIXES = tuple(dict.fromkeys(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes))
 MEDIA_TYPES = tuple(_SUFFIXES)
 # Names of folders and files that stand for a split.
@@ -77,6 +78,11 @@ def class_folder_row(root: pathlib.Path, name: pathlib.PurePath, gif: str) -> Ro
 def media_type_of(suffix: str) -> str:
   """'image' or 'video' by the suffix of a file name, with its dot; '' for another one."""
   return next((m for m, suffixes in _SUFFIXES.items() if suffix.lower() in suffixes), '')
+
+
+def names_video(row: str) -> bool:
+  """Whether the text of a row, or a path, names a video."""
+  return '"video"' in row or bool(_VIDEO_NAME.search(row))
 
 
 def decode_json(line: bytes, encoding: str = 'utf-8') -> Any:

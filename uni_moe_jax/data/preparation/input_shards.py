@@ -32,8 +32,10 @@ from uni_moe_jax.data.files.formats import MEDIA_SUFFIXES, SPLIT_NAMES, Row, one
 from uni_moe_jax.data.preparation import archives
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError, first_few
+from uni_moe_jax.utils.files import files_below
 
 _NUM_ROWS = 2_000  # of a shard, where a file can be divided
+_VIDEO_ROWS = 32  # as many rows take the time of a video, all of whose frames are decoded
 _RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
 _ARCHIVES = ('.tar', '.parquet')
 _TABLES = {'.csv': ',', '.tsv': '\t'}  # suffix → delimiter
@@ -176,27 +178,9 @@ def _has_media(source: pathlib.Path) -> bool:
 
 
 def _class_folders(root: pathlib.Path) -> Iterator[InputShard]:
-  paths = _files_below(str(root), '', (os.path.realpath(root),))
-  while batch := tuple(itertools.islice(paths, _NUM_ROWS)):
-    yield InputShard('folder', str(root), paths=batch)
-
-
-def _files_below(folder: str, prefix: str, real_paths: tuple[str, ...]) -> Iterator[str]:
-  """The names of files below a folder, in the order of sorted paths; hidden ones are ignored.
-
-  real_paths: of the folder, the last one, and of those that it was reached through; a link to one of them would be
-  followed without end. A link to nothing is a file, which is missing.
-  """
-  with os.scandir(folder) as entries:
-    scanned = sorted((e for e in entries if not e.name.startswith('.')), key=lambda entry: entry.name)
-  for entry in scanned:
-    is_link = entry.is_symlink()
-    if os.path.isdir(entry.path) if is_link else entry.is_dir():
-      real_path = os.path.realpath(entry.path) if is_link else os.path.join(real_paths[-1], entry.name)
-      if real_path not in real_paths:
-        yield from _files_below(entry.path, f'{prefix}{entry.name}/', (*real_paths, real_path))
-    elif os.path.isfile(entry.path) or not os.path.exists(entry.path) if is_link else entry.is_file():
-      yield prefix + entry.name
+  paths = files_below(str(root), '', (os.path.realpath(root),))
+  for part in _parts((path, formats.names_video(path)) for path in paths):
+    yield InputShard('folder', str(root), paths=tuple(path for path, _ in part))
 
 
 def _divide(file: storage.Path) -> Iterator[InputShard]:
@@ -226,25 +210,37 @@ def _divide(file: storage.Path) -> Iterator[InputShard]:
               f'names {first_few([formats.shorten(name) for name in columns]) or "none"}.')
         lines.seek(start)
         shard, first_line = functools.partial(shard, columns=columns), 1 + num_lines
-        steps = ((size, count, 0) for count, size, _ in _records(lines, _TABLES[suffix], len(columns)))
+        steps = ((size, count, 0, 'video' in columns or formats.names_video(' '.join(fields or ())))
+                 for count, size, fields in _records(lines, _TABLES[suffix], len(columns)))
       elif suffix == '.txt':
         _check_encoding(file, lines)
         texts = ((line, _texts(line, i == 0)) for i, line in enumerate(lines))
-        steps = ((len(line), len(t), sum(not one_line(text) for text in t)) for line, t in texts)
+        steps = ((len(line), len(t), sum(not one_line(text) for text in t), False) for line, t in texts)
       else:
-        steps = ((len(line), 1, 0) for line in lines)
+        steps = ((len(line), 1, 0, formats.names_video(line.decode('latin-1'))) for line in lines)
       yield from _cut(steps, shard, start, first_line)
 
 
-def _cut(steps: Iterator[tuple[int, int, int]], shard: Callable[..., InputShard], start: int,
+def _parts(items: Iterable[tuple]) -> Iterator[list[tuple]]:
+  """Consecutive items, as many as a shard has. The last value of each is whether it names a video."""
+  part, num_rows = [], 0
+  for item in items:
+    part.append(item)
+    if (num_rows := num_rows + (_VIDEO_ROWS if item[-1] else 1)) >= _NUM_ROWS:
+      yield part
+      part, num_rows = [], 0
+  yield from [part] if part else ()
+
+
+def _cut(steps: Iterator[tuple[int, int, int, bool]], shard: Callable[..., InputShard], start: int,
          line: int) -> Iterator[InputShard]:
-  """Shards of a file of which each step is some bytes, lines and ends of documents.
+  """Shards of a file of which each step is some bytes, lines and ends of documents, and whether it names a video.
 
   start, line: the first byte, and the number of its line.
   """
   document = 0
-  while chunk := list(itertools.islice(steps, _NUM_ROWS)):
-    size, lines, documents = map(sum, zip(*chunk))
+  for part in _parts(steps):
+    size, lines, documents, _ = map(sum, zip(*part))
     yield shard(start=start, stop=start + size, line=line, document=document)
     start, line, document = start + size, line + lines, document + documents
 
