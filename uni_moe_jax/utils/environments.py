@@ -54,7 +54,8 @@ def run(interpreter: str, module: str, *arguments: str) -> int:
   """
   path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get('PYTHONPATH'))))
   command = [interpreter, '-P', '-m', module, *arguments]  # -P: not from the current folder, which may be a clone
-  code = signals.wait(subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': path}, start_new_session=True))
+  code = signals.wait(subprocess.Popen(
+      command, env={**os.environ, 'PYTHONPATH': path}, start_new_session=True, preexec_fn=signals.end_with_parent()))
   if code == PREEMPTED:
     sys.exit(code)
   return code
