@@ -223,6 +223,7 @@ _IMAGE = served.png(np.zeros((4, 4), np.uint8))
     ('/classify', dict(task='shape', example=0, names=['\ud800']), 422, ['half of a surrogate pair']),
     ('/classify', dict(task='shape', example=0, names='a'), 422, ["Field 'names' should be a valid list."]),
     ('/classify', dict(task='shape', example=0, texts={'a': 'b'}), 422, ['unknown entry']),
+    ('/classify', dict(task='package', texts={'\ud800': ' '}), 422, ["texts.'\\ud800' is empty"]),
     ('/classify', dict(task='package'), 422, ["reads the texts text; texts has a missing or unknown entry 'text'"]),
     ('/classify', dict(task='shape', example=0, path='/etc/passwd'), 422, ["Field 'path' is unknown"]),
     ('/classify', dict(example=0), 422, ["Field 'task' is missing"]),

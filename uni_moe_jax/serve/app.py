@@ -51,7 +51,7 @@ class Input(_Body):
     return Item(
         image=_decoded(self.image, 'image'), video=_decoded(self.video, 'video'),
         example=-1 if self.example is None else self.example, top=self.top,
-        texts={column: limits.check_text(text, f'texts.{column[:60]}') for column, text in self.texts.items()})
+        texts={column: limits.check_text(text, f'texts.{column[:60]!r}') for column, text in self.texts.items()})
 
 
 class Classify(Input):
