@@ -100,14 +100,15 @@ def _terminal():
     yield tqdm
 
 
-def test_a_terminal_gets_a_progress_bar_instead(tmp_path, capsys):
+def test_a_terminal_gets_the_lines_above_a_progress_bar(tmp_path, capsys):
   with _terminal() as tqdm, MetricsLog(tmp_path, 3, 9) as log:
     for _ in range(2):
       log.add({'loss/total': 2.})
     log.write(5)
     log.evaluated(5, {'eval/photos/top-1': .5})
   bar = tqdm.return_value
-  bar.write.assert_called_once_with('step 5  photos/top-1 0.500')
+  (line,), (evaluated,) = (call.args for call in bar.write.call_args_list)
+  assert line.startswith('step 5/9  total 2.000  ') and evaluated == 'step 5  photos/top-1 0.500'
   assert tqdm.call_args.kwargs['initial'] == 3 and tqdm.call_args.kwargs['total'] == 9
   assert bar.update.call_count == 2
   bar.set_postfix_str.assert_called_once_with('loss 2.000')

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, TensorBoard, and lines or a progress bar on the terminal."""
+"""Where metrics go: metrics.jsonl, TensorBoard, and lines on the terminal, above a progress bar."""
 
 import json
 import os
@@ -86,10 +86,9 @@ class MetricsLog:
     if self._bar:
       # The means lack losses that are not finite.
       self._bar.set_postfix_str(f'loss {means.get("loss/total", float("nan")):.3f}')
-    else:
-      shown = ''.join('  ' + text.format(speed[k]) for k, text in _SHOWN.items() if k in speed)
-      left = (self._last - step) / rate
-      print(f'step {step}/{self._last}  {losses}  {rate:.2f} step/s{shown}  {_duration(left)} left', flush=True)
+    shown = ''.join('  ' + text.format(speed[k]) for k, text in _SHOWN.items() if k in speed)
+    left = _duration((self._last - step) / rate)
+    self._print(f'step {step}/{self._last}  {losses}  {rate:.2f} step/s{shown}  {left} left')
     dropped = means.get('sampled_softmax/dropped_labels', 0)
     if dropped and not self._drops_labels:
       self._drops_labels = True
@@ -97,8 +96,8 @@ class MetricsLog:
                   'trains without them; raise it.')
     return means
 
-  def _print(self, text: str) -> None:
-    self._bar.write(text) if self._bar else print(text, flush=True)
+  def _print(self, line: str) -> None:
+    self._bar.write(line) if self._bar else print(line, flush=True)
 
   def _speed(self, seconds: float) -> dict[str, float]:
     """The `TIMINGS` of the steps since the last write."""
@@ -121,8 +120,7 @@ class MetricsLog:
     if not metrics:
       return
     self.record(step, metrics)
-    text = f'step {step}  ' + '  '.join(f'{k.removeprefix("eval/")} {v:.3f}' for k, v in metrics.items())
-    self._print(text)
+    self._print(f'step {step}  ' + '  '.join(f'{k.removeprefix("eval/")} {v:.3f}' for k, v in metrics.items()))
     self.restart_clock()
 
   def record(self, step: int, scalars: dict[str, float]) -> None:
