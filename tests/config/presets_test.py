@@ -103,9 +103,9 @@ def test_the_tokens_of_a_step_are_divided_between_tasks_by_their_shares():
 
 
 @pytest.mark.parametrize('visual, width, num_sampled', [
-    ('video', 128, 1024), ('image', 128, 1280), ('image', 768, 2304)])
-def test_half_of_the_labels_of_a_step_fit_into_the_sampled_vocabulary(visual, width, num_sampled):
-  # 32 tokens of 16, 40 or 96 captions, and 12 words of 96 texts; half of that, in multiples of 256 from 512.
+    ('video', 128, 768), ('image', 128, 1024), ('image', 768, 1536)])
+def test_a_third_of_the_labels_of_a_step_fits_into_the_sampled_vocabulary(visual, width, num_sampled):
+  # 32 tokens of 16, 40 or 96 captions, and 12 words of 96 texts; a third of that, in multiples of 256 from 512.
   media = {'media': _summary({visual: visual, 'captions': 'texts'}, text_bytes=80)}
   words = _config(media | {'books': _summary({'text': 'text'})}, width=width, num_heads=8).target_sets.vocabulary
   assert words.num_sampled == num_sampled

@@ -89,12 +89,12 @@ def own(c: ml_collections.ConfigDict, summaries: Mapping[str, Mapping[str, Any]]
     task = c.tasks[name]
     examples = int(step_tokens * share / sum(shares.values()) / _tokens(c, task))
     task.batch_size = min(max(examples // _BATCH_MULTIPLE, 1) * _BATCH_MULTIPLE, _MAX_BATCH) * devices
-  # The distinct words of a step must fit: at least half of its labels are padding or repeat others.
+  # The distinct words of a step should fit: most of its labels are padding or repeat others.
   labels = sum(t.batch_size * (t.max_predictions if t.type == 'text_mlm' else t.max_len)
                for t in c.tasks.values() if t.target_set == 'vocabulary')
   if labels:
     words = c.target_sets.vocabulary
-    words.num_sampled = max(words.num_sampled, -(-labels // 512) * 256)
+    words.num_sampled = max(words.num_sampled, -(-labels // 768) * 256)
 
 
 def _tokens(c: ml_collections.ConfigDict, task: ml_collections.ConfigDict) -> int:
