@@ -141,6 +141,7 @@ def test_questions_in_memory_have_one_answer_each(tmp_path):
         e, _Predicts(answers, len(keys)), data.examples(e.task), records, records, keys, keys, None, {}, tmp_path))}
     assert scores['exact_match'].value == right
     assert {'majority', 'question alone', 'nearest neighbor'} == scores['soft score'].baselines.keys()
+    assert scores['exact_match'].baselines == scores['soft score'].baselines  # one annotator: 1 or 0
 
 
 def test_questions_score_by_how_many_people_agree():
@@ -160,6 +161,7 @@ def test_questions_score_by_how_many_people_agree():
   # The most frequent answer in training is cat, though that of the evaluated questions is dog: 1, 1, 0. By their
   # questions: cat, bird, bird.
   assert scores['soft score'].baselines == {"always 'cat'": pytest.approx(2 / 3), 'tf-idf': pytest.approx(2 / 3)}
+  assert scores['exact_match'].baselines == {"always 'cat'": pytest.approx(1 / 3), 'tf-idf': pytest.approx(1 / 3)}
   without = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2), trained, evaluated,
                       baselines=False)
   assert without['soft score'].baselines == {} and without['soft score'].value == scores['soft score'].value

@@ -142,7 +142,7 @@ def answered(q: Query, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def label_baselines(
-    q: Query, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, Callable[..., dict[str, float]]]:
+    q: Query, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, Callable[..., dict[str, Any]]]:
   """(training labels [N], metric → its value for each baseline that predicts the labels [Q] of the examples).
 
   Training labels are empty if there are no baselines. Baselines fit the input: texts, images or videos.

@@ -41,28 +41,33 @@ def _of_two(metric: Callable[..., float]) -> Callable[..., float]:
 def vqa(q: Query) -> list[Score]:
   """Soft score (see `metrics.vqa_score`) of the most likely answer, and how often it is the most frequent answer.
 
-  Where several answers have the highest score, or one is NaN, none is right. The baselines are the most frequent
-  training answer for all questions, and answers predicted from the questions alone.
+  Where several answers have the highest score, or one is NaN, none is right. The baselines of both are the most
+  frequent training answer for all questions, and answers predicted from the questions alone.
   """
   ids, several, named = q.ids(), q.examples.references, [normalize_answer(key) for key in q.keys]
   ranked, labels = q.gather(ids, lambda fields: (q.ranked(fields), fields['label'][:, 0]))
   chosen = np.where(ranked.is_alone, ranked.best, len(named))
   answers = np.array([*named, evaluators.NONE])[chosen].tolist()  # no normalized answer has parentheses
   truth = [[*map(normalize_answer, s)] for s in several(ids)] if several else [[named[i]] for i in labels]
-  first = [statistics.mode(several) for several in truth]
-  soft = lambda answers, truth=truth: float(np.mean(metrics.vqa_score(answers, truth)))
-  baselines = {}
+  pairs = {}  # baseline → its answers, and what is right for the same questions
   if not several:  # one answer for each, by its index
     _, by = evaluators.label_baselines(q, ids, labels)
-    baselines = by(lambda predicted, right: soft([named[i] for i in predicted], [[named[i]] for i in right]))
+    pairs = by(lambda predicted, right: ([named[i] for i in predicted], [[named[i]] for i in right]))
   elif q.evaluation.baselines:
     trained, rows, fitted = q.file_baselines.answers(ids)
-    baselines = {name: soft(predicted, [truth[i] for i in rows]) for name, predicted in fitted.items()}
     if trained:
       common = statistics.mode(trained)
-      baselines = {f'always {common!r}': soft([common] * len(ids)), **baselines}
-  q.show(ids, first, answers)
+      pairs[f'always {common!r}'] = [common] * len(ids), truth
+    pairs |= {name: (predicted, [truth[i] for i in rows]) for name, predicted in fitted.items()}
+  soft, exact = metrics.vqa_score, lambda answers, truth: metrics.hits(np.array(answers), np.array(_first(truth)))
+  q.show(ids, _first(truth), answers)
+  by_metric = lambda metric: {name: float(np.mean(metric(*pair))) for name, pair in pairs.items()}
   chance = 1 / len(q.names)
-  score = Score.mean('soft score', metrics.vqa_score(answers, truth), {})
-  return [dataclasses.replace(score, chance=chance, baselines=baselines),
-          Score.share('exact_match', metrics.hits(np.array(answers), np.array(first)), chance)]
+  score = Score.mean('soft score', soft(answers, truth), {})
+  return [dataclasses.replace(score, chance=chance, baselines=by_metric(soft)),
+          Score.share('exact_match', exact(answers, truth), chance, by_metric(exact))]
+
+
+def _first(truth: list[list[str]]) -> list[str]:
+  """The most frequent answer to each question."""
+  return [statistics.mode(several) for several in truth]
