@@ -12,7 +12,7 @@ from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.pipeline import examples as examples_lib
 from uni_moe_jax.data.pipeline.examples import Examples
-from uni_moe_jax.eval import predictor
+from uni_moe_jax.eval import file_baselines, predictor
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.suite import EVALUATORS
 
@@ -97,6 +97,14 @@ def test_an_answer_that_the_target_set_lacks_is_never_right(evaluator, metric):
   assert score(unanswered=(0, 2, 4)).baselines == {'tf-idf': 0}  # which knows no answer of the target set
 
 
+@pytest.mark.parametrize('evaluator, metric', [('glue', 'accuracy'), ('classification', 'top-1')])
+def test_a_score_has_the_number_of_examples_of_a_baseline_on_a_part_of_them(monkeypatch, evaluator, metric):
+  monkeypatch.setitem(file_baselines._NUM_EXAMPLES, 'text', (9, 3))
+  rows = [{'a': 'x', 'label': 'no'}] * 7
+  score = _evaluate(evaluator, _text(), ('no', 'yes'), _examples(7), _Predicts(LABELS, 2), rows, rows)[metric]
+  assert score.baselines.keys() == {'majority', 'tf-idf'} and score.baseline_counts == {'tf-idf': 3}
+
+
 class _Broken(_Predicts):
   def __init__(self, score, V):
     super().__init__([], V)
@@ -144,7 +152,7 @@ def test_questions_in_memory_have_one_answer_each(tmp_path):
     assert scores['exact_match'].baselines == scores['soft score'].baselines  # one annotator: 1 or 0
 
 
-def test_questions_score_by_how_many_people_agree():
+def test_questions_score_by_how_many_people_agree(monkeypatch):
   task = config_lib.task('vqa', 'own:x', batch_size=1, target_set='s', label_column='answers',
                          template='{a} <spe> <eot>', max_len=8, max_predictions=10)
   examples = _examples(3, lambda ids: [ANSWERS[i] for i in ids])
@@ -167,3 +175,6 @@ def test_questions_score_by_how_many_people_agree():
   assert without['soft score'].baselines == {} and without['soft score'].value == scores['soft score'].value
   untrained = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2), [], evaluated)
   assert untrained['soft score'].baselines == {}  # no answer to learn
+  monkeypatch.setitem(file_baselines._NUM_EXAMPLES, 'text', (9, 2))
+  of_two = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2), trained, evaluated)
+  assert of_two['exact_match'].baseline_counts == of_two['soft score'].baseline_counts == {'tf-idf': 2}

@@ -39,6 +39,12 @@ def test_the_strongest_baseline(score, expected):
   assert headline.strongest_baseline(score.row('e', 1)) == expected
 
 
+def test_the_verdict_is_that_of_a_baseline_on_as_many_examples():
+  lines = [headline.Line(Score('a', .5, 100, None, {'few': .2}, .05, baseline_counts=counts).row('e', 1), ('few', .2))
+           for counts in ({}, {'few': 25})]
+  assert [line.verdict for line in lines] == ['better', 'level']
+
+
 def test_more_than_twelve_evaluators_are_counted():
   rows = _rows(**{f'e{i}': (CHANCE,) for i in range(15)})
   table = headline.table(rows).splitlines()

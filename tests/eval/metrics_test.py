@@ -192,6 +192,14 @@ def test_a_verdict_needs_three_standard_errors(reference, expected):
   assert metrics.verdict(row, reference) == expected
 
 
+@pytest.mark.parametrize('baseline, expected', [('few', metrics.LEVEL), ('all', metrics.BETTER)])
+def test_a_baseline_on_a_part_of_the_examples_has_an_error_too(baseline, expected):
+  # Of 100 examples the error is .049 and the margin .147; on 25 of them the baseline's error is twice it: .329.
+  score = metrics.Score('top1', .5, 100, None, {'few': .2, 'all': .2}, .049, baseline_counts={'few': 25, 'other': 9})
+  row = score.row('glyphs', 10)
+  assert row['baseline_counts'] == {'few': 25} and metrics.verdict(row, .2, baseline) == expected
+
+
 @pytest.mark.parametrize('reference, expected', [(118.4, metrics.BETTER), (63.2, metrics.LEVEL), (60., metrics.WORSE)])
 def test_a_lower_perplexity_is_better(reference, expected):
   row = metrics.Score('perplexity', 63.2, 5).row('mlm', 1)

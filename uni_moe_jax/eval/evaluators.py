@@ -115,13 +115,14 @@ def classification(q: Query) -> list[Score]:
   ids = q.ids()
   predicted, ranks, labels = answered(q, ids)
   names, n, V = np.array([*q.names, NONE, '(not in the target set)']), len(ids), len(q.names)
-  train_labels, by = label_baselines(q, ids, labels)
+  train_labels, by, counts = label_baselines(q, ids, labels)
   scores = [Score.share('top-1', metrics.hits(predicted, labels), 1 / V, by(metrics.accuracy))]
   if is_measured('top-5', V):
     top5 = {'majority': baselines.majority_accuracy(train_labels, labels, 5)} if len(train_labels) else {}
     scores.append(Score.share('top-5', ranks <= 5, 5 / V, top5))
   scores.append(Score('balanced_accuracy', metrics.balanced_accuracy(predicted, labels), n, 1 / V,
                       by(metrics.balanced_accuracy), metrics.balanced_accuracy_error(predicted, labels)))
+  scores = [dataclasses.replace(score, baseline_counts=counts) for score in scores]
   if q.task.type.visual:
     q.show(ids, names[labels], names[predicted])
   return scores
@@ -142,21 +143,23 @@ def answered(q: Query, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def label_baselines(
-    q: Query, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, Callable[..., dict[str, Any]]]:
-  """(training labels [N], metric → its value for each baseline that predicts the labels [Q] of the examples).
+    q: Query, ids: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, Callable[..., dict[str, Any]], dict[str, int]]:
+  """(training labels [N], metric → its value for each baseline that predicts the labels [Q] of the examples, counts).
 
-  Training labels are empty if there are no baselines. Baselines fit the input: texts, images or videos.
+  Counts are the numbers of examples of the baselines that predict a part of them. Training labels are empty if there
+  are no baselines. Baselines fit the input: texts, images or videos.
   """
-  answers, fitted = {}, {}
+  answers, fitted, counts = {}, {}, {}
   by = lambda metric: {**{name: metric(predicted, labels) for name, predicted in answers.items()},
                        **{name: metric(predicted, labels[rows]) for name, predicted in fitted.items()}}
   if not q.evaluation.baselines:
-    return np.zeros(0, int), by
+    return np.zeros(0, int), by, counts
   if isinstance(q.trained, FileDataset):
     train_labels, rows, fitted = q.file_baselines.classes(ids)
     if len(train_labels):
       answers['majority'] = baselines.majority_predictions(train_labels, len(labels))
-    return train_labels, by
+    return train_labels, by, dict.fromkeys(fitted, len(rows)) if len(rows) < len(ids) else counts
   trained, evaluated = examples_lib.example_ids(q.trained, q.task), examples_lib.example_ids(q.evaluated, q.task)[ids]
   train_labels = examples_lib.class_indices(q.trained, q.task, q.keys)[trained]
   assert (labels == examples_lib.class_indices(q.evaluated, q.task, q.keys)[evaluated]).all()
@@ -177,7 +180,7 @@ def label_baselines(
   else:
     for name, frames in (('one frame', 'middle'), ('all frames', 'all')):
       answers[name] = baselines.frame_logistic(*train, train_labels, *test, frames)
-  return train_labels, by
+  return train_labels, by, counts
 
 
 def _questions(q: Query, records: Records, indices: np.ndarray) -> np.ndarray:

@@ -20,14 +20,14 @@ def glue(q: Query) -> list[Score]:
   """
   ids = q.ids()
   predicted, _, labels = evaluators.answered(q, ids)
-  _, by = evaluators.label_baselines(q, ids, labels)
+  _, by, counts = evaluators.label_baselines(q, ids, labels)
   n, V = len(labels), len(q.names)
   scores = [Score.share('accuracy', metrics.hits(predicted, labels), 1 / V, by(metrics.accuracy))]
   if is_measured('F1', V):
     f1, matthews = map(_of_two, (metrics.f1, metrics.matthews))
     scores += [Score('F1', f1(predicted, labels), n, baselines=by(f1)),
                Score('Matthews', matthews(predicted, labels), n, 0.0, by(matthews))]
-  return scores
+  return [dataclasses.replace(score, baseline_counts=counts) for score in scores]
 
 
 def _of_two(metric: Callable[..., float]) -> Callable[..., float]:
@@ -51,7 +51,7 @@ def vqa(q: Query) -> list[Score]:
   truth = [[*map(normalize_answer, s)] for s in several(ids)] if several else [[named[i]] for i in labels]
   pairs = {}  # baseline → its answers, and what is right for the same questions
   if not several:  # one answer for each, by its index
-    _, by = evaluators.label_baselines(q, ids, labels)
+    _, by, _ = evaluators.label_baselines(q, ids, labels)
     pairs = by(lambda predicted, right: ([named[i] for i in predicted], [[named[i]] for i in right]))
   elif q.evaluation.baselines:
     trained, rows, fitted = q.file_baselines.answers(ids)
@@ -62,10 +62,11 @@ def vqa(q: Query) -> list[Score]:
   soft, exact = metrics.vqa_score, lambda answers, truth: metrics.hits(np.array(answers), np.array(_first(truth)))
   q.show(ids, _first(truth), answers)
   by_metric = lambda metric: {name: float(np.mean(metric(*pair))) for name, pair in pairs.items()}
-  chance = 1 / len(q.names)
-  score = Score.mean('soft score', soft(answers, truth), {})
-  return [dataclasses.replace(score, chance=chance, baselines=by_metric(soft)),
-          Score.share('exact_match', exact(answers, truth), chance, by_metric(exact))]
+  counts = {name: len(given) for name, (given, _) in pairs.items() if len(given) < len(ids)}
+  scores = ((Score.mean('soft score', soft(answers, truth), {}), soft),
+            (Score.share('exact_match', exact(answers, truth)), exact))
+  return [dataclasses.replace(score, chance=1 / len(q.names), baselines=by_metric(metric), baseline_counts=counts)
+          for score, metric in scores]
 
 
 def _first(truth: list[list[str]]) -> list[str]:

@@ -26,7 +26,7 @@ class Line:
   @property
   def verdict(self) -> str:
     """'better', 'level' or 'worse'; '' without a baseline."""
-    return metrics.verdict(self.row, self.baseline[1]) if self.baseline else ''
+    return metrics.verdict(self.row, *self.baseline[::-1]) if self.baseline else ''
 
   @property
   def cells(self) -> tuple[str, ...]:

@@ -226,6 +226,7 @@ class Score:
   # Perplexity is exp of minus the mean; its values are log p.
   per_example: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
   weights: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+  baseline_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of those on a part of the examples
 
   @classmethod
   def proportion(cls, name: str, value: float, count: int, chance: float | None = None,
@@ -257,17 +258,21 @@ class Score:
     """Returns the row of evaluation.json for this score."""
     return dict(evaluator=evaluator, metric=self.name, value=float(self.value), chance=self.chance,
                 baselines={name: float(value) for name, value in self.baselines.items()},
+                baseline_counts={name: n for name, n in self.baseline_counts.items() if name in self.baselines},
                 standard_error=self.standard_error, count=int(self.count), step=int(step),
                 higher_is_better=not lower_is_better(self.name))
 
 
-def verdict(row: Mapping[str, Any], reference: float) -> str:
+def verdict(row: Mapping[str, Any], reference: float, baseline: str = '') -> str:
   """Returns 'better', 'level' or 'worse': how a row's value compares with chance or a baseline.
 
-  Level means nearer than three standard errors, or equal where the row has no standard error.
+  Level means nearer than three standard errors, or equal where the row has no standard error. baseline: its name; one
+  that was scored on m of the n examples has an error, too: that of the row, times sqrt(n / m).
   """
   gain = (row['value'] - reference) * (1 if row['higher_is_better'] else -1)
-  if gain == 0 or abs(gain) < SIGNIFICANT * (row.get('standard_error') or 0.0):
+  m = row.get('baseline_counts', {}).get(baseline)  # absent in the rows of earlier versions
+  error = (row.get('standard_error') or 0.0) * math.sqrt(1 + row['count'] / m if m else 1)
+  if gain == 0 or abs(gain) < SIGNIFICANT * error:
     return LEVEL
   return BETTER if gain > 0 else WORSE  # NaN is not better than anything
 

@@ -159,12 +159,12 @@ def _metrics(manifest: dict[str, Any], evaluation: list[dict[str, Any]]) -> list
 def _metric(row: dict[str, Any]) -> str:
   """A row of evaluation.json as one of a table."""
   marks = {metrics.BETTER: '+', metrics.LEVEL: '=', metrics.WORSE: '-'}
-  marked = lambda value: f'{metrics.format_number(value)} {marks[metrics.verdict(row, value)]}'
+  marked = lambda value, name='': f'{metrics.format_number(value)} {marks[metrics.verdict(row, value, name)]}'
   direction = '' if row['higher_is_better'] else ' (lower is better)'
   cells = (row['evaluator'], row['metric'] + direction, metrics.format_number(row['value']),
            metrics.format_error(row['standard_error']), f'{row["count"]:,}',
            '—' if row['chance'] is None else marked(row['chance']),
-           ', '.join(f'{name} {marked(value)}' for name, value in row['baselines'].items()))
+           ', '.join(f'{name} {marked(value, name)}' for name, value in row['baselines'].items()))
   return '| ' + ' | '.join(cell.replace('|', r'\|') for cell in cells) + ' |'
 
 

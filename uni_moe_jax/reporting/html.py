@@ -179,7 +179,7 @@ def _all_metrics(rows: Sequence[Mapping[str, Any]]) -> str:
   columns = {'evaluator': '', 'metric': '', 'value ± s.e.': 'number', '': '', 'chance': 'mark', 'baselines': '',
              'examples': 'number', 'step': 'number'}
   return _NOTE.format(
-      'A baseline is the score of a simple predictor on the same examples. '
+      'A baseline is the score of a simple predictor on the same examples, or on a part of them, with a wider margin. '
       f'<span class="better">▲</span> the model is better by at least {margin} standard errors, '
       '<span class="level">=</span> closer than that, <span class="worse">▼</span> worse; without a standard error, '
       'any difference counts. Each bar has its own scale; ticks are chance and baselines.'
@@ -198,13 +198,13 @@ def _score(row: Mapping[str, Any]) -> list[str]:
       f'<b>{metrics.format_number(row["value"])}</b>' + (
           '' if error is None else f' <span class="quiet">± {metrics.format_error(error)}</span>'),
       figures.bullet(row['value'], references), '—' if chance is None else _judged(row, chance),
-      ''.join(f'<span class="baseline">{escape(name)} {_judged(row, reference)}</span>'
+      ''.join(f'<span class="baseline">{escape(name)} {_judged(row, reference, name)}</span>'
               for name, reference in baselines.items()) or '—',
       f'{row["count"]:,}', '—' if row.get('step') is None else f'{row["step"]:,}']
 
 
-def _judged(row: Mapping[str, Any], reference: float) -> str:
-  css, mark = _VERDICTS[metrics.verdict(row, reference)]
+def _judged(row: Mapping[str, Any], reference: float, baseline: str = '') -> str:
+  css, mark = _VERDICTS[metrics.verdict(row, reference, baseline)]
   return f'{metrics.format_number(reference)} <span class="{css}" title="{css}">{mark}</span>'
 
 
