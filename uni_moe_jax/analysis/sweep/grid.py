@@ -6,7 +6,7 @@ anything runs.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -64,6 +64,7 @@ def router_grid(
       raise UsageError(f'--{flag}={",".join(given)}: {unknown[0]!r} is unknown; {nearest(unknown[0], choices)}.')
   if not variants:
     raise UsageError('--variants is empty: name at least one.')
+  _check_overrides(overrides, {'moe.router': '--variants', 'seed': '--num_seeds'})
   seeds, steps_of = (PerVariant(*x) for x in (
       ('num_seeds', num_seeds, tuple(VARIANTS), 1), ('steps', steps, tuple(VARIANTS), None)))
   configs, batches = {}, f'--num_batches={num_batches}'
@@ -119,6 +120,7 @@ def adaptation_grid(
   """
   if not any(runs):
     raise UsageError('--sweep=adaptation needs --run: the work directory of a trained run, or several with commas.')
+  _check_overrides(overrides, {'train.init': '--run', 'seed': '--num_seeds'})
   if unknown := [r for r in recipes if r not in finetuning.RECIPES]:
     raise UsageError(f'--recipes={unknown[0]} is unknown; choices: {", ".join(finetuning.RECIPES)}.')
   runs, cells = list(dict.fromkeys(str(storage.absolute(r)) for r in runs if r)), []
@@ -147,6 +149,13 @@ def adaptation_grid(
     raise UsageError(f'--run={",".join(runs)}: two runs have one name, and both would be {twice[0]}; rename a folder.')
   steps = [workdir.saved_step(run) for run in runs]
   return cells, {'sweep': ADAPTATION, 'runs': runs, 'steps': steps, 'overrides': list(overrides)}
+
+
+def _check_overrides(overrides: Sequence[str], set_by: Mapping[str, str]) -> None:
+  """Raises UsageError for a field that differs between cells, which would be the same run. set_by: field → its flag."""
+  for override in overrides:
+    if (field := override.partition('=')[0]) in set_by:
+      raise UsageError(f'--override={override}: each cell has its own {field}; remove it and use {set_by[field]}.')
 
 
 def _check(config: str, overrides: Sequence[str]) -> Any:
