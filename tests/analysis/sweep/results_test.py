@@ -84,8 +84,26 @@ def _cell(variant='prompts', **training):
     (_cell('finetune', share=1.), None), (_cell(identical=False), 'digits-prompts-0: a frozen parameter differs'),
     (_cell(moved=False), 'nothing was trained'), (_cell('zero-shot'), None)])
 def test_a_broken_promise_is_an_error(cell, message):
-  errors = adaptation.find_errors([cell])
+  errors = adaptation.find_errors([cell], [{}])
   assert errors == [] if message is None else message in errors[0]
+
+
+def _config(data='print', **fields):
+  c = tiny.config('shape')
+  for name, value in fields.items():
+    section, _, field = name.partition('_')
+    c[section][field] = value
+  return {'config': c.to_dict(), 'data': data}
+
+
+@pytest.mark.parametrize('second, run, message', [
+    ({'train_init': 'b'}, '', None), ({'train_steps': 9}, '', 'train.steps: 6 → 9.'),
+    ({'data': 'other'}, '', 'the data (its fingerprint).'), ({'model_width': 64}, '', 'model.width: 16 → 64.'),
+    ({'model_width': 64, 'data': 'other'}, 'task', None), ({'train_steps': 9}, 'task', 'train.steps: 6 → 9.')])
+def test_cells_of_a_recipe_that_differ_in_more_than_seed_and_run_are_an_error(second, run, message):
+  cells = [_cell('zero-shot'), {**_cell(), 'name': 'a'}, {**_cell(), 'name': 'b', 'run': run}]
+  errors = adaptation.find_errors(cells, [_config(optim_b2=.5), _config(train_init='a'), _config(**second)])
+  assert errors == ([] if message is None else [f'b and a differ in more than their seed: {message}'])
 
 
 def test_the_table_has_what_was_trained():

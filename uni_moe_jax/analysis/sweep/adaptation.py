@@ -18,6 +18,7 @@ from uni_moe_jax.train import optimizer, warm_start, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.utils import storage
 
+_OF_RECIPE = ('optim.', 'train.')  # fields that no run passes on
 PROMPTS, MAX_PROMPT_SHARE = 'prompts', 0.02  # prompt tuning trains less than this share of the parameters
 
 
@@ -50,9 +51,12 @@ def _run_params(run: str) -> Any:
     return checkpoints.restore_params()
 
 
-def find_errors(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Sentences for what a recipe promises and a cell breaks."""
-  errors = []
+def find_errors(cells: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Sentences for what a recipe promises and a cell breaks, and for cells of it that cannot be compared.
+
+  cells: of `results.collect`; configs: contents of config.json, {} where it is missing; both of the same cells.
+  """
+  errors = _differences(cells, configs)
   for cell, training in ((cell, cell['training']) for cell in cells if cell['training']):
     if not training['identical']:
       errors.append(f'{cell["name"]}: a frozen parameter differs from that of the trained run.')
@@ -61,6 +65,26 @@ def find_errors(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     if cell['variant'] == PROMPTS and training['share'] >= MAX_PROMPT_SHARE:
       errors.append(f'{cell["name"]}: {training["share"]:.2%} of the parameters train; prompt tuning trains less than '
                     f'{MAX_PROMPT_SHARE:.0%}.')
+  return errors
+
+
+def _differences(cells: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Sentences for cells that differ from the first one of their task and recipe in more than seed and run.
+
+  Runs of another group may have another model and other data; what a recipe sets is the same for all.
+  """
+  errors, first = [], {}
+  for cell, config in zip(cells, configs, strict=True):
+    if not config:
+      continue
+    for run in (None, cell['run']):  # of all runs, then of the group
+      other, of_other = first.setdefault((cell['task'], cell['variant'], run), (cell, config))
+      changed = [d for d in workdir.differences(of_other['config'], config['config'])
+                 if d.partition(':')[0] not in ('seed', 'train.init') and (run is not None or d.startswith(_OF_RECIPE))]
+      changed += ['the data (its fingerprint)'] if run is not None and of_other['data'] != config['data'] else []
+      if changed:
+        errors.append(f'{cell["name"]} and {other["name"]} differ in more than their seed: {"; ".join(changed)}.')
+        break
   return errors
 
 

@@ -78,7 +78,7 @@ def collect(sweep: str, cells: Sequence[Cell], source: str | Sequence[str], comm
     compared = account.compare(records, [example_scores.read(c.folder) for c in cells])
     results['errors'] += routers.find_errors(cells, records, configs) + compared.pop('errors')
     return {**results, 'account': compared}
-  results['errors'] += adaptation.find_errors(records)
+  results['errors'] += adaptation.find_errors(records, configs)
   compared = adaptation.compare(records, [example_scores.read(c.folder) for c in cells])
   results['errors'] += [sentence for of_recipe in compared.values() for sentence in of_recipe.pop('errors')]
   return {**results, 'accounts': compared}
