@@ -232,14 +232,18 @@ def test_the_gallery_is_searched_by_text_and_texts_by_an_image(open_page):
   assert sorted(_names(page, 3)) == ['blue', 'green', 'red star']
 
 
-def test_masks_are_filled(open_page):
+def test_masks_are_filled_and_classes_of_a_drawing_come_in_their_place(open_page):
   page = open_page()
+  _draw(page)
+  _names(page, 3)
   page.click('#tab-fill')
   page.get_by_label('Text', exact=True).fill('a [mask] shape')
   _until(page, "document.querySelectorAll('#live mark').length === 1")
   assert len(_names(page, 5)) == 5
   page.click('text=Insert a mask')
   _until(page, "document.querySelectorAll('#live mark').length === 2")
+  page.click('#tab-classify')
+  assert sorted(_names(page, 3)) == sorted(tiny.CLASSES)
 
 
 def test_what_the_service_refuses_is_shown_in_its_words(open_page, tmp_path):
