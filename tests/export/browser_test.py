@@ -9,9 +9,11 @@ import io
 import json
 import pathlib
 import random
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import types
 from typing import Any
@@ -68,7 +70,8 @@ _PAGE = """
 const fs = require('fs');
 const given = JSON.parse(fs.readFileSync('given.json'));
 globalThis.given = given;
-globalThis.fetch = async name => {
+globalThis.fetch = async (name, options) => {
+  (given.caches ??= new Set()).add(options?.cache);
   const again = (given.missing ?? []).filter(x => x !== name), missing = again.length < given.missing?.length;
   given.missing = again;
   if (missing) throw new TypeError('Failed to fetch');
@@ -141,9 +144,9 @@ def test_a_file_that_cannot_be_fetched_once_is_fetched_again_at_the_next_questio
   got = _in_node(
       tmp_path, _manifest(), """async () => {
         const ask = () => backend.classify({task: 'shape', image: given}).then(x => x.answers[0].text, e => e.message);
-        return [await ask(), await ask()];
+        return [await ask(), await ask(), ...given.caches];
       }""", missing=[missing], width=16, height=16, rgb=[0] * 768)
-  assert got == ['Failed to fetch', 'disc']
+  assert got == ['Failed to fetch', 'disc', 'no-cache']  # a stored one only if the server has no other
 
 
 @pytest.mark.skipif(shutil.which('node') is None, reason='node is not installed')
@@ -176,6 +179,24 @@ def test_a_model_with_the_vocabulary_of_clip_has_a_page_with_its_texts(tmp_path)
       tokenizer={'type': 'clip', 'pieces': 'pieces.json', 'eot': 6, 'special': [5, 6]}, examples={'shape': ['bar']}),
       'backend.model')
   assert got['tasks']['shape']['example_text'] == 'ein größer'
+
+
+def test_the_page_loads_files_by_their_digests_and_every_suffix_has_a_type_on_any_server(tmp_path, monkeypatch):
+  with tarfile.open(tmp_path / 'x.tgz', 'w:gz') as archive:
+    for name in browser._FILES:
+      (tmp_path / 'x').write_text(name)
+      archive.add(tmp_path / 'x', f'package/{name}')
+  monkeypatch.setattr(browser, '_archive', lambda: tmp_path / 'x.tgz')
+  folder = tmp_path / 'exported'
+  folder.mkdir()
+  browser.write(folder)
+  loaded = re.findall(r"""["']([\w./-]+)\?(\w+)["']""", (folder / 'index.html').read_text())
+  assert [name for name, _ in loaded] == [
+      'onnxruntime/ort.wasm.min.js', 'browser.js', 'onnxruntime/ort-wasm-simd-threaded.js',
+      'onnxruntime/ort-wasm-simd-threaded.wasm']
+  for name, digest in loaded:
+    assert hashlib.sha256((folder / name).read_bytes()).hexdigest().startswith(digest) and len(digest) == 8
+  assert {p.suffix for p in folder.rglob('*') if p.is_file()} == {'.html', '.js', '.wasm', '.json'}
 
 
 def _npm(folder: pathlib.Path, content: bytes, monkeypatch, code: int = 0) -> None:

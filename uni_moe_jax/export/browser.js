@@ -4,7 +4,7 @@
 globalThis.backend = (() => {
   const MASK = '[mask]', TYPES = {F32: Float32Array, I32: Int32Array, U8: Uint8Array, BOOL: Uint8Array};
   const bytes = async name => {
-    const response = await fetch(name);
+    const response = await fetch(name, {cache: 'no-cache'});  // another export may be at this address now
     if (!response.ok) throw new Error(`${name} cannot be read (${response.status}); serve the whole folder.`);
     return new Uint8Array(await response.arrayBuffer());
   };

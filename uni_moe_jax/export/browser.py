@@ -18,8 +18,12 @@ from uni_moe_jax.utils.errors import RunError, UsageError
 _PAGE = pathlib.Path(__file__).parents[1] / 'serve/page.html'
 _RUNTIME = 'onnxruntime-web@1.30.0'
 _INTEGRITY = 'sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=='
-_FILES = ('dist/ort.wasm.min.js', 'dist/ort-wasm-simd-threaded.mjs', 'dist/ort-wasm-simd-threaded.wasm', 'package.json')
-_SCRIPTS = '<script src="onnxruntime/ort.wasm.min.js"></script>\n<script src="browser.js"></script>\n<script>'
+# In the package → in the folder. Stock nginx serves an .mjs with a type that browsers do not import.
+_FILES = {
+    'dist/ort.wasm.min.js': 'onnxruntime/ort.wasm.min.js',
+    'dist/ort-wasm-simd-threaded.mjs': 'onnxruntime/ort-wasm-simd-threaded.js',
+    'dist/ort-wasm-simd-threaded.wasm': 'onnxruntime/ort-wasm-simd-threaded.wasm',
+    'package.json': 'onnxruntime/package.json'}
 _FOOTER = '<a href="docs" id="docs">API</a> <span id="where">Everything stays between this page and the service.</span>'
 
 
@@ -34,16 +38,23 @@ def write(folder: pathlib.Path) -> None:
   Raises:
     UsageError: npm is not installed. RunError: it cannot fetch onnxruntime-web, or its digest is wrong.
   """
-  runtime = folder / 'onnxruntime'
-  runtime.mkdir()
+  (folder / 'onnxruntime').mkdir()
   with tarfile.open(_archive()) as archive:
-    for name in _FILES:
+    for name, written in _FILES.items():
       if (file := archive.extractfile(f'package/{name}')) is None:
         raise RunError(f'{_RUNTIME} has no file {name}.')
-      (runtime / pathlib.PurePath(name).name).write_bytes(file.read())
-  page = _PAGE.read_text().replace('<script>', _SCRIPTS, 1)
-  (folder / 'index.html').write_text(page.replace(_FOOTER, 'Everything stays in this page.'))
+      (folder / written).write_bytes(file.read())
   shutil.copyfile(pathlib.Path(__file__).with_name('browser.js'), folder / 'browser.js')
+  page = _PAGE.read_text().replace('<script>', _scripts(folder), 1)
+  (folder / 'index.html').write_text(page.replace(_FOOTER, 'Everything stays in this page.'))
+
+
+def _scripts(folder: pathlib.Path) -> str:
+  """Loads the files of `write`, up to the page's own script. Browsers store a file by its address, with the digest."""
+  address = lambda name: f'{name}?{hashlib.sha256((folder / name).read_bytes()).hexdigest()[:8]}'
+  runtime, mjs, wasm, _ = map(address, _FILES.values())
+  return (f'<script src="{runtime}"></script>\n<script src="{address("browser.js")}"></script>\n<script>\n'
+          f"ort.env.wasm.wasmPaths = {{mjs: new URL('{mjs}', location), wasm: new URL('{wasm}', location)}};")
 
 
 def _archive() -> pathlib.Path:
