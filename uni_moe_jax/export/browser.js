@@ -161,7 +161,8 @@ globalThis.backend = (() => {
   }
   const transposed = (a, width, height) => a.map((_, i) => a[((i / 3 | 0) % height * width + (i / 3 / height | 0)) * 3 + i % 3]);
   async function imagePixels(blob, entry) {
-    const {image_size: size, channels} = (await named()).model, bitmap = await createImageBitmap(blob);
+    const {image_size: size, channels} = (await named()).model;
+    const bitmap = await createImageBitmap(blob, {colorSpaceConversion: 'none'});  // no color profile is applied in training
     let {width, height} = bitmap;
     const canvas = new OffscreenCanvas(width, height), context = canvas.getContext('2d', {willReadFrequently: true});
     context.fillStyle = '#fff';
