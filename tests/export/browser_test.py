@@ -86,8 +86,9 @@ globalThis.OffscreenCanvas = class {
   }
 };
 globalThis.ort = {env: {wasm: {}}, Tensor: function(type, data, dims) { Object.assign(this, {type, data, dims}); },
-  InferenceSession: {create: async () => ({inputNames: ['pixels'], outputNames: ['log_p'], run: async feeds => {
-    given.pixels = [...feeds.pixels.data];
+  InferenceSession: {create: async () => ({
+    inputNames: given.inputs ?? ['pixels'], outputNames: ['log_p'], run: async feeds => {
+    given.pixels = [...feeds.pixels?.data ?? []];
     return {log_p: {data: Float32Array.of(-1, 0), dims: [1, 2]}};
   }})}};
 require(process.argv[1]);
@@ -148,6 +149,27 @@ def test_a_file_that_cannot_be_fetched_once_is_fetched_again_at_the_next_questio
         return [await ask(), await ask(), ...given.caches];
       }""", missing=[missing], width=16, height=16, rgb=[0] * 768)
   assert got == ['Failed to fetch', 'disc', 'no-cache']  # a stored one only if the server has no other
+
+
+@pytest.mark.skipif(shutil.which('node') is None, reason='node is not installed')
+@pytest.mark.parametrize('answers', [
+    "backend.caption({task: 'shape'}, signal)",
+    "[backend.classify({task: 'shape', names: Array.from({length: 200}, (_, i) => `a ${i}`)}, signal)]"])
+def test_the_page_draws_and_aborts_between_words_of_a_caption_and_between_names(tmp_path, answers):
+  file = pathlib.Path(tiny.tokenizer_file())
+  manifest = _manifest(tokenizer=artifact.write_tokenizer(tmp_path, SentencePieceTokenizer(file), file))
+  program = {'inputs': {}, 'onnx': {'file': 'model.onnx', 'outputs': ['log_p'], 'cache_axes': []}}
+  features = {'inputs': {}, 'file': 'x', 'onnx': {'file': 'model.onnx', 'outputs': ['features']}}
+  manifest['tasks']['shape'] |= {'max_len': 200, 'beam_size': 1, 'length_penalty': 0, 'programs': {
+      'prefill': {**program, 'onnx': {**program['onnx'], 'outputs': []}}, 'step': program, 'encode': features,
+      'encode_text': features}}
+  manifest['target_sets']['shapes']['max_len'] = 200
+  assert _in_node(tmp_path, manifest, f"""async () => {{
+    const controller = new AbortController(), {{signal}} = controller;
+    setTimeout(() => controller.abort());
+    try {{ for await (const _ of {answers}); }} catch (e) {{ return e.name; }}
+    return 'all without a pause';
+  }}""", inputs=[]) == 'AbortError'
 
 
 @pytest.mark.skipif(shutil.which('node') is None, reason='node is not installed')

@@ -233,11 +233,13 @@ globalThis.backend = (() => {
       return [name, {...x, dims: x.dims.with(axis, rows.length), data}];
     }));
   }
+  const turn = () => new Promise(resolve => setTimeout(resolve));  // the page draws, and may abort
   async function* search(task, pixels, beams, penalty) {  // yields the tokens of the best hypothesis so far, as `caption`
     const manifest = await named(), {max_len: n, programs} = manifest.tasks[task], {eot} = manifest.tokenizer, axes = programs.step.onnx.cache_axes;
     let cache = chosen(cacheOf(await run(task, 'prefill', {pixels})), axes, Array(beams).fill(0));
     let rows = Array.from({length: beams}, (_, i) => ({score: i ? -Infinity : 0, tokens: [], done: false}));
     for (let t = 0; t < n && !rows.every(r => r.done); t++) {
+      await turn();
       const word = {dims: [beams], data: Int32Array.from(rows, r => r.tokens.at(-1) ?? eot)};
       const out = await run(task, 'step', {...cache, word, t: {dims: [], data: Int32Array.of(t)}}), V = out.log_p.dims[1], sums = [];
       for (const [parent, r] of rows.entries()) {
@@ -259,12 +261,14 @@ globalThis.backend = (() => {
 
   // Answers.
   const features = {};
-  async function textFeatures(task, names) {
+  async function textFeatures(task, names, signal) {
     const manifest = await named(), entry = manifest.tasks[task];
     const length = entry.target_set ? manifest.target_sets[entry.target_set].max_len : entry.max_len;
     const rows = [];
     for (const name of names) {
       const key = `${entry.programs.encode_text.file} ${length} ${name}`;
+      if (!features[key]) await turn();
+      signal?.throwIfAborted();
       rows.push(await kept(features, key, async () => (await run(task, 'encode_text', await tokens(name, length))).features.data));
     }
     return rows;
@@ -318,14 +322,14 @@ globalThis.backend = (() => {
       }
       return URL.createObjectURL(await canvas.convertToBlob());
     },
-    async classify(body) {
+    async classify(body, signal) {
       const manifest = await named(), entry = manifest.tasks[body.task], inputs = await inputsOf(body);
       if (!body.names?.length) {
         const set = manifest.target_sets[entry.target_set], {data} = (await run(body.task, 'classify', inputs)).log_p;
         return {task: body.task, answers: ranked(data, body.top ?? 5).map(([p, i]) => ({text: set.texts[i], probability: Math.exp(p)})),
           conditions: await conditions(body.task, set.condition)};
       }
-      const {data} = (await run(body.task, 'encode', inputs)).features, names = await textFeatures(body.task, body.names);
+      const {data} = (await run(body.task, 'encode', inputs)).features, names = await textFeatures(body.task, body.names, signal);
       const scale = await scaleOf(entry.temperature), logits = names.map(x => scale * x.reduce((sum, v, i) => sum + v * data[i], 0));
       const largest = Math.max(...logits), weights = logits.map(x => Math.exp(x - largest)), total = weights.reduce((a, b) => a + b);
       return {task: body.task, answers: ranked(weights, body.top ?? 5).map(([w, i]) => ({text: body.names[i], probability: w / total})),
