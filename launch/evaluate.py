@@ -64,9 +64,9 @@ def main() -> int:
       run = (train_run.build if _CONFIG.present else train_run.build_to_read)(config, workdir=workdir)
       if _CONFIG.present:
         workdir_lib.claim_workdir(workdir, config, run.data.fingerprint, writes, extends=not plan.tasks)
-      predictor, params = train_run.predictor(run, checkpoints, step if _BEST.value else None)
+      predictor, params, read = train_run.read_predictor(run, checkpoints, step if _BEST.value else None)
       if not old:
-        step = checkpoints.latest() if plan.tasks and not _BEST.value else step
+        step = read
         run_expert_usage.write_after_evaluation(run, params, step, workdir)
         rows = suite.evaluate(run.plan, run.data, predictor, step, workdir, writes)
       if _MERGED.value:

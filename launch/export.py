@@ -48,12 +48,11 @@ def main() -> int:
     hub.check_push(_PUSH_TO_HUB.value, _OUTPUT.value)
   from uni_moe_jax.eval import suite
   from uni_moe_jax.export import artifact, contents
-  from uni_moe_jax.train import checkpoint, evaluated, loop
+  from uni_moe_jax.train import checkpoint, loop
   from uni_moe_jax.train import run as train_run
   with checkpoint.Checkpoints(workdir, max_to_keep=None) as checkpoints:
     run = train_run.build_to_read(config, workdir)
-    _, params = train_run.predictor(run, checkpoints)
-    step = evaluated.find_step(config, run.plan, checkpoints, workdir, best=False)
+    _, params, step = train_run.read_predictor(run, checkpoints)
   formats = [flag.name for flag in (_TORCH, _SAVED_MODEL, _ONNX, _BROWSER) if flag.value]
   artifact.prepare(formats, _DTYPE.value or run.spec.model.spec.dtype)
   exported = contents.make_contents(

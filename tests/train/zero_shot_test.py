@@ -93,12 +93,16 @@ def test_it_is_evaluated_again_after_more_steps_of_the_run_or_with_another_evalu
   assert suite.evaluated_step(tmp_path / 'new') == 5 and not evaluated()
 
 
-def test_its_export_names_the_step_of_the_run_and_has_the_rows_of_the_evaluation(run, tmp_path, monkeypatch, capfd):
+def test_it_and_its_export_name_the_step_that_they_read_and_the_export_has_the_rows_of_the_evaluation(
+    run, tmp_path, monkeypatch, capfd):
   build, exports = train_run.build, []
   monkeypatch.setattr(train_run, 'build', lambda c, *_, **given: build(c, jax.devices()[:1], **given))
   monkeypatch.setattr(artifact, 'write', lambda *given: exports.append(given) or 'weights')
   workdir_flag, output = f'--workdir={tmp_path / "new"}', f'--output={tmp_path / "out"}'
-  arguments = f'--config={_FILE}:run={run[0]},task=package', workdir_flag
+  folder = shutil.copytree(run[0], tmp_path / 'run')
+  damaged = shutil.copytree(folder / 'checkpoints/2', folder / 'checkpoints/5')
+  saved_run.flip_bit(damaged / saved_run.largest_file(damaged))
+  arguments = f'--config={_FILE}:run={folder},task=package', workdir_flag
   assert in_process.run(_ROOT / 'launch/evaluate.py', *arguments) == 0
   assert in_process.run(_ROOT / 'launch/export.py', workdir_flag, output) == 0
   [(_, _, provenance, rows, *_)] = exports

@@ -1,4 +1,4 @@
-"""Which checkpoint an evaluation, or an export with its rows, is about."""
+"""Which checkpoint an evaluation is about."""
 
 import ml_collections
 

@@ -155,11 +155,17 @@ def predictor(run: Run, checkpoints: Checkpoints, step: int | None = None) -> tu
 
   A run that trains no task has no checkpoints and uses the parameters that it starts from.
   """
+  return read_predictor(run, checkpoints, step)[:2]
+
+
+def read_predictor(run: Run, checkpoints: Checkpoints, step: int | None = None) -> tuple[Predictor, Any, int]:
+  """What `predictor` returns, and the step that was read, which may be earlier than the newest that is saved."""
   if run.plan.tasks:
     params = checkpoints.restore_params(step, run.abstract_state().params)
+    step = checkpoints.latest() if step is None else step
   else:
-    params = load_init_params(run)
-  return new_predictor(run, params), params
+    params, step = _read_init(run)
+  return new_predictor(run, params), params, step
 
 
 def new_predictor(run: Run, params: Any) -> Predictor:
@@ -173,6 +179,11 @@ def load_init_params(run: Run) -> Any:
   Raises:
     UsageError: that run has no checkpoint, or the models do not fit, see `warm_start.compare_models`.
   """
+  return _read_init(run)[0]
+
+
+def _read_init(run: Run) -> tuple[Any, int]:
+  """(what `load_init_params` returns, the step that was read)."""
   init = run.config.train.init
   with Checkpoints(init, max_to_keep=None) as checkpoints:
     if checkpoints.latest() is None:
@@ -191,13 +202,14 @@ def load_init_params(run: Run) -> Any:
 
     shared = unflatten_dict(select(run.abstract_state().params, fresh=False))
     params = flatten_dict(checkpoints.restore_params(like=shared, partial=True))
+    step = checkpoints.latest()
   if added:  # compiling takes seconds: only if needed
     make = jax.jit(lambda key: select(init_params(run.spec.model, key), fresh=True),
                    out_shardings=select(run.shardings.params, fresh=True))
     params |= make(jax.random.key(run.config.seed))
   print(f'starts from {init}; fresh: {", ".join(added) or "nothing"}; dropped: {", ".join(dropped) or "nothing"}',
         flush=True)
-  return unflatten_dict(params)
+  return unflatten_dict(params), step
 
 
 def initial_state(run: Run) -> TrainState:
