@@ -24,14 +24,14 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.data.pipeline import lookahead, mixtures
 from uni_moe_jax.train import loop, metrics_log
 from uni_moe_jax.train import run as train_run
-from uni_moe_jax.train.workdir import claim_workdir, saved_step
+from uni_moe_jax.train.workdir import claim_workdir, saved_step, saved_steps
 from uni_moe_jax.utils import cli, locks, signals
 
 
 def _config():
   c = tiny.config('shape', 'package', data_dir=tiny.data_dir())
   c.model.num_layers = 1  # what is tested is the loop: a small program compiles sooner
-  c.train.update(dict(steps=6, ema_decay=0.9, checkpoint_every=4))
+  c.train.update(dict(steps=6, ema_decay=0.9, checkpoint_every=4, max_to_keep=1, keep_every=4))
   return c
 
 
@@ -100,6 +100,10 @@ def uninterrupted(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('uninterrupted')
   assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.FINISHED
   return workdir
+
+
+def test_multiples_of_keep_every_are_kept_beside_the_newest_checkpoint(uninterrupted):
+  assert saved_steps(uninterrupted) == [4, 6]
 
 
 def test_a_line_has_the_speed_of_its_steps(uninterrupted):
