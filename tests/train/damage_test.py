@@ -42,6 +42,22 @@ def _workdir(two, tmp_path):
   return shutil.copytree(two, tmp_path / 'run')
 
 
+def test_what_reads_a_run_that_trains_on_lists_again_if_checkpoints_are_deleted_meanwhile(workdir, monkeypatch, capfd):
+  def damage_of_a_step_that_is_deleted_first(folder):
+    with monkeypatch.context() as patch:
+      patch.setattr(manifest, 'damage', damage)
+      if saved_steps(workdir) == [1, 2]:
+        with Checkpoints(workdir, max_to_keep=1) as checkpoints:
+          checkpoints.save(3, _state(3))
+    return damage(folder)
+
+  damage = manifest.damage
+  monkeypatch.setattr(manifest, 'damage', damage_of_a_step_that_is_deleted_first)
+  with Checkpoints(workdir, max_to_keep=None) as checkpoints:
+    assert checkpoints.steps() == [3]
+  assert capfd.readouterr().err == ''
+
+
 def _truncate(path: pathlib.Path):
   path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 

@@ -216,6 +216,8 @@ class Checkpoints:
         for damaged in steps[i + 1:] if self._writes else ():
           self._move_away(damaged)
         return step
+      if not self._writes and saved_steps(self._workdir) != steps:  # its run trains on, and has deleted this one
+        return self._newest_intact()
       fallback = f'falling back to the previous one, of step {steps[i - 1]}' if i else 'there is no earlier one'
       print(f'warning: the checkpoint of step {step} in {self._workdir} is damaged: {damage}; {fallback}.',
             file=sys.stderr, flush=True)
