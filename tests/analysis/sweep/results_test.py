@@ -3,8 +3,10 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
@@ -134,11 +136,12 @@ def _files(folder):
   return c
 
 
-@pytest.mark.parametrize('config', [_shapes, _files])
-def test_a_cell_reports_what_its_work_directory_trained(tmp_path, config):
+@pytest.mark.parametrize('config, frozen', [(_shapes, 'b'), (_files, 'embed/spatial')])
+def test_a_cell_reports_what_its_work_directory_trained(tmp_path, config, frozen):
   c = config(tmp_path)
   c.tasks.shape.shots = 2
-  c.optim.param_groups = (('b$', 'freeze'), ('.*', 1., 0.))
+  c.model.posemb = 'frozen'  # embed/spatial
+  c.optim.param_groups = (*([('b$', 'freeze')] if frozen == 'b' else []), ('.*', 1., 0.))
   c.evaluators.e = config_lib.evaluator('classification', 'shape', split='train')
   stages = grid.Stage('train', ()), grid.Stage('evaluate', ())
   cell = grid.Cell(tmp_path / 'shape-prompts-0', 'prompts', 'shape', 0, stages)
@@ -147,7 +150,9 @@ def test_a_cell_reports_what_its_work_directory_trained(tmp_path, config):
     workdir.claim_workdir(folder, c, 'print')
     c.train.init = str(tmp_path / 'run')
     with Checkpoints(folder, 1) as checkpoints:
-      checkpoints.save(step, {'params': {k: np.asarray(v, np.float32) for k, v in values.items()}, 'ema_params': None})
+      params = unflatten_dict({'a': values['a'], frozen: values['b']}, sep='/')
+      params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+      checkpoints.save(step, {'params': params, 'ema_params': None})
   assert adaptation.measure(path, []) == {'training': None}
   log = [{'stage': stage.name, 'exit_code': 0, 'seconds': 1., 'command': ''} for stage in cell.stages]
   assert adaptation.measure(path, log)['training'] == {
