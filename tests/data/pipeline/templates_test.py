@@ -29,6 +29,17 @@ def test_texts_are_inserted_and_the_slot_is_located(template, texts, ids, slot):
   assert filled.in_field == [10 < i < 100 for i in ids]
 
 
+@pytest.mark.parametrize('text, longest', [
+    ('11 12 13 14 ' * 1000, 12 * 7),
+    ('11 ' + ' ' * 200 + '12 13 14 ' * 1000, 12 * 7 * 4),  # too few tokens in the first part
+    ('wordless ' + 'x' * 10_000, 10_009)])
+def test_of_a_document_only_a_part_is_tokenized(text, longest, monkeypatch):
+  expected, encode, sizes = _Letters().encode(text)[:7], _Letters.encode, []
+  monkeypatch.setattr(_Letters, 'encode', lambda self, text: [sizes.append(len(text)), encode(self, text)][1])
+  assert _fill('{a} <eot> <spe> <eot>', 10, a=text).ids[:-3] == expected
+  assert max(sizes) == longest
+
+
 @pytest.mark.parametrize('length, a, b, kept_a, kept_b', [
     (9, 8, 8, 3, 2),  # 9 - 4 fixed tokens = 5: b gets at most 5 // 2 = 2, a the rest
     (9, 8, 1, 4, 1),  # a short b leaves more to a
