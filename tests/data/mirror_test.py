@@ -16,7 +16,7 @@ from tests.data import own_files
 from tests.data.bucket_shards import instructions, object_in, open_shards, shard_name, upload_shards, write_shards
 from tests.helpers import tiny
 from uni_moe_jax.config.schema import DataConfig
-from uni_moe_jax.data import mirror, sources
+from uni_moe_jax.data import input_copy, mirror, sources
 from uni_moe_jax.data.files import file_dataset, prepare, tfds_prepare
 from uni_moe_jax.data.mirror import Mirror
 from uni_moe_jax.data.pipeline import npz_records
@@ -358,11 +358,11 @@ def test_input_in_a_bucket_is_prepared_as_a_folder_is(bucket, tmp_path):
     storage.write_bytes(object_in(bucket, f'in/{path.relative_to(root)}'), path.read_bytes())
   local = prepare.prepare(root, tmp_path / 'data', 'images')
   for name in ('in', 'in/data.jsonl'):
-    with mirror.local_input(f'{bucket}/{name}', '--input', str(tmp_path / 'cache')) as source:
+    with input_copy.local_input(f'{bucket}/{name}', '--input', str(tmp_path / 'cache')) as source:
       assert prepare.prepare(source, tmp_path / 'data', f'i{len(name)}')['fingerprints'] == local['fingerprints']
     assert not list((tmp_path / 'cache').iterdir())
   with pytest.raises(MissingFileError, match='does not exist'):
-    with mirror.local_input(f'{bucket}/gone', '--input', str(tmp_path / 'cache')) as source:
+    with input_copy.local_input(f'{bucket}/gone', '--input', str(tmp_path / 'cache')) as source:
       prepare.prepare(source, tmp_path / 'data', 'gone')
 
 

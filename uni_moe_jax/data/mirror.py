@@ -15,7 +15,6 @@ import os
 import pathlib
 import random
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -30,7 +29,6 @@ from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError, dis
 from uni_moe_jax.utils.files import check_local, read_json, write_json
 
 _NUM_FETCHES = 8  # at once, and again as many in the background
-_NUM_INPUT_FETCHES = 32
 _ATTEMPTS, _PAUSE = 4, 1.0  # of a request beyond those of the library, and seconds before the second one
 _WAIT = 0.05  # seconds between looks for free space
 
@@ -70,7 +68,7 @@ class Mirror(os.PathLike):
     Raises MissingFileError if there is no complete dataset.
     """
     remote, local = storage.path(self.address) / prefix, self.root / prefix
-    names = _repeat(lambda: storage.files_in(remote), str(remote))
+    names = repeat(lambda: storage.files_in(remote), str(remote))
     matches = [n for n in names if n.rpartition('/')[2] == MANIFEST]
     if not matches:
       raise MissingFileError(
@@ -82,7 +80,7 @@ class Mirror(os.PathLike):
         if old.parent not in folders:
           cache_files.remove_dataset(old.parent)
       for name in matches:
-        files = json.loads(_repeat((remote / name).read_bytes, f'{remote}/{name}'))
+        files = json.loads(repeat((remote / name).read_bytes, f'{remote}/{name}'))
         path = local / name
         old = read_json(path, {})
         # A file that the old manifest does not list may be of another dataset, whose removal was interrupted.
@@ -134,7 +132,7 @@ class Mirror(os.PathLike):
   def fetch_unlisted(self, name: str) -> None:
     """Fetches a file that is in no dataset, whose digest is unknown, if the bucket has it."""
     with contextlib.suppress(FileNotFoundError):
-      content = _repeat((storage.path(self.address) / name).read_bytes, f'{self.address}/{name}')
+      content = repeat((storage.path(self.address) / name).read_bytes, f'{self.address}/{name}')
       path = self.root / name
       path.parent.mkdir(parents=True, exist_ok=True)
       with cache_files.locked(path.with_name(f'.{path.name}')):
@@ -143,7 +141,7 @@ class Mirror(os.PathLike):
   def is_complete(self, folder: pathlib.Path) -> bool:
     """Whether the bucket has the dataset of a folder."""
     mark = storage.path(self.address) / str(folder.relative_to(self.root)) / MANIFEST
-    return _repeat(mark.exists, str(mark))
+    return repeat(mark.exists, str(mark))
 
   def upload(self, folder: pathlib.Path, source: pathlib.Path | None = None, required: Iterable[str] = (),
              uploaded: Mapping[str, tuple[int, str]] = MappingProxyType({})) -> None:
@@ -161,8 +159,8 @@ class Mirror(os.PathLike):
       raise RunError(f'{source} has no {first_few(missing)}: another process has removed what this one has written. '
                      'It was not published; run the same command again.')
     for name in names:
-      _repeat(lambda: files.put_file(str(source / name), str(target / name)), f'{target}/{name}')
-    _repeat(lambda: write_json(target / MANIFEST, {**names, **uploaded}), f'{target}/{MANIFEST}')
+      repeat(lambda: files.put_file(str(source / name), str(target / name)), f'{target}/{name}')
+    repeat(lambda: write_json(target / MANIFEST, {**names, **uploaded}), f'{target}/{MANIFEST}')
     if not uploaded:
       with cache_files.locked(self.root / '.sync'):
         # The folder is there if another process has synced meanwhile, and now fetches files into it.
@@ -258,7 +256,7 @@ class Mirror(os.PathLike):
       temporary.unlink(missing_ok=True)  # of a process that has died
       self._free_space(temporary, size)
       for attempt in (1, 2):
-        _repeat(lambda: storage.filesystem(self.address).get_file(f'{self.address}/{name}', str(temporary)),
+        repeat(lambda: storage.filesystem(self.address).get_file(f'{self.address}/{name}', str(temporary)),
                 f'{self.address}/{name}')
         with self._mutex:
           self.num_fetched, self.bytes_fetched = self.num_fetched + 1, self.bytes_fetched + size
@@ -344,35 +342,7 @@ def sync(directory: str | os.PathLike[str], prefix: str) -> None:
     directory.sync(prefix)
 
 
-@contextlib.contextmanager
-def local_input(address: str | os.PathLike[str], name: str, cache_dir: str) -> Iterator[pathlib.Path]:
-  """Yields a file or folder; if it is in a bucket, a copy that is removed afterwards.
-
-  Of .jsonl and tables the whole folder is copied, since their lines name files beside them. name: of the flag, for
-  errors.
-  """
-  source = storage.path(address, name)
-  if isinstance(source, pathlib.Path):
-    yield source
-    return
-  storage.check_access(source, name)
-  files, is_file = storage.filesystem(address), bool(source.suffix) and source.is_file()
-  folder = source.parent if source.suffix.lower() in ('.jsonl', '.csv', '.tsv') and is_file else source
-  names = [''] if folder == source and is_file else list(storage.files_in(folder))
-  os.makedirs(cache := os.path.expanduser(cache_dir), exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix='.input-', dir=cache) as copy:
-    target = pathlib.Path(copy, folder.name)
-
-    def fetch(name: str) -> None:
-      (path := target / name).parent.mkdir(parents=True, exist_ok=True)
-      _repeat(lambda: files.get_file(f'{folder}/{name}'.rstrip('/'), str(path)), f'{folder}/{name}')
-
-    with concurrent.futures.ThreadPoolExecutor(_NUM_INPUT_FETCHES) as pool:
-      list(pool.map(fetch, names))
-    yield target / source.name if folder != source else target
-
-
-def _repeat(function, address: str) -> Any:
+def repeat(function, address: str) -> Any:
   """The result of a request, tried again after an error that may pass. Raises FileNotFoundError, RunError."""
   for attempt in range(_ATTEMPTS):
     try:

@@ -26,7 +26,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
-from uni_moe_jax.data import mirror
+from uni_moe_jax.data import input_copy
 from uni_moe_jax.data.files import formats
 from uni_moe_jax.data.files.formats import MEDIA_SUFFIXES, SPLIT_NAMES, Row, one_line, printable
 from uni_moe_jax.data.preparation import archives
@@ -95,10 +95,10 @@ def opened(address: str, cache_dir: str) -> Iterator[storage.Path]:
       yield source
       return
     if files and files[0].parent != source:
-      with mirror.local_input(source.parent, '--input', cache_dir) as copy:
+      with input_copy.local_input(source.parent, '--input', cache_dir) as copy:
         yield copy / source.name
       return
-  with mirror.local_input(address, '--input', cache_dir) as copy:
+  with input_copy.local_input(address, '--input', cache_dir) as copy:
     yield copy
 
 

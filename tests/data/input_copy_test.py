@@ -1,0 +1,35 @@
+"""The copy of an input in a bucket: one per address, also after commands that were killed."""
+
+from tests.data import own_files
+from tests.data.bucket_shards import object_in
+from tests.helpers import processes
+from uni_moe_jax.data import input_copy
+from uni_moe_jax.data.preparation import input_shards
+from uni_moe_jax.utils import storage
+
+
+def test_what_a_killed_command_has_copied_is_used_again_and_its_parts_have_their_names(bucket, tmp_path, monkeypatch):
+  for path in own_files.write_text_pairs(tmp_path / 'in').iterdir():
+    storage.write_bytes(object_in(bucket, f'in/{path.name}'), path.read_bytes())
+  arguments = f'{bucket}/in', '--input', str(tmp_path / 'cache')
+  done = processes.python('-c', f'''
+import os, signal
+from uni_moe_jax.data import input_copy
+from uni_moe_jax.data.preparation import input_shards
+with input_copy.local_input(*{arguments}) as source:
+  print(*(shard.name() for shard in input_shards.plan(source)), flush=True)
+  os.kill(os.getpid(), signal.SIGKILL)''')
+  assert done.returncode == -9, done.stderr
+  [left] = (tmp_path / 'cache').iterdir()
+  (left / 'in/test.jsonl').write_text('{')  # half of it
+  (left / 'in/removed.jsonl').write_text('{}')
+  files, fetched = storage.filesystem(bucket), []
+  fetch = files.get_file
+  monkeypatch.setattr(files, 'get_file', lambda remote, local: (fetched.append(remote), fetch(remote, local)))
+  with input_copy.local_input(*arguments) as source:
+    assert fetched == [f'{bucket}/in/test.jsonl']
+    assert [shard.name() for shard in input_shards.plan(source)] == done.stdout.split()
+    assert list((tmp_path / 'cache').iterdir()) == [left] == [source.parent]
+    with input_copy.local_input(*arguments) as other:  # as of another command meanwhile
+      assert other.parent != left and len(list(other.iterdir())) == 2
+  assert not list((tmp_path / 'cache').iterdir())
