@@ -32,7 +32,7 @@ def _source(tmp_path, monkeypatch):
   return root
 
 
-def _run(source, data, monkeypatch, num_tasks=10**6):
+def _run(source, data, monkeypatch, num_tasks=10**6, **options):
   """Prepares until so many tasks are done, in the last of which it is killed; returns their types."""
   started = []
 
@@ -44,7 +44,7 @@ def _run(source, data, monkeypatch, num_tasks=10**6):
       task()
 
   monkeypatch.setattr(workers, 'run', run)
-  prepare.prepare(source, data, 'x')
+  prepare.prepare(source, data, 'x', **options)
   return started
 
 
@@ -140,9 +140,17 @@ def test_after_too_many_bad_rows_files_are_read_again(source, tmp_path, monkeypa
   content = image.read_bytes()
   image.unlink()
   with pytest.raises(UsageError, match='cannot be used'):
-    prepare.prepare(source, tmp_path, 'x', max_corrupt_fraction=0.01)
+    prepare.prepare(source, tmp_path, 'x', max_corrupt_fraction=0.05)
   image.write_bytes(content)
   assert prepare.prepare(source, tmp_path, 'x', max_corrupt_fraction=0.05)['splits'] == {'train': 24, 'test': 7}
+
+
+def test_after_too_many_bad_rows_a_larger_bound_reads_no_file_again(source, tmp_path, monkeypatch):
+  (source / 'images/000.jpg').unlink()
+  with pytest.raises(UsageError, match='or raise --max_corrupt_fraction=0.01, with which files are not read again'):
+    prepare.prepare(source, tmp_path, 'x', max_corrupt_fraction=0.01)
+  assert _run(source, tmp_path, monkeypatch, max_corrupt_fraction=0.2) == [Write] * 4
+  assert [path.name for path in (tmp_path / 'own/x').iterdir()] == ['1.0.0']
 
 
 def test_two_processes_do_not_prepare_the_same(source, tmp_path, monkeypatch):

@@ -31,13 +31,13 @@ import numpy as np
 from uni_moe_jax.data import mirror
 from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
 from uni_moe_jax.data.preparation import input_shards, workers
-from uni_moe_jax.data.preparation.merge import Merge, Merged
+from uni_moe_jax.data.preparation.merge import Merge, Merged, TooManySkippedError
 from uni_moe_jax.data.preparation.scan import MANIFEST, SPLITS, Scan, ScannedShard
 from uni_moe_jax.data.preparation.summary import summarize
 from uni_moe_jax.data.preparation.write import MODULUS, TEXT_TYPES, TEXTS, Write
 from uni_moe_jax.utils import locks, storage
 from uni_moe_jax.utils.errors import UsageError
-from uni_moe_jax.utils.files import check_renames_folders, read_json
+from uni_moe_jax.utils.files import check_renames_folders, read_json, write_json
 
 FOLDER, SUMMARY, VERSIONS = 'own', 'prepared.json', re.compile(r'\d+\.\d+\.\d+')
 FORMAT = 5  # of prepared data; data of another format must be prepared again
@@ -91,7 +91,10 @@ def prepare(
     if beam_options is not None:
       from uni_moe_jax.data.preparation import on_beam
       run = functools.partial(on_beam.run, folder=work / 'tasks', options=beam_options)
-    shards = None
+    shards, refused = None, work / 'refused.json'
+    if max_corrupt_fraction <= read_json(refused, -1):  # files were changed, perhaps some that no part is named by
+      storage.remove_folder(work / 'shards')
+      refused.unlink()
     try:
       if mirror.has_dataset(data_dir, folder):  # another process has ended meanwhile, or was killed when all was done
         names = [Scan(shard, '', gif, allow_outside).name for shard in input_shards.plan(source)]
@@ -102,6 +105,9 @@ def prepare(
         return summary
       shards = _scan(source, work / 'shards', scratch, run, gif, allow_outside)
       merged = Merge([ScannedShard(shard) for shard in shards], scratch)(test_fraction, max_corrupt_fraction, source)
+    except TooManySkippedError:
+      write_json(refused, max_corrupt_fraction)
+      raise
     except UsageError:
       if shards is not None or not _names_in(work / 'shards'):  # the user will change the files; or nothing is done
         after_lock.callback(storage.remove_folder, work)

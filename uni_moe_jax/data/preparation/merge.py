@@ -32,6 +32,10 @@ _NOUNS = {'image': 'an image', 'video': 'a video'}
 Skipped = dict[str, tuple[int, list[str]]]  # reason → number, first locations
 
 
+class TooManySkippedError(UsageError):
+  """A larger `max_corrupt_fraction` would have allowed the skipped rows."""
+
+
 @dataclasses.dataclass
 class Merged:
   """Decisions about all rows.
@@ -200,8 +204,9 @@ class Merge:
     if num_skipped == num_rows or num_skipped > max_corrupt_fraction * num_rows:
       detail = ''.join(f'; most often: {reason!r} ({number}, first {first[0]})'
                        for reason, (number, first) in list(self._result.skipped.items())[:1])
-      raise UsageError(f'{num_skipped} of {num_rows} rows of {source} cannot be used{detail}. '
-                       f'Fix them, or raise --max_corrupt_fraction={max_corrupt_fraction}.')
+      error = UsageError if num_skipped == num_rows else TooManySkippedError
+      raise error(f'{num_skipped} of {num_rows} rows of {source} cannot be used{detail}. Fix them, or raise '
+                  f'--max_corrupt_fraction={max_corrupt_fraction}, with which files are not read again.')
 
   def _assign_splits(self, test_fraction: float) -> None:
     """Gives rows the split that they name; if none does, a hash selects one for all rows that belong together.
