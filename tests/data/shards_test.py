@@ -4,12 +4,14 @@ import concurrent.futures
 import contextlib
 import os
 import resource
+import sys
 import types
 
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from tests.helpers import processes
 from uni_moe_jax.data import shards as shards_lib
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset
 from uni_moe_jax.data.shards import Shards
@@ -39,7 +41,8 @@ def _num_open(instructions) -> int:
   return count
 
 
-def test_many_threads_and_splits_keep_a_bounded_number_of_files_open(instructions):
+def test_many_threads_and_splits_keep_a_bounded_number_of_files_open(instructions, monkeypatch):
+  monkeypatch.setattr(shards_lib, '_MAX_IDLE', 128)
   splits, numbers = [Shards('', instructions) for _ in range(2)], []
 
   def read(i):
@@ -52,6 +55,21 @@ def test_many_threads_and_splits_keep_a_bounded_number_of_files_open(instruction
     assert all(pool.map(read, range(100)))
   assert shards_lib._MAX_IDLE - 10 <= max(numbers) <= shards_lib._MAX_IDLE + 2 * _THREADS
   assert Shards._num_idle == sum(map(len, Shards._idle.values())) == shards_lib._MAX_IDLE
+
+
+def test_files_within_a_quarter_of_the_limit_are_opened_once(instructions):
+  script = f"""
+import types
+from uni_moe_jax.data import shards
+paths, opened, open_reader = {[i.filename for i in instructions]}, [], shards._open_reader
+shards._open_reader = lambda path: opened.append(path) or open_reader(path)
+split = shards.Shards('', [types.SimpleNamespace(filename=path, skip=0, take=3) for path in paths])
+for i in range(600):
+  split.__getitems__([i * 77 % 600])
+print(len(opened))"""
+  command = f'ulimit -n $0; exec {sys.executable} -c "$1"'
+  counts = [int(processes.run(['bash', '-c', command, limit, script])) for limit in ('1024', '600')]
+  assert counts[0] == _FILES < counts[1]
 
 
 def test_readers_that_were_used_last_stay_open(instructions, monkeypatch):

@@ -15,7 +15,9 @@ import numpy as np
 from uni_moe_jax.data.mirror import Mirror
 from uni_moe_jax.utils.errors import RunError
 
-_MAX_IDLE = 128  # open readers of a process that no thread uses
+# Open readers of a process that no thread uses. To open a file parses its index, and keeps it: 30 ms and 0.5 MB for
+# 100,000 records.
+_MAX_IDLE = min(1024, max(128, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 
 
 class Shards:
