@@ -17,7 +17,7 @@ _BLOCK = re.compile(r'(?:^\*\*Needs (.+?)\.\*\*\n\n)?^```(bash|python)\n(.*?)^``
 _NEEDS = ('a GPU', 'Slurm', 'a pod and the datasets', 'the datasets', "the authors' checkpoint",
           'a Google Cloud project', 'a GKE cluster', 'quota for TPUs')
 # tests/launch/installed_test.py installs the package.
-_INSTALLS = ('pip install', 'python -m venv', '. .venv/bin/activate')
+_INSTALLS = ('pip install', 'python -m venv', '. ')
 _STEPS = ['train.steps=2', 'train.log_every=1']
 _MODEL = ['model.num_layers=1', 'model.width=16', 'model.num_heads=2', 'model.mlp_dim=16', 'moe.num_experts=2']
 _SMALL = {

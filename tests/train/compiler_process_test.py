@@ -68,12 +68,16 @@ def test_an_error_meanwhile_ends_the_process():
   assert compiler._child.returncode == -signal.SIGKILL
 
 
-def test_it_starts_where_jax_can_find_no_accelerator(monkeypatch):
+def test_it_starts_where_jax_can_find_no_accelerator(monkeypatch, tmp_path, capfd):
   monkeypatch.setattr(heap, 'only_cpu', lambda: True)
   with compiler_process.start(_python('')) as compiler:
     compiler.wait(lambda: False)
-  monkeypatch.setattr(heap, 'only_cpu', lambda: False)
-  assert compiler_process.start(_python('')) is None
+  monkeypatch.undo()
+  monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+  (tmp_path / 'libtpu').mkdir()
+  (tmp_path / 'libtpu/__init__.py').touch()
+  monkeypatch.syspath_prepend(tmp_path)
+  assert compiler_process.start(_python('')) is None and 'set JAX_PLATFORMS=cpu.\n' in capfd.readouterr().err
 
 
 def test_without_a_cache_both_processes_use_a_folder_that_is_removed(monkeypatch, capfd):

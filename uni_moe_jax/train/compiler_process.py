@@ -73,4 +73,9 @@ class CompilerProcess:
 
 def start(command: Sequence[str]) -> CompilerProcess | None:
   """Start a command that compiles; None where JAX may find an accelerator, which only one process can open."""
-  return CompilerProcess(command) if heap.only_cpu() else None
+  if heap.only_cpu():
+    return CompilerProcess(command)
+  print('note: --compile_separately is ignored, because JAX may find an accelerator (by JAX_PLATFORMS, or by an '
+        'installed jax_plugins or libtpu). To train on the CPU, where steps would be faster, set JAX_PLATFORMS=cpu.',
+        file=sys.stderr, flush=True)
+  return None
