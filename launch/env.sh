@@ -44,7 +44,7 @@ PY
 # Prints the first usable Python. A name on PATH is not enough: a version manager's shim may stand for
 # a version that is not installed, and Debian's python3 lacks ensurepip without python3-venv.
 find_python() {
-  local name seen=''
+  local name seen='' package='' advice
   for name in "${pythons[@]}"; do
     command -v "$name" >/dev/null || continue
     if is_usable "$name" venv ensurepip; then
@@ -52,11 +52,14 @@ find_python() {
       return
     fi
     seen+="${seen:+, }$name ($("$name" --version 2>/dev/null || echo 'does not start'))"
+    if [[ -z "$package" ]] && is_usable "$name"; then  # but for the modules, which Debian has in a package of their own
+      package=$("$name" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+    fi
   done
+  advice="Install ${package:-Python 3.11} (on Debian and Ubuntu: apt-get install"
+  advice+=" ${package:-python3.11 python3.11-venv})"
   echo "No usable Python: the scripts need 3.11, 3.12 or 3.13 with the modules venv and ensurepip;" \
-    "PATH has ${seen:-none}. Install Python 3.11 (on Debian and Ubuntu: python3.11 and" \
-    "python3.11-venv), or set UNI_MOE_PYTHON to an interpreter that has this package's" \
-    'dependencies.' >&2
+    "PATH has ${seen:-none}. $advice, or set UNI_MOE_PYTHON to an interpreter that has this package's dependencies." >&2
   return 1
 }
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.helpers import stand_in
+
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # A python that logs its arguments; the environment has the exit codes of its commands.
@@ -142,3 +144,13 @@ def test_an_environment_is_used_where_the_folder_cannot_be_written(clone):
   (clone / '.venv.lock').mkdir()  # cannot be opened, also not by root
   again = _start(clone)
   assert (again.communicate(timeout=10)[0], again.returncode) == ('', 0)
+
+
+@pytest.mark.parametrize('code, package', [(0, 'python3.12-venv'), (1, 'python3.11 python3.11-venv')])
+def test_the_package_of_a_python_that_has_no_venv_is_named(tmp_path, code, package):
+  stand_in.write_program(tmp_path / 'python3.12', 'case "$*" in', '"- venv ensurepip") exit 1 ;;', f'-) exit {code} ;;',
+                         '--version) echo Python 3.12.3 ;;', '-c*) echo python3.12-venv ;;', 'esac')
+  done = subprocess.run(['bash', '-euc', f'. {_ROOT}/launch/env.sh; pythons=(python3.12); find_python'], text=True,
+                        env={**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}'}, capture_output=True)
+  assert done.returncode == 1 and 'PATH has python3.12 (Python 3.12.3). Install ' in done.stderr
+  assert f'(on Debian and Ubuntu: apt-get install {package}), or set UNI_MOE_PYTHON' in done.stderr
