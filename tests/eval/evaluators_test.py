@@ -12,7 +12,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
-from uni_moe_jax.eval import caption_metrics, evaluators, predictor
+from uni_moe_jax.eval import caption_metrics, evaluators, predictor, suite
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.suite import EVALUATORS
 from uni_moe_jax.reporting import html as reporting_html
@@ -364,3 +364,21 @@ def test_texts_whose_words_are_all_too_long_to_be_masked_are_an_error(data, base
 def test_a_subset_is_seeded_by_the_evaluators_name(data):
   ids = [_query(data, 'shape', None, name=name, num_examples=6).ids().tolist() for name in ('x', 'x', 'y')]
   assert ids[0] == ids[1] != ids[2] and len(set(ids[0])) == 6
+
+
+def test_an_evaluation_has_the_views_and_the_search_of_its_config(data, monkeypatch):
+  plan, d = data
+  views, search = dict(num_views=2, num_crops=3), dict(beam_size=4, length_penalty=0.5, max_len=5)
+  evaluation = dataclasses.replace(
+      next(e for e in plan.evaluations if e.name == 'caption'), num_examples=3, batch_size=3, **views, **search)
+  seen, examples = [], type(d).examples
+  monkeypatch.setattr(
+      type(d), 'examples', lambda self, task, split, **fields: seen.append(fields) or examples(self, task, split))
+
+  class Recorder(_Oracle):
+    def captions(self, task, pixels, beam_size, length_penalty, constrain_to, max_len, reranker):
+      seen.append(dict(beam_size=beam_size, length_penalty=length_penalty, max_len=max_len))
+      return ['a'] * len(pixels)
+
+  suite.scores(evaluation, d, Recorder(1), {})
+  assert seen == [views, search]
