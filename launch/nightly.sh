@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs what CI has no time for: the nightly tests, those that need libtpu too, and the stress suites.
+# Runs what CI has no time for: the nightly tests, those that need libtpu or tokamax, and the stress suites.
 # Takes hours. Arguments go to tests/stress/run.py, for example --quick.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,6 +10,13 @@ install_environment test
 code=0
 install_libtpu || echo 'libtpu could not be installed: its tests are skipped.' >&2
 ./launch/test.sh -m nightly || code=$?
-PYTHONPATH="$libtpu:$PYTHONPATH" ./launch/test.sh tests/tools/preflight -k libtpu -m nightly || code=$?
+PYTHONPATH="$libtpu:$PYTHONPATH" ./launch/test.sh tests/tools/preflight tests/docs_tutorials_test.py \
+  -k 'libtpu or rented' -m nightly || code=$?
+# tokamax beside the environment, with what it brings.
+tokamax="$PWD/.pytest_cache/tokamax"
+"$python" -m pip install -q --upgrade --no-deps -c "$(constraints)" --target "$tokamax" \
+  tokamax einshape jaxtyping qwix tensorboardX typeguard wadler_lindig ||
+  echo 'tokamax could not be installed: its tests are skipped.' >&2
+PYTHONPATH="$tokamax:$PYTHONPATH" ./launch/test.sh tests/moe -k tokamax -m 'not nightly' || code=$?
 "$python" tests/stress/run.py "$@" || code=$?
 exit "$code"
