@@ -26,7 +26,10 @@ class Line:
   @property
   def verdict(self) -> str:
     """'better', 'level' or 'worse'; '' without a baseline."""
-    return metrics.verdict(self.row, *self.baseline[::-1]) if self.baseline else ''
+    if not self.baseline:
+      return ''
+    name, value = self.baseline
+    return metrics.verdict(self.row, value, name)
 
   @property
   def cells(self) -> tuple[str, ...]:
