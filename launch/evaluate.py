@@ -54,7 +54,7 @@ def main() -> int:
     config.data.dir = _DATA_DIR.value
   with checkpoint.Checkpoints(workdir, max_to_keep=None, best_metric=config.train.best_metric) as checkpoints:
     step = evaluated.find_step(config, plan, checkpoints, workdir, _BEST.value)
-    old = [] if _FORCE.value else suite.finished_rows(workdir, plan, step)
+    old = [] if _FORCE.value else suite.finished_rows(workdir, plan, step, config)
     if rows := old:
       print(f'step {step} is already evaluated; --force repeats it.')
     if not old or _MERGED.value:

@@ -17,6 +17,8 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.analysis import run_expert_usage
 from uni_moe_jax.config import metric_names
 from uni_moe_jax.config.plan import make_plan
+from uni_moe_jax.data.assemble import Sources
+from uni_moe_jax.data.files import prepare
 from uni_moe_jax.eval import example_scores, samples, suite
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.export import merged_scores
@@ -97,6 +99,7 @@ def test_a_finished_evaluation_counts_for_its_step_and_its_evaluators_alone(fini
   workdir, rows = finished
   c = load_config(workdir)
   assert suite.finished_rows(workdir, make_plan(c), 3) == rows
+  assert suite.finished_rows(workdir, make_plan(c), 3, c) == rows
   assert suite.finished_rows(workdir, make_plan(c), 2) == []
   c.evaluators['my shape'].num_examples = 2
   assert suite.finished_rows(workdir, make_plan(c), 3) == []
@@ -108,7 +111,8 @@ def _evaluate_one(workdir, monkeypatch, value, num_examples):
   c.evaluators.e = config_lib.evaluator('classification', 'shape', split='train', num_examples=num_examples)
   monkeypatch.setattr(suite, '_measure', lambda *_, **__: [('e', Score.proportion('top-1', value, 4))])
   plan = make_plan(c)
-  suite.evaluate(plan, None, types.SimpleNamespace(mesh=None), 3, workdir)
+  data = types.SimpleNamespace(evaluation_fingerprints=lambda: {'e': 'print'})
+  suite.evaluate(plan, data, types.SimpleNamespace(mesh=None), 3, workdir)
   return plan
 
 
@@ -139,6 +143,36 @@ def test_an_evaluation_that_is_killed_while_it_writes_never_has_scores_of_other_
   second = _evaluate_one(tmp_path, monkeypatch, .75, 2)
   assert [row['value'] for row in suite.finished_rows(tmp_path, second, 3)] == [.75]
   assert suite.finished_rows(tmp_path, first, 3) == []
+
+
+def test_an_evaluation_on_other_data_does_not_count(tmp_path, monkeypatch):
+  (tmp_path / 'in').mkdir()
+
+  def prepare_texts(label, version):
+    lines = [{'text_a': f'text {i}', 'label': y} for i, y in enumerate((label, *'yzxyz'))]
+    (tmp_path / 'in/train.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    prepare.prepare(tmp_path / 'in', tmp_path, 'three', version, test_fraction=0.0)
+
+  prepare_texts('x', '1.0.0')
+  names = tmp_path / 'names.txt'
+  names.write_text('x\ny\nz\n')
+  c = tiny.config(data_dir=str(tmp_path))
+  c.target_sets.three = config_lib.target_set('file:names.txt', family='words')
+  c.tasks.t = config_lib.task('text_classification', 'own:three', batch_size=8, target_set='three', max_len=8,
+                              label_column='label', template='{text_a} <eot> <spe>')
+  c.evaluators.e = config_lib.evaluator('classification', 't', split='train')
+  monkeypatch.setattr(suite, '_measure', lambda *_, **__: [('e', Score.proportion('top-1', .5, 4))])
+  plan = make_plan(c)
+  rows = suite.evaluate(plan, Sources(c, plan), types.SimpleNamespace(mesh=None), 3, tmp_path)
+  finished = lambda: suite.finished_rows(tmp_path, plan, 3, c)
+  assert finished() == rows
+  names.write_text('x\ny\tyes\nz\n')
+  assert finished() == []
+  names.write_text('x\ny\nz\n')
+  prepare_texts('y', '2.0.0')
+  assert finished() == [] and suite.finished_rows(tmp_path, plan, 3) == rows  # about any data
+  names.unlink()
+  assert finished() == rows  # they cannot be made again
 
 
 def test_a_damaged_file_of_evaluators_is_written_again(tmp_path, monkeypatch):
@@ -220,7 +254,7 @@ def _evaluate(monkeypatch, tmp_path, num_cores, scores):
     shown[e.name] = [value]
     return [Score('top-1', value, 1, per_example=np.array([value]))]
   monkeypatch.setattr(suite, 'scores', with_sample)
-  return suite.evaluate(plan, None, predictor, 1, tmp_path)
+  return suite.evaluate(plan, types.SimpleNamespace(evaluation_fingerprints=dict), predictor, 1, tmp_path)
 
 
 def test_on_one_cpu_two_tasks_are_evaluated_at_once_and_written_in_order(monkeypatch, tmp_path):

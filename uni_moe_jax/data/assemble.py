@@ -30,11 +30,54 @@ from uni_moe_jax.utils.suggest import nearest
 _MAX_TEXT_RECORDS, _MAX_MEDIA_RECORDS = 100_000, 20_000
 
 
-class Data:
-  """The data of a run; records are read once per (source, split).
+class Sources:
+  """Records, read once per (source, split), and entries of target sets: the data of a run without its tokenizer.
 
   Attributes:
     dir: folder of the prepared data, or the mirror of one in a bucket.
+  """
+
+  def __init__(self, config: ml_collections.ConfigDict, plan: Plan):
+    """config, plan: of the run."""
+    self.dir, self._plan = mirror.open_folder(config.data), plan
+    self._records: dict[tuple[str, str], Records | FileDataset] = {}
+
+  def records(self, source: str, split: str) -> Records | FileDataset:
+    """One split of a source."""
+    if (source, split) not in self._records:
+      self._records[source, split] = sources.load(source, self.dir, split)
+    return self._records[source, split]
+
+  def evaluation_fingerprints(self) -> dict[str, str]:
+    """Evaluator → digest of its records, of those of training, which baselines see, and of the entries of its sets."""
+    sets = {s.name: s for s in (*self._plan.sets, *self._plan.probe_sets, *self._plan.answer_sets)}
+    content = {e.name: (
+        [self.records(e.task.source, split).fingerprint for split in (e.split, e.task.split)],
+        [self._entries(sets[name]) for name in (e.task.target_set, e.constrain_to) if name])
+               for e in self._plan.evaluations}
+    return {name: hashlib.sha256(repr(x).encode()).hexdigest()[:16] for name, x in content.items()}
+
+  def _entries(self, spec: SetSpec) -> tuple[class_names.Entry, ...]:
+    """Entries of a target set from the config, a file or 'source/column'; () for the vocabulary."""
+    field = f'target_sets.{spec.name}'
+    if spec.is_vocabulary:
+      return ()
+    if not isinstance(spec.entries, str):
+      return class_names.parse_entries(spec.entries, field)
+    if spec.entries.startswith(class_names.FILE_PREFIX):
+      return class_names.read_entries(spec.entries, self.dir, field)
+    source, _, column = spec.entries.rpartition('/')
+    split = next((t.split for t in (*self._plan.tasks, *self._plan.probes) if t.source == source), 'train')
+    classes = self.records(source, split).classes
+    if column not in classes:
+      raise UsageError(f'config.{field}: source {source!r} has no classes {column!r}; {nearest(column, classes)}.')
+    return class_names.parse_entries(classes[column], field)
+
+
+class Data(Sources):
+  """The data of a run.
+
+  Attributes:
     tokenizer: the published one, or one trained on the plan's training text and cached by content.
     tokenizer_file: its model or merges file.
     target_sets: by name.
@@ -56,8 +99,8 @@ class Data:
     Raises:
       MissingFileError: data is not prepared. UsageError: the config does not fit it.
     """
-    self.dir, self._model, self._plan = mirror.open_folder(config.data), config.model, plan
-    self._records: dict[tuple[str, str], Records | FileDataset] = {}
+    super().__init__(config, plan)
+    self._model = config.model
     records = [self.records(t.source, t.split) for t in plan.tasks]
     self.tokenizer, self.tokenizer_file, tokenizer_fingerprint = self._make_tokenizer(config, tokenizer_copy)
     specs = (*plan.sets, *plan.probe_sets, *plan.answer_sets)
@@ -93,12 +136,6 @@ class Data:
               f'config.evaluators.{e.name}.constrain_to={e.constrain_to!r}, which has {num_tokens} tokens with the '
               f'end; raise it to {num_tokens}, or omit the answer.')
 
-  def records(self, source: str, split: str) -> Records | FileDataset:
-    """One split of a source."""
-    if (source, split) not in self._records:
-      self._records[source, split] = sources.load(source, self.dir, split)
-    return self._records[source, split]
-
   def check_space(self) -> None:
     """Raises UsageError if the records that training reads from a bucket do not fit on this host."""
     if isinstance(self.dir, mirror.Mirror):
@@ -129,22 +166,6 @@ class Data:
       raise UsageError(
           f'config.tasks.{task.name}: source {task.source!r} has {T} frame(s) of {H} × {W} pixels; the model accepts '
           f'at most config.model.max_num_frames={max_frames} frames of config.model.image_size={size} pixels a side.')
-
-  def _entries(self, spec: SetSpec) -> tuple[class_names.Entry, ...]:
-    """Entries of a target set from the config, a file or 'source/column'; () for the vocabulary."""
-    field = f'target_sets.{spec.name}'
-    if spec.is_vocabulary:
-      return ()
-    if not isinstance(spec.entries, str):
-      return class_names.parse_entries(spec.entries, field)
-    if spec.entries.startswith(class_names.FILE_PREFIX):
-      return class_names.read_entries(spec.entries, self.dir, field)
-    source, _, column = spec.entries.rpartition('/')
-    split = next((t.split for t in (*self._plan.tasks, *self._plan.probes) if t.source == source), 'train')
-    classes = self.records(source, split).classes
-    if column not in classes:
-      raise UsageError(f'config.{field}: source {source!r} has no classes {column!r}; {nearest(column, classes)}.')
-    return class_names.parse_entries(classes[column], field)
 
   def _make_tokenizer(
       self, config: ml_collections.ConfigDict, copy: storage.Path | None) -> tuple[Tokenizer, pathlib.Path, str]:

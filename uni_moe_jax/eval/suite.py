@@ -1,18 +1,20 @@
 """Runs a plan's evaluators and writes evaluation.json, evaluators.json, samples.json and the scores of examples."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import ml_collections
 
 from uni_moe_jax.config.plan import Evaluation, Plan
-from uni_moe_jax.data.assemble import Data
+from uni_moe_jax.data.assemble import Data, Sources
 from uni_moe_jax.data.pipeline.examples import Examples
 from uni_moe_jax.eval import baselines, evaluators, example_scores, glue_vqa, samples
 from uni_moe_jax.eval.evaluators import Query
@@ -20,10 +22,12 @@ from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.parallel import multihost, sharding
 from uni_moe_jax.utils import cores, storage
+from uni_moe_jax.utils.errors import MissingFileError
 from uni_moe_jax.utils.files import read_json, write_json
 
 EVALUATION_FILE = 'evaluation.json'
 EVALUATORS_FILE = 'evaluators.json'  # those that made it
+_DATA = 'data_fingerprint'  # field of these, beside those of the config
 MERGED_FILE = 'merged.json'  # how far the scores of a merged model are from these
 EVALUATORS: dict[str, Callable[[Query], list[Score]]] = {
     'classification': evaluators.classification,
@@ -63,6 +67,7 @@ def evaluate(
     else:
       done = map(measure, by_task)
     measured = list(itertools.chain(*done))
+    fingerprints = data.evaluation_fingerprints() if measured else {}
   rows = [score.row(name, step) for name, score in measured]
   if writes:
     # Empty while files change: rows are never taken for those of other evaluators, whenever this process is killed.
@@ -71,7 +76,7 @@ def evaluate(
     in_order = {e.name: shown[e.name] for e in plan.evaluations if e.name in shown}
     write_json(storage.path(workdir) / samples.FILE, in_order)
     write_json(storage.path(workdir) / EVALUATION_FILE, rows)
-    write_json(storage.path(workdir) / EVALUATORS_FILE, _settings(plan))
+    write_json(storage.path(workdir) / EVALUATORS_FILE, _with_data(_settings(plan), fingerprints))
   return rows
 
 
@@ -102,15 +107,30 @@ def examples(e: Evaluation, data: Data) -> Examples:
 
 
 def _settings(plan: Plan) -> dict[str, dict[str, Any]]:
-  """The fields of every evaluator, as `EVALUATORS_FILE` has them."""
+  """The fields of every evaluator, as `EVALUATORS_FILE` has them beside the digest of its data."""
   return {name: dataclasses.asdict(e) for name, e in plan.config.evaluators.items()}
 
 
-def finished_rows(workdir: str | os.PathLike[str], plan: Plan, step: int) -> list[dict[str, Any]]:
-  """The rows of evaluation.json if the evaluators of a plan made it, at a step; else []."""
+def _with_data(settings: Mapping[str, dict[str, Any]], fingerprints: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+  return {name: {**fields, _DATA: fingerprints.get(name)} for name, fields in settings.items()}
+
+
+def finished_rows(
+    workdir: str | os.PathLike[str], plan: Plan, step: int, config: ml_collections.ConfigDict | None = None
+) -> list[dict[str, Any]]:
+  """The rows of evaluation.json if the evaluators of a plan made it, at a step; else [].
+
+  config: that names the data it must be about; None, or where that is missing: about any.
+  """
   made_by = read_json(storage.path(workdir) / EVALUATORS_FILE)  # None: of a version that did not write it
-  if step != evaluated_step(workdir) or made_by != _settings(plan):
+  if made_by is None or step != evaluated_step(workdir):
     return []
+  fingerprints = {name: fields.get(_DATA) for name, fields in made_by.items()}
+  if _with_data(made_by, fingerprints) != _with_data(_settings(plan), fingerprints):
+    return []
+  with contextlib.suppress(MissingFileError):
+    if config is not None and fingerprints != Sources(config, plan).evaluation_fingerprints():
+      return []
   return read_json(storage.path(workdir) / EVALUATION_FILE)
 
 

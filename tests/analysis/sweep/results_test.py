@@ -174,11 +174,15 @@ def test_runs_are_named_as_they_were_typed(tmp_path, monkeypatch):
     (folder / runner.LOG).write_text(json.dumps(
         [{'stage': 'evaluate', 'exit_code': 0, 'seconds': 1.,
           'command': f'uni-moe evaluate {tmp_path / run} {folder}'}]))
+    (folder / 'evaluators.json').write_text(json.dumps({'e': {'data_fingerprint': f'of {run}'}}))
     cells.append(grid.Cell(folder, 'prompts', 'shape', 0, ()))
   report = results.collect('adaptation', cells, ['runs/dense-0', 'runs/task-0'], 'uni-moe sweep')
   assert [r['changed'] for r in report['cells']] == [[], ["train.init: 'runs/dense-0' → 'runs/task-0'"]]
   assert report['cells'][1]['commands'] == {'evaluate': 'uni-moe evaluate runs/task-0 task-0'}
   assert str(tmp_path) not in json.dumps(report)
+  assert report['errors'][-1] == (
+      "task-0 and dense-0 have scores of other evaluators: evaluator.e.data_fingerprint: 'of runs/dense-0' → "
+      "'of runs/task-0'.")
 
 
 def _adapted(run, seed, right, variant='prompts'):

@@ -79,6 +79,8 @@ def collect(sweep: str, cells: Sequence[Cell], source: str | Sequence[str], comm
     results['errors'] += routers.find_errors(cells, records, configs) + compared.pop('errors')
     return {**results, 'account': compared}
   results['errors'] += adaptation.find_errors(records, configs)
+  for task in dict.fromkeys(c.task for c in cells):
+    results['errors'] += routers.evaluation_errors([c for c in cells if c.task == task])
   compared = adaptation.compare(records, [example_scores.read(c.folder) for c in cells])
   results['errors'] += [sentence for of_recipe in compared.values() for sentence in of_recipe.pop('errors')]
   return {**results, 'accounts': compared}

@@ -116,11 +116,11 @@ def find_errors(
       errors.append(f'{record["name"]} has {record["steps"]} of {steps} steps.')
     if (merged := record['merged']) and merged['largest_difference'] is None:
       errors.append(f'{record["name"]}: {merged["metric"]} is not finite with merged experts, or without.')
-  return errors + _evaluation_errors(cells)
+  return errors + evaluation_errors(cells)
 
 
-def _evaluation_errors(cells: Sequence[Cell]) -> list[str]:
-  """Sentences for runs whose evaluators had other fields than those of the first one, which their configs may hide."""
+def evaluation_errors(cells: Sequence[Cell]) -> list[str]:
+  """Sentences for runs whose evaluators had other fields or data than those of the first one: configs may hide it."""
   made_by = [(cell.folder.name, x) for cell in cells if (x := read_json(cell.folder / suite.EVALUATORS_FILE))]
   compared = [(name, workdir.differences({'evaluator': made_by[0][1]}, {'evaluator': x})) for name, x in made_by]
   return [f'{name} and {made_by[0][0]} have scores of other evaluators: {"; ".join(changed)}.'
