@@ -292,11 +292,13 @@ def test_where_folders_cannot_be_renamed_a_run_reports_it_at_the_start_and_ends_
   chex.assert_trees_all_equal(_state(tmp_path), _state(uninterrupted))
 
 
-def test_a_finished_run_is_left_unchanged(uninterrupted, capsys):
-  before = (uninterrupted / 'metrics.jsonl').read_text()
+def test_a_finished_run_is_left_unchanged(uninterrupted, capsys, monkeypatch):
+  files = [uninterrupted / name for name in ('metrics.jsonl', 'run.json')]
+  before = [file.read_text() for file in files]
+  monkeypatch.setattr(loop, 'commit', lambda: 'of a later start')
   assert loop.train(_config(), str(uninterrupted), jax.devices()[:1]) == loop.FINISHED
   assert 'is finished: 6 of 6 steps' in capsys.readouterr().out
-  assert (uninterrupted / 'metrics.jsonl').read_text() == before
+  assert [file.read_text() for file in files] == before
 
 
 @pytest.mark.parametrize('steps, warmup, decay, expected', [

@@ -34,7 +34,7 @@ from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, c
 from uni_moe_jax.utils import cli, locks, output, signals, storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED, PREEMPTED
-from uni_moe_jax.utils.files import write_json
+from uni_moe_jax.utils.files import read_json, write_json
 
 _INITIAL_SHARE = 0.1  # of an average, above which a note says so
 
@@ -94,9 +94,12 @@ def commit() -> str:
   return done.stdout.strip() or 'unknown'
 
 
-def _run_facts(run: Run) -> dict[str, Any]:
-  """Content of run.json, for readers of the results."""
-  return {'config': json.loads(run.config.to_json_best_effort()), 'parameters': run.parameter_counts(),
+def _run_facts(run: Run, old: dict[str, Any]) -> dict[str, Any]:
+  """Content of run.json, for readers of the results. old: that of the start before."""
+  commits = [*old.get('earlier_commits', ()), *([old['commit']] if 'commit' in old else [])]
+  earlier = [c for c in dict.fromkeys(commits) if c != commit()]
+  return {**({'earlier_commits': earlier} if earlier else {}),
+          'config': json.loads(run.config.to_json_best_effort()), 'parameters': run.parameter_counts(),
           'conditions': [str(c) for c in conditions(run.plan)], 'seed': run.config.seed, 'commit': commit(),
           'command': cli.command_line()}
 
@@ -142,8 +145,9 @@ def train(
       check_versions(workdir, allow_version_mismatch, writes=is_primary)
       claim(writes=is_primary)  # last: a start that is refused changes nothing
       copy_tokenizer(workdir, run.data.tokenizer_file, is_primary)
-      if is_primary:
-        write_json(storage.path(workdir) / RUN_FILE, _run_facts(run))
+      file = storage.path(workdir) / RUN_FILE
+      if is_primary and not (is_finished(workdir, config.train.steps) and file.exists()):  # what has trained it
+        write_json(file, _run_facts(run, read_json(file, {})))
       print(_describe(run), flush=True)
       checkpoints = Checkpoints(workdir, config.train.max_to_keep, config.train.best_metric, config.train.keep_every)
     stack.push(functools.partial(_close, checkpoints, detector))

@@ -267,8 +267,8 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
     name = pathlib.Path(converted['checkpoint']).name
     origin['converted from'] = f'{name} (sha256 {converted.get("sha256", "unknown")})'
   return {'name': storage.path(workdir).resolve().name, **origin, 'step': step, 'seed': config['seed'],
-          'trained by commit': trained.get('commit', 'unknown'), 'data (fingerprint)': stored['data'],
-          'versions in training': stored['versions'], 'config': config}
+          'trained by commit': ', '.join([*trained.get('earlier_commits', []), trained.get('commit', 'unknown')]),
+          'data (fingerprint)': stored['data'], 'versions in training': stored['versions'], 'config': config}
 
 
 def write_config(workdir: storage.Path, origin: Mapping[str, Any]) -> None:
