@@ -25,6 +25,7 @@ from PIL import Image
 
 from tests.helpers import shipped, tiny
 from uni_moe_jax import config as config_lib
+from uni_moe_jax.data.pipeline.clip_tokenizer import SURPLUS_SPACES
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
 from uni_moe_jax.export import artifact, browser, contents, onnx_programs, texts
 from uni_moe_jax.serve import media
@@ -194,14 +195,19 @@ def test_every_task_with_a_text_has_one_although_its_images_are_those_of_another
 
 @pytest.mark.skipif(shutil.which('node') is None, reason='node is not installed')
 def test_a_model_with_the_vocabulary_of_clip_has_a_page_with_its_texts(tmp_path):
-  pieces = [piece.hex() for piece in (b'ein ', 'größ'.encode()[:4], 'größ'.encode()[4:], b'er', b'unused')]
-  (tmp_path / 'pieces.json').write_text(json.dumps(pieces))
+  words = "ein größer dog 's 2 nd 'ſ black - and - weiß , ٣ ٤ é 's 1 , 0 0 0 _ - ² . 5 times ."
+  pieces = [bytes([byte]) for byte in words.encode()]  # of which a character may need several
+  (tmp_path / 'pieces.json').write_text(json.dumps([piece.hex() for piece in pieces]))
+  spe, eot = len(pieces), len(pieces) + 1
   artifact.save(tmp_path / 'examples.safetensors', {
-      'shape/pixels': np.zeros((1, 1, 16, 16, 3), np.uint8), 'shape/text': np.array([[5, 0, 1, 2, 3, 6, 4]], np.int32)})
+      'shape/pixels': np.zeros((1, 1, 16, 16, 3), np.uint8),
+      'shape/text': np.array([[spe, *range(spe), eot, 0]], np.int32)})
   got = _in_node(tmp_path, _manifest(
-      tokenizer={'type': 'clip', 'pieces': 'pieces.json', 'eot': 6, 'special': [5, 6]}, examples={'shape': ['bar']}),
+      tokenizer={'type': 'clip', 'pieces': 'pieces.json', 'eot': eot, 'special': [spe, eot],
+                 'surplus_spaces': [spaces.pattern for spaces in SURPLUS_SPACES]}, examples={'shape': ['bar']}),
       'backend.model')
-  assert got['tasks']['shape']['example_text'] == 'ein größer'
+  want = functools.reduce(lambda text, spaces: spaces.sub('', text), SURPLUS_SPACES, words)
+  assert got['tasks']['shape']['example_text'] == want and want.startswith("ein größer dog's 2nd")
 
 
 def test_the_page_loads_files_by_their_digests_and_every_suffix_has_a_type_on_any_server(tmp_path, monkeypatch):

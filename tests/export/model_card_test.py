@@ -126,6 +126,9 @@ def test_differences_from_the_evaluators_protocol_are_reported():
   assert '`short` stops captions after 3 tokens; `caption` of `my_image_caption` after ' in card
   assert '`best` reranks captions by task `pair`; these programs do not.' in card
   assert '`open`' not in card and card.count('`named`') == card.count('`wide`') == 1
+  published = [_evaluation('split', detokenize=False)]
+  card = lambda **options: _card(trained, 'image_caption', rows=[_row('split')], evaluators=published, **options)
+  assert '`split` leaves words as the vocabulary splits them' in card(type='clip', file='x') and '`split`' not in card()
   videos = 'video_classification'
   card = _card(trained, videos, rows=[_row('videos'), _row('once')], evaluators=[
       _evaluation('videos', videos, type='classification', num_views=4, num_crops=3),

@@ -9,11 +9,12 @@ import types
 import numpy as np
 import pytest
 
-from tests.helpers import tiny
+from tests.helpers import small_model, tiny
 from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.pipeline.templates import fill_template, template_parts
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
-from uni_moe_jax.export import artifact
+from uni_moe_jax.export import artifact, contents
+from uni_moe_jax.export.programs import ExportedTask
 from uni_moe_jax.export.texts import Texts
 
 _LENGTH = 16
@@ -78,7 +79,7 @@ def test_captions_in_the_clip_vocabulary_are_decoded_without_a_library(tmp_path,
   file.write_bytes(gzip.compress(b'#version: a test\nt h\nth e</w>\n'))
   tokenizer = ClipTokenizer(file)
   # The first bytes of the third are not a valid character; the last ends at once.
-  rows = [tokenizer.encode('The theatre, Анна!'), [tokenizer.spe, *tokenizer.encode('dé')], [132, 7, 0],
+  rows = [tokenizer.encode("The theatre's 2nd, Анна!"), [tokenizer.spe, *tokenizer.encode('dé')], [132, 7, 0],
           [tokenizer.eot]]
   tokens = [(row + [tokenizer.eot, 5, 5, 5] * 9)[:24] for row in rows]
   folder = tmp_path / 'model'
@@ -87,8 +88,12 @@ def test_captions_in_the_clip_vocabulary_are_decoded_without_a_library(tmp_path,
     monkeypatch.setitem(sys.modules, library, None)  # an import of it fails
   words = _texts(folder, tokenizer, file, tokens=tokens)
   captions = words.captions('answer', None)
-  assert captions == [tokenizer.decode(row) for row in tokens]
-  assert captions[0] == 'the theatre , анна !' and '\ufffd' in captions[2]
+  assert captions == [tokenizer.detokenize(tokenizer.decode(row)) for row in tokens]
+  examples = contents._answers(
+      types.SimpleNamespace(captions=lambda *_: list(map(tokenizer.decode, tokens))), tokenizer,
+      ExportedTask(small_model.task_spec('image_caption')), {}, {'pixels': np.zeros(len(tokens))})
+  assert examples == captions
+  assert captions[0] == "the theatre's 2nd, анна!" and '\ufffd' in captions[2]
   assert (folder / 'tokenizer.txt.gz').read_bytes() == file.read_bytes()
   with pytest.raises(ValueError, match=rf'your texts with the merges of tokenizer.txt.gz .* {tokenizer.eot}\.'):
     words.tokens(['a text'], 8)

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from uni_moe_jax.data import mirror
 from uni_moe_jax.data.pipeline import npz_records
-from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
+from uni_moe_jax.data.pipeline.clip_tokenizer import SURPLUS_SPACES, ClipTokenizer
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.export import browser, description, model_card, onnx_programs, saved_model, torch_dense, torch_file
 from uni_moe_jax.export.contents import Contents
@@ -116,7 +116,7 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, file: pathlib.Pa
            'eot': tokenizer.eot, 'special': sorted(tokenizer.special_ids)}
   if isinstance(tokenizer, ClipTokenizer):
     (folder / _PIECES).write_text(json.dumps([piece.hex() for piece in tokenizer.pieces]))
-    entry |= {'type': 'clip', 'pieces': _PIECES}
+    entry |= {'type': 'clip', 'pieces': _PIECES, 'surplus_spaces': [spaces.pattern for spaces in SURPLUS_SPACES]}
   return entry
 
 

@@ -101,12 +101,17 @@ globalThis.backend = (() => {
     return tokenizerOf(await bytes(entry.file));
   });
   const clipPieces = once(async () => JSON.parse(new TextDecoder().decode(await bytes((await named()).tokenizer.pieces))));
+  function pattern(string) {  // of Python, whose classes are those of Unicode
+    const w = '[\\p{L}\\p{N}_]', classes = {w, d: '\\p{Nd}', b: `(?:(?<!${w})(?=${w})|(?<=${w})(?!${w}))`};
+    return new RegExp(string.replace(/\\([wdb])/g, (_, name) => classes[name]), 'gu');
+  }
   const decoded = async (ids, withUnknown = false) => {
     const {type, eot, special} = (await named()).tokenizer, end = ids.indexOf(eot);
     const words = (unknown = -1) => (end < 0 ? ids : ids.slice(0, end)).filter(i => !special.includes(i) || withUnknown && i === unknown);
     if (type === 'clip') {  // its pieces are bytes, as hexadecimal digits
       const pieces = await clipPieces(), file = words().map(i => pieces[i]).join('').match(/../g) ?? [];
-      return new TextDecoder('utf-8', {ignoreBOM: true}).decode(Uint8Array.from(file, x => parseInt(x, 16))).trim();
+      const text = new TextDecoder('utf-8', {ignoreBOM: true}).decode(Uint8Array.from(file, x => parseInt(x, 16))).trim();
+      return (await named()).tokenizer.surplus_spaces.reduce((text, spaces) => text.replace(pattern(spaces), ''), text);
     }
     const {unknown, decode} = await tokenizer();
     return decode(words(unknown));

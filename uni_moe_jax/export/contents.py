@@ -12,6 +12,7 @@ from uni_moe_jax.config.plan import Evaluation, Plan, SetSpec, TaskSpec
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
 from uni_moe_jax.data.pipeline.target_sets import TargetSet
+from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.eval.predictor import INPUTS, Predictor
 from uni_moe_jax.export.merge import merged
 from uni_moe_jax.export.programs import ExportedTask
@@ -87,7 +88,7 @@ def make_contents(
     # Pairs have no answers, and single words have no names.
     if num_examples and e.task.target_set and (e.task.type.readout == 'queries' or sets[e.task.target_set][1].names):
       examples[e.task.name] = _inputs(e.task, plan, data, num_examples)
-      answers[e.task.name] = _answers(predictor, e, sets, examples[e.task.name])
+      answers[e.task.name] = _answers(predictor, data.tokenizer, e, sets, examples[e.task.name])
   if routers.routes_tokens(spec.router):
     exported_spec, exported_params = portable_spec, params
   else:
@@ -142,11 +143,13 @@ def _inputs(task: TaskSpec, plan: Plan, data: Data, num_examples: int) -> dict[s
   return {name: fields[name] for name in names if name in fields and name != 'id'}
 
 
-def _answers(predictor: Predictor, exported: ExportedTask, sets: Sets, fields: dict[str, np.ndarray]) -> list[str]:
+def _answers(predictor: Predictor, tokenizer: Tokenizer, exported: ExportedTask, sets: Sets,
+             fields: dict[str, np.ndarray]) -> list[str]:
   """Captions or the most likely entries as strings."""
   task = exported.task
   if task.type.readout == 'queries':
-    return predictor.captions(task, fields['pixels'], exported.beam_size, exported.length_penalty)
+    captions = predictor.captions(task, fields['pixels'], exported.beam_size, exported.length_penalty)
+    return [tokenizer.detokenize(caption) for caption in captions]
   ids = {'id': np.zeros(len(next(iter(fields.values()))), np.uint32)}
   best = predictor.log_probabilities(predictor.inputs(task.type, {**fields, **ids}), task)[:, 0].argmax(-1)
   return [sets[task.target_set][1].names[i] for i in best]

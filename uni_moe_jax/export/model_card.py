@@ -148,7 +148,7 @@ def _metrics(manifest: dict[str, Any], evaluation: list[dict[str, Any]]) -> list
   then, now = manifest['trained']['dtype'], manifest['model']['dtype']
   other = '' if then == now else f' with products in {then} (here {now}, so answers may differ)'
   remarks = [remark for name, e in manifest['evaluators'].items()
-             for remark in _protocol_remarks(name, e, manifest['tasks'][e['task']])]
+             for remark in _protocol_remarks(name, e, manifest['tasks'][e['task']], manifest['tokenizer'])]
   return [f"Of the trained model at this step{other}, by training's evaluators:", '',
           '| evaluator | metric | value | ± s.e. | examples | chance | baselines |', '| --- ' * 7 + '|',
           *map(_metric, rows), '',
@@ -168,7 +168,8 @@ def _metric(row: dict[str, Any]) -> str:
   return '| ' + ' | '.join(cell.replace('|', r'\|') for cell in cells) + ' |'
 
 
-def _protocol_remarks(name: str, evaluator: dict[str, Any], task: dict[str, Any]) -> list[str]:
+def _protocol_remarks(name: str, evaluator: dict[str, Any], task: dict[str, Any], tokenizer: dict[str, Any]
+                      ) -> list[str]:
   """Differences between an evaluator's protocol and the programs of its task, which make its metrics not theirs."""
   remarks = []
   if evaluator['constrain_to']:
@@ -180,6 +181,8 @@ def _protocol_remarks(name: str, evaluator: dict[str, Any], task: dict[str, Any]
     remarks.append(f'`{name}` searches captions with {evaluated}; `caption` of `{evaluator["task"]}` with {exported}.')
   if evaluator['rerank_by']:
     remarks.append(f'`{name}` reranks captions by task `{evaluator["rerank_by"]}`; these programs do not.')
+  if evaluator['type'] == 'caption' and tokenizer['type'] == 'clip' and not evaluator['detokenize']:
+    remarks.append(f"`{name}` leaves words as the vocabulary splits them (\"dog 's\"); `texts.py` joins them.")
   if evaluator['max_len'] not in (0, task['max_len']):
     remarks.append(f'`{name}` stops captions after {evaluator["max_len"]} tokens; `caption` of `{evaluator["task"]}` '
                    f'after {task["max_len"]}.')

@@ -45,11 +45,12 @@ class Texts:
     return [bytes.fromhex(piece) for piece in json.loads((self._model.folder / self._entry['pieces']).read_text())]
 
   def text(self, ids):
-    """Decodes token ids up to the first end of text."""
+    """Decodes token ids up to the first end of text, with words as people write them."""
     ids = ids[:ids.index(self._entry['eot'])] if self._entry['eot'] in ids else ids
     ids = [i for i in ids if i not in self._entry['special']]
     if self._entry['type'] == 'clip':
-      return b''.join(self._pieces[i] for i in ids).decode(errors='replace').strip()
+      text = b''.join(self._pieces[i] for i in ids).decode(errors='replace').strip()
+      return functools.reduce(lambda text, spaces: re.sub(spaces, '', text), self._entry['surplus_spaces'], text)
     return self.tokenizer.decode(ids)
 
   def tokens(self, texts, length):

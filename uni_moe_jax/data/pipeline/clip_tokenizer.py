@@ -35,7 +35,7 @@ _WORD = r"<\|(?:startoftext|endoftext|gen|spe)\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\
 _CACHED_WORDS = 1 << 16
 # Spaces that `detokenize` removes, in this order: between digits; in o'clock; before endings; at punctuation; around
 # what joins words; inside numbers and initials.
-_SURPLUS = tuple(map(re.compile, (
+SURPLUS_SPACES = tuple(map(re.compile, (
     r'(?<=\d) (?=\d)', r"(?<=\bo) (?=' clock\b)|(?<=\bo ') (?=clock\b)",
     r"(?<=\w) (?='(?:s|t|re|ve|m|ll|d)\b)|(?<=\d) (?=(?:st|nd|rd|th|s)\b)",
     r"(?<=\S) (?=[.,!?;:)\]%'])|(?<=[($#\[]) ", r'(?<=\w) (?=[-/] \w)|(?<=\w [-/]) (?=\w)',
@@ -109,7 +109,7 @@ class ClipTokenizer(Tokenizer):
 
     "the dog 's 2 nd black - and - white bowl , 1 , 0 0 0 times ." → "the dog's 2nd black-and-white bowl, 1,000 times."
     """
-    for surplus in _SURPLUS:
+    for surplus in SURPLUS_SPACES:
       text = surplus.sub('', text)
     return text
 
