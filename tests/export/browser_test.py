@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from tests.helpers import shipped, tiny
 from uni_moe_jax import config as config_lib
@@ -340,6 +340,8 @@ _CAPTION = '''async index => {
   return last;
 }'''
 
+_CLASSIFY_FILE = "file => backend.classify({task: 'shape', image: new Blob([Uint8Array.from(file)])})"
+
 
 @pytest.mark.nightly
 def test_chromium_gives_the_classes_and_captions_of_the_programs(folder, page):
@@ -350,6 +352,7 @@ def test_chromium_gives_the_classes_and_captions_of_the_programs(folder, page):
   pixels = list({x.tobytes(): x for task in model.manifest['examples'] if f'{task}/pixels' in stored
                  for x in stored[f'{task}/pixels']}.values())  # distinct ones
   images = [e['index'] for e in examples if e['num_frames'] == 1]
+  (profile := PngImagePlugin.PngInfo()).add(b'gAMA', (100_000).to_bytes(4))  # of linear light
   assert len(images) == len(pixels) >= 3
   for index, x in zip(images, pixels):
     want = model.run('caption', 'caption', pixels=x[None])['tokens'][0].tolist()
@@ -360,6 +363,8 @@ def test_chromium_gives_the_classes_and_captions_of_the_programs(folder, page):
     order = np.argsort(-log_p)
     assert [a['text'] for a in got] == [names[k] for k in order]
     np.testing.assert_allclose([a['probability'] for a in got], np.exp(log_p[order]), rtol=1e-4)
+    Image.fromarray(x[0, :, :, 0]).save(file := io.BytesIO(), 'PNG', pnginfo=profile)
+    assert page.evaluate(_CLASSIFY_FILE, list(file.getvalue()))['answers'] == got
   # Names that the reader types.
   given = page.evaluate("i => backend.classify({task: 'shape', example: i, names: ['a red star', 'disc']})", images[0])
   image = np.asarray(model.run('shape', 'encode', pixels=pixels[0][None])['features'])[0]
