@@ -101,9 +101,10 @@ def write(
       (staging / name).write_text(text)
       sums[name] = _checksum(staging / name)
 
-    manifest['files'] = sorted([_CARD, *sums])
+    manifest['files'] = sorted(sums)
     write_last('manifest.json', json.dumps(manifest, indent=1))
-    write_last(_CARD, model_card.card(manifest, evaluation, dict(sorted(sums.items()))))
+    card = model_card.card(manifest, evaluation, dict(sorted(sums.items())))
+    (staging / _CARD).write_text(card)  # without a digest: a license is added to it on the Hub
     write_last('SHA256SUMS', ''.join(f'{digest}  {name}\n' for name, (digest, _) in sorted(sums.items())))
     return model_card.weights(sums)
 

@@ -55,9 +55,9 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
       '    python example.py',
       '',
       '`load.py` loads and runs the model, `texts.py` tokenizes and detokenizes; their first lines show how to use '
-      'them. `load.py` verifies every file of this folder against `SHA256SUMS`. Each program takes any batch size and '
-      'is lowered for CPU, NVIDIA GPU and TPU; its outputs were compared with those of the trained model on CPU only. '
-      f'JAX supports a serialized program for at least six months; these are by JAX {origin["jax"]}. '
+      'them. `load.py` verifies every other file of this folder against `SHA256SUMS`. Each program takes any batch '
+      'size and is lowered for CPU, NVIDIA GPU and TPU; its outputs were compared with those of the trained model on '
+      f'CPU only. JAX supports a serialized program for at least six months; these are by JAX {origin["jax"]}. '
       + _PRODUCTS[model['dtype']],
       '',
       '## Architecture',
