@@ -61,7 +61,7 @@ def main() -> int:
       from uni_moe_jax.analysis import run_expert_usage
       from uni_moe_jax.export import merged_scores
       from uni_moe_jax.train import run as train_run
-      run = (train_run.build if _CONFIG.present else train_run.build_to_read)(config, workdir=workdir)
+      run = (train_run.build if _CONFIG.present else train_run.build_to_read)(config, workdir=workdir, trains=False)
       if _CONFIG.present:
         workdir_lib.claim_workdir(workdir, config, run.data.fingerprint, writes, extends=not plan.tasks)
       predictor, params, read = train_run.read_predictor(run, checkpoints, step if _BEST.value else None)

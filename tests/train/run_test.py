@@ -53,6 +53,8 @@ def test_a_mesh_that_does_not_fit_these_devices_is_replaced_by_one_device_where_
     assert run.mesh.size == 1 and note.startswith(f'note: config.mesh of {tmp_path} does not fit here (devices: 8)')
     with pytest.raises(UsageError):  # what trains must say so
       train_run.build(c)
+    if not mesh:  # evaluation uses all devices, whose batches need not divide
+      assert train_run.build_to_read(c, tmp_path, trains=False).mesh.size == 8 and not capsys.readouterr().err
   assert c.to_dict() == before
 
 

@@ -233,7 +233,7 @@ def _check_router(config: ml_collections.ConfigDict, plan: Plan, old: ml_collect
 
 def build(
     config: ml_collections.ConfigDict, devices=None, data: Data | None = None,
-    workdir: str | os.PathLike[str] | None = None) -> Run:
+    workdir: str | os.PathLike[str] | None = None, trains: bool = True) -> Run:
   """Checks a config and builds its run.
 
   Args:
@@ -242,6 +242,7 @@ def build(
     data: of the run; default: what the config names.
     workdir: of the run. If it has a checkpoint, the run in `config.train.init`, which may have moved since, is not
       read: the tokenizer is the copy in `workdir`.
+    trains: whether its training batches are used, which the mesh must then divide; those of evaluation need not divide.
 
   Raises:
     UsageError: a field is wrong or data is missing; see `make_plan` and `Data`.
@@ -253,7 +254,7 @@ def build(
   if config.train.init and not has_started:
     _check_router(config, plan, workdir_lib.load_config(config.train.init))
   mesh = sharding.make_mesh({axis: config.mesh[axis] for axis in sharding.AXES}, devices)
-  _check_layout(config, plan, mesh.shape)
+  _check_layout(config, plan, mesh.shape, trains)
   check_kernels(config, mesh.devices.flat[0])
   shards = sharding.batch_shards(mesh.shape)
   if data is None:
@@ -281,9 +282,11 @@ def build(
   return Run(config, plan, data, mesh, spec, shapes, shardings)
 
 
-def _check_layout(config: ml_collections.ConfigDict, plan: Plan, mesh: Mapping[str, int]) -> None:
-  """Raises UsageError if a mesh of these sizes does not divide the model, or the batches, of a run."""
+def _check_layout(config: ml_collections.ConfigDict, plan: Plan, mesh: Mapping[str, int], trains: bool) -> None:
+  """Raises UsageError if a mesh of these sizes does not divide the model, or the training batches, of a run."""
   validate.check_mesh(plan.config, mesh)
+  if not trains:
+    return
   shards = sharding.batch_shards(mesh)
   plan.check_batches(shards, config.train.grad_accum_steps)
   if config.train.interference_every:
@@ -324,8 +327,8 @@ def with_fitting_kernels(config: ml_collections.ConfigDict, device: jax.Device) 
 
 
 def build_to_read(
-    config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], devices: Sequence[jax.Device] | None = None
-) -> Run:
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], devices: Sequence[jax.Device] | None = None,
+    trains: bool = True) -> Run:
   """`build` of a saved run whose parameters alone are read, with a note if its data has changed.
 
   devices: of its mesh; default: all of them or, with a note, one if the mesh does not fit.
@@ -336,12 +339,12 @@ def build_to_read(
     if jax.process_count() == 1:
       try:
         mesh = sharding.mesh_shape({axis: config.mesh[axis] for axis in sharding.AXES}, len(devices))
-        _check_layout(config, plan, mesh)
+        _check_layout(config, plan, mesh, trains)
       except UsageError:
         print(f'note: config.mesh of {workdir} does not fit here (devices: {len(devices)}); one device is used.',
               file=sys.stderr, flush=True)
         config, devices = on_one_device(config), devices[:1]
-  run = build(with_fitting_kernels(config, devices[0]), devices, workdir=workdir)
+  run = build(with_fitting_kernels(config, devices[0]), devices, workdir=workdir, trains=trains)
   workdir_lib.note_other_data(workdir, run.data.fingerprint)
   return run
 
