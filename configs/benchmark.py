@@ -58,6 +58,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     benchmarks.prompt_tuning(c, a.task)
   else:
     finetuning.MODES[a.mode](c)
+    c.tasks[a.task].linear_head = a.mode == 'prompts'  # GLUE and VQA choose among classes
   if a.data == 'few' or not a.data and a.mode == 'prompts':
     c.tasks[a.task].train_fraction = finetuning.TRAIN_FRACTION
   return c

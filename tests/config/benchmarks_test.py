@@ -338,5 +338,6 @@ def test_a_benchmark_starts_from_a_run(trained, name, mode):
     finetuning.train_prompts(expected)
     assert (c.optim, c.train.steps) == (expected.optim, expected.train.steps)
     assert c.model.num_deep_prompts == expected.model.num_deep_prompts
+  assert t.linear_head == (bool(trains) and trains != '.*' and name != 'coco_caption')
   # A run has its own scales: the captions' is the only one here.
   assert t.temperature == ('image_caption' if name == 'coco_caption' or mode == ',mode=zero_shot' else '')
