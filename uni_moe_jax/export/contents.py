@@ -90,7 +90,7 @@ def make_contents(
       examples[e.task.name] = _inputs(e.task, plan, data, num_examples)
       answers[e.task.name] = _answers(predictor, data.tokenizer, e, sets, examples[e.task.name])
   if routers.routes_tokens(spec.router):
-    exported_spec, exported_params = portable_spec, params
+    exported_spec, exported_params = portable_spec, jax.device_get(params)  # whose devices `orbax` would name
   else:
     conditions = tuple(dict.fromkeys(c for e in exported for c in e.conditions))
     exported_spec, exported_params = merged(portable_spec, params, conditions)
