@@ -15,7 +15,7 @@ from uni_moe_jax.parallel import sharding
 # which give the rate with sparsity, twice this one, and of Google, whose source is in tools/preflight/topology.py.
 PEAKS = {
     r'NVIDIA A10': 125e12,  # A10 datasheet
-    r'NVIDIA A100.*GB.*': 312e12,  # A100 datasheet: the same for SXM and PCIe
+    r'NVIDIA A100.*GB( PCIe)?': 312e12,  # A100 datasheet: the same for SXM and PCIe
     r'NVIDIA L4': 121e12,  # L4 datasheet: 242 with sparsity
     r'NVIDIA L40S': 362e12,  # L40S datasheet: 733 with sparsity
     r'NVIDIA H100 80GB HBM3': 989e12,  # H100 datasheet, SXM: 1,979 with sparsity

@@ -46,7 +46,8 @@ def test_without_a_gpu_one_sentence_names_what_is_missing():
 @pytest.mark.parametrize('device, tflops', [
     ('NVIDIA A100-SXM4-40GB', 312), ('NVIDIA A100 80GB PCIe', 312), (_H100, 989), ('NVIDIA H100 PCIe', 756),
     ('NVIDIA H200', 989), ('NVIDIA H200 NVL', 835), ('NVIDIA L4', 121), ('NVIDIA L40S', 362),
-    ('NVIDIA L40', None), ('NVIDIA A10G', None), (f'{_H100} MIG 1g.10gb', None), ('cpu', None)])
+    ('NVIDIA L40', None), ('NVIDIA A10G', None), (f'{_H100} MIG 1g.10gb', None),
+    ('NVIDIA A100-SXM4-40GB MIG 1g.5gb', None), ('NVIDIA A100 80GB PCIe MIG 2g.20gb', None), ('cpu', None)])
 def test_the_peak_is_that_of_the_very_card(device, tflops):
   assert peaks.of_kind(device) == (tflops and tflops * 1e12)
 
