@@ -70,6 +70,27 @@ def test_a_run_that_continues_records_what_may_change_and_one_that_is_only_check
       **{k: v for k, v in before.items() if k != 'config'}, 'extended': []}
 
 
+def test_the_evaluator_of_the_best_metric_keeps_its_protocol_once_checkpoints_have_its_score(tmp_path):
+  c = tiny.config('shape', data_dir='/somewhere')
+  c.evaluators.shapes = config_lib.evaluator(
+      'classification', 'shape', split='train', num_examples=100, during_training=True)
+  c.train.update(evaluate_every=c.train.checkpoint_every, best_metric='eval/shapes/top-1')
+  workdir.claim_workdir(tmp_path, c, 'print')
+  c.evaluators.shapes.num_examples = 50
+  workdir.claim_workdir(tmp_path, c, 'print', extends=True)  # nothing is scored yet
+  with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
+    checkpoints.save(1, {'params': {'a': np.zeros(1)}}, {'eval/shapes/top-1': .97})
+  c.evaluators.shapes.batch_size = 7  # which changes no score
+  workdir.claim_workdir(tmp_path, c, 'print', extends=True)
+  c.evaluators.shapes.num_examples = 0
+  with pytest.raises(ValueError, match=r"best_metric='eval/shapes/top-1' of another .* \(num_examples: 50 → 0\)"):
+    workdir.claim_workdir(tmp_path, c, 'print', extends=True)
+  c.evaluators.all = c.evaluators.shapes.copy_and_resolve_references()
+  del c.evaluators.shapes
+  c.train.best_metric = 'eval/all/top-1'
+  workdir.claim_workdir(tmp_path, c, 'print', extends=True)
+
+
 def test_a_run_that_continues_unchanged_writes_nothing(tmp_path):
   c = _claimed(tmp_path)
   before = (tmp_path / workdir.CONFIG_FILE).stat()

@@ -42,6 +42,7 @@ MAY_CHANGE = (
     'train.evaluate_every', 'train.max_nonfinite_steps', 'train.hang_timeout', 'train.interference_every',
     'train.interference_parameters', 'train.deterministic', 'data.dir', 'data.cache_dir', 'data.cache_gb',
     'data.max_corrupt_fraction', 'preflight', 'mesh', 'evaluators', 'tokenizer.merges_path')
+_NO_PROTOCOL = ('batch_size', 'baselines', 'during_training')  # fields of an evaluator that change no score
 _OTHER_DATA = ('a source was prepared again or has a newer version, which is the one that is read, or the data '
                "directory or the tokenizer's file is another one.")
 
@@ -121,6 +122,20 @@ def _extends(workdir: str | os.PathLike[str], old: dict[str, Any], new: dict[str
   return True
 
 
+def _check_best(workdir: str | os.PathLike[str], old: dict[str, Any], new: dict[str, Any]) -> None:
+  """Raises UsageError if checkpoints have the `train.best_metric` by another protocol, whose scores do not compare."""
+  metric = new['train']['best_metric']
+  prefix = f'evaluators.{metric.removeprefix("eval/").rpartition("/")[0]}.'
+  before, now = ({k.removeprefix(prefix): v for k, v in _flat(c).items() if k.startswith(prefix)} for c in (old, new))
+  changed = [d for d in differences(before, now) if before and d.partition(':')[0] not in _NO_PROTOCOL]
+  folders = [storage.path(workdir) / CHECKPOINTS / str(step) for step in saved_steps(workdir)] if changed else []
+  if any(metric in manifest.metrics(folder) for folder in folders):
+    raise UsageError(
+        f'workdir {workdir} has checkpoints with config.train.best_metric={metric!r} of another evaluator '
+        f'({first_few(changed, separator="; ")}), whose scores do not compare; leave it as it was, or give the new one '
+        'another name, which best_metric then contains.')
+
+
 def claim_workdir(
     workdir: str | os.PathLike[str], config: ml_collections.ConfigDict, fingerprint: str | None = None,
     writes: bool = True, inputs: str | None = None, extends: bool = False) -> None:
@@ -156,6 +171,8 @@ def claim_workdir(
       raise UsageError(f'workdir {workdir} belongs to a run with another config '
                        f'({first_few(changed, separator="; ")}); give another --workdir, or the config of that run.'
                        f'{_hint_of_init(workdir, old["config"], changed)}')
+    if extends:
+      _check_best(workdir, old['config'], plain)
     if extends and fingerprint is not None and writes and plain != old['config']:
       steps = old['config']['train']['steps']
       write_json(path, {**old, 'config': plain, 'extended': [*old['extended'], *([steps] if extended else [])]})
