@@ -51,6 +51,20 @@ def test_errors_of_a_single_process_and_of_all_processes_pass(monkeypatch, proce
     _exit_codes(error)
 
 
+@pytest.mark.parametrize('reason, is_lost', [
+    ('remote process exited or there was a network error', True), ('Connection closed by remote peer', True),
+    ('communicator was aborted', True), ('operation timed out', True),
+    ("unhandled cuda error. Last NCCL warning(error) log entry 'Cuda failure 2 out of memory'", False),
+    ('unhandled system error', False), ('invalid usage', False)])
+def test_an_error_of_nccl_is_a_lost_process_only_where_it_is_about_one(monkeypatch, capsys, reason, is_lost):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(atexit, 'register', lambda *_: None)
+  error = RuntimeError(f'INTERNAL: NCCL operation ncclAllReduce() failed: {reason}')
+  with contextlib.nullcontext() if is_lost else pytest.raises(RuntimeError, match='NCCL operation'):
+    assert _exit_codes(error) == [1]
+  assert ('another process of this run has died' in capsys.readouterr().err) == is_lost
+
+
 _ClientOSError = type('ClientOSError', (OSError,), {})  # of aiohttp, by which gcsfs and s3fs reach a bucket
 
 

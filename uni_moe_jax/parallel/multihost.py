@@ -18,10 +18,12 @@ from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import RunError, UsageError, chain
 from uni_moe_jax.utils.exit_codes import ERROR
 
-# Messages of JAX, its collectives and its coordination service about a process that does not answer.
+# Messages of JAX, its collectives and its coordination service about a process that does not answer. NCCL's may also be
+# about this one: its memory, devices or drivers.
 _PEER_LOST = re.compile(
-    r'.*(\bGloo\b|\bNCCL\b|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|[Cc]oordination service|[Bb]arrier'
-    r'|Connection (reset|closed)).*')
+    r'.*(\bGloo\b|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|[Cc]oordination service|[Bb]arrier'
+    r'|Connection (reset|closed)'
+    r'|\bNCCL\b.*(remote process exited|network error|[Cc]onnection|[Tt]imed ?out|[Tt]imeout|[Aa]bort)).*')
 
 
 class AnyProcess:
