@@ -44,6 +44,8 @@ _FIELD_ERRORS = [
     ('model.prompt_sharing', 'both', 'is unknown; .*inputs, separate, shared'),
     ('model.num_prefix_prompts', -1, 'must be at least 0'),
     ('model.variant', 'B16', "is unknown; did you mean 'B/16'"),
+    ('model.extra_temperature_groups', ('img_cls,video_cls',),
+     r"""has a comma in a name; write several names as "\('img_cls', 'video_cls'\)"\."""),
     # Experts.
     ('moe.noise_std', -1.0, 'must be at least 0'),
     ('moe.router', 'atribute',
