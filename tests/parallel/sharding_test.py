@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 
 import chex
 import flax.linen as nn
@@ -14,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests.helpers import small_model
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, boxed_params
 from uni_moe_jax.parallel import sharding
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import path_of
 
 _ONE = dict(replica=1, data=1, expert=1, model=1)
@@ -78,6 +80,19 @@ def test_a_mesh_that_does_not_fit_is_refused(requested, message):
 def _mesh(**axes) -> jax.sharding.Mesh:
   assert jax.device_count() >= 8
   return sharding.make_mesh({**_ONE, **axes}, jax.devices()[:8])
+
+
+def test_replicas_are_in_different_slices_of_tpus():
+  device = type('Device', (types.SimpleNamespace,), {'__hash__': object.__hash__})
+  devices = [device(
+      id=i, platform='tpu', device_kind='TPU v4', process_index=i // 4, slice_index=i // 4, core_on_chip=0,
+      coords=(i % 2, i // 2 % 2, 0)) for i in range(8)]
+  for replica in (2, 4):
+    mesh = sharding.make_mesh({**_ONE, 'replica': replica, 'data': -1}, devices)
+    assert [{d.slice_index for d in block.flat} for block in np.split(mesh.devices, 2)] == [{0}, {1}]
+    assert mesh.devices.shape == (replica, 8 // replica, 1, 1)
+  with pytest.raises(UsageError, match=r'config\.mesh\.replica=1 must be a multiple of 2, the number of TPU slices'):
+    sharding.make_mesh({**_ONE, 'data': -1}, devices)
 
 
 def _assert_sharded(sharded: NamedSharding, spec, shape):

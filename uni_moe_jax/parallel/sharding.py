@@ -54,8 +54,16 @@ def make_mesh(requested: dict[str, int], devices=None) -> Mesh:
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(requested, len(devices))
   # On TPU, neighbors on an axis are neighbors in the machine; elsewhere the order is that of `devices`.
-  placed = mesh_utils.create_device_mesh([shape[a] for a in AXES], devices, allow_split_physical_axes=True)
-  return Mesh(placed, AXES)
+  sizes = [shape[a] for a in AXES]
+  slices = len({getattr(d, 'slice_index', 0) for d in devices}) if devices[0].platform == 'tpu' else 1
+  if slices == 1:
+    return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES)
+  if shape['replica'] % slices:
+    raise UsageError(f'config.mesh.replica={shape["replica"]} must be a multiple of {slices}, the number of TPU '
+                     f'slices, between which links are slower; try {slices}.')
+  sizes[0] //= slices
+  return Mesh(mesh_utils.create_hybrid_device_mesh(
+      sizes, [slices, 1, 1, 1], devices, allow_split_physical_axes=True), AXES)
 
 
 def platform(mesh: Mesh | None) -> str:
