@@ -26,7 +26,7 @@ from uni_moe_jax.config import presets
 from uni_moe_jax.data.files import file_dataset
 from uni_moe_jax.train import finetuning
 from uni_moe_jax.utils import storage
-from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
@@ -42,7 +42,10 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     raise UsageError(f'own:{arg}: the sources are in several data directories '
                      f'({", ".join(sorted(directories))}); a run reads one.')
   [directory] = directories
-  summaries = {p.name: file_dataset.read_summary(file_dataset.own_folder(p.name, directory)) for p in paths}
+  try:
+    summaries = {p.name: file_dataset.read_summary(file_dataset.own_folder(p.name, directory)) for p in paths}
+  except MissingFileError as e:  # config.data.dir is set later
+    raise MissingFileError(f'{e}; or name it in another data directory: sources=DIRECTORY/own/{paths[0].name}.') from e
   if a.run:
     c, plan = finetuning.start_from(a.run, f'own:{arg}')
   else:

@@ -14,6 +14,7 @@ from uni_moe_jax.data.files import prepare
 from uni_moe_jax.eval import headline, suite
 from uni_moe_jax.train import loop
 from uni_moe_jax.utils import cli, shipped, storage
+from uni_moe_jax.utils.errors import UsageError
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A small model and few steps; commands and all other fields are those of the guide.
@@ -67,6 +68,11 @@ def test_data_in_a_bucket_gives_the_log_and_the_scores_of_data_in_a_folder(schem
 
 def _own(arg: str):
   return cli.config_from(f'own:{arg}', [])
+
+
+def test_missing_data_names_the_form_for_another_directory(tmp_path):
+  with pytest.raises(UsageError, match='own:pets is not in .* another data directory: sources=DIRECTORY/own/pets[.]'):
+    _own(f'sources={tmp_path}/own/pets')
 
 
 @pytest.fixture(scope='module')
