@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import shipped, small_model, tiny
+from tests.helpers import own_environment, shipped, small_model, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.export import artifact, contents, onnx_programs, programs
 from uni_moe_jax.export.programs import ExportedTask
 from uni_moe_jax.model import heads
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.train import run as train_run
-from uni_moe_jax.utils.errors import RunError
 from uni_moe_jax.utils.tree_paths import by_path
 
 _BATCHES = 1, 3
@@ -51,10 +50,7 @@ def test_nan_in_any_output_is_a_difference(monkeypatch, outputs, difference):
 @pytest.mark.nightly
 @pytest.mark.parametrize('router', ['attribute', 'token'])
 def test_models_equal_the_programs_where_onnxruntime_and_numpy_are_alone(tmp_path, router):
-  try:
-    python = onnx_programs.python()
-  except RunError as e:
-    pytest.skip(str(e))
+  python = own_environment.made_or_skipped(onnx_programs.python)
   c = tiny.config('shape', 'caption', 'text', data_dir=tiny.data_dir())
   c.moe.router, c.model.word_neighbors = router, 2
   c.evaluators.captions = config_lib.evaluator('caption', 'caption', split='train', beam_size=2, length_penalty=1.0)

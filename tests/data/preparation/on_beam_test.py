@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.data import own_files
+from tests.helpers import own_environment
 from tests.stress import preparation
 from uni_moe_jax.data import sources
 from uni_moe_jax.data.files import prepare
@@ -35,10 +36,7 @@ def test_the_pipeline_finds_each_task(tmp_path, monkeypatch):
 
 @pytest.mark.nightly
 def test_a_pipeline_of_two_processes_gives_the_files_of_one(tmp_path, monkeypatch):
-  try:
-    on_beam._python()
-  except RunError as e:
-    pytest.skip(str(e))
+  own_environment.made_or_skipped(on_beam._python)
   monkeypatch.setattr(input_shards, '_NUM_ROWS', 5)
   root = own_files.write_captioned_images(tmp_path / 'in')
   own_files.append_odd_rows(root)
@@ -50,10 +48,7 @@ def test_a_pipeline_of_two_processes_gives_the_files_of_one(tmp_path, monkeypatc
 
 @pytest.mark.nightly
 def test_a_pipeline_writes_into_a_bucket(gcs, tmp_path, monkeypatch):
-  try:
-    on_beam._python()
-  except RunError as e:
-    pytest.skip(str(e))
+  own_environment.made_or_skipped(on_beam._python)
   monkeypatch.setattr(input_shards, '_NUM_ROWS', 5)
   root, bucket = own_files.write_captioned_images(tmp_path / 'in'), f'{gcs.address}/beam'
   local = prepare.prepare(root, tmp_path / 'one', 'x')
