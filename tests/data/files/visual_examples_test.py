@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from tests.data import own_files
-from tests.helpers.file_examples import build, make
-from uni_moe_jax.data.files import file_dataset
+from tests.helpers.file_examples import SIDE, build, make
+from uni_moe_jax.data.files import file_dataset, image_transforms
 from uni_moe_jax.utils import cores
 from uni_moe_jax.utils.errors import UsageError
 
@@ -42,6 +42,32 @@ def test_random_parts_of_at_least_the_whole_area_are_the_whole(media):
     return len(np.unique(make(examples, range(8))['pixels'], axis=0))
   assert number_of_parts() == 8
   assert number_of_parts(min_crop_area=1.0) == 1
+
+
+def _one_image(encoded):
+  return file_dataset.FileDataset('own:x', 40, lambda ids: [{'image': encoded, 'label': 'a'} for _ in ids],
+                                  {'image': 'image', 'label': 'class'}, {'label': ('a', 'b')}, {}, '')
+
+
+@pytest.mark.parametrize('field', [
+    dict(random_erasing=0.5), pytest.param(dict(randaugment=9.0), marks=pytest.mark.slow)])
+def test_images_are_augmented_in_training_only(field):
+  image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)  # training takes all of it
+  dataset = _one_image(own_files.encode_image(Image.fromarray(image), 'PNG'))
+  trained, evaluated = (make(build(dataset, training=training, **field), range(16))['pixels'][:, 0]
+                        for training in (True, False))
+  assert 0 < (trained == image).reshape(16, -1).all(1).sum() < 16
+  assert (evaluated == evaluated[0]).all()
+
+
+def test_images_are_resized_by_the_method_of_the_config():
+  noise, pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8), {}
+  encoded = own_files.encode_image(Image.fromarray(noise))
+  for method in ('fast', 'pillow'):
+    pixels[method] = make(build(_one_image(encoded), training=False, resize=method), [0])['pixels'][0, 0]
+    expected = image_transforms.read(encoded, 3, SIDE, None, 'resize_crop', method)
+    np.testing.assert_array_equal(pixels[method], expected)
+  assert (pixels['fast'] != pixels['pillow']).any()
 
 
 @pytest.mark.parametrize('first, message', [(b'mp4', "Videos need PyAV; run: pip install"), (b'', ''), (None, '')],
