@@ -259,7 +259,7 @@ class TrainConfig:
       "eval/EVALUATOR/METRIC; '' = none.")
   max_nonfinite_steps: int = field(10, 'Consecutive steps with a non-finite loss before the run stops.', at_least=1)
   hang_timeout: float = field(
-      600.0, 'Seconds of a batch, step or checkpoint until the run ends as hung.', at_least=0, off=0)
+      600.0, 'Seconds that a batch, step or save may take before the run counts as hung and ends.', at_least=0, off=0)
   interference_every: int = field(
       0, 'Steps between estimates of task interference (analysis/interference_hook.py).', at_least=0, off=0)
   interference_parameters: str = field(

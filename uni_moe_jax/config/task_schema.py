@@ -97,7 +97,8 @@ class TargetSetConfig:
   max_len: int = field(16, 'Tokens of the longest text, `eot` included; a longer one is an error.', at_least=2)
   synonyms: bool = field(True, 'Uses every name of an entry; False: its first one.')
   label_prompts: bool = field(
-      False, 'Adds to every entry a learned token after its <spe>; zero at first, but one more key of attention.')
+      False, 'Adds to every entry a learned token after its <spe>. It starts at zero, but as one more key of attention '
+             'changes outputs slightly from the start.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
