@@ -1,6 +1,8 @@
 """ONNX models equal the StableHLO programs, in an environment with onnxruntime and without this package."""
 
+import contextlib
 import json
+import pathlib
 import subprocess
 import sys
 import types
@@ -129,3 +131,16 @@ def test_captions_that_are_searched_on_the_host_equal_the_program(monkeypatch):
 def test_other_types_of_products_are_reported_before_anything_is_converted():
   with pytest.raises(ValueError, match=r'--onnx needs products in float32, and this export has bfloat16: .*float32\.'):
     onnx_programs.check_dtype(jnp.dtype('bfloat16'))
+
+
+@pytest.mark.parametrize('encode, expected', [({'file': 'x'}, contextlib.nullcontext()), (
+    {'reason': 'b'}, pytest.raises(RunError, match='no program could be converted to ONNX, .*; nothing was exported'))])
+def test_an_export_without_any_onnx_model_is_an_error(tmp_path, monkeypatch, encode, expected):
+  converted = {'shape': {'classify': {'reason': 'a'}, 'encode': encode}}
+  run = lambda *arguments: pathlib.Path(arguments[-1]).with_suffix('.json').write_text(json.dumps(converted)) and 0
+  monkeypatch.setattr(onnx_programs.environments, 'run', run)
+  monkeypatch.setattr(onnx_programs, 'python', lambda: 'python')
+  files = {'shape': {'classify': {}, 'encode': {}}}
+  with expected:
+    onnx_programs.write(tmp_path, small_model.spec('dense'), (), files, small_model.SPE, small_model.EOT)
+    assert files['shape']['encode']['onnx'] == encode

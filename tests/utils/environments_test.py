@@ -59,18 +59,20 @@ def test_a_package_that_cannot_be_installed_is_one_sentence_and_the_next_attempt
 @pytest.mark.parametrize('number, code', [
     (signal.SIGTERM, 75), (signal.SIGINT, 1), (signal.SIGKILL, -9)])  # timeit ends with 1 itself
 def test_a_signal_ends_the_program_too(tmp_path, number, code):
-  written = 'f"{os.getpid()} {sys.flags.safe_path}"'  # whether it imports nothing from the current folder
+  # Whether it imports nothing from the current folder.
+  written = 'f"{os.getpid()} {sys.flags.safe_path} " + os.environ["JAX_PLATFORMS"]'
   setup = f'import os, sys, time; open({str(tmp_path / "started")!r}, "w").write({written})'
   script = f"""
 import sys
 from uni_moe_jax.utils import environments
 sys.exit(environments.run(sys.executable, 'timeit', '-n1', '-r1', '-s', {setup!r}, 'time.sleep(60)'))"""
-  started = subprocess.Popen([sys.executable, '-c', script], env={**os.environ, 'PYTHONPATH': str(processes.ROOT)})
+  started = subprocess.Popen([sys.executable, '-c', script], env={
+      **os.environ, 'PYTHONPATH': str(processes.ROOT), 'JAX_PLATFORMS': 'cuda'})
   stand_in.wait_for(tmp_path / 'started', started, seconds=60)
   while not (text := (tmp_path / 'started').read_text()):
     time.sleep(.01)
-  pid, is_safe = text.split()
-  assert is_safe == 'True'
+  pid, is_safe, platforms = text.split()
+  assert (is_safe, platforms) == ('True', 'cpu')
   started.send_signal(number)
   assert started.wait(30) == code
   end = time.monotonic() + (5 if number == signal.SIGKILL else 0)  # to which the program is not waited for

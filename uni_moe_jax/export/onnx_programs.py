@@ -52,7 +52,7 @@ def write(
     spe, eot: token ids.
 
   Raises:
-    RunError: the environment cannot be made.
+    RunError: the environment cannot be made, or no program can be converted.
   """
   cases = {}
   for exported in tasks:
@@ -65,7 +65,10 @@ def write(
     job.write_bytes(pickle.dumps((dataclasses.replace(spec, gmm=gmm.EVERY_EXPERT), tasks, files, spe, eot, cases)))
     if code := environments.run(python(), __spec__.name, str(folder), str(job)):
       raise RunError(f'the conversion to ONNX ended with code {code}, see above; nothing was exported.')
-    for task, entries in json.loads(job.with_suffix('.json').read_text()).items():
+    converted = json.loads(job.with_suffix('.json').read_text())
+    if all('reason' in entry for entries in converted.values() for entry in entries.values()):
+      raise RunError('no program could be converted to ONNX, for the reasons above; nothing was exported.')
+    for task, entries in converted.items():
       for name, entry in entries.items():
         files[task][name]['onnx'] = entry
 

@@ -50,12 +50,13 @@ def python(name: str, title: str, size: str, *installs: Sequence[str]) -> str:
 def run(interpreter: str, module: str, *arguments: str) -> int:
   """Run a module of this package as a program of an environment; return its exit code.
 
-  A signal ends it, and then this process with exit code 75; see `signals.wait`.
+  Its JAX, if it has one, is for CPUs. A signal ends it, and then this process with exit code 75; see `signals.wait`.
   """
   path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get('PYTHONPATH'))))
   command = [interpreter, '-P', '-m', module, *arguments]  # -P: not from the current folder, which may be a clone
+  env = {**os.environ, 'PYTHONPATH': path, 'JAX_PLATFORMS': 'cpu'}
   code = signals.wait(subprocess.Popen(
-      command, env={**os.environ, 'PYTHONPATH': path}, start_new_session=True, preexec_fn=signals.end_with_parent()))
+      command, env=env, start_new_session=True, preexec_fn=signals.end_with_parent()))
   if code == PREEMPTED:
     sys.exit(code)
   return code

@@ -381,25 +381,3 @@ def test_archives_in_a_bucket_are_read_there(gcs, tmp_path):
   assert not (tmp_path / 'cache').exists()
   with pytest.raises(MissingFileError, match=r'2.tar of 3 files do not exist'):
     list(input_shards.plan(storage.path(f'{gcs.address}/archives/in/{{0..2}}.tar')))
-
-
-@pytest.mark.parametrize('name', ['data.csv', 'data.tsv', 'x-0.parquet', 'x-{0..1}.parquet', ''])
-def test_files_in_a_bucket_that_are_named_by_tables_and_parquet_are_copied(gcs, tmp_path, name):
-  rows = [{'image': f'images/{i}.png', 'caption': f'number {i}'} for i in range(4)]
-  for i in range(4):
-    own_files.write_image(tmp_path / f'in/images/{i}.png', 'red', i)
-  suffix = name.rpartition('.')[2]
-  if delimiter := {'csv': ',', 'tsv': '\t'}.get(suffix):
-    lines = ['image', 'caption'], *(row.values() for row in rows)
-    (tmp_path / f'in/{name}').write_text('\n'.join(map(delimiter.join, lines)))
-  else:
-    for i in range(2):
-      pq.write_table(pa.Table.from_pylist(rows[2 * i:2 * i + 2]), tmp_path / f'in/x-{i}.parquet')
-  folder = f'{gcs.address}/{suffix}-{len(name)}'
-  for path in (p for p in tmp_path.glob('in/**/*') if p.is_file()):
-    storage.write_bytes(storage.path(f'{folder}/{path.relative_to(tmp_path / "in")}'), path.read_bytes())
-  with input_shards.opened(f'{folder}/{name}', str(tmp_path / 'cache')) as source:
-    _, records = _prepare(source, tmp_path)
-  num_rows = 2 if name == 'x-0.parquet' else 4
-  assert [r['captions'] for r in records] == [(f'number {i}',) for i in range(num_rows)]
-  assert not list((tmp_path / 'cache').iterdir())
