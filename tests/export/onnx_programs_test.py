@@ -19,6 +19,7 @@ from uni_moe_jax.export.programs import ExportedTask
 from uni_moe_jax.model import heads
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.train import run as train_run
+from uni_moe_jax.utils.errors import RunError
 from uni_moe_jax.utils.tree_paths import by_path
 
 _BATCHES = 1, 3
