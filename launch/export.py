@@ -54,7 +54,7 @@ def main() -> int:
     run = train_run.build_to_read(config, workdir)
     _, params, step = train_run.read_predictor(run, checkpoints)
   formats = [flag.name for flag in (_TORCH, _SAVED_MODEL, _ONNX, _BROWSER) if flag.value]
-  artifact.prepare(formats, _DTYPE.value or run.spec.model.spec.dtype)
+  artifact.prepare(formats, _DTYPE.value or run.spec.model.spec.dtype, run.data)
   exported = contents.make_contents(
       run.spec.model.spec, params, run.plan, run.data, tasks=_TASKS.value, bake_targets=_BAKE_TARGETS.value,
       dtype=_DTYPE.value, num_examples=_NUM_EXAMPLES.value)

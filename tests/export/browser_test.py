@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
+from sentencepiece import sentencepiece_model_pb2
 
 from tests.helpers import own_environment, shipped, tiny
 from uni_moe_jax import config as config_lib
@@ -228,6 +229,21 @@ def test_the_page_loads_files_by_their_digests_and_every_suffix_has_a_type_on_an
   assert {p.suffix for p in folder.rglob('*') if p.is_file()} == {'.html', '.js', '.wasm', '.json'}
 
 
+_data = lambda file: types.SimpleNamespace(tokenizer=None, tokenizer_file=pathlib.Path(file))
+
+
+@pytest.mark.parametrize('part, field, value, message', [
+    ('trainer_spec', 'model_type', 2, 'a model_type other'), ('trainer_spec', 'byte_fallback', True, 'byte_fallback'),
+    ('normalizer_spec', 'add_dummy_prefix', False, 'add_dummy_prefix=false')])
+def test_a_tokenizer_to_which_the_page_would_give_other_ids_is_refused(tmp_path, part, field, value, message):
+  browser.check_tokenizer(None, file := pathlib.Path(tiny.tokenizer_file()))
+  model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+  setattr(getattr(model, part), field, value)
+  (tmp_path / 'x.model').write_bytes(model.SerializeToString())
+  with pytest.raises(UsageError, match=f'--browser: the tokenizer .*x.model has {message}.*, for which .*; use --onnx'):
+    artifact.prepare(['browser'], 'float32', _data(tmp_path / 'x.model'))
+
+
 def _npm(folder: pathlib.Path, content: bytes, monkeypatch, code: int = 0) -> None:
   """A stand-in of npm, which fetches `content`."""
   def pack(_, cwd, **__):
@@ -268,7 +284,7 @@ def test_an_npm_that_is_missing_is_reported_before_anything_is_converted(tmp_pat
   monkeypatch.setattr(shutil, 'which', lambda _: None)
   monkeypatch.setattr(artifact, '_write_programs', lambda *_: pytest.fail('programs are written'))
   monkeypatch.setattr(onnx_programs, 'python', lambda: 'python')
-  made = types.SimpleNamespace(spec=types.SimpleNamespace(dtype='float32'))
+  made = types.SimpleNamespace(spec=types.SimpleNamespace(dtype='float32'), data=_data(tiny.tokenizer_file()))
   with pytest.raises(UsageError, match='--browser needs npm .*; install Node.js'):
     artifact.write(tmp_path / 'model', made, {}, [], formats=['browser'])
   assert not (tmp_path / 'model').exists()
@@ -286,7 +302,7 @@ def test_what_a_format_needs_is_missed_before_anything_is_exported(monkeypatch, 
   monkeypatch.setitem(sys.modules, 'torch', None)  # not installed
   monkeypatch.setattr(onnx_programs, 'python', fail)
   with pytest.raises((RunError, UsageError), match=message) if message else contextlib.nullcontext():
-    artifact.prepare(formats, dtype)
+    artifact.prepare(formats, dtype, _data('unused'))
 
 
 @pytest.fixture(name='folder', scope='module')

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from safetensors.numpy import save_file
 
 from uni_moe_jax.data import mirror
+from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.data.pipeline.clip_tokenizer import SURPLUS_SPACES, ClipTokenizer
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
@@ -34,17 +35,21 @@ _ONNX = {'onnx', 'browser'}  # formats with ONNX models
 _CARD, _PIECES = 'README.md', 'tokenizer_pieces.json'
 
 
-def prepare(formats: Collection[str], dtype: Any) -> None:
-  """Gets what formats need, before minutes of work that would be lost without it. dtype: of the export's products.
+def prepare(formats: Collection[str], dtype: Any, data: Data) -> None:
+  """Gets what formats need, before minutes of work that would be lost without it.
+
+  dtype: of the export's products. data: of the run.
 
   Raises:
-    UsageError: something is not installed, or a format does not have these products. RunError: it cannot be fetched.
+    UsageError: something is not installed, or a format does not have these products or this tokenizer. RunError: it
+      cannot be fetched.
   """
   if _ONNX & {*formats}:
     onnx_programs.check_dtype(dtype)
   if 'torch' in formats:
     torch_file.check_installed()
   if 'browser' in formats:
+    browser.check_tokenizer(data.tokenizer, data.tokenizer_file)
     browser.fetch()
   if _ONNX & {*formats}:
     onnx_programs.python()
@@ -71,7 +76,7 @@ def write(
   if folder.exists():
     raise UsageError(f'--output={folder} exists; choose another folder or remove it.')
   onnx = _ONNX & {*formats}
-  prepare(formats, contents.spec.dtype)
+  prepare(formats, contents.spec.dtype, contents.data)
   state = torch_dense.state(contents.spec, contents.params, contents.tasks) if 'torch' in formats else None
   with npz_records.atomic_folder(folder, is_reproducible=False) as staging:
     files = _write_programs(staging, contents)

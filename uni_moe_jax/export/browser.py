@@ -12,9 +12,15 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from typing import Any
 
+from sentencepiece import sentencepiece_model_pb2
+
+from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
+from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.utils.errors import RunError, UsageError
 
+_messages: Any = sentencepiece_model_pb2  # it makes its classes when it is imported
 _PAGE = pathlib.Path(__file__).parents[1] / 'serve/page.html'
 _RUNTIME = 'onnxruntime-web@1.30.0'
 _INTEGRITY = 'sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=='
@@ -25,6 +31,24 @@ _FILES = {
     'dist/ort-wasm-simd-threaded.wasm': 'onnxruntime/ort-wasm-simd-threaded.wasm',
     'package.json': 'onnxruntime/package.json'}
 _FOOTER = '<a href="docs" id="docs">API</a> <span id="where">Everything stays between this page and the service.</span>'
+
+
+def check_tokenizer(tokenizer: Tokenizer, file: pathlib.Path) -> None:
+  """Raises UsageError for a SentencePiece model to which browser.js would give other ids."""
+  if isinstance(tokenizer, ClipTokenizer):
+    return  # the page takes no texts
+  model = _messages.ModelProto.FromString(file.read_bytes())
+  trainer, normalizer = model.trainer_spec, model.normalizer_spec
+  others = {
+      'a model_type other than unigram': trainer.model_type != trainer.UNIGRAM, 'byte_fallback': trainer.byte_fallback,
+      'user_defined_symbols': any(piece.type == piece.USER_DEFINED for piece in model.pieces),
+      'treat_whitespace_as_suffix': trainer.treat_whitespace_as_suffix,
+      'add_dummy_prefix=false': not normalizer.add_dummy_prefix,
+      'remove_extra_whitespaces=false': not normalizer.remove_extra_whitespaces,
+      'escape_whitespaces=false': not normalizer.escape_whitespaces}
+  if settings := [name for name, is_set in others.items() if is_set]:
+    raise UsageError(f'--browser: the tokenizer {file} has {", ".join(settings)}, for which the page would give other '
+                     'tokens; use --onnx or uni-moe serve, or train with a tokenizer of this package.')
 
 
 def fetch() -> None:
