@@ -42,10 +42,15 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     raise UsageError(f'own:{arg}: the sources are in several data directories '
                      f'({", ".join(sorted(directories))}); a run reads one.')
   [directory] = directories
-  try:
-    summaries = {p.name: file_dataset.read_summary(file_dataset.own_folder(p.name, directory)) for p in paths}
-  except MissingFileError as e:  # config.data.dir is set later
-    raise MissingFileError(f'{e}; or name it in another data directory: sources=DIRECTORY/own/{paths[0].name}.') from e
+  summaries = {}
+  for p in paths:
+    try:
+      summaries[p.name] = file_dataset.read_summary(file_dataset.own_folder(p.name, directory))
+    except MissingFileError as e:
+      if p.parent.name:
+        raise
+      # config.data.dir is set later
+      raise MissingFileError(f'{e}; or name it in another data directory: sources=DIRECTORY/own/{p.name}.') from e
   if a.run:
     c, plan = finetuning.start_from(a.run, f'own:{arg}')
   else:

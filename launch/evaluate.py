@@ -8,7 +8,7 @@ The second command evaluates a run zero-shot on another task, in a work director
 Runs the evaluators of the config on the newest checkpoint (averaged parameters if the run has them), prints the main
 metric of each and writes evaluation.json with all of them, evaluation_examples.npz with the scores of single examples,
 samples.json and, for routers by condition, experts.json and experts.png. A step is not evaluated twice by the same
-evaluators without --force. All devices take part; on several hosts run it in all processes with --distributed=auto.
+evaluators and data without --force. All devices take part; on several hosts run it everywhere with --distributed=auto.
 """
 
 from absl import flags

@@ -114,6 +114,15 @@ def _own_texts(directory, **extra):
   return Data(config, make_plan(config))
 
 
+def test_a_sample_of_texts_is_read_by_record_where_these_have_no_media(tmp_path):
+  source = _own_texts(tmp_path).records('own:pairs', 'train')
+  texts = source.sample_texts(['text_a'], 2)
+  alone = dataclasses.replace(source, text_file=lambda _: pytest.fail('all texts are read'))
+  assert alone.sample_texts(['text_a'], 2) == texts and len(texts) == 2
+  with pytest.raises(pytest.fail.Exception):  # a record with a video is larger
+    dataclasses.replace(alone, columns={**alone.columns, 'video': 'video'}).sample_texts(['text_a'], 2)
+
+
 def test_a_tokenizer_is_trained_on_the_columns_that_tasks_read(tmp_path):
   plain = _own_texts(tmp_path / 'plain')
   more = _own_texts(

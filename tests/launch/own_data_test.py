@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from tests.data import own_files
-from tests.helpers import in_process, saved_run
+from tests.helpers import in_process, own_data, saved_run
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.eval import headline, suite
 from uni_moe_jax.train import loop
@@ -70,9 +70,13 @@ def _own(arg: str):
   return cli.config_from(f'own:{arg}', [])
 
 
-def test_missing_data_names_the_form_for_another_directory(tmp_path):
-  with pytest.raises(UsageError, match='own:pets is not in .* another data directory: sources=DIRECTORY/own/pets[.]'):
-    _own(f'sources={tmp_path}/own/pets')
+def test_missing_data_names_the_form_for_another_directory(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  pets = pathlib.Path(own_data.write(tmp_path / '.cache/uni_moe_jax')[0]).name
+  with pytest.raises(UsageError, match='own:gone is not in .* another data directory: sources=DIRECTORY/own/gone[.]'):
+    _own(f'sources={pets}+gone')
+  with pytest.raises(UsageError, match='own:gone is not in ((?!DIRECTORY).)*$'):
+    _own(f'sources={tmp_path}/own/gone')
 
 
 @pytest.fixture(scope='module')

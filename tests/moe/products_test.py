@@ -119,7 +119,8 @@ def test_with_the_options_eigen_multiplies_and_the_library_sums(tmp_path):
                        for line in entry.splitlines() if f' = {shape}' in line})
     results.append(program(x, y))
   assert in_library == [{'f32[6,96,96]': True, 'f32[6,96]': True}, {'f32[6,96,96]': False, 'f32[6,96]': True}]
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *results)
+  # Of sums of 64 products that cancel, processors leave other rounding errors.
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
 
 
 def test_a_training_step_is_compiled_with_the_options():

@@ -1,6 +1,7 @@
 """Damaged checkpoints are skipped with a warning or refused, never read as if they were intact."""
 
 import errno
+import itertools
 import os
 import pathlib
 import shutil
@@ -13,7 +14,7 @@ import pytest
 
 from tests.helpers import saved_run
 from tests.stress import injected_faults
-from uni_moe_jax.train import manifest
+from uni_moe_jax.train import checkpoint, manifest
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.workdir import saved_steps
 from uni_moe_jax.utils import storage
@@ -56,6 +57,13 @@ def test_what_reads_a_run_that_trains_on_lists_again_if_checkpoints_are_deleted_
   with Checkpoints(workdir, max_to_keep=None) as checkpoints:
     assert checkpoints.steps() == [3]
   assert capfd.readouterr().err == ''
+
+
+def test_a_run_that_deletes_checkpoints_sooner_than_they_are_verified_is_an_error(workdir, monkeypatch):
+  steps = itertools.count(3)
+  monkeypatch.setattr(checkpoint, 'saved_steps', lambda _: [next(steps)])
+  with pytest.raises(RunError, match='deletes checkpoints sooner than they are verified; raise train.max_to_keep'):
+    Checkpoints(workdir, max_to_keep=None)
 
 
 def _truncate(path: pathlib.Path):

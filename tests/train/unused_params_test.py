@@ -15,6 +15,7 @@ import pytest
 from tests.helpers import small_model, tiny
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import step, used_params
+from uni_moe_jax.train.losses import Tally
 from uni_moe_jax.utils.tree_paths import by_path
 
 FROZEN = {'similarity/kernel', 'encoder/tail/block0/ffn_in/kernel'}
@@ -138,7 +139,8 @@ def test_a_frozen_gradient_does_not_count_in_the_norm(frozen, norm):
   spec = dataclasses.replace(_run().spec, optimizer=idle, unused_params='update', frozen=frozenset(frozen))
   grads = {'a': jnp.array([3., 4.]), 'b': {'c': jnp.array(12.)}}
   state = step.init_state(spec, jax.tree.map(jnp.ones_like, grads))
-  with mock.patch.object(step, 'gradients', return_value=step.StepOutput(jnp.array(1.), {}, {}, {}, grads)):
+  tallies = {t.name: Tally(*jnp.ones(3)) for t in spec.plan.tasks}
+  with mock.patch.object(step, 'gradients', return_value=step.StepOutput(jnp.array(1.), tallies, {}, {}, grads)):
     after, metrics = step.train_step(state, {}, {}, jax.random.key(0), spec=spec)
   assert float(metrics['grad_norm']) == norm
   assert after.params['b']['c'] == (1 if 'b/c' in frozen else 13)  # the optimizer, which changes nothing, is given zero

@@ -63,11 +63,12 @@ def test_a_signal_ends_the_program_too(tmp_path, number, code):
   written = 'f"{os.getpid()} {sys.flags.safe_path} " + os.environ["JAX_PLATFORMS"]'
   setup = f'import os, sys, time; open({str(tmp_path / "started")!r}, "w").write({written})'
   script = f"""
-import sys
+import os, sys, warnings
 from uni_moe_jax.utils import environments
+os.register_at_fork(before=lambda: warnings.warn('os.fork() was called. …', RuntimeWarning))  # as JAX does
 sys.exit(environments.run(sys.executable, 'timeit', '-n1', '-r1', '-s', {setup!r}, 'time.sleep(60)'))"""
   started = subprocess.Popen([sys.executable, '-c', script], env={
-      **os.environ, 'PYTHONPATH': str(processes.ROOT), 'JAX_PLATFORMS': 'cuda'})
+      **os.environ, 'PYTHONPATH': str(processes.ROOT), 'JAX_PLATFORMS': 'cuda'}, stderr=subprocess.PIPE, text=True)
   stand_in.wait_for(tmp_path / 'started', started, seconds=60)
   while not (text := (tmp_path / 'started').read_text()):
     time.sleep(.01)
@@ -78,4 +79,4 @@ sys.exit(environments.run(sys.executable, 'timeit', '-n1', '-r1', '-s', {setup!r
   end = time.monotonic() + (5 if number == signal.SIGKILL else 0)  # to which the program is not waited for
   while (is_running := processes.is_running(int(pid))) and time.monotonic() < end:
     time.sleep(.01)
-  assert not is_running
+  assert not is_running and 'fork' not in started.stderr.read()

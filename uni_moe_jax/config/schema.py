@@ -172,7 +172,8 @@ class DataConfig:
   cache_dir: str = field(
       '~/.cache/uni_moe_jax/buckets', 'Folder of this host where files of a data.dir in a bucket are kept.', path=True)
   cache_gb: float = field(
-      0.0, 'Bound of cache_dir in GB, past which the files used longest ago are removed; 0: none.', at_least=0)
+      0.0, 'Bound of cache_dir in GB, past which the files used longest ago are removed; those of training must fit '
+      'into it. 0: none.', at_least=0)
   max_corrupt_fraction: float = field(
       0.01, 'Fraction of the examples read from files that may be unusable before the run stops.', at_least=0)
   resize: str = field(

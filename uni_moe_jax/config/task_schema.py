@@ -63,8 +63,8 @@ class TaskConfig:
       0.08, 'Smallest part of random_resized_crop, as a fraction of the area; published: 0.08.', above=0, at_most=1)
   random_flip: bool = field(False, 'Mirrors half of the training images and videos of files.')
   mirrored_words: tuple[tuple[str, ...], ...] = field(
-      (), "Pairs of words that change places in the texts and answers of a mirrored image or video of files, such as "
-      "(('left', 'right'),).")
+      (), "Pairs of words that change places in the texts, answers and classes of a mirrored image or video of files, "
+      "such as (('left', 'right'),).")
   single_answer: bool = field(
       False, 'Training on questions in files draws one answer by its soft score (published); False: each counts by '
       'the number of people who gave it.')

@@ -3,12 +3,14 @@
 import collections
 import concurrent.futures
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 from jax.sharding import Mesh
 
 from uni_moe_jax.data.pipeline.examples import Examples
@@ -51,7 +53,8 @@ def _with_progress(parts: Iterable[Any], name: str, number: int) -> Iterator[Any
     num_done, now = num_done + len(jax.tree.leaves(part)[0]), time.monotonic()
     if num_done < number and now - shown >= _PERIOD:
       shown, left = now, (now - start) / num_done * (number - num_done)
-      print(f'{name}: {num_done:,} of {number:,} examples, {left / 60:,.1f} min left', flush=True)
+      tqdm.tqdm.write(f'{name}: {num_done:,} of {number:,} examples, {left / 60:,.1f} min left')  # above a bar
+      sys.stdout.flush()
 
 
 def two_at_once(function: Callable[[Any], Any], inputs: Iterable[Any]) -> Iterator[Any]:

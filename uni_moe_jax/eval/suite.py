@@ -20,7 +20,7 @@ from uni_moe_jax.eval import baselines, evaluators, example_scores, glue_vqa, sa
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor
-from uni_moe_jax.parallel import multihost, sharding
+from uni_moe_jax.parallel import distributed, multihost, sharding
 from uni_moe_jax.utils import cores, storage
 from uni_moe_jax.utils.errors import MissingFileError
 from uni_moe_jax.utils.files import read_json, write_json
@@ -128,10 +128,16 @@ def finished_rows(
   fingerprints = {name: fields.get(_DATA) for name, fields in made_by.items()}
   if _with_data(made_by, fingerprints) != _with_data(_settings(plan), fingerprints):
     return []
-  with contextlib.suppress(MissingFileError):
-    if config is not None and fingerprints != Sources(config, plan).evaluation_fingerprints():
-      return []
+  # One process decides for all: their hosts may have other data.
+  if multihost.broadcast_from_primary(distributed.is_primary() and _has_other_data(plan, config, fingerprints)):
+    return []
   return read_json(storage.path(workdir) / EVALUATION_FILE)
+
+
+def _has_other_data(plan: Plan, config: ml_collections.ConfigDict | None, fingerprints: Mapping[str, str]) -> bool:
+  with contextlib.suppress(MissingFileError):
+    return config is not None and fingerprints != Sources(config, plan).evaluation_fingerprints()
+  return False
 
 
 def evaluated_step(workdir: str | os.PathLike[str]) -> int | None:

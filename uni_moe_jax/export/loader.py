@@ -1,6 +1,6 @@
 """Loads and runs this exported model with jax, numpy and flatbuffers, without the training code.
 
-  model = load.Model()                                   # loads the folder of this file and verifies every file
+  model = load.Model()                                   # loads the folder of this file and verifies its files
   model.run(TASK, 'classify', pixels=pixels)['log_p']    # manifest.json lists tasks, programs, inputs
 
 texts.py tokenizes and detokenizes.
@@ -19,7 +19,7 @@ _TYPES = {'F32': np.float32, 'I32': np.int32, 'U8': np.uint8, 'BOOL': np.bool_}
 
 
 def verify(folder):
-  """Returns the manifest. Raises ValueError if a file differs from SHA256SUMS or is missing there."""
+  """Returns the manifest. Raises ValueError if a file but the card differs from SHA256SUMS or is missing there."""
   listed = set()
   *lines, last = (folder / 'SHA256SUMS').read_bytes().decode(errors='replace').split('\n')
   for line in [*lines, last] if last else lines:

@@ -50,7 +50,8 @@ class Texts:
     ids = [i for i in ids if i not in self._entry['special']]
     if self._entry['type'] == 'clip':
       text = b''.join(self._pieces[i] for i in ids).decode(errors='replace').strip()
-      return functools.reduce(lambda text, spaces: re.sub(spaces, '', text), self._entry['surplus_spaces'], text)
+      surplus = self._entry.get('surplus_spaces', ())
+      return functools.reduce(lambda text, spaces: re.sub(spaces, '', text), surplus, text)
     return self.tokenizer.decode(ids)
 
   def tokens(self, texts, length):

@@ -299,10 +299,12 @@ def _interference(content: Mapping[str, Any]) -> str:
 
 def _run(run: Mapping[str, Any]) -> str:
   first = {key: run[key] for key in ('seed', 'commit') if run.get(key) is not None}
+  if earlier := run.get('earlier_commits'):
+    first['earlier commits'] = ', '.join(earlier)
   counts = {f'parameters, {key.replace("_", " ")}': f'{value:,}' if isinstance(value, int) else value
             for key, value in (run.get('parameters') or {}).items()}
   others = {key: value for key, value in run.items()
-            if key not in ('config', 'parameters', 'conditions', 'seed', 'commit', 'command')}
+            if key not in ('config', 'parameters', 'conditions', 'seed', 'commit', 'earlier_commits', 'command')}
   facts = [*first.items(), *counts.items(), *(('condition', c) for c in run.get('conditions') or ()), *others.items()]
   listed = ''.join(f'<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>' for key, value in facts)
   command = f'<h3>Command</h3><pre>{escape(str(run["command"]))}</pre>' if run.get('command') else ''

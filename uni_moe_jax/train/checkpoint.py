@@ -202,8 +202,8 @@ class Checkpoints:
           f'intact one back, or delete {self._folder} to train from the start.')
     return opened
 
-  def _newest_intact(self) -> int:
-    """The newest intact step, _NONE or _ALL_DAMAGED, with warnings.
+  def _newest_intact(self, repeats: int = 3) -> int:
+    """The newest intact step, _NONE or _ALL_DAMAGED, with warnings; again if the run deletes what a reader verifies.
 
     Who writes moves damaged ones away, and deletes those that were written in place and not finished.
     """
@@ -216,8 +216,10 @@ class Checkpoints:
         for damaged in steps[i + 1:] if self._writes else ():
           self._move_away(damaged)
         return step
-      if not self._writes and saved_steps(self._workdir) != steps:  # its run trains on, and has deleted this one
-        return self._newest_intact()
+      if not self._writes and saved_steps(self._workdir) != steps:  # its run trains on
+        if not repeats:
+          raise RunError(f'{self._workdir} deletes checkpoints sooner than they are verified; raise train.max_to_keep.')
+        return self._newest_intact(repeats - 1)
       fallback = f'falling back to the previous one, of step {steps[i - 1]}' if i else 'there is no earlier one'
       print(f'warning: the checkpoint of step {step} in {self._workdir} is damaged: {damage}; {fallback}.',
             file=sys.stderr, flush=True)

@@ -75,7 +75,7 @@ def start(command: Sequence[str]) -> CompilerProcess | None:
   """Start a command that compiles; None where JAX may find an accelerator, which only one process can open."""
   if heap.only_cpu():
     return CompilerProcess(command)
-  print('note: --compile_separately is ignored, because JAX may find an accelerator (by JAX_PLATFORMS, or by an '
-        'installed jax_plugins or libtpu). To train on the CPU, where steps would be faster, set JAX_PLATFORMS=cpu.',
+  print('note: --compile_separately is ignored: it is for CPUs, and JAX may find an accelerator here (by JAX_PLATFORMS '
+        'or an installed jax_plugins or libtpu). If there is none, set JAX_PLATFORMS=cpu; steps are faster with it.',
         file=sys.stderr, flush=True)
   return None

@@ -94,8 +94,11 @@ def commit() -> str:
   return done.stdout.strip() or 'unknown'
 
 
-def _run_facts(run: Run, old: dict[str, Any]) -> dict[str, Any]:
-  """Content of run.json, for readers of the results. old: that of the start before."""
+def _run_facts(run: Run, file: storage.Path) -> dict[str, Any]:
+  """Content of run.json, for readers of the results. file: has that of the start before."""
+  old = {}
+  with contextlib.suppress(ValueError):  # of a damaged one
+    old = read_json(file, {})
   commits = [*old.get('earlier_commits', ()), *([old['commit']] if 'commit' in old else [])]
   earlier = [c for c in dict.fromkeys(commits) if c != commit()]
   return {**({'earlier_commits': earlier} if earlier else {}),
@@ -121,8 +124,8 @@ def train(
     allow_version_mismatch: whether the run may continue with other package versions, which are then recorded.
 
   Raises:
-    UsageError: another process trains in `workdir`, or what `build`, `claim_workdir`, `check_versions`,
-      `copy_tokenizer` and `Checkpoints` raise.
+    UsageError: another process trains in `workdir`, or what `build`, `Validation`, `Data.check_space`, `claim_workdir`,
+      `check_versions`, `copy_tokenizer` and `Checkpoints` raise.
   """
   started, stop = time.perf_counter(), Stop()
   with stop.on_signals(), HangDetector(
@@ -131,6 +134,8 @@ def train(
       run = build(config, devices, workdir=workdir)
       run.plan.check_trains()
       validation = Validation(run, detector.phase)
+      if not is_finished(workdir, config.train.steps):
+        run.data.check_space()
       multihost.check_same_data(run.data.inputs_fingerprint)
       is_primary = distributed.is_primary()
       claim = functools.partial(claim_workdir, workdir, run.config, run.data.fingerprint,
@@ -147,7 +152,7 @@ def train(
       copy_tokenizer(workdir, run.data.tokenizer_file, is_primary)
       file = storage.path(workdir) / RUN_FILE
       if is_primary and not (is_finished(workdir, config.train.steps) and file.exists()):  # what has trained it
-        write_json(file, _run_facts(run, read_json(file, {})))
+        write_json(file, _run_facts(run, file))
       print(_describe(run), flush=True)
       checkpoints = Checkpoints(workdir, config.train.max_to_keep, config.train.best_metric, config.train.keep_every)
     stack.push(functools.partial(_close, checkpoints, detector))
@@ -226,7 +231,6 @@ class _Trainer:
     self.lacks_evaluation = False  # whether a stop was requested before the newest evaluation that was due had ended
     self._compiler = compiler
     self._run, self._checkpoints, self._phase, self._log = run, checkpoints, detector.phase, log
-    run.data.check_space()
     self._config, self._mixture, self._target_sets = run.config.train, run.mixture(), run.target_sets()
     self._validation = validation
     self._hooks = [hook for make in hooks if (hook := make(run))]

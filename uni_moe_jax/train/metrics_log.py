@@ -97,7 +97,8 @@ class MetricsLog:
     return means
 
   def _print(self, line: str) -> None:
-    self._bar.write(line) if self._bar else print(line, flush=True)
+    self._bar.write(line) if self._bar else print(line)
+    sys.stdout.flush()
 
   def _speed(self, seconds: float) -> dict[str, float]:
     """The `TIMINGS` of the steps since the last write."""

@@ -43,8 +43,8 @@ MAY_CHANGE = (
     'train.interference_parameters', 'train.deterministic', 'data.dir', 'data.cache_dir', 'data.cache_gb',
     'data.max_corrupt_fraction', 'preflight', 'mesh', 'evaluators', 'tokenizer.merges_path')
 _NO_PROTOCOL = ('batch_size', 'baselines', 'during_training')  # fields of an evaluator that change no score
-_OTHER_DATA = ('a source was prepared again or has a newer version, which is the one that is read, or the data '
-               "directory or the tokenizer's file is another one.")
+_OTHER_DATA = ('a source was prepared again or has a newer version, which is the one that is read, the data directory '
+               "or the tokenizer's file is another one, or an older version of this package trained the tokenizer.")
 
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:

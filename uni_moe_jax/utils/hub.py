@@ -1,7 +1,7 @@
 """Exported models on the Hugging Face Hub, as addresses hf:OWNER/NAME[@REVISION][/FILE].
 
 `huggingface_hub` transfers, caches and authenticates; HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are its
-settings. A download is used only if every file has the digest in the folder's own SHA256SUMS.
+settings. A download is used only if every file but the card has the digest in the folder's own SHA256SUMS.
 """
 
 import contextlib

@@ -181,7 +181,7 @@ def test_runs_are_named_as_they_were_typed(tmp_path, monkeypatch):
   assert report['cells'][1]['commands'] == {'evaluate': 'uni-moe evaluate runs/task-0 task-0'}
   assert str(tmp_path) not in json.dumps(report)
   assert report['errors'][-1] == (
-      "task-0 and dense-0 have scores of other evaluators: evaluator.e.data_fingerprint: 'of runs/dense-0' → "
+      "task-0 and dense-0 have scores of other evaluators or data: evaluator.e.data_fingerprint: 'of runs/dense-0' → "
       "'of runs/task-0'.")
 
 

@@ -264,7 +264,7 @@ def test_scores_of_evaluators_with_other_fields_are_an_error(tmp_path):
   cells = _cells(tmp_path, 'dense', 'task', 'token')
   assert results.collect('routers', cells[:2], ['c'], 'p')['errors'] == []
   assert results.collect('routers', cells, ['c'], 'p')['errors'] == [
-      'token-0 and dense-0 have scores of other evaluators: evaluator.captions.beam_size: 1 → 4.']
+      'token-0 and dense-0 have scores of other evaluators or data: evaluator.captions.beam_size: 1 → 4.']
 
 
 def test_interference_over_training_is_in_the_order_of_steps_and_averaged_over_the_seeds_that_have_it():

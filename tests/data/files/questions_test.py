@@ -84,7 +84,7 @@ def test_words_and_answers_change_places_with_the_sides_of_a_mirrored_image():
     (('left', 'right'), 1), (('Left', 'left', 'Right', 'right'), 2), (('UP_LEFT', 'UP_RIGHT'), 1),
     (('lefty', 'righty'), 0)])
 def test_the_class_of_a_mirrored_image_is_that_of_the_other_side(classes, answer):
-  sides = dict(random_flip=True, mirrored_words=(('left', 'right'),))
+  sides = dict(random_flip=True, mirrored_words=(('Left', 'Right'),))
   fields = _make(_questions(classes=classes, **sides), range(32))
   mirrored = fields['pixels'][:, 0, 0, -1, 0] > 100
   assert 8 < mirrored.sum() < 24 and (fields['weight'] == 1).all()

@@ -130,7 +130,8 @@ def interval(mean: Mean, name: str = 'gain') -> dict[str, float]:
   freedom = total**2 / parts if parts else math.inf
   error = math.sqrt(total)
   half = stats.t.ppf(1 - _LEVEL / 2, freedom) * error
-  p = 2 * stats.t.sf(abs(value) / error, freedom) if error else value == 0
+  unknown = S == 1 and mean.num_examples < 2  # how much others differ
+  p = 2 * stats.t.sf(abs(value) / error, freedom) if error else value == 0 or unknown
   return {name: value, 'low': float(value - half), 'high': float(value + half), 'p': float(p)}
 
 

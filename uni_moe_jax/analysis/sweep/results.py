@@ -34,7 +34,7 @@ from uni_moe_jax.utils.exit_codes import FINISHED
 
 FOLDER, RESULTS, TABLE = 'results', 'results.json', 'results.md'
 _TITLES = {grid.ROUTERS: 'Router ablation', grid.ADAPTATION: 'Adaptation study'}
-_FORMAT = 2  # of results.json; others cannot be drawn again
+_FORMAT = 3  # of results.json; others cannot be drawn again
 _UPPER = 0.975  # quantile at the upper end of a 95 % interval
 
 
@@ -44,10 +44,10 @@ def collect(sweep: str, cells: Sequence[Cell], source: str | Sequence[str], comm
   Returns:
     {'format', 'sweep', 'command', 'sources', 'python', 'cores', 'config' (of the first cell that has one), 'cells':
     [{'name', 'variant', 'run', 'task', 'seed', 'status', 'exit_codes' and 'seconds' (by stage, over all attempts),
-    'commands' (by stage), 'commit', 'data' (its fingerprint), 'changed' (fields that differ from 'config'),
-    'evaluation' (rows of evaluation.json), and those of `routers.measure` or `adaptation.measure`}], 'scores': see
-    `summarize`, 'account' of a router sweep: see `account.compare`, 'accounts' of an adaptation study: see
-    `adaptation.compare`, 'errors': sentences}. Unknown values are None.
+    'commands' (by stage), 'commit', 'earlier_commits', 'data' (its fingerprint), 'changed' (fields that differ from
+    'config'), 'evaluation' (rows of evaluation.json), and those of `routers.measure` or `adaptation.measure`}],
+    'scores': see `summarize`, 'account' of a router sweep: see `account.compare`, 'accounts' of an adaptation study:
+    see `adaptation.compare`, 'errors': sentences}. Unknown values are None.
   """
   sources = [source] if isinstance(source, str) else list(source)
   if sweep == grid.ROUTERS:
@@ -65,7 +65,8 @@ def collect(sweep: str, cells: Sequence[Cell], source: str | Sequence[str], comm
     records.append({
         'name': cell.folder.name, 'variant': cell.variant, 'run': cell.run, 'task': cell.task, 'seed': cell.seed,
         **_history(cell, log, paths),
-        'commit': run.get('commit'), 'data': config.get('data'), 'changed': changed,
+        'commit': run.get('commit'), 'earlier_commits': run.get('earlier_commits', []), 'data': config.get('data'),
+        'changed': changed,
         'evaluation': [r for r in rows if math.isfinite(r['value'])],
         **(routers.measure(cell.folder, log) if sweep == grid.ROUTERS else adaptation.measure(cell.folder, log))})
   results = {
@@ -176,7 +177,8 @@ def _report(results: Mapping[str, Any], captions: Mapping[str, str]) -> list[str
   first = (router_report.sections(results, captions) if is_routers else
            adaptation.sections(results))
   seeds = sorted({c['seed'] for c in cells})
-  commits = list(dict.fromkeys(c['commit'][:12] for c in cells if c['commit'])) or ['unknown']
+  trained_by = (x for c in cells for x in (*c.get('earlier_commits', ()), c['commit']) if x)
+  commits = list(dict.fromkeys(x[:12] for x in trained_by)) or ['unknown']
   lacking = list(dict.fromkeys(s['metric'] for s in results['scores'] if s['error'] is None))
   without = f' (without: {", ".join(lacking)}) ' if lacking else ' '
   source = f'{"config" if is_routers else "run"} {", ".join(f"`{s}`" for s in results["sources"])}'

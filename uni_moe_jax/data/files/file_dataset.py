@@ -124,8 +124,9 @@ class FileDataset:
     columns, ids = set(columns) & self.columns.keys() - {LOCATION}, _evenly_spaced(self.size, max_records)
     texts = [name for column in columns for name in self.classes.get(column, ())]
     columns = [column for column in columns if self.columns[column] in prepare.TEXT_TYPES]
-    if self.text_file:  # a record may have a video
-      is_sampled = np.isin(np.arange(self.size), ids)
+    if self.text_file and self.media_column():  # a record may have a video
+      is_sampled = np.zeros(self.size, bool)
+      is_sampled[ids] = True
       for column in columns:
         with open(self.text_file(column), encoding='utf-8', newline='\n') as file:
           lines = itertools.compress(file, np.repeat(is_sampled, self.num_texts[column]))

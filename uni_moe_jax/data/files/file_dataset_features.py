@@ -186,7 +186,7 @@ def word_mirror(pairs: Sequence[Sequence[str]]) -> Callable[[Record], Record]:
 
   def exchange(match):
     word = other[match[0].lower()]
-    return word.upper() if match[0].isupper() else word.capitalize() if match[0][0].isupper() else word
+    return word.upper() if match[0].isupper() else word.capitalize() if match[0][0].isupper() else word.lower()
 
   def mirror(value):
     if isinstance(value, (tuple, list)):

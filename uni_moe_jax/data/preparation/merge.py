@@ -204,9 +204,11 @@ class Merge:
     if num_skipped == num_rows or num_skipped > max_corrupt_fraction * num_rows:
       detail = ''.join(f'; most often: {reason!r} ({number}, first {first[0]})'
                        for reason, (number, first) in list(self._result.skipped.items())[:1])
-      error = UsageError if num_skipped == num_rows else TooManySkippedError
-      raise error(f'{num_skipped} of {num_rows} rows of {source} cannot be used{detail}. Fix them, or raise '
-                  f'--max_corrupt_fraction={max_corrupt_fraction}, with which files are not read again.')
+      message = f'{num_skipped} of {num_rows} rows of {source} cannot be used{detail}. Fix them'
+      if num_skipped == num_rows:
+        raise UsageError(f'{message}.')
+      raise TooManySkippedError(f'{message}, or raise --max_corrupt_fraction={max_corrupt_fraction}, with which files '
+                                'are not read again.')
 
   def _assign_splits(self, test_fraction: float) -> None:
     """Gives rows the split that they name; if none does, a hash selects one for all rows that belong together.
