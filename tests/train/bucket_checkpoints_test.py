@@ -101,10 +101,10 @@ def test_a_save_that_was_not_finished_is_ignored_by_readers_and_deleted_by_the_n
 
 def test_verification_reads_no_array(workdir, monkeypatch):
   folder, files, read = workdir / 'checkpoints/2', storage.filesystem(workdir), []
-  original, whole = type(files).open, files.cat_file
+  original, read_object = type(files).open, files.cat_file
   monkeypatch.setattr(type(files), 'open', lambda self, path, *args, **kwargs: (
       read.append(str(path).rpartition('/')[2]), original(self, path, *args, **kwargs))[1])
-  monkeypatch.setattr(files, 'cat_file', lambda path: (read.append(path.rpartition('/')[2]), whole(path))[1])
+  monkeypatch.setattr(files, 'cat_file', lambda path: (read.append(path.rpartition('/')[2]), read_object(path))[1])
   assert not manifest.damage(folder)
   assert set(read) == {manifest.FILE, '_CHECKPOINT_METADATA', 'commit_success.txt'}
 

@@ -51,6 +51,7 @@ def _claim(workdir, *args, **given):
   workdir_lib.claim_workdir(workdir, _config(*args), 'print', **{'extends': True, **given})
 
 
+@pytest.mark.slow
 def test_with_a_constant_rate_four_steps_and_then_seven_equal_seven_at_once(
     tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(loop, 'commit', lambda: 'abc')

@@ -96,6 +96,7 @@ def test_accumulation_includes_auxiliary_losses_of_micro_steps_and_target_sets()
   assert moved > 3  # the comparison sees them
 
 
+@pytest.mark.slow
 def test_a_step_reports_drop_rate_and_expert_balance():
   for accum in (1, 2):
     extra = _gradients(accum).metrics
