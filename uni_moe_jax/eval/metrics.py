@@ -154,6 +154,12 @@ def perplexity(nll_sum: float, weight_sum: float) -> float:
     return math.inf
 
 
+def variance_of_mean(values: np.ndarray, weights: np.ndarray) -> float:
+  """Returns N / (N - 1) Σ w² (x - mean)² / (Σ w)², of values x and weights w [N]; 0 of one value."""
+  squares = (weights * (values - np.average(values, weights=weights)))**2
+  return float(squares.sum() / weights.sum()**2 * len(values) / max(len(values) - 1, 1))
+
+
 def perplexity_error(value: float, log_p: np.ndarray, weights: np.ndarray) -> float | None:
   """Returns the standard error of a perplexity: that of the mean log p of examples, times the perplexity.
 
@@ -162,13 +168,9 @@ def perplexity_error(value: float, log_p: np.ndarray, weights: np.ndarray) -> fl
     log_p, weights: float [N], of each example the mean over its positions, and their number.
 
   Returns:
-    value · sqrt(N / (N - 1) Σ w² (log p - mean)²) / Σ w; None of one example, or if it is not finite.
+    value · sqrt(`variance_of_mean`); None of one example, or if it is not finite.
   """
-  N, total = len(log_p), weights.sum()
-  if N < 2 or not np.isfinite(value):
-    return None
-  squares = (weights * (log_p - np.average(log_p, weights=weights)))**2
-  return value * math.sqrt(N / (N - 1) * squares.sum()) / float(total)
+  return value * math.sqrt(variance_of_mean(log_p, weights)) if len(log_p) > 1 and np.isfinite(value) else None
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from uni_moe_jax.eval import headline
+from uni_moe_jax.eval import headline, metrics
 from uni_moe_jax.tasks.router_names import DENSE
 
 WIN, TIE, LOSS = 'win', 'tie', 'loss'
@@ -107,10 +107,8 @@ def _main_rows(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def mean_of(values: Mapping[int, np.ndarray], weights: np.ndarray) -> Mean:
   """The mean of {seed: values [N]} with weights [N] of the examples."""
-  N, over_seeds = len(weights), np.mean([*values.values()], 0)
-  deviations = weights * (over_seeds - np.average(over_seeds, weights=weights))
-  variance = (deviations**2).sum() / weights.sum()**2 * N / max(N - 1, 1)
-  return Mean({s: float(np.average(x, weights=weights)) for s, x in values.items()}, float(variance), N)
+  variance = metrics.variance_of_mean(np.mean([*values.values()], 0), weights)
+  return Mean({s: float(np.average(x, weights=weights)) for s, x in values.items()}, variance, len(weights))
 
 
 def _average(means: Sequence[Mean]) -> Mean | None:
