@@ -76,7 +76,8 @@ def evaluate(
     in_order = {e.name: shown[e.name] for e in plan.evaluations if e.name in shown}
     write_json(storage.path(workdir) / samples.FILE, in_order)
     write_json(storage.path(workdir) / EVALUATION_FILE, rows)
-    write_json(storage.path(workdir) / EVALUATORS_FILE, _with_data(_settings(plan), fingerprints))
+    made_by = {name: {**fields, _DATA: fingerprints.get(name)} for name, fields in _settings(plan).items()}
+    write_json(storage.path(workdir) / EVALUATORS_FILE, made_by)
   return rows
 
 
@@ -111,10 +112,6 @@ def _settings(plan: Plan) -> dict[str, dict[str, Any]]:
   return {name: dataclasses.asdict(e) for name, e in plan.config.evaluators.items()}
 
 
-def _with_data(settings: Mapping[str, dict[str, Any]], fingerprints: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-  return {name: {**fields, _DATA: fingerprints.get(name)} for name, fields in settings.items()}
-
-
 def finished_rows(
     workdir: str | os.PathLike[str], plan: Plan, step: int, config: ml_collections.ConfigDict | None = None
 ) -> list[dict[str, Any]]:
@@ -125,8 +122,8 @@ def finished_rows(
   made_by = read_json(storage.path(workdir) / EVALUATORS_FILE)  # None: of a version that did not write it
   if made_by is None or step != evaluated_step(workdir):
     return []
-  fingerprints = {name: fields.get(_DATA) for name, fields in made_by.items()}
-  if _with_data(made_by, fingerprints) != _with_data(_settings(plan), fingerprints):
+  fingerprints = {name: fields.pop(_DATA, None) for name, fields in made_by.items()}
+  if made_by != _settings(plan):
     return []
   # One process decides for all: their hosts may have other data.
   if multihost.broadcast_from_primary(distributed.is_primary() and _has_other_data(plan, config, fingerprints)):
