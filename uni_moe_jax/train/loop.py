@@ -96,14 +96,14 @@ def commit() -> str:
 
 def _run_facts(run: Run, file: storage.Path) -> dict[str, Any]:
   """Content of run.json, for readers of the results. file: has that of the start before."""
-  old = {}
+  old, newest = {}, commit()
   with contextlib.suppress(ValueError):  # of a damaged one
     old = read_json(file, {})
   commits = [*old.get('earlier_commits', ()), *([old['commit']] if 'commit' in old else [])]
-  earlier = [c for c in dict.fromkeys(commits) if c != commit()]
+  earlier = [c for c in dict.fromkeys(commits) if c != newest]
   return {**({'earlier_commits': earlier} if earlier else {}),
           'config': json.loads(run.config.to_json_best_effort()), 'parameters': run.parameter_counts(),
-          'conditions': [str(c) for c in conditions(run.plan)], 'seed': run.config.seed, 'commit': commit(),
+          'conditions': [str(c) for c in conditions(run.plan)], 'seed': run.config.seed, 'commit': newest,
           'command': cli.command_line()}
 
 
@@ -134,8 +134,6 @@ def train(
       run = build(config, devices, workdir=workdir)
       run.plan.check_trains()
       validation = Validation(run, detector.phase)
-      if not is_finished(workdir, config.train.steps):
-        run.data.check_space()
       multihost.check_same_data(run.data.inputs_fingerprint)
       is_primary = distributed.is_primary()
       claim = functools.partial(claim_workdir, workdir, run.config, run.data.fingerprint,
@@ -147,11 +145,14 @@ def train(
       if multihost.broadcast_from_primary(owner is not None):
         raise UsageError(f'{owner or "another process"} trains in {workdir}: wait until it has ended, or give another '
                          '--workdir.')
+      finished = is_finished(workdir, config.train.steps)
+      if not finished:
+        run.data.check_space()
       check_versions(workdir, allow_version_mismatch, writes=is_primary)
       claim(writes=is_primary)  # last: a start that is refused changes nothing
       copy_tokenizer(workdir, run.data.tokenizer_file, is_primary)
       file = storage.path(workdir) / RUN_FILE
-      if is_primary and not (is_finished(workdir, config.train.steps) and file.exists()):  # what has trained it
+      if is_primary and not (finished and file.exists()):  # what has trained it
         write_json(file, _run_facts(run, file))
       print(_describe(run), flush=True)
       checkpoints = Checkpoints(workdir, config.train.max_to_keep, config.train.best_metric, config.train.keep_every)
