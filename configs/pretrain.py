@@ -18,9 +18,9 @@ Arguments:
 
 Batches are those of the 64 published ranks, in multiples of 256 examples, for 256 devices. Parameters of base and large
 are split over mesh.data (mesh.fsdp), which must divide the width. With 512 devices set mesh.data to 256 and mesh.model
-to 2; tiny, with its three heads, has 256 at most. With 8 set train.grad_accum_steps to 32; negatives
-of retrieval then come from one micro-step. docs/guides/benchmarks.md says how to obtain the data. CLIP's merges file is
-expected in the current folder, or at --config.tokenizer.merges_path.
+to 2; tiny, with its three heads, has 256 at most. With 8 set train.grad_accum_steps to 32; negatives of retrieval then
+come from one micro-step. docs/guides/benchmarks.md says how to obtain the data. CLIP's merges file is expected in the
+current folder, or at --config.tokenizer.merges_path.
 
 Sizes, loss and sampling weights, learning rates and steps are those published for the base model; other sizes use them
 too. Not as published: bfloat16 instead of float16 with loss scaling; image positions are computed; a step of all tasks
