@@ -26,6 +26,7 @@ from uni_moe_jax.train import loop, metrics_log
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.workdir import claim_workdir, saved_step, saved_steps
 from uni_moe_jax.utils import cli, locks, signals
+from uni_moe_jax.utils.files import write_json
 
 
 def _config():
@@ -197,6 +198,17 @@ def test_an_interrupted_run_ends_with_the_same_state_and_lines_bit_for_bit(unint
   fresh = _run().init()  # the positive control: six steps did move parameters
   moved = jax.tree.map(lambda a, b: not np.array_equal(np.asarray(a), np.asarray(b)), expected.params, fresh.params)
   assert sum(jax.tree.leaves(moved)) > 20
+
+
+def test_run_json_lists_other_commits_that_trained_a_run_and_a_damaged_one_is_written_again(tmp_path, monkeypatch):
+  commits, file = [], tmp_path / 'run.json'
+  for newest in ('abc', 'abc', 'def', 'abc'):
+    monkeypatch.setattr(loop, 'commit', lambda newest=newest: newest)
+    write_json(file, facts := loop._run_facts(_run(), file))
+    commits.append((facts.get('earlier_commits'), facts['commit']))
+  assert commits == [(None, 'abc'), (None, 'abc'), (['abc'], 'def'), (['def'], 'abc')]
+  file.write_text('{')
+  assert 'earlier_commits' not in loop._run_facts(_run(), file)
 
 
 @pytest.fixture
