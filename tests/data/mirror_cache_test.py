@@ -270,7 +270,7 @@ def test_records_of_training_that_do_not_fit_are_refused_before_any_is_fetched(b
   bounded = Mirror(bucket, tmp_path / 'receiver', max_bytes=2 * size)
   bounded.sync('x')
   bounded.check_space(names[:2])
-  with pytest.raises(UsageError, match='trains on files of 0.000[0-9]+ GB, .* config.data.cache_gb=0.000.* is less;'):
+  with pytest.raises(UsageError, match='reads files of 0.000[0-9]+ GB, .* config.data.cache_gb=0.000.* is less;'):
     bounded.check_space(names)
   data = Mirror(bucket, tmp_path / 'receiver')
   data.sync('x')
@@ -280,13 +280,22 @@ def test_records_of_training_that_do_not_fit_are_refused_before_any_is_fetched(b
   assert not data.num_fetched and not bounded.num_fetched
   data.fetch(names[0])
   data.check_space(names)
+  data.check_space(names[1:], names[:2])
+  data.check_space(names[:2], names[:1])
   monkeypatch.setattr(mirror.shutil, 'disk_usage', lambda _: disk._replace(free=size))
   bounded.check_space(names[1:])  # the first file is removed for them
+  bounded.check_space(names[1:], names[:1])  # so is that of an evaluation
+  with pytest.raises(UsageError, match='.*/receiver has'):
+    data.check_space(names[:2], names[2:])
 
 
-@pytest.mark.parametrize('has_tokenizer', [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_training_does_not_start_where_its_records_do_not_fit(bucket, tmp_path, monkeypatch, has_tokenizer):
-  prepare.prepare(own_files.write_captioned_images(tmp_path / 'in'), Mirror(bucket, tmp_path / 'sender'), 'colors')
+@pytest.mark.parametrize('has_tokenizer, evaluate_every, missing', [
+    (False, 0, '0.000131'), (False, 1, '0.000262'), pytest.param(True, 0, '0.000131', marks=pytest.mark.slow)])
+def test_training_does_not_start_where_its_records_do_not_fit(
+    bucket, tmp_path, monkeypatch, has_tokenizer, evaluate_every, missing):
+  rows = own_files.write_captioned_images(tmp_path / 'in') / 'data.jsonl'
+  rows.write_text(rows.read_text().replace('"test"', '"validation"'))
+  prepare.prepare(rows.parent, Mirror(bucket, tmp_path / 'sender'), 'colors')
   c = tiny.config(data_dir=bucket)
   c.data.cache_dir = str(tmp_path / 'receiver')
   c.model.update(channels=3, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3)
@@ -297,7 +306,10 @@ def test_training_does_not_start_where_its_records_do_not_fit(bucket, tmp_path, 
   c.target_sets.colors = config_lib.target_set('own:colors/color', family='names')
   c.tasks.color = config_lib.task('image_classification', 'own:colors', batch_size=8, target_set='colors',
                                   label_column='color')
+  c.evaluators.color = config_lib.evaluator(
+      'classification', 'color', split='validation', during_training=True)
+  c.train.evaluate_every = evaluate_every
   disk = shutil.disk_usage(tmp_path)
   monkeypatch.setattr(mirror.shutil, 'disk_usage', lambda _: disk._replace(free=9))
-  with pytest.raises(UsageError, match='has 9e-09 GB for the missing 0.000131; attach'):
+  with pytest.raises(UsageError, match=f'has 9e-09 GB for the missing {missing}; attach'):
     train(c, str(tmp_path / 'run'))

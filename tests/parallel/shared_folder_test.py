@@ -6,9 +6,10 @@ import sys
 from tests.helpers import processes
 
 _CHECKS = '''
-import os, pathlib, sys, threading
+import errno, os, pathlib, sys, threading
 from uni_moe_jax.parallel import distributed, shared_folder
-from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.utils import storage
+from uni_moe_jax.utils.errors import RunError, UsageError
 address, i, a, b = sys.argv[1:]
 cluster = distributed.Cluster(address, 2, int(i))
 distributed.initialize(cluster)
@@ -17,8 +18,8 @@ def check(case, folder, create=True, timeout=1.):
   try:
     shared_folder.check(cluster, folder, create, timeout)
     print(f'> {case} passes', file=sys.stderr)
-  except UsageError as e:
-    print(f'> {case} {e}', file=sys.stderr)
+  except (UsageError, RunError) as e:
+    print(f'> {case} {type(e).__name__}: {e}', file=sys.stderr)
 
 check('one folder:', f'{a}/new')
 check('two folders:', [a, b][int(i)])
@@ -27,6 +28,17 @@ exists, late = os.path.exists, pathlib.Path(a, 'late')
 os.path.exists = lambda path: late.is_file() and exists(path)  # as on a file system that lags behind
 threading.Timer(1., late.touch).start()
 check('a folder that lags behind:', a, timeout=20.)
+
+class HttpError(Exception): pass
+
+def refuse(error):
+  def write(*_): raise error
+  storage.write_bytes = write
+
+for error in (OSError('Forbidden: https://storage/run'), HttpError('Service Unavailable, 503'),
+              OSError(errno.ENOSPC, 'No space left on device')):
+  refuse(error)
+  check('a store:', a)
 '''
 
 
@@ -35,13 +47,19 @@ def test_a_folder_must_show_every_process_what_process_0_writes_there(tmp_path):
   b.mkdir()
   command = [sys.executable, '-c', _CHECKS, processes.free_address()]
   for i, (code, output) in enumerate(processes.together(*([*command, str(i), str(a), str(b)] for i in range(2)))):
-    assert code == 0, output
+    assert code == 1, output  # by the RunErrors
     lines = [line.removeprefix('> ') for line in output.splitlines() if line.startswith('> ')]
-    host, reason = socket.gethostname()[:64], 'its own output has the reason' if i else 'No such file or directory'
+    host = socket.gethostname()[:64]
+    reasons = ['its own output has the reason'] * 4 if i else [
+        'No such file or directory', 'permission is denied. Give the account the right to list, read, write and delete '
+        'objects in this bucket', 'the store does not answer, or only with errors, also to repeated requests. Check the '
+        'network; the same command continues', 'No space left on device']
     assert lines[0] == 'one folder: passes'
     assert lines[1].startswith(
-        f'two folders: workdir {[a, b][i]} is not shared: what process 0 ({host}) writes there does not appear for '
+        f'two folders: UsageError: workdir {[a, b][i]} is not shared: what process 0 ({host}) writes there does not appear for '
         f'process 1 ({host}) within 1 s. ')
-    assert lines[2] == f'a missing folder: process 0 cannot write in workdir {a}/missing: {reason}.'
-    assert lines[3:] == ['a folder that lags behind: passes']
+    assert lines[2] == f'a missing folder: UsageError: process 0 cannot write in workdir {a}/missing: {reasons[0]}.'
+    assert lines[3:] == ['a folder that lags behind: passes', *(
+        f'a store: {error}: process 0 cannot write in workdir {a}: {reason}.'
+        for error, reason in zip(('UsageError', 'RunError', 'RunError'), reasons[1:], strict=True))]
   assert sorted(p.name for p in a.rglob('*')) == ['late', 'new'] and not list(b.iterdir())

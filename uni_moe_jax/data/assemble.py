@@ -100,7 +100,7 @@ class Data(Sources):
       MissingFileError: data is not prepared. UsageError: the config does not fit it.
     """
     super().__init__(config, plan)
-    self._model = config.model
+    self._model, self._evaluates = config.model, bool(config.train.evaluate_every)
     records = [self.records(t.source, t.split) for t in plan.tasks]
     self.tokenizer, self.tokenizer_file, tokenizer_fingerprint = self._make_tokenizer(config, tokenizer_copy)
     specs = (*plan.sets, *plan.probe_sets, *plan.answer_sets)
@@ -137,10 +137,14 @@ class Data(Sources):
               f'end; raise it to {num_tokens}, or omit the answer.')
 
   def check_space(self) -> None:
-    """Raises UsageError if the records that training reads from a bucket do not fit on this host."""
+    """Raises UsageError if what training and its evaluations read from a bucket does not fit on this host."""
     if isinstance(self.dir, mirror.Mirror):
-      records = [self.records(t.source, t.split) for t in self._plan.tasks]
-      self.dir.check_space({name for r in records if isinstance(r, FileDataset) for name in r.files})
+      evaluations = [e for e in self._plan.evaluations if e.during_training and self._evaluates]
+      files = [{name for source, split in {*pairs} if isinstance(r := self.records(source, split), FileDataset)
+                for name in r.files}
+               for pairs in ([(t.source, t.split) for t in self._plan.tasks],
+                             [(e.task.source, e.split) for e in evaluations])]
+      self.dir.check_space(*files)
 
   def examples(self, task: TaskSpec, split: str | None = None, training: bool = False, num_views: int = 1,
                num_crops: int = 1) -> Examples:

@@ -100,8 +100,12 @@ class Mirror(os.PathLike):
       raise UsageError(f'config.data.cache_gb={self._max_bytes / 1e9:g} is less than the largest file of {self.address}'
                        f'/{folder}, {size / 1e9:.3g} GB; raise it, or set 0 for no bound.')
 
-  def check_space(self, names: Collection[str]) -> None:
-    """Raises UsageError if files that are all needed again and again do not fit into the cache together."""
+  def check_space(self, trained: Collection[str], evaluated: Collection[str] = ()) -> None:
+    """Raises UsageError if files that training reads again and again do not fit into the cache together.
+
+    evaluated: files of evaluations in between, to which those of training give way only if the cache has a bound.
+    """
+    names = {*trained, *(() if self._max_bytes else evaluated)}
     free = shutil.disk_usage(self.root).free  # first: other processes of the host fetch them meanwhile
     sizes = {name: self._files[name][0] for name in names}
     total, missing = sum(sizes.values()), sum(n for name, n in sizes.items() if not (self.root / name).exists())
@@ -112,7 +116,7 @@ class Mirror(os.PathLike):
                else f'the disk of {self._cache} has {free / 1e9:.3g} GB for the missing {missing / 1e9:.3g}; attach a '
                'larger one and set config.data.cache_dir to a folder of it')
       raise UsageError(
-          f'{self.address}: this run trains on files of {total / 1e9:.3g} GB, all of which every host reads in random '
+          f'{self.address}: this run reads files of {total / 1e9:.3g} GB, all of which every host reads in random '
           f'order, and {bound}. Or mount the bucket, as by gcsfuse, and set config.data.dir to its folder, or train on '
           'fewer datasets.')
 

@@ -8,9 +8,10 @@ import time
 
 from uni_moe_jax.parallel.distributed import Cluster
 from uni_moe_jax.utils import storage
-from uni_moe_jax.utils.errors import UsageError, first_few
+from uni_moe_jax.utils.errors import RunError, UsageError, first_few
 
-_NOT_WRITTEN = bytes(16)  # in place of a token
+_NOT_WRITTEN, _UNAVAILABLE = bytes(16), bytes([1] * 16)  # in place of a token: a mistake of the user, or none
+_MISTAKES = PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError
 _TIMEOUT = 30.0  # seconds until a file of another process must be visible; a mounted bucket needs some
 _HOST_BYTES = 64
 
@@ -25,14 +26,15 @@ def check(cluster: Cluster | None, workdir: str | os.PathLike[str], create: bool
     timeout: seconds until every process must see a file that process 0 has written.
 
   Raises:
-    UsageError: a process does not see it, or process 0 cannot write it; in every process.
+    UsageError: a process does not see it, or process 0 may not write it; in every process.
+    RunError: process 0 cannot write it now, since its store does not answer or its disk is full; in every process.
   """
   if cluster is None:
     return
   import jax  # pylint: disable=g-import-not-at-top
 
   from uni_moe_jax.parallel import multihost  # pylint: disable=g-import-not-at-top
-  folder, token, reason = storage.path(workdir), _NOT_WRITTEN, 'its own output has the reason'
+  folder, token, reason = storage.path(workdir), _NOT_WRITTEN, f'{workdir}: its own output has the reason.'
   # A new name each time: a file system may remember for a minute that there was no such file.
   path = lambda token: folder / f'.shared-{token.hex()}'
   with multihost.exit_with_peers():
@@ -41,11 +43,17 @@ def check(cluster: Cluster | None, workdir: str | os.PathLike[str], create: bool
         if create:
           storage.make_folder(folder)
         storage.write_bytes(path(token := secrets.token_bytes(len(_NOT_WRITTEN))), b'')
-      except OSError as e:
-        token, reason = _NOT_WRITTEN, e.strerror
+      except Exception as e:
+        in_store = storage.explain(e, str(workdir))
+        if in_store is None and not isinstance(e, OSError):
+          raise
+        is_mistake = not storage.does_not_answer(e) if in_store else isinstance(e, _MISTAKES)
+        token = _NOT_WRITTEN if is_mistake else _UNAVAILABLE
+        reason = in_store or f'{workdir}: {getattr(e, "strerror", None) or e}.'
     token = multihost.broadcast_bytes_from_primary(token)  # also waits until the file is written
-    if token == _NOT_WRITTEN:
-      raise UsageError(f'process 0 cannot write in workdir {workdir}: {reason}.')
+    if token in (_NOT_WRITTEN, _UNAVAILABLE):
+      error = UsageError if token == _NOT_WRITTEN else RunError
+      raise error(f'process 0 cannot write in workdir {reason}')
     sees = bytes([_appears(path(token), timeout)])
     host = socket.gethostname().encode()[:_HOST_BYTES].ljust(_HOST_BYTES)
     facts = multihost.gather_bytes(sees + host)

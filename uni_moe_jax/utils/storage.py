@@ -193,7 +193,7 @@ def _list(folder: Path, name: str) -> None:
   except Exception as e:
     if (reason := explain(e, str(folder))) is None:
       raise
-    raise (RunError if _meaning(e) == _NO_ANSWER else UsageError)(f'{name}={reason}') from e
+    raise (RunError if does_not_answer(e) else UsageError)(f'{name}={reason}') from e
 
 
 def explain(e: BaseException | None, address: str) -> str | None:
@@ -201,6 +201,11 @@ def explain(e: BaseException | None, address: str) -> str | None:
   if (meaning := _meaning(e)) is None:
     return None
   return f'{address}: {meaning.format(credentials=_CREDENTIALS.get(address.partition(":")[0], ""))}.'
+
+
+def does_not_answer(e: BaseException | None) -> bool:
+  """Return whether an exception, or one that caused it, is of a store that does not answer, so that waiting helps."""
+  return _meaning(e) == _NO_ANSWER
 
 
 def _meaning(e: BaseException | None) -> str | None:

@@ -74,6 +74,8 @@ def test_ids_are_announced_in_the_order_in_which_this_process_makes_them(mode):
   batches = [batch['image_classification'] for _, batch in mixture.iterate(3, 9) if 'image_classification' in batch]
   made = np.concatenate([batch['id'].reshape(-1) for batch in batches])
   np.testing.assert_array_equal(announced['shape'], made)
+  announced.clear()
+  assert not list(mixture.iterate(9, 9)) and not announced  # a finished run fetches nothing
 
 
 @pytest.mark.parametrize('field', ['id', 'draw', 'temporal_offset'])

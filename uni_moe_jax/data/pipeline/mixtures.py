@@ -99,7 +99,7 @@ class Mixture:
   def _dataset(self, tasks: tuple[TaskSpec, ...], steps: np.ndarray, counts: np.ndarray) -> Iterator[Batch]:
     """Yields batches; counts[i] is the batch number that every task reads at steps[i]."""
     for t in tasks:
-      if prefetch := self.examples[t.name].prefetch:
+      if len(steps) and (prefetch := self.examples[t.name].prefetch):
         prefetch(self._ids(t, counts[:-(-_PREFETCHED // t.batch_size), None])[0].numpy())
 
     def count(num_read):
