@@ -51,13 +51,14 @@ def test_a_folder_must_show_every_process_what_process_0_writes_there(tmp_path):
     lines = [line.removeprefix('> ') for line in output.splitlines() if line.startswith('> ')]
     host = socket.gethostname()[:64]
     reasons = ['its own output has the reason'] * 4 if i else [
-        'No such file or directory', 'permission is denied. Give the account the right to list, read, write and delete '
-        'objects in this bucket', 'the store does not answer, or only with errors, also to repeated requests. Check the '
-        'network; the same command continues', 'No space left on device']
+        'No such file or directory',
+        'permission is denied. Give the account the right to list, read, write and delete objects in this bucket',
+        'the store does not answer, or only with errors, also to repeated requests. Check the network; the same command '
+        'continues', 'No space left on device']
     assert lines[0] == 'one folder: passes'
     assert lines[1].startswith(
-        f'two folders: UsageError: workdir {[a, b][i]} is not shared: what process 0 ({host}) writes there does not appear for '
-        f'process 1 ({host}) within 1 s. ')
+        f'two folders: UsageError: workdir {[a, b][i]} is not shared: what process 0 ({host}) writes there does not '
+        f'appear for process 1 ({host}) within 1 s. ')
     assert lines[2] == f'a missing folder: UsageError: process 0 cannot write in workdir {a}/missing: {reasons[0]}.'
     assert lines[3:] == ['a folder that lags behind: passes', *(
         f'a store: {error}: process 0 cannot write in workdir {a}: {reason}.'

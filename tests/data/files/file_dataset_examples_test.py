@@ -373,6 +373,7 @@ def test_every_field_of_a_file_can_be_used_in_templates(name, tmp_path):
     ('color', dict(target_set='moves'), "class 'blue' of source 'own:colors' is not in the target set"),
     ('moves', dict(num_frames=0), 'num_frames=0: source .* has videos'),
     ('moves', dict(randaugment=9.0), 'randaugment=9.0: source .* has videos, and it is for images; set it to 0'),
+    ('color', dict(num_frames=1), 'num_frames=1: source .* has images, and it is for videos; set it to 0'),
     ('moves', dict(random_erasing=0.2), 'random_erasing=0.2: source .* has videos'),
     ('book', dict(label_column='texts'), "no text column 'texts'"),
     ('book', dict(train_fraction=0.5), 'train_fraction=0.5: text in files is read as a stream'),

@@ -21,7 +21,7 @@ from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.data.pipeline import hashing, image_affine, image_shift, masking, words
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.records import Records
-from uni_moe_jax.data.pipeline.templates import FilledTemplate, fill_template
+from uni_moe_jax.data.pipeline.templates import CHARS_PER_TOKEN, FilledTemplate, fill_template, first_tokens
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer, pack_tokens
 from uni_moe_jax.utils import splitmix, templates
 from uni_moe_jax.utils.errors import UsageError
@@ -62,7 +62,10 @@ def pad_tokens(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np
 
 def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> list[list[int]]:
   """Returns the tokens of each text, truncated to `length`, with `eot` as the last one."""
-  return [row[:length - 1] + [tokenizer.eot] for row in tokenizer.encode_batch(list(texts))]
+  is_long = [len(text) > CHARS_PER_TOKEN * length for text in texts]  # perhaps a document
+  rows = tokenizer.encode_batch(['' if long else text for text, long in zip(texts, is_long, strict=True)])
+  return [(first_tokens(tokenizer, text, length - 1) if long else row[:length - 1]) + [tokenizer.eot]
+          for text, long, row in zip(texts, is_long, rows, strict=True)]
 
 
 def template_features(

@@ -10,7 +10,7 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 _MARKER = re.compile('(<spe>|<eot>)')
-_CHARS_PER_TOKEN = 12  # more than two tokens of most texts
+CHARS_PER_TOKEN = 12  # more than two tokens of most texts
 
 
 class FilledTemplate(NamedTuple):
@@ -64,16 +64,16 @@ def fill_template(
     if (column := parts[index].column) not in row:
       raise UsageError(f'Template {template!r} names the column {column!r}, which the record lacks; '
                        f'{nearest(column, row)}.')
-    ids[index] = _first_tokens(tokenizer, parts[index].value(row), free // remaining)
+    ids[index] = first_tokens(tokenizer, parts[index].value(row), free // remaining)
     free -= len(ids[index])
   slot = sum(map(len, ids[:parts.index('<spe>')]))
   in_field = [i in fields for i, part in enumerate(ids) for _ in part]
   return FilledTemplate([token for part in ids for token in part], slot, in_field)
 
 
-def _first_tokens(tokenizer: Tokenizer, text: str, number: int) -> list[int]:
+def first_tokens(tokenizer: Tokenizer, text: str, number: int) -> list[int]:
   """The first ids of a text. Of one that may be a document only a part is tokenized."""
-  size = _CHARS_PER_TOKEN * number
+  size = CHARS_PER_TOKEN * number
   while size < len(text):
     if len(ids := tokenizer.encode(text[:size])) >= 2 * number:  # the last ones may differ from those of the text
       return ids[:number]
