@@ -53,8 +53,8 @@ def test_a_folder_must_show_every_process_what_process_0_writes_there(tmp_path):
     reasons = ['its own output has the reason'] * 4 if i else [
         'No such file or directory',
         'permission is denied. Give the account the right to list, read, write and delete objects in this bucket',
-        'the store does not answer, or only with errors, also to repeated requests. Check the network; the same command '
-        'continues', 'No space left on device']
+        'the store does not answer, or only with errors, also to repeated requests. Check the network; the same '
+        'command continues', 'No space left on device']
     assert lines[0] == 'one folder: passes'
     assert lines[1].startswith(
         f'two folders: UsageError: workdir {[a, b][i]} is not shared: what process 0 ({host}) writes there does not '
