@@ -109,3 +109,10 @@ def test_a_rectangle_becomes_noise_with_the_given_probability():
     rows, columns = np.flatnonzero(m.any((1, 2))), np.flatnonzero(m.any((0, 2)))
     area = (np.ptp(rows) + 1) * (np.ptp(columns) + 1) / 480
     assert 0.01 < area < 0.38 and m[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].any(-1).mean() > 0.9
+
+
+def test_the_sides_of_a_rectangle_do_not_depend_on_how_many_others_are_drawn():
+  # A rectangle whose height is between 226 and 227 pixels, to the last bit.
+  sides = lambda n: augmentations.random_sides(
+      tf.constant([500, 500]), tf.fill([n], 0.2126074582338333), tf.fill([n], 0.5615585446357727), (3 / 4, 4 / 3))
+  assert len({tuple(side) for n in range(1, 18) for side in sides(n).numpy().T.tolist()}) == 1

@@ -43,6 +43,15 @@ def test_uniform_draws_are_uniform_and_the_upper_24_bits():
   assert abs(counts - 2000).max() < 5 * np.sqrt(2000)
 
 
+@pytest.mark.parametrize('function', [tf.exp, tf.cos, tf.sin, tf.math.log])
+def test_an_elementwise_function_of_a_value_does_not_depend_on_the_number_of_others(function):
+  x = tf.constant(np.random.default_rng(0).random((20, 10)), tf.float32)
+  expected = hashing.elementwise(function, x).numpy()
+  np.testing.assert_allclose(expected, function(x), rtol=1e-6)
+  for n in range(21):
+    np.testing.assert_array_equal(hashing.elementwise(function, x[:n]), expected[:n])
+
+
 def test_seeds_are_the_lower_31_bits_of_the_hash_with_a_number_appended():
   expected = [[splitmix.mix('a', epoch, k) & (2**31 - 1) for k in range(3)] for epoch in (5, 6)]
   h = hashing.mix_tensor(hashing.mix_constant('a'), tf.constant([5, 6], tf.int64))

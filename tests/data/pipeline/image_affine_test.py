@@ -61,6 +61,14 @@ def test_zeros_enter_where_the_image_ends():
   assert moved.min() == 0 and set(moved[:, 0, 6:10, 6:10].ravel().tolist()) <= {199, 200}
 
 
+def test_a_transform_does_not_depend_on_the_other_images_of_a_batch():
+  n = 600  # a resumed run, and one of more processes, makes other images together
+  images = tf.constant(np.random.default_rng(0).integers(0, 256, (n, 1, 32, 32, 3), dtype=np.uint8))
+  affine = lambda start, stop: image_affine.random_affine(images[start:stop], example_hashes(n)[start:stop], .2)
+  made = np.concatenate([affine(i, i + 37) for i in range(0, n, 37)])
+  np.testing.assert_array_equal(made, affine(0, n))
+
+
 def test_a_bound_of_zero_returns_the_same_tensor():
   videos = tf.zeros([2, 1, 4, 4, 1], tf.uint8)
   assert image_affine.random_affine(videos, example_hashes(2), 0.0) is videos

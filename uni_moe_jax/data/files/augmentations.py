@@ -124,7 +124,7 @@ def random_sides(sides: tf.Tensor, area: tf.Tensor, ratio: tf.Tensor, ratio_rang
   """
   log = [math.log(r) for r in ratio_range]
   area = tf.cast(tf.reduce_prod(sides, -1, keepdims=True), tf.float32) * area
-  ratio = tf.exp(log[0] + (log[1] - log[0]) * ratio)
+  ratio = hashing.elementwise(tf.exp, log[0] + (log[1] - log[0]) * ratio)
   return tf.round(tf.sqrt([area * ratio, area / ratio]))
 
 

@@ -3,6 +3,8 @@
 The hashes are those of `utils/splitmix.py`, for decisions per example.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import tensorflow as tf
 
@@ -32,6 +34,16 @@ def mix_tensor(h: tf.Tensor, value: tf.Tensor | int | str) -> tf.Tensor:
 def uniform(h: tf.Tensor) -> tf.Tensor:
   """Converts hashes to float32 in [0, 1), from their upper 24 bits."""
   return tf.cast(tf.bitwise.right_shift(h, _u64(64 - _MANTISSA)), tf.float32) * (1.0 / (1 << _MANTISSA))
+
+
+def elementwise(function: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor) -> tf.Tensor:
+  """Returns exp, cos, log … of x, float32 [...], to bits that do not depend on how many other values x has.
+
+  Eigen computes packets of up to 16 values otherwise than those that are left over, so that there are none.
+  """
+  values = tf.reshape(x, [-1])
+  n = tf.size(values)
+  return tf.reshape(function(tf.pad(values, [[0, -n % 16]]))[:n], tf.shape(x))
 
 
 def randint(h: tf.Tensor, bound: tf.Tensor | int) -> tf.Tensor:

@@ -25,8 +25,9 @@ def random_affine(pixels: tf.Tensor, hashes: tf.Tensor, max_affine: float) -> tf
   def draw(name):
     return max_affine * (2 * hashing.uniform(hashing.mix_tensor(hashes, name)) - 1)
 
-  shear, angle, scale_x, scale_y = 2 * draw('shear'), draw('angle'), tf.exp(draw('scale x')), tf.exp(draw('scale y'))
-  cos, sin = tf.cos(angle), tf.sin(angle)
+  shear, angle = 2 * draw('shear'), draw('angle')
+  scale_x, scale_y = (hashing.elementwise(tf.exp, draw(name)) for name in ('scale x', 'scale y'))
+  cos, sin = (hashing.elementwise(function, angle) for function in (tf.cos, tf.sin))
   a, b = scale_x * cos, scale_x * (shear * cos - sin)
   c, d = scale_y * sin, scale_y * (shear * sin + cos)
   x, y, zeros = (W - 1) / 2, (H - 1) / 2, tf.zeros_like(angle)
