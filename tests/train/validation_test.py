@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import saved_run, tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.eval import suite
+from uni_moe_jax.eval import predictor, suite
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.train import loop, validation
 from uni_moe_jax.train import run as train_run
@@ -174,6 +174,33 @@ def test_a_split_that_is_missing_is_refused_before_the_first_step(tmp_path):
   assert not (tmp_path / 'run').exists()
   config.train.evaluate_every = 0  # nothing reads it in training
   validation.Validation(train_run.build(config, jax.devices()[:1]), None)
+
+
+def _on_inputs(monkeypatch, call):
+  """Has evaluators call a function after each batch."""
+  inputs = predictor.Predictor.inputs
+  monkeypatch.setattr(predictor.Predictor, 'inputs', lambda *args: [inputs(*args), call()][0])
+
+
+def test_an_evaluation_ends_before_the_next_batch_once_the_run_is_to_stop(run, monkeypatch):
+  made = []
+  _on_inputs(monkeypatch, lambda: made.append(1))
+  measure, state = validation.Validation(run, lambda *_: contextlib.nullcontext()), train_run.initial_state(run)
+  assert measure(2, state, lambda: False)
+  num_batches = len(made)
+  made.clear()
+  assert measure(2, state, lambda: bool(made)) is None
+  assert len(made) == 1 < num_batches
+
+
+@pytest.mark.slow
+def test_a_signal_during_an_evaluation_saves_its_step(tmp_path, monkeypatch):
+  made = []
+  _on_inputs(monkeypatch, lambda: made.append(1) or len(made) > 1 or signal.raise_signal(signal.SIGTERM))
+  config = _config(evaluate_every=2)
+  config.train.checkpoint_every = 4
+  assert loop.train(config, str(tmp_path), jax.devices()[:1]) == loop.PREEMPTED
+  assert len(made) == 1 and saved_steps(tmp_path) == [2] and _lines(tmp_path, True) == []
 
 
 def test_a_run_that_is_to_stop_measures_nothing_more(run, monkeypatch):

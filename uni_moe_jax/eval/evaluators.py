@@ -47,6 +47,7 @@ class Query:
   tokenizer: Tokenizer
   samples: dict[str, list[dict[str, Any]]]  # some predictions of each evaluator for the report, see `show`
   data_dir: str  # prepared data, and results of baselines of files
+  before_batch: Callable[[], None] = lambda: None  # called in every process; its error ends the evaluation
 
   @property
   def task(self):
@@ -86,8 +87,12 @@ class Query:
 
   def gather(self, ids: np.ndarray, function: Callable[[Fields], Any]) -> Any:
     """Concatenates the arrays of `function(fields)`, one or a tree, over the batches of `ids`, see `batches.gather`."""
+    def run(fields):
+      self.before_batch()
+      return function(fields)
+
     e = self.evaluation
-    return batches.gather(function, self.examples, ids, e.batch_size, self.predictor.mesh, e.name)
+    return batches.gather(run, self.examples, ids, e.batch_size, self.predictor.mesh, e.name)
 
   def phrases(self, records: Records) -> np.ndarray:
     """The text [N] of each record in the evaluated phrasing, the task's first template."""

@@ -93,13 +93,15 @@ def _measure(
   return measured
 
 
-def scores(e: Evaluation, data: Data, predictor: Predictor, shown: dict[str, list[dict[str, Any]]]) -> list[Score]:
-  """The scores of one evaluator; all processes take part. shown: gets its samples."""
+def scores(
+    e: Evaluation, data: Data, predictor: Predictor, shown: dict[str, list[dict[str, Any]]],
+    before_batch: Callable[[], None] = lambda: None) -> list[Score]:
+  """The scores of one evaluator; all processes take part. shown: gets its samples. before_batch: see `Query`."""
   names = data.target_sets[e.task.target_set].names if e.task.target_set else ()
   return EVALUATORS[e.type](Query(
       e, predictor, examples(e, data), data.records(e.task.source, e.split),
       data.records(e.task.source, e.task.split), names, data.entry_keys.get(e.task.target_set, ()), data.tokenizer,
-      shown, data.dir))
+      shown, data.dir, before_batch))
 
 
 def examples(e: Evaluation, data: Data) -> Examples:

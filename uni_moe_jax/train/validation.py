@@ -16,6 +16,10 @@ from uni_moe_jax.train.step import TrainState
 from uni_moe_jax.utils.errors import UsageError
 
 
+class _Stopped(Exception):
+  """The run is to stop."""
+
+
 class Validation:
   """The evaluators of a run that run while it trains."""
 
@@ -52,14 +56,21 @@ class Validation:
   def __call__(self, step: int, state: TrainState, stopped: Callable[[], bool]) -> dict[str, float] | None:
     """{'eval/EVALUATOR/METRIC': value} of what is finite; None if the run is to stop. All processes take part.
 
-    state: after `step` steps. stopped: called before each evaluator, in all processes.
+    state: after `step` steps. stopped: called before each batch, in all processes.
     """
+    def check():
+      if stopped():
+        raise _Stopped
+
     # A new one each time, since it keeps the features of target sets; the functions that it calls are compiled once.
     predictor = new_predictor(self._run, state.params if state.ema_params is None else state.ema_params)
     metrics = {}
     for e in self._evaluations:
       with self._phase(EVALUATE, step):
-        if stopped():
+        try:
+          check()
+          measured = suite.scores(e, self._run.data, predictor, {}, check)
+        except _Stopped:
           return None
-        metrics |= {f'eval/{e.name}/{s.name}': s.value for s in suite.scores(e, self._run.data, predictor, {})}
+        metrics |= {f'eval/{e.name}/{s.name}': s.value for s in measured}
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
