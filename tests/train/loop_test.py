@@ -220,7 +220,7 @@ def ignore_signals():
 
 @pytest.mark.usefixtures('ignore_signals')
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_requests_a_stop_and_a_second_one_ends_the_process(number, monkeypatch, capfd):
+def test_a_signal_requests_a_stop_and_one_that_is_more_than_a_second_later_ends_the_process(number, monkeypatch, capfd):
   ended, stop = [], loop.Stop()
   monkeypatch.setattr(os, '_exit', ended.append)
   before = signal.getsignal(number)
@@ -229,6 +229,9 @@ def test_a_signal_requests_a_stop_and_a_second_one_ends_the_process(number, monk
     signal.raise_signal(number)
     assert stop.requested and not ended
     assert f'{number.name}: stopping after this step and saving' in capfd.readouterr().err
+    signal.raise_signal(number)  # the same one, passed on by the process that started this one
+    assert not ended and not capfd.readouterr().err
+    monkeypatch.setattr(loop, '_REPEATED', 0.0)
     signal.raise_signal(number)
     assert ended == [75]
   assert signal.getsignal(number) is before

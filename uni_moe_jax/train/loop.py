@@ -37,21 +37,24 @@ from uni_moe_jax.utils.exit_codes import ERROR, FINISHED, PREEMPTED
 from uni_moe_jax.utils.files import read_json, write_json
 
 _INITIAL_SHARE = 0.1  # of an average, above which a note says so
+_REPEATED = 1.0  # seconds: a shutdown signals every process, and those that started this one pass theirs on
 
 
 class Stop:
-  """A request to stop after the step, by SIGINT or SIGTERM; a second one ends the process."""
-  requested = False
+  """A request to stop after the step, by SIGINT or SIGTERM; one more than `_REPEATED` later ends the process."""
+  requested, _since = False, 0.0
 
   def on_signals(self) -> contextlib.AbstractContextManager[None]:
     return signals.handled(self._request, signal.SIGINT, signal.SIGTERM)
 
   def _request(self, number: int, _) -> None:
     if self.requested:
-      os._exit(PREEMPTED)
-    self.requested = True
-    output.write_error(f'\n{signal.Signals(number).name}: stopping after this step and saving (a second signal stops '
-                       'at once, without saving).\n')
+      if time.monotonic() - self._since > _REPEATED:
+        os._exit(PREEMPTED)
+      return
+    self.requested, self._since = True, time.monotonic()
+    output.write_error(f'\n{signal.Signals(number).name}: stopping after this step and saving (another signal, after a '
+                       'second, stops at once, without saving).\n')
 
 
 def _describe(run: Run) -> str:
