@@ -11,7 +11,7 @@ import time
 import fsspec
 import pytest
 
-from tests.helpers import processes
+from tests.helpers import processes, saved_run
 from uni_moe_jax import __version__
 from uni_moe_jax.train import manifest, workdir
 from uni_moe_jax.utils import files as files_lib
@@ -74,6 +74,16 @@ def test_a_bucket_is_locked_while_its_owner_lives_and_free_at_once_when_it_has_e
     assert f', process {process.pid}' in _owner_of(folder, 3.)
     assert capfd.readouterr().err.startswith(f'note: {folder} is locked by ')
     assert _objects(folder) == ['000003']
+
+
+def test_a_folder_that_was_copied_from_a_bucket_is_locked_there_and_when_it_is_copied_back(store, tmp_path):
+  folder, back = (storage.path(f'{store.address}/{name}') for name in ('copied', 'back'))
+  assert _owner_of(folder) is None
+  saved_run.copy(folder, tmp_path)
+  with _owner(tmp_path):
+    assert _owner_of(tmp_path) == 'another process'
+  saved_run.copy(tmp_path, back)
+  assert _owner_of(back) is None and '000002' in _objects(back)
 
 
 def test_the_lock_of_a_dead_owner_is_taken_over_after_the_missed_heartbeats_and_by_one_process(store):

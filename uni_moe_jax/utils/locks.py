@@ -43,14 +43,15 @@ def lock(folder: str | os.PathLike[str], stack: contextlib.ExitStack, period: fl
   return _lock_objects(folder / FILE, stack, period) if storage.is_remote(folder) else _lock_file(folder / FILE, stack)
 
 
-def _lock_file(path: os.PathLike[str], stack: contextlib.ExitStack) -> str | None:
-  file = stack.enter_context(open(path, 'a'))
+def _lock_file(path: storage.Path, stack: contextlib.ExitStack) -> str | None:
+  # A folder was copied from a bucket. No number is the name of a file in it, so that it may be copied back.
+  file = stack.enter_context(open(path / 'file' if path.is_dir() else path, 'a'))
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     return 'another process'
   except OSError as e:
-    print(f'note: {os.path.dirname(path)} cannot be locked ({e.strerror}); make sure that no other process writes '
+    print(f'note: {path.parent} cannot be locked ({e.strerror}); make sure that no other process writes '
           'there.', file=sys.stderr, flush=True)
   return None
 
