@@ -40,15 +40,16 @@ def _from_torch() -> int:
   state, remarks = torch_file.read(storage.path(_CHECKPOINT.value), config.model.modality_embedding)
   run = train_run.build(config)
   params, report = torch_layout.from_torch(state, run.spec.model.spec)
-  # Claim the folder only now, so that a failed conversion leaves nothing that could be trained from fresh parameters.
-  workdir.claim_workdir(_WORKDIR.value, config, run.data.fingerprint)
-  workdir.copy_tokenizer(_WORKDIR.value, run.data.tokenizer_file)
+  workdir.claim_workdir(_WORKDIR.value, config, run.data.fingerprint, writes=False)
   with checkpoint.Checkpoints(_WORKDIR.value, config.train.max_to_keep) as checkpoints:
     checkpoints.save(0, run.state_from(params))
   with storage.path(_CHECKPOINT.value).open('rb') as file:
     origin = {'checkpoint': _CHECKPOINT.value, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()}
   files.write_json(storage.path(_WORKDIR.value) / workdir.CONVERSION_FILE,
                    {**origin, 'names': remarks, **dataclasses.asdict(report)})
+  workdir.copy_tokenizer(_WORKDIR.value, run.data.tokenizer_file)
+  # Last: what was interrupted before leaves no run that would be trained from fresh parameters.
+  workdir.claim_workdir(_WORKDIR.value, config, run.data.fingerprint)
   for remark in sorted({r for r in remarks.values() if not r.startswith('older name')}):
     print(remark)
   if remarks:

@@ -1,5 +1,6 @@
 """launch/convert.py: the normal commands continue from an authors' checkpoint, and it converts back unchanged."""
 
+import errno
 import hashlib
 import json
 import pathlib
@@ -17,6 +18,7 @@ from uni_moe_jax.model.uni_perceiver import init_params
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
+from uni_moe_jax.train.checkpoint import Checkpoints
 
 _SCRIPT = processes.ROOT / 'launch/convert.py'
 _MERGES = '#version: a test\nt h\nth e</w>\na n\nan d</w>\n'
@@ -113,3 +115,16 @@ def test_mistakes_end_in_one_sentence(files, tmp_path, capfd):
   assert not (tmp_path / 'a').exists()
   assert in_process.run(_SCRIPT, f'--workdir={tmp_path / "a"}') == 2
   assert '--checkpoint=FILE --config=FILE' in capfd.readouterr().err
+
+
+def test_a_conversion_that_ends_while_it_saves_leaves_no_run(files, tmp_path, monkeypatch, capfd):
+  def fail(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpoints, 'save', fail)
+    assert in_process.run(_SCRIPT, *_arguments(files[0], tmp_path / 'run')) == 1
+  assert 'the disk is full' in capfd.readouterr().err
+  assert not (tmp_path / 'run/config.json').exists()
+  _run('convert', *_arguments(files[0], tmp_path / 'run'))
+  assert (tmp_path / 'run/config.json').exists()
