@@ -35,13 +35,14 @@ VERSIONED = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow',
              'array_record', 'av')
 _PACKAGE = 'uni_moe_jax'  # key of the version that created the work directory
 _ABSENT = 'absent'
-# Fields that may change when a run continues: logging and saving, paths of the data, layout on devices. The content of
-# tokenizer.merges_path is part of the data's fingerprint.
+# Fields that may change when a run continues: logging and saving, paths of the data, layout on devices and kernels. The
+# content of tokenizer.merges_path is part of the data's fingerprint.
 MAY_CHANGE = (
     'train.log_every', 'train.checkpoint_every', 'train.max_to_keep', 'train.keep_every', 'train.best_metric',
     'train.evaluate_every', 'train.max_nonfinite_steps', 'train.hang_timeout', 'train.interference_every',
     'train.interference_parameters', 'train.deterministic', 'data.dir', 'data.cache_dir', 'data.cache_gb',
-    'data.max_corrupt_fraction', 'preflight', 'mesh', 'evaluators', 'tokenizer.merges_path')
+    'data.max_corrupt_fraction', 'preflight', 'mesh', 'model.attention_impl', 'moe.gmm', 'evaluators',
+    'tokenizer.merges_path')
 _NO_PROTOCOL = ('batch_size', 'baselines', 'during_training')  # fields of an evaluator that change no score
 _OTHER_DATA = ('a source was prepared again or has a newer version, which is the one that is read, the data directory '
                "or the tokenizer's file is another one, or an older version of this package trained the tokenizer.")
