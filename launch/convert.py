@@ -67,7 +67,7 @@ def _to_torch() -> int:
     raise UsageError(f'--output={_OUTPUT.value} exists; choose another file or remove it.')
   with checkpoint.Checkpoints(_WORKDIR.value, max_to_keep=None) as checkpoints:
     run = train_run.build_to_read(config, _WORKDIR.value)
-    _, params = train_run.predictor(run, checkpoints)
+    params, _ = train_run.read_params(run, checkpoints)
   state, report = torch_layout.to_torch(params, run.spec.model.spec)
   torch_file.write(storage.path(_OUTPUT.value), state)
   print(report)

@@ -64,11 +64,11 @@ def main() -> int:
       run = (train_run.build if _CONFIG.present else train_run.build_to_read)(config, workdir=workdir, trains=False)
       if _CONFIG.present:
         workdir_lib.claim_workdir(workdir, config, run.data.fingerprint, writes, extends=not plan.tasks)
-      predictor, params, read = train_run.read_predictor(run, checkpoints, step if _BEST.value else None)
+      params, read = train_run.read_params(run, checkpoints, step if _BEST.value else None)
       if not old:
         step = read
         run_expert_usage.write_after_evaluation(run, params, step, workdir)
-        rows = suite.evaluate(run.plan, run.data, predictor, step, workdir, writes)
+        rows = suite.evaluate(run.plan, run.data, run.predictor(params), step, workdir, writes)
       if _MERGED.value:
         print(merged_scores.evaluate(run.spec.model.spec, params, train_run.conditions(plan), run.data, plan, workdir))
   print(headline.table(rows))

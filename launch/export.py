@@ -52,7 +52,7 @@ def main() -> int:
   from uni_moe_jax.train import run as train_run
   with checkpoint.Checkpoints(workdir, max_to_keep=None) as checkpoints:
     run = train_run.build_to_read(config, workdir)
-    _, params, step = train_run.read_predictor(run, checkpoints)
+    params, step = train_run.read_params(run, checkpoints)
   formats = [flag.name for flag in (_TORCH, _SAVED_MODEL, _ONNX, _BROWSER) if flag.value]
   artifact.prepare(formats, _DTYPE.value or run.spec.model.spec.dtype, run.data)
   exported = contents.make_contents(

@@ -131,7 +131,7 @@ def test_a_task_that_is_not_trained_reranks_only_with_the_scale_of_one_that_is()
   c.tasks.pair.batch_size = 0  # on the command line, where no name with spaces can be written, nothing else is needed
   [untrained] = make_plan(c).evaluations
   assert (untrained.rerank_by, untrained.reranker) == ('', None)
-  untrained_run = TrainedRun(train_run.build(c, jax.devices()[:1]), None, None)
+  untrained_run = TrainedRun(train_run.build(c, jax.devices()[:1]), None)
   with pytest.raises(ValueError, match="rerank_by='pair': no trained task has its temperature 'image_retrieval'"):
     untrained_run.caption('caption', _pixels()[:, 0], beam_size=2, rerank_by='pair')
   c.tasks.pair.temperature = 'image_caption'

@@ -48,9 +48,9 @@ def finished(tmp_path_factory):
   assert loop.train(c, str(workdir), jax.devices()[:1]) == loop.FINISHED
   with checkpoint.Checkpoints(workdir, 1) as checkpoints:
     run = train_run.build(load_config(workdir), jax.devices()[:1])
-    predictor, params = train_run.predictor(run, checkpoints)
+    params, _ = train_run.read_params(run, checkpoints)
   run_expert_usage.write_after_evaluation(run, params, 3, workdir)
-  return workdir, suite.evaluate(run.plan, run.data, predictor, 3, workdir)
+  return workdir, suite.evaluate(run.plan, run.data, run.predictor(params), 3, workdir)
 
 
 def test_every_evaluator_has_its_rows(finished):
@@ -185,7 +185,7 @@ def test_a_model_with_merged_experts_has_the_scores_of_the_trained_one(finished)
   workdir, rows = finished
   with checkpoint.Checkpoints(workdir, 1) as checkpoints:
     run = train_run.build(load_config(workdir), jax.devices()[:1])
-    _, params = train_run.predictor(run, checkpoints)
+    params, _ = train_run.read_params(run, checkpoints)
 
   def merged(params):
     spec, conditions = run.spec.model.spec, train_run.conditions(run.plan)

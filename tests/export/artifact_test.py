@@ -377,7 +377,7 @@ def test_a_run_starts_from_the_hub_with_the_parameters_of_the_run_bit_for_bit(tr
     monkeypatch.setenv('HF_TOKEN', hub_server.TOKEN)
     c = _config()
     c.train.init = hub.push(tmp_path / 'model', 'me/model')
-    loaded = by_path(jax.device_get(train_run.load_init_params(train_run.build(c, jax.devices()[:1]))))
+    loaded = by_path(jax.device_get(train_run.read_init(train_run.build(c, jax.devices()[:1]))[0]))
   assert {path: x.tobytes() for path, x in loaded.items()} == {path: x.tobytes() for path, x in by_path(params).items()}
   next_config = {**origin['config'], 'train': {**origin['config']['train'], 'init': c.train.init}}
   workdir_lib.write_config(tmp_path / 'start', {**origin, 'config': next_config})

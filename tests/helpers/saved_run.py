@@ -38,7 +38,8 @@ def load(config: ml_collections.ConfigDict, folder: Folder) -> tuple[train_run.R
   """Return (run, predictor, parameters) of a work directory, on one device."""
   run = train_run.build(config, jax.devices()[:1])
   with Checkpoints(folder, 1) as checkpoints:
-    return run, *train_run.predictor(run, checkpoints)
+    params, _ = train_run.read_params(run, checkpoints)
+  return run, run.predictor(params), params
 
 
 def state(run: train_run.Run, folder: Folder, step: int | None = None) -> tuple[int, TrainState]:

@@ -79,13 +79,14 @@ def test_evaluation_encodes_a_set_with_label_prompts_as_training_does(tuned):
   workdir, c, _ = tuned
   run = train_run.build(c, jax.devices()[:1])
   with Checkpoints(workdir, 1) as checkpoints:
-    predictor, params = train_run.predictor(run, checkpoints)
+    params, _ = train_run.read_params(run, checkpoints)
   assert np.abs(params['embed']['prompts']['label_shapes']).min() > 0  # no longer zero
 
   @small_model.jit
   def trained(params, sets):
     return normalize(forward(run.spec, params, {}, sets, {}, None)[0].target_sets['shapes'])
-  np.testing.assert_allclose(predictor.target_set('shapes'), trained(params, run.target_sets()), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+      run.predictor(params).target_set('shapes'), trained(params, run.target_sets()), rtol=1e-4, atol=1e-5)
   others = {**params, 'embed': {**params['embed'], 'prompts': {
       **params['embed']['prompts'], 'label_shapes': params['embed']['prompts']['label_shapes'][::-1]}}}
   assert np.abs(trained(others, run.target_sets()) - trained(params, run.target_sets())).max() > 1e-3
@@ -107,7 +108,7 @@ def test_a_run_starts_from_averaged_parameters(tmp_path):
   _, state = saved_run.state(train_run.build(c, jax.devices()[:1]), tmp_path)
   with Checkpoints(tmp_path, None) as checkpoints:
     averaged = checkpoints.restore_params()
-  loaded = train_run.load_init_params(train_run.build(other, jax.devices()[:1]))
+  loaded = train_run.read_init(train_run.build(other, jax.devices()[:1]))[0]
   for params in (averaged, loaded):
     chex.assert_trees_all_equal(params, state.ema_params)
   assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, averaged, state.params)))

@@ -59,7 +59,7 @@ def _lines(workdir, evaluations: bool):
 
 def _measured(run, params) -> dict[str, float]:
   [e] = [e for e in run.plan.evaluations if e.during_training]
-  return {f'eval/masked/{s.name}': s.value for s in suite.scores(e, run.data, train_run.new_predictor(run, params), {})}
+  return {f'eval/masked/{s.name}': s.value for s in suite.scores(e, run.data, run.predictor(params), {})}
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_a_warm_start_reads_shared_parameters_onto_the_shardings_of_the_new_run(
   c.train.init, c.tasks.shape.linear_head, c.model.num_prefix_prompts = str(folder), True, 2
   c.mesh.update(dict(data=4, model=2, fsdp=True))
   run = train_run.build(c)
-  params = train_run.load_init_params(run)
+  params = train_run.read_init(run)[0]
   _assert_sharded(params, run)
   assert {len(x.sharding.device_set) for x in jax.tree.leaves(params)} == {8}
   split = [x for x in jax.tree.leaves(params) if not x.sharding.is_fully_replicated]
@@ -91,7 +91,7 @@ def test_a_predictor_reads_the_parameters_and_a_continued_run_the_moments_too(sa
   c.mesh.update(dict(data=4, expert=2, fsdp=True))
   run = train_run.build(c)
   with Checkpoints(folder, max_to_keep=None) as checkpoints:
-    params = train_run.predictor(run, checkpoints)[1]
+    params = train_run.read_params(run, checkpoints)[0]
     assert sorted(read) == sorted(f'{field}/{path}' for path in expected)
     read.clear()
     checkpoints.restore(run.abstract_state())
@@ -109,7 +109,7 @@ def test_other_parameters_than_the_model_has_are_refused_by_a_predictor(saved):
   run = train_run.build(c, jax.devices()[:1])
   with Checkpoints(folder, max_to_keep=None) as checkpoints:
     with pytest.raises(ValueError, match='prompts/input: .* → absent'):
-      train_run.predictor(run, checkpoints)
+      train_run.read_params(run, checkpoints)
 
 
 def test_a_frozen_position_table_stays_frozen_and_is_computed_anew_at_another_image_size(tmp_path):
@@ -120,7 +120,7 @@ def test_a_frozen_position_table_stays_frozen_and_is_computed_anew_at_another_im
 
   def spatial(image_size, scale):
     c.model.image_size, c.model.posemb_scale = image_size, scale
-    return np.asarray(train_run.load_init_params(train_run.build(c, jax.devices()[:1]))['embed']['spatial'])
+    return np.asarray(train_run.read_init(train_run.build(c, jax.devices()[:1]))[0]['embed']['spatial'])
 
   side, patch, width = c.model.image_size, c.model.patch_size, c.model.width
   np.testing.assert_array_equal(spatial(side, 1.), saved)  # that of the run, which is another
@@ -143,7 +143,7 @@ def test_a_linear_head_of_other_classes_starts_at_zero(tmp_path):
   def started(*texts):
     c = tuned(*texts)
     c.train.init = str(tmp_path)
-    return np.asarray(train_run.load_init_params(train_run.build(c, jax.devices()[:1]))['linear_head']['kernel'])
+    return np.asarray(train_run.read_init(train_run.build(c, jax.devices()[:1]))[0]['linear_head']['kernel'])
 
   assert np.abs(trained).max() > 0
   np.testing.assert_array_equal(started(*classes), trained)  # more examples of the same task
@@ -173,7 +173,7 @@ def test_a_tuned_run_works_without_its_parent_and_from_another_folder(tuned, tmp
   monkeypatch.chdir(tmp_path / 'elsewhere')
   run = _build(folder, workdir=folder)
   with Checkpoints(folder, max_to_keep=None) as checkpoints:
-    chex.assert_trees_all_equal(train_run.predictor(run, checkpoints)[1], params)
+    chex.assert_trees_all_equal(train_run.read_params(run, checkpoints)[0], params)
   assert trained_run.TrainedRun.load(folder).tasks == ('shape',)
   assert loop.train(c, str(folder), jax.devices()[:1]) == loop.FINISHED  # from step 3 to 6
   assert loop.compile_steps(c, str(folder), jax.devices()[:1]) == loop.FINISHED

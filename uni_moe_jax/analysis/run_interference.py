@@ -13,7 +13,7 @@ import tqdm
 from uni_moe_jax.analysis import interference, interference_file, param_subsets
 from uni_moe_jax.analysis.task_gradients import TaskGradients
 from uni_moe_jax.train.checkpoint import Checkpoints
-from uni_moe_jax.train.run import Run, build_to_read, initial_state
+from uni_moe_jax.train.run import Run, build_to_read, initial_state, read_params
 from uni_moe_jax.utils.errors import UsageError
 
 
@@ -89,5 +89,5 @@ def load_params(
   if at_init:
     return initial_state(run).params, 'init'  # which are their average, too
   with Checkpoints(workdir, max_to_keep=None) as checkpoints:
-    params = checkpoints.restore_params(step, run.abstract_state().params, averaged=averaged)
-    return params, f'step {checkpoints.latest() if step is None else step}'
+    params, step = read_params(run, checkpoints, step, averaged)
+    return params, f'step {step}'

@@ -102,6 +102,10 @@ class Run:
 
     return {group: {k: put(k, v) for k, v in fields.items()} for group, fields in batch.items()}
 
+  def predictor(self, params: Any) -> Predictor:
+    """A predictor with these parameters and every target set."""
+    return Predictor.of(self.spec.model, params, self.plan, self.data)
+
   def target_sets(self) -> TargetSets:
     """Target sets on the devices."""
     return sharding.on_every_device(target_set_arrays(self.data, self.plan), self.mesh)
@@ -150,40 +154,24 @@ def conditions(plan: Plan) -> tuple[Condition, ...]:
   return tuple(dict.fromkeys(out + [s.condition for s in (*plan.sets, *plan.probe_sets)]))
 
 
-def predictor(run: Run, checkpoints: Checkpoints, step: int | None = None) -> tuple[Predictor, Any]:
-  """(predictor, parameters) of a checkpoint, default the newest; averaged ones if the run keeps them.
+def read_params(
+    run: Run, checkpoints: Checkpoints, step: int | None = None, averaged: bool = True) -> tuple[Any, int]:
+  """(parameters, step) of a checkpoint, default the newest that can be read; averaged ones if the run keeps them.
 
   A run that trains no task has no checkpoints and uses the parameters that it starts from.
   """
-  return read_predictor(run, checkpoints, step)[:2]
+  if not run.plan.tasks:
+    return read_init(run)
+  params = checkpoints.restore_params(step, run.abstract_state().params, averaged=averaged)
+  return params, checkpoints.latest() if step is None else step  # only known now: a damaged one is not read
 
 
-def read_predictor(run: Run, checkpoints: Checkpoints, step: int | None = None) -> tuple[Predictor, Any, int]:
-  """What `predictor` returns, and the step that was read, which may be earlier than the newest that is saved."""
-  if run.plan.tasks:
-    params = checkpoints.restore_params(step, run.abstract_state().params)
-    step = checkpoints.latest() if step is None else step
-  else:
-    params, step = _read_init(run)
-  return new_predictor(run, params), params, step
-
-
-def new_predictor(run: Run, params: Any) -> Predictor:
-  """A predictor with these parameters and every target set."""
-  return Predictor.of(run.spec.model, params, run.plan, run.data)
-
-
-def load_init_params(run: Run) -> Any:
-  """Parameters of the run in `config.train.init`, read onto the devices of this run; prints which ones are fresh.
+def read_init(run: Run) -> tuple[Any, int]:
+  """(parameters, step) of the run in `config.train.init`, on the devices of this run; prints which ones are fresh.
 
   Raises:
     UsageError: that run has no checkpoint, or the models do not fit, see `warm_start.compare_models`.
   """
-  return _read_init(run)[0]
-
-
-def _read_init(run: Run) -> tuple[Any, int]:
-  """(what `load_init_params` returns, the step that was read)."""
   init = run.config.train.init
   with Checkpoints(init, max_to_keep=None) as checkpoints:
     if checkpoints.latest() is None:
@@ -214,7 +202,7 @@ def _read_init(run: Run) -> tuple[Any, int]:
 
 def initial_state(run: Run) -> TrainState:
   """The state before the first step, with fresh parameters or those of `config.train.init`."""
-  return run.state_from(load_init_params(run)) if run.config.train.init else run.init()
+  return run.state_from(read_init(run)[0]) if run.config.train.init else run.init()
 
 
 def _check_router(config: ml_collections.ConfigDict, plan: Plan, old: ml_collections.ConfigDict) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,8 +32,8 @@ class TrainedRun:
   Images are uint8 [B, H, W, C] and videos uint8 [B, T, H, W, C], of the size and channels of the run's model.
   """
 
-  def __init__(self, run: run_lib.Run, predictor: Predictor, params):
-    self._run, self._predictor, self._params = run, predictor, params
+  def __init__(self, run: run_lib.Run, params: Any):
+    self._run, self._predictor, self._params = run, run.predictor(params), params
     self._tasks = {t.name: t for t in (*run.plan.tasks, *run.plan.probes)}
 
   @classmethod
@@ -45,7 +46,7 @@ class TrainedRun:
     config = run_lib.on_one_device(workdir_lib.load_config(workdir))
     run = run_lib.build_to_read(config, workdir, jax.devices()[:1])
     with Checkpoints(workdir, max_to_keep=None) as checkpoints:
-      return cls(run, *run_lib.predictor(run, checkpoints, step))
+      return cls(run, run_lib.read_params(run, checkpoints, step)[0])
 
   @property
   def tasks(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from uni_moe_jax.eval import suite
 from uni_moe_jax.parallel import distributed, multihost
 from uni_moe_jax.train import metrics_log
 from uni_moe_jax.train.hang_detection import EVALUATE
-from uni_moe_jax.train.run import Run, new_predictor
+from uni_moe_jax.train.run import Run
 from uni_moe_jax.train.step import TrainState
 from uni_moe_jax.utils.errors import UsageError
 
@@ -63,7 +63,7 @@ class Validation:
         raise _Stopped
 
     # A new one each time, since it keeps the features of target sets; the functions that it calls are compiled once.
-    predictor = new_predictor(self._run, state.params if state.ema_params is None else state.ema_params)
+    predictor = self._run.predictor(state.params if state.ema_params is None else state.ema_params)
     metrics = {}
     for e in self._evaluations:
       with self._phase(EVALUATE, step):
