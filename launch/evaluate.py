@@ -49,18 +49,18 @@ def main() -> int:
     raise UsageError(f'--merged: config.moe.router={config.moe.router!r} has no experts that merge; those of '
                      f'{", ".join(MERGED)} do.')
   from uni_moe_jax.eval import headline, suite
-  from uni_moe_jax.train import checkpoint, evaluated
+  from uni_moe_jax.train import checkpoint
+  from uni_moe_jax.train import run as train_run
   if _DATA_DIR.value:
     config.data.dir = _DATA_DIR.value
   with checkpoint.Checkpoints(workdir, max_to_keep=None, best_metric=config.train.best_metric) as checkpoints:
-    step = evaluated.find_step(config, plan, checkpoints, workdir, _BEST.value)
+    step = train_run.find_step(config, plan, checkpoints, workdir, _BEST.value)
     old = [] if _FORCE.value else suite.finished_rows(workdir, plan, step, config)
     if rows := old:
       print(f'step {step} is already evaluated; --force repeats it.')
     if not old or _MERGED.value:
       from uni_moe_jax.analysis import run_expert_usage
       from uni_moe_jax.export import merged_scores
-      from uni_moe_jax.train import run as train_run
       run = (train_run.build if _CONFIG.present else train_run.build_to_read)(config, workdir=workdir, trains=False)
       if _CONFIG.present:
         workdir_lib.claim_workdir(workdir, config, run.data.fingerprint, writes, extends=not plan.tasks)
