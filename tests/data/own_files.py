@@ -119,7 +119,8 @@ def write_videos(root: pathlib.Path, suffix: str = 'mp4', count: int = 6) -> pat
   return root
 
 
-def encode_video(frames: np.ndarray, suffix: str = 'mp4', rotation: int = 0) -> bytes:
+def encode_video(
+    frames: np.ndarray, suffix: str = 'mp4', rotation: int = 0, codec: str = 'mpeg4', **options: object) -> bytes:
   """uint8 [T, H, W, 3] as a video file. rotation: degrees to the left by which a player rotates it."""
   if suffix == 'gif':
     first, *others = map(Image.fromarray, frames)
@@ -127,7 +128,7 @@ def encode_video(frames: np.ndarray, suffix: str = 'mp4', rotation: int = 0) -> 
   import av
   out = io.BytesIO()
   with av.open(out, 'w', format={'mkv': 'matroska'}.get(suffix, suffix)) as container:
-    stream = container.add_stream('mpeg4', rate=6)
+    stream = container.add_stream(codec, rate=6, options={k: str(v) for k, v in options.items()})
     stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
     stream.bit_rate = 2_000_000
     if rotation:

@@ -14,6 +14,7 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.data import own_files
 from tests.stress import bad_input
 from tests.stress.bad_input import JSON, ODD_STRINGS, UNREACHABLE, Case, corrupted, skipped
 from uni_moe_jax.data.files import file_dataset, media, prepare, video
@@ -177,23 +178,10 @@ def _image(image_format: str, seed: int) -> bytes:
 @functools.cache
 def _video(extension: str) -> bytes:
   frames = np.random.default_rng(0).integers(0, 256, (_FRAMES, _SIZE, _SIZE, 3), dtype=np.uint8)
-  out = io.BytesIO()
-  if extension == 'npy':
-    np.save(out, frames)
-  elif extension == 'npz':
-    np.savez_compressed(out, frames=frames[None])
-  elif extension == 'gif':
-    first, *others = map(Image.fromarray, frames)
-    first.save(out, 'GIF', save_all=True, append_images=others)
-  else:
-    import av
-    with av.open(out, 'w', format=extension) as container:
-      stream = container.add_stream('mpeg4', rate=6)
-      stream.width, stream.height, stream.pix_fmt = _SIZE, _SIZE, 'yuv420p'
-      for frame in frames:
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
-      container.mux(stream.encode())
-  return out.getvalue()
+  if extension == 'npz':
+    np.savez_compressed(out := io.BytesIO(), frames=frames[None])
+    return out.getvalue()
+  return own_files.npy_bytes(frames) if extension == 'npy' else own_files.encode_video(frames, extension)
 
 
 PROPERTIES: dict[str, bad_input.Property] = {'jsonl': jsonl, 'text': text, 'image': image, 'array': array,

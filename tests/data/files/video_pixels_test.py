@@ -1,7 +1,6 @@
 """Sampled frames and crops of a video, computed by hand; files of several formats."""
 
 import contextlib
-import io
 
 import numpy as np
 import pytest
@@ -185,22 +184,12 @@ def test_a_video_is_valid_only_if_all_of_its_frames_decode(suffix):
       video.probe(damaged)
 
 
-def _encode(codec, frames, **options):
-  import av
-  with av.open(out := io.BytesIO(), 'w', format='mp4') as container:
-    stream = container.add_stream(codec, rate=24, options={k: str(v) for k, v in options.items()})
-    stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
-    for frame in frames:
-      container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
-    container.mux(stream.encode())
-  return out.getvalue()
-
-
 @pytest.mark.parametrize('codec, options', [
     ('mpeg4', {'g': 6}), ('mpeg4', {'g': 6, 'bf': 2}), ('libx264', {'g': 7, 'bf': 3}),
     ('libx264', {'x264-params': 'open-gop=1:keyint=7:bframes=3:min-keyint=3'}), ('libx264', {'g': 250})])
 def test_frames_that_are_decoded_from_a_key_frame_are_those_of_the_whole_video(codec, options):
-  data = _encode(codec, np.random.default_rng(0).integers(0, 256, (30, 48, 64, 3), np.uint8), **options)
+  noise = np.random.default_rng(0).integers(0, 256, (30, 48, 64, 3), np.uint8)
+  data = own_files.encode_video(noise, codec=codec, **options)
   all_frames = video.sample_frames(data, lambda num_frames, _: np.arange(num_frames))
   assert len(all_frames) == 30 and len({frame.tobytes() for frame in all_frames}) == 30
   for wanted in ([29], [0, 29], [13, 14], [5, 12, 20, 28], [3, 3, 9]):
