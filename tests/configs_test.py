@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import pathlib
 import runpy
 import tempfile
 
@@ -15,6 +14,7 @@ import pytest
 from flax import traverse_util
 
 from tests.helpers import own_data, small_model
+from tests.helpers.processes import ROOT
 from uni_moe_jax import config
 from uni_moe_jax.config import validate
 from uni_moe_jax.config.plan import make_plan
@@ -25,7 +25,7 @@ from uni_moe_jax.tasks.router_names import ROUTERS
 from uni_moe_jax.train import optimizer, workdir
 from uni_moe_jax.utils.errors import UsageError
 
-_CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
+_CONFIGS = ROOT / 'configs'
 _NAMES = sorted(f.stem for f in _CONFIGS.glob('*.py'))
 _FROM_A_RUN = ('finetune', 'prompt_tune', 'zero_shot')
 

@@ -10,11 +10,11 @@ import sys
 import pytest
 
 from tests.helpers import processes
+from tests.helpers.processes import ROOT
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
 _MAX_LINES = 20
 _CHANGES = dict(re.findall(r'^## (.+?)\n.*?^(```diff\n.*?^```\n\n```bash\n.*?^```)',
-                           (_ROOT / 'CONTRIBUTING.md').read_text(), re.MULTILINE | re.DOTALL))
+                           (ROOT / 'CONTRIBUTING.md').read_text(), re.MULTILINE | re.DOTALL))
 
 
 def _blocks(change: str) -> tuple[str, str]:
@@ -49,7 +49,7 @@ def test_a_change_touches_one_file_and_has_at_most_twenty_lines(name):
 @pytest.mark.parametrize('name', _CHANGES)
 def test_a_copy_with_the_change_trains_and_one_without_does_not(tmp_path, name):
   for part in ('uni_moe_jax', 'configs', 'launch'):
-    shutil.copytree(_ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns('__pycache__'))
   diff, command = _blocks(_CHANGES[name])
   run = lambda: subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=tmp_path, capture_output=True,
                                text=True, check=False, env={**processes.environment(1), 'PYTHONPATH': str(tmp_path)})

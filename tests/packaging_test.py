@@ -12,10 +12,10 @@ import pytest
 import yaml
 from packaging import metadata, specifiers, utils
 
+from tests.helpers.processes import ROOT
 from uni_moe_jax.train import workdir
 from uni_moe_jax.utils import cli
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
 _STACKS = {'3.11': 'constraints.txt', '3.13': 'constraints-py313.txt'}
 
 
@@ -39,9 +39,9 @@ def _files(archive: pathlib.Path) -> dict[str, bytes]:
 
 def _tracked(*patterns: str) -> list[pathlib.Path]:
   """Return the files of the repository, as names relative to it, that git knows."""
-  done = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard', *patterns], cwd=_ROOT,
+  done = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard', *patterns], cwd=ROOT,
                         capture_output=True, text=True, check=True)
-  return [pathlib.Path(name) for name in done.stdout.splitlines() if (_ROOT / name).exists()]
+  return [pathlib.Path(name) for name in done.stdout.splitlines() if (ROOT / name).exists()]
 
 
 @pytest.fixture(name='archives', scope='module')
@@ -50,7 +50,7 @@ def _archives(tmp_path_factory):
   folder = tmp_path_factory.mktemp('build')
   for name in _tracked():
     (folder / 'tree' / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / 'tree' / name).write_bytes((_ROOT / name).read_bytes())
+    (folder / 'tree' / name).write_bytes((ROOT / name).read_bytes())
   wheel = _build(folder / 'tree', 'wheel', folder / 'wheel')
   sdist = _build(folder / 'tree', 'sdist', folder / 'sdist')
   shutil.unpack_archive(sdist, folder / 'unpacked')
@@ -65,7 +65,7 @@ def test_the_wheel_has_the_package_its_commands_and_configs_and_nothing_else(arc
   expected |= {f'uni_moe_jax/configs/{name.name}' for name in _tracked('configs/*.py')}
   files = {name: content for name, content in archives[0].items() if '.dist-info/' not in name}
   assert set(files) == expected and 'uni_moe_jax/py.typed' in files
-  assert files['uni_moe_jax/commands/train.py'] == (_ROOT / 'launch/train.py').read_bytes()
+  assert files['uni_moe_jax/commands/train.py'] == (ROOT / 'launch/train.py').read_bytes()
 
 
 def test_the_wheel_declares_the_command_and_the_license(archives):
@@ -84,12 +84,12 @@ def test_the_sdist_has_what_the_wheel_is_built_from_and_no_tests(archives):
 def test_no_archive_names_a_folder_of_this_machine(archives):
   home = str(pathlib.Path.home())
   for files in archives:
-    assert not [name for name, content in files.items() if str(_ROOT).encode() in content]
+    assert not [name for name, content in files.items() if str(ROOT).encode() in content]
     assert home == '/' or not [name for name, content in files.items() if f'{home}/.'.encode() in content]
 
 
 def _pins(python: str) -> dict[str, str]:
-  lines = (_ROOT / _STACKS[python]).read_text().splitlines()
+  lines = (ROOT / _STACKS[python]).read_text().splitlines()
   return {utils.canonicalize_name(name): version for name, version in (
       line.split('==') for line in lines if not line.startswith('#'))}
 
@@ -133,7 +133,7 @@ def test_the_stacks_are_two_and_a_run_of_one_is_refused_by_the_other(tmp_path, m
 
 
 def test_the_workflow_runs_what_ci_runs_with_the_interpreters_of_both_stacks():
-  [job] = yaml.safe_load((_ROOT / '.github/workflows/tests.yml').read_text())['jobs'].values()
+  [job] = yaml.safe_load((ROOT / '.github/workflows/tests.yml').read_text())['jobs'].values()
   pythons = [step['with']['python-version'] for step in job['steps'] if 'python-version' in step.get('with', {})]
   assert sorted(pythons) == sorted(_STACKS) and pythons[-1] == '3.11'  # the last one is `python`
   assert [step['run'] for step in job['steps'] if 'run' in step] == ['bash .ci/run']

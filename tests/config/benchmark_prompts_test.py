@@ -1,11 +1,11 @@
 """Prompt tuning of the benchmarks with 1 % of their data, as the published files have it."""
 
-import pathlib
 import runpy
 
 import jax
 import pytest
 
+from tests.helpers.processes import ROOT
 from uni_moe_jax import config
 from uni_moe_jax.config import schema
 from uni_moe_jax.config.plan import make_plan
@@ -14,11 +14,9 @@ from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir
 from uni_moe_jax.utils.tree_paths import by_path
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-
 
 def _config(arg: str):
-  return runpy.run_path(str(_ROOT / 'configs/benchmark.py'))['get_config'](arg)
+  return runpy.run_path(str(ROOT / 'configs/benchmark.py'))['get_config'](arg)
 
 
 @pytest.fixture(name='runs', scope='module')

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import pathlib
 import runpy
 
 import jax
@@ -11,6 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests.helpers import saved_run, small_model, synthetic_records, tiny
+from tests.helpers.processes import ROOT
 from uni_moe_jax import config
 from uni_moe_jax.config import benchmarks, presets, schema
 from uni_moe_jax.config.plan import make_plan
@@ -24,13 +24,12 @@ from uni_moe_jax.tools.preflight import compiled_programs
 from uni_moe_jax.train import finetuning, loop, workdir
 from uni_moe_jax.train import run as train_run
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _EXAMPLES = synthetic_records.EXAMPLES
 _V = 49411  # of CLIP's vocabulary with the published specials
 
 
 def _config(arg: str, file: str = 'benchmark'):
-  return runpy.run_path(str(_ROOT / f'configs/{file}.py'))['get_config'](arg if '=' in arg else f'task={arg}')
+  return runpy.run_path(str(ROOT / f'configs/{file}.py'))['get_config'](arg if '=' in arg else f'task={arg}')
 
 
 @pytest.fixture

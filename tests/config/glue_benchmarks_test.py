@@ -1,16 +1,16 @@
 """GLUE's benchmarks: texts, label words and token ids as the published code has them."""
 
-import pathlib
 import re
 import runpy
 import types
 
 import pytest
 
+from tests.helpers.processes import ROOT
 from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.pipeline.templates import fill_template
 
-_BENCHMARK = pathlib.Path(__file__).resolve().parents[2] / 'configs/benchmark.py'
+_BENCHMARK = ROOT / 'configs/benchmark.py'
 
 
 def _config(name: str):

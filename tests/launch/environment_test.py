@@ -1,7 +1,6 @@
 """env.sh: packages are installed by uv from where pip would take them, and by pip where uv cannot."""
 
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -9,8 +8,7 @@ import sys
 import pytest
 
 from tests.helpers import stand_in
-
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests.helpers.processes import ROOT
 
 # A python that logs its arguments; the environment has the exit codes of its commands.
 _STAND_IN = '''#!/bin/bash
@@ -33,7 +31,7 @@ def _install(tmp_path):
   (tmp_path / 'python').chmod(0o755)
 
   def install(**codes):
-    script = f'. {_ROOT}/launch/env.sh; python=$PWD/python; pip_install -c pins.txt -e .'
+    script = f'. {ROOT}/launch/env.sh; python=$PWD/python; pip_install -c pins.txt -e .'
     done = subprocess.run(
         ['bash', '-euc', script], cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, 'NO_UV': '0', 'UV_FAILS': '0', 'PIP_FAILS': '0', **codes})
@@ -100,7 +98,7 @@ def _clone(tmp_path):
     (tmp_path / name).write_text(content)
   (tmp_path / 'bin/python3.11').chmod(0o755)
   (tmp_path / 'launch').mkdir()
-  shutil.copy(_ROOT / 'launch/env.sh', tmp_path / 'launch')
+  shutil.copy(ROOT / 'launch/env.sh', tmp_path / 'launch')
   return tmp_path
 
 
@@ -150,7 +148,7 @@ def test_an_environment_is_used_where_the_folder_cannot_be_written(clone):
 def test_the_package_of_a_python_that_has_no_venv_is_named(tmp_path, code, package):
   stand_in.write_program(tmp_path / 'python3.12', 'case "$*" in', '"- venv ensurepip") exit 1 ;;', f'-) exit {code} ;;',
                          '--version) echo Python 3.12.3 ;;', '-c*) echo python3.12-venv ;;', 'esac')
-  done = subprocess.run(['bash', '-euc', f'. {_ROOT}/launch/env.sh; pythons=(python3.12); find_python'], text=True,
+  done = subprocess.run(['bash', '-euc', f'. {ROOT}/launch/env.sh; pythons=(python3.12); find_python'], text=True,
                         env={**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}'}, capture_output=True)
   assert done.returncode == 1 and 'PATH has python3.12 (Python 3.12.3). Install ' in done.stderr
   assert f'(on Debian and Ubuntu: apt-get install {package}), or set UNI_MOE_PYTHON' in done.stderr

@@ -1,17 +1,16 @@
 """uni-moe evaluate: whose scores it prints."""
 
 import json
-import pathlib
 
 import jax
 import pytest
 
 from tests.helpers import in_process, saved_run, tiny
+from tests.helpers.processes import ROOT
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _CONFIG = '''
 import sys
 sys.path.insert(0, {root!r})
@@ -48,17 +47,17 @@ def test_a_tuned_run_is_evaluated_after_its_parent_was_moved(workdir, tmp_path):
   c.train.init = str(workdir)
   saved_run.save(tmp_path / 'tuned', c, step=3)
   workdir.rename(tmp_path / 'moved')
-  assert in_process.run(_ROOT / 'launch/evaluate.py', f'--workdir={tmp_path / "tuned"}') == 0
+  assert in_process.run(ROOT / 'launch/evaluate.py', f'--workdir={tmp_path / "tuned"}') == 0
   assert json.loads((tmp_path / 'tuned/evaluation.json').read_text())[0]['step'] == 3
 
 
 def test_a_run_is_evaluated_by_its_own_evaluators_after_an_evaluation_by_others(workdir, tmp_path, capfd):
   file = tmp_path / 'config.py'
-  file.write_text(_CONFIG.format(root=str(_ROOT), data_dir=tiny.data_dir()))
+  file.write_text(_CONFIG.format(root=str(ROOT), data_dir=tiny.data_dir()))
 
   def evaluated(*arguments):
     """(Whether it was evaluated now, number of examples of the printed scores)."""
-    assert in_process.run(_ROOT / 'launch/evaluate.py', f'--workdir={workdir}', *arguments) == 0
+    assert in_process.run(ROOT / 'launch/evaluate.py', f'--workdir={workdir}', *arguments) == 0
     counts = {row['count'] for row in json.loads((workdir / 'evaluation.json').read_text())}
     return 'is already evaluated' not in capfd.readouterr().out, *counts
 

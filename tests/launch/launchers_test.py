@@ -13,15 +13,15 @@ import pytest
 import yaml
 
 from tests.helpers import processes, stand_in
+from tests.helpers.processes import ROOT
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SCRIPTS = ('local_processes.sh', 'tpu_pod.sh', 'slurm.sbatch', 'gke.sh')
 _TRAIN = ('--config=configs/quickstart.py:x y', '--workdir=/runs/it\'s "one"')
 
 
 def _run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
   kept = {k: v for k, v in os.environ.items() if not k.startswith(('SLURM', 'UNI_MOE', 'XLA_FLAGS', 'JAX_PLATFORMS'))}
-  return subprocess.run([str(_ROOT / 'launch' / script), *arguments], env={**kept, **environment}, capture_output=True,
+  return subprocess.run([str(ROOT / 'launch' / script), *arguments], env={**kept, **environment}, capture_output=True,
                         text=True, timeout=30)
 
 
@@ -34,7 +34,7 @@ def _dry(script: str, *arguments: str, **environment: str) -> list[list[str]]:
 
 @pytest.mark.parametrize('script', _SCRIPTS)
 def test_bash_can_parse_the_script(script):
-  path = _ROOT / 'launch' / script
+  path = ROOT / 'launch' / script
   assert re.match(r'#!/usr/bin/env bash\n.*set -euo pipefail', path.read_text(), re.DOTALL) and os.access(path, os.X_OK)
   assert subprocess.run(['bash', '-n', str(path)], capture_output=True).returncode == 0
 
@@ -42,7 +42,7 @@ def test_bash_can_parse_the_script(script):
 @pytest.mark.skipif(shutil.which('shellcheck') is None, reason='shellcheck is not installed')
 @pytest.mark.parametrize('script', _SCRIPTS)
 def test_shellcheck_has_no_findings(script):
-  done = subprocess.run(['shellcheck', '-x', str(_ROOT / 'launch' / script)], capture_output=True, text=True)
+  done = subprocess.run(['shellcheck', '-x', str(ROOT / 'launch' / script)], capture_output=True, text=True)
   assert done.returncode == 0, done.stdout
 
 
@@ -85,7 +85,7 @@ def test_the_interpreter_of_local_processes_may_be_relative_to_the_current_folde
     stand_in.write_program(tmp_path / 'bin' / name, 'exit 0')
   environment = {**os.environ, 'UNI_MOE_PYTHON': given.format(folder=tmp_path),
                  'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}'}
-  done = subprocess.run([str(_ROOT / 'launch/local_processes.sh'), '--devices', '1', '--dry_run', '--', *_TRAIN],
+  done = subprocess.run([str(ROOT / 'launch/local_processes.sh'), '--devices', '1', '--dry_run', '--', *_TRAIN],
                         cwd=tmp_path, env=environment, capture_output=True, text=True)
   interpreters = [pathlib.Path(shlex.split(line)[3]) for line in done.stdout.splitlines()]
   name = 'python-of-this-test' if 'test' in pathlib.Path(given).name else 'python'
@@ -154,7 +154,7 @@ def test_arguments_and_exit_code_are_passed_through_to_a_host(tmp_path):
 def test_a_run_on_a_pod_survives_its_connection_and_is_stopped_by_name(tmp_path):
   host = stand_in.tpu_host(tmp_path)
   (tmp_path / 'wait').touch()
-  command, env = [_ROOT / 'launch/tpu_pod.sh', *_POD, '--skip_install', '--', 'a'], {**os.environ, **host}
+  command, env = [ROOT / 'launch/tpu_pod.sh', *_POD, '--skip_install', '--', 'a'], {**os.environ, **host}
   first = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
   assert first.stdout.readline() == '<launch/train.py><a><--distributed=auto>\n'
   os.killpg(first.pid, signal.SIGKILL)
@@ -168,7 +168,7 @@ def test_a_run_on_a_pod_survives_its_connection_and_is_stopped_by_name(tmp_path)
 def test_a_pod_that_trains_keeps_its_code_and_packages(tmp_path):
   host = stand_in.tpu_host(tmp_path)
   (tmp_path / 'wait').touch()
-  command, popen = [_ROOT / 'launch/tpu_pod.sh', *_POD], dict(env=os.environ | host, stdout=subprocess.PIPE, text=True)
+  command, popen = [ROOT / 'launch/tpu_pod.sh', *_POD], dict(env=os.environ | host, stdout=subprocess.PIPE, text=True)
   first = subprocess.Popen([*command, '--skip_install', '--', 'a'], **popen)
   assert first.stdout.readline() == '<launch/train.py><a><--distributed=auto>\n'
   # The archive does not reach this host: installing would fail.
@@ -218,7 +218,7 @@ def test_many_hosts_can_evaluate():
 
 
 def test_slurm_runs_one_task_per_gpu_and_requeues_after_preemption():
-  lines = _dry('slurm.sbatch', '--dry_run', *_TRAIN, SLURM_JOB_ID='17', SLURM_SUBMIT_DIR=str(_ROOT))
+  lines = _dry('slurm.sbatch', '--dry_run', *_TRAIN, SLURM_JOB_ID='17', SLURM_SUBMIT_DIR=str(ROOT))
   options = dict(line[1].removeprefix('--').partition('=')[::2] for line in lines if line[0] == '#SBATCH')
   assert options['ntasks-per-node'] == options['gpus-per-node']
   assert 'gpus-per-task' not in options  # JAX assigns them by the task's number on the node
@@ -253,7 +253,7 @@ def test_slurm_requeues_after_75_or_a_signal_up_to_a_limit(tmp_path, code, after
   stand_in.write_program(tmp_path / 'scontrol', 'echo "$@" >requeued')
   stand_in.write_program(tmp_path / 'scancel', '[[ "$*" == "--signal=TERM 17" ]] && kill -USR1 "$(cat pid)"')
   process = subprocess.Popen(
-      ['bash', str(_ROOT / 'launch/slurm.sbatch'), *_TRAIN], stderr=subprocess.PIPE, text=True, env={
+      ['bash', str(ROOT / 'launch/slurm.sbatch'), *_TRAIN], stderr=subprocess.PIPE, text=True, env={
           'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_SUBMIT_DIR': str(tmp_path), 'SLURM_JOB_ID': '17',
           'SLURM_RESTART_COUNT': count})
   if after_signal:

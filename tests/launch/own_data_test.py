@@ -10,13 +10,13 @@ import pytest
 
 from tests.data import own_files
 from tests.helpers import in_process, own_data, saved_run
+from tests.helpers.processes import ROOT
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.eval import headline, suite
 from uni_moe_jax.train import loop
 from uni_moe_jax.utils import cli, shipped, storage
 from uni_moe_jax.utils.errors import UsageError
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A small model and few steps; commands and all other fields are those of the guide.
 _SMALL = ('model.num_layers=1', 'model.width=16', 'model.num_heads=2', 'model.mlp_dim=16', 'model.image_size=16',
           'moe.num_experts=2', 'train.steps=2', 'train.log_every=1')
@@ -24,7 +24,7 @@ _SMALL = ('model.num_layers=1', 'model.width=16', 'model.num_heads=2', 'model.ml
 
 @pytest.mark.nightly
 def test_the_commands_of_the_guide_print_a_retrieval_result(tmp_path, monkeypatch, capfd):
-  guide = (_ROOT / 'docs/guides/data.md').read_text()
+  guide = (ROOT / 'docs/guides/data.md').read_text()
   commands = [shlex.split(line)[1:] for line in guide.split('```bash\n')[1].split('```')[0].splitlines()]
   assert [name for name, *_ in commands] == ['prepare-data', 'train', 'evaluate']
   own_files.write_captioned_images(tmp_path / 'photos', 40)
@@ -46,7 +46,7 @@ def test_the_commands_of_the_guide_print_a_retrieval_result(tmp_path, monkeypatc
 @pytest.mark.parametrize('scheme', ['gcs', 's3'])
 def test_data_in_a_bucket_gives_the_log_and_the_scores_of_data_in_a_folder(scheme, request, tmp_path, monkeypatch):
   bucket = f'{request.getfixturevalue(scheme).address}/own'
-  [guide] = re.findall(r'^## Data in a bucket\n.*?```bash\n(.*?)```', (_ROOT / 'docs/guides/data.md').read_text(),
+  [guide] = re.findall(r'^## Data in a bucket\n.*?```bash\n(.*?)```', (ROOT / 'docs/guides/data.md').read_text(),
                        re.MULTILINE | re.DOTALL)
   guide += 'uni-moe evaluate --workdir=runs/pets'
   photos = own_files.write_captioned_images(tmp_path / 'photos', 40)

@@ -1,6 +1,5 @@
 """launch/prepare_data.py turns a TFDS dataset into a source, without network access here."""
 
-import pathlib
 import shlex
 import socket
 import urllib.request
@@ -11,11 +10,11 @@ import requests
 import tensorflow_datasets as tfds
 
 from tests.helpers import in_process
+from tests.helpers.processes import ROOT
 from tests.stress import injected_faults
 from uni_moe_jax.data.files import file_dataset
 from uni_moe_jax.utils import exit_codes, shipped
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SIZES = {'train': 7, 'test': 3}
 _CLASSES = ('bad', 'good')
 
@@ -84,7 +83,7 @@ class ManualReviews(TinyReviews):
 
 def _prepare(name, tmp_path, capsys):
   """(exit code, what the command prints, its standard error)"""
-  code = in_process.run(_ROOT / 'launch/prepare_data.py', f'--tfds={name}', f'--data_dir={tmp_path}')
+  code = in_process.run(ROOT / 'launch/prepare_data.py', f'--tfds={name}', f'--data_dir={tmp_path}')
   printed = capsys.readouterr()
   return code, printed.out, [line for line in printed.err.splitlines() if line.startswith(('error', 'Traceback'))]
 
@@ -166,7 +165,7 @@ def test_without_network_a_prepared_dataset_is_found(connections, tmp_path, caps
 def test_where_folders_cannot_be_renamed_nothing_is_prepared(tmp_path, capsys, monkeypatch):
   injected_faults.no_folder_renames(monkeypatch.setattr)
   (tmp_path / 'texts').mkdir()
-  script, data_dir = _ROOT / 'launch/prepare_data.py', f'--data_dir={tmp_path / "data"}'
+  script, data_dir = ROOT / 'launch/prepare_data.py', f'--data_dir={tmp_path / "data"}'
   unreadable = f'--input={tmp_path}/texts', '--name=mine'
   for arguments in ('--num_workers=1',), ('--tfds=tiny_reviews',), unreadable:
     assert in_process.run(script, data_dir, *arguments) == exit_codes.USAGE

@@ -1,7 +1,6 @@
 """quickstart.sh: its phases, their order, signals and exit codes, with stand-ins for the commands."""
 
 import os
-import pathlib
 import pwd
 import shutil
 import signal
@@ -11,8 +10,7 @@ import sys
 import pytest
 
 from tests.helpers import stand_in
-
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests.helpers.processes import ROOT
 
 # Appends its arguments to `log`, then follows the file with its name: an exit code, 'sleep', or 'wait' (like training:
 # exit code 75 on SIGTERM).
@@ -28,7 +26,7 @@ end(pathlib.Path(name).read_text() if pathlib.Path(name).exists() else 0)
 def _root(tmp_path):
   (tmp_path / 'launch').mkdir()
   for name in ('quickstart.sh', 'env.sh'):
-    shutil.copy(_ROOT / 'launch' / name, tmp_path / 'launch')
+    shutil.copy(ROOT / 'launch' / name, tmp_path / 'launch')
   for name in ('prepare_data', 'train', 'evaluate', 'report', 'serve'):
     (tmp_path / 'launch' / f'{name}.py').write_text(_STAND_IN)
   return tmp_path

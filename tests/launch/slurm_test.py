@@ -7,9 +7,9 @@ import subprocess
 import pytest
 
 from tests.helpers import stand_in
+from tests.helpers.processes import ROOT
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-_JOB = ['bash', str(_ROOT / 'launch/slurm.sbatch'), 'a']
+_JOB = ['bash', str(ROOT / 'launch/slurm.sbatch'), 'a']
 # What `scontrol show job --oneliner` of Slurm 24.11 prints about a job that has received a signal.
 _SHOWN = 'JobId=17 JobName=a b {} Requeue=1 Restarts=0 PreemptEligibleTime=2026-12-01T16:36:07 {} SuspendTime=None'
 # Training that saves when scancel signals it.
@@ -66,7 +66,7 @@ def test_a_task_of_a_job_array_signals_and_requeues_itself_alone(slurm):
 @pytest.mark.parametrize('folder, script', [('.', './launch/slurm.sbatch'), ('launch', './slurm.sbatch')])
 def test_a_dry_run_works_in_any_folder(folder, script):
   environment = {k: v for k, v in os.environ.items() if not k.startswith(('SLURM', 'UNI_MOE'))}
-  done = subprocess.run([script, '--dry_run', '--workdir=w'], cwd=_ROOT / folder, env=environment, capture_output=True,
+  done = subprocess.run([script, '--dry_run', '--workdir=w'], cwd=ROOT / folder, env=environment, capture_output=True,
                         text=True)
   assert (done.returncode, done.stderr) == (0, '')
   assert done.stdout.startswith('#SBATCH --job-name=uni_moe_jax\n') and 'launch/train.py --workdir=w ' in done.stdout

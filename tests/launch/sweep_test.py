@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -13,11 +12,10 @@ import numpy as np
 import pytest
 
 from tests.helpers import in_process, stand_in, tiny
+from tests.helpers.processes import ROOT
 from uni_moe_jax.train import finetuning, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.utils import storage
-
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Appends its name and arguments to `log`; evaluate.py writes a score, which is better after prompt tuning. The script
 # exits with the code in the file that has its name; 'wait' there means: until a signal comes.
@@ -56,8 +54,8 @@ def get_config(arg):
 def _root(tmp_path):
   """A repository with stand-ins for all launch scripts but sweep.py, and a trained run."""
   (tmp_path / 'launch').mkdir()
-  (tmp_path / 'configs').symlink_to(_ROOT / 'configs')
-  shutil.copy(_ROOT / 'launch' / 'sweep.py', tmp_path / 'launch')
+  (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+  shutil.copy(ROOT / 'launch' / 'sweep.py', tmp_path / 'launch')
   for name in ('train', 'evaluate', 'interference', 'experts', 'report'):
     (tmp_path / 'launch' / f'{name}.py').write_text(_STAND_IN)
   (tmp_path / 'c.py').write_text(_CONFIG.format(data=tiny.data_dir()))
@@ -84,7 +82,7 @@ def _adaptation(root, *arguments):
 
 def _start(root, command):
   # One device: the batches of these tasks do not divide by more.
-  env = {**os.environ, 'PYTHONPATH': str(_ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  env = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
   return subprocess.Popen([sys.executable, *map(str, command)], cwd=root, env=env, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -235,7 +233,7 @@ def test_mistakes_are_one_sentence_before_anything_runs(root, command, arguments
 def test_a_tiny_router_ablation(root, store, request):
   folder = root / 'out' if store == 'disk' else storage.path(f'{request.getfixturevalue(store).address}/out')
   code, output, errors = _run(root, _routers(
-      root, '--variants=dense,token', '--num_batches=2', f'--workdir={folder}', script=_ROOT / 'launch/sweep.py'))
+      root, '--variants=dense,token', '--num_batches=2', f'--workdir={folder}', script=ROOT / 'launch/sweep.py'))
   assert code == 0, errors[-3000:] + output[-3000:]
   out = folder / 'results'
   assert list(storage.files_in(out)) == [

@@ -1,8 +1,6 @@
 """Processes of one run: what the flags mean, how processes join, and which one prints."""
 
 import os
-import pathlib
-import socket
 import subprocess
 import sys
 import time
@@ -10,11 +8,11 @@ import time
 import pytest
 
 from tests.helpers import processes
+from tests.helpers.processes import ROOT
 from uni_moe_jax.parallel import distributed
 from uni_moe_jax.parallel.distributed import Cluster
 from uni_moe_jax.utils.errors import UsageError
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _JOIN = '''
 import sys
 from uni_moe_jax.parallel import distributed
@@ -56,16 +54,14 @@ def _join(cluster: Cluster) -> subprocess.Popen:
   others = ('SLURM', 'OMPI', 'TPU_', 'KUBERNETES', 'JAX_COORD')
   environment = {k: v for k, v in os.environ.items() if not k.startswith(others)}
   flags = '--xla_force_host_platform_device_count=2'
-  environment |= {'PYTHONPATH': str(_ROOT), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
+  environment |= {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
   return subprocess.Popen([sys.executable, '-c', _JOIN, repr(cluster)], env=environment, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True)
 
 
 def test_two_processes_see_the_devices_of_both_and_the_first_one_prints():
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  joined = [_join(Cluster(f'127.0.0.1:{port}', 2, i)) for i in range(2)]
+  address = processes.free_address()
+  joined = [_join(Cluster(address, 2, i)) for i in range(2)]
   outputs = [p.communicate(timeout=120) for p in joined]
   assert [p.returncode for p in joined] == [0, 0], outputs
   assert outputs[0][0] == 'out True True 0 of 2, 4 devices\n'

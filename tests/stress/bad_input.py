@@ -24,8 +24,8 @@ from typing import Any
 import hypothesis
 from hypothesis import strategies as st
 
+from tests.helpers.processes import ROOT
 from tests.helpers.same_examples import same_examples
-from tests.stress.trainer import ROOT
 from uni_moe_jax import __version__
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import presets

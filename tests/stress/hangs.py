@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 
+from tests.helpers import processes
 from tests.stress import injected_faults
 from tests.stress import trainer as trainer_lib
 from tests.stress.trainer import Trainer, ending
@@ -107,7 +108,7 @@ def failed_process(trainer: Trainer, undisturbed: pathlib.Path) -> tuple[list[st
 
 def separate_folders(trainer: Trainer, _: pathlib.Path) -> tuple[list[str], list[str]]:
   """Start two processes of one run, each with a work directory of its own. Return (report lines, findings)."""
-  folders, address = [trainer.folder / f'separate_{i}' for i in range(2)], f'127.0.0.1:{trainer_lib.free_port()}'
+  folders, address = [trainer.folder / f'separate_{i}' for i in range(2)], processes.free_address()
   logs, began = [folder.with_suffix('.log') for folder in folders], time.monotonic()
   trainer_lib.clear(*folders, *logs)
   running = [dataclasses.replace(trainer, flags=trainer_lib.distributed_flags(address, 2, i)).start(folder, log)
@@ -155,7 +156,7 @@ def _start_two_anew(trainer: Trainer, workdir: pathlib.Path) -> list[subprocess.
 
 def _start_two(trainer: Trainer, workdir: pathlib.Path) -> list[subprocess.Popen]:
   """Start two processes that train one run."""
-  address = f'127.0.0.1:{trainer_lib.free_port()}'
+  address = processes.free_address()
   return [dataclasses.replace(trainer, flags=trainer_lib.distributed_flags(address, 2, i)).start(workdir, log)
           for i, log in enumerate(_logs(workdir))]
 

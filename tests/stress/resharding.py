@@ -15,9 +15,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+from tests.helpers.processes import ROOT, free_address
 from tests.stress import recorded_batches, resharding_config
 from tests.stress import trainer as trainer_lib
-from tests.stress.trainer import ROOT, metric_lines
+from tests.stress.trainer import metric_lines
 from uni_moe_jax.train.workdir import saved_step
 from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED
 
@@ -84,7 +85,7 @@ class Run:
 
   def train(self, name: str, topology: Topology, until: int, fault: str = '') -> pathlib.Path:
     """Continue the run `name` until a step. Return its work directory. Raises UnexpectedEnd."""
-    workdir, address = self.workdir(name), f'127.0.0.1:{trainer_lib.free_port()}'
+    workdir, address = self.workdir(name), free_address()
     workdir.mkdir(parents=True, exist_ok=True)
     environment = trainer_lib.environment(self.folder)
     environment['XLA_FLAGS'] += f' --xla_force_host_platform_device_count={topology.devices}'

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from tests.helpers.processes import ROOT
 from tests.stress import hangs, injected_faults, preemption, recorded_batches, run
-from tests.stress.trainer import ROOT
 
 
 @pytest.fixture(name='results')

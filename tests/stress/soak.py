@@ -17,7 +17,8 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from tests.stress.trainer import ROOT, clear, log_lines
+from tests.helpers.processes import ROOT
+from tests.stress.trainer import clear, log_lines
 from uni_moe_jax.train.workdir import CHECKPOINTS, RUN_FILE, saved_steps
 from uni_moe_jax.utils.errors import RunError
 from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import sys
 import time
 
@@ -13,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from tests.stress import soak
+from tests.stress.trainer import CONFIG
 from uni_moe_jax.utils.errors import RunError
 
 
@@ -93,7 +93,7 @@ def test_too_few_saves_are_an_error():
   soak.evaluate(dataclasses.replace(data, after_saves=data.after_saves[:8]), _observation(.1), 60., 2, 10, 0.)
 
 
-_SMALL = str(pathlib.Path(__file__).resolve().parents[2] / 'configs/small.py')
+_SMALL = str(CONFIG)
 
 
 @pytest.mark.parametrize('written', [

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from tests.helpers.processes import ROOT
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.metrics_log import TIMINGS
 from uni_moe_jax.train.workdir import CHECKPOINTS, saved_steps
 from uni_moe_jax.utils import storage
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs/small.py'
 TIMEOUT = 600.0  # seconds, of an undisturbed run
 _TIMED_OUT = -signal.SIGKILL  # exit code after a timeout
@@ -102,12 +101,6 @@ def environment(folder: pathlib.Path, optimized: bool = False) -> dict[str, str]
   return {**os.environ, 'PYTHONPATH': f'{ROOT}:{os.environ.get("PYTHONPATH", "")}', 'PYTHONUNBUFFERED': '1',
           'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '' if optimized else '--xla_backend_optimization_level=0',
           'JAX_COMPILATION_CACHE_DIR': str(folder / 'jax'), 'TF_CPP_MIN_LOG_LEVEL': '2', 'TF_ENABLE_ONEDNN_OPTS': '0'}
-
-
-def free_port() -> int:
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
 
 
 def distributed_flags(address: str, num_processes: int, process_id: int) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import base_step, fast_compile, hlo
+from tests.helpers.processes import ROOT
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _D, _F = base_step.WIDTH, base_step.MLP_DIM
 _KERNELS = {'qkv': 3 * _D * _D, 'attention_out': _D * _D, 'ffn_in': _D * _F, 'ffn_out': _F * _D}
 slow, nightly = pytest.mark.slow, pytest.mark.nightly  # CI has no time for both models
@@ -30,7 +30,7 @@ def _sent(router: str, capacity: float) -> list[hlo.CollectiveArray]:
     file = f'{folder}/step.hlo'
     flags = fast_compile.environment_flags(64)
     command = [sys.executable, '-m', 'tests.helpers.base_step', router, str(capacity), file]
-    subprocess.run(command, check=True, cwd=_ROOT, env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags})
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags})
     return hlo.collectives(pathlib.Path(file).read_text())
 
 

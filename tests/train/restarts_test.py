@@ -2,7 +2,6 @@
 
 import errno
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -12,9 +11,9 @@ import time
 import pytest
 
 from tests.helpers import stand_in
+from tests.helpers.processes import ROOT
 from uni_moe_jax.train import restarts
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Executes the next word of the file `script`: an exit code, after `save:STEP`s and `drop:STEP`s; `kill`; `wait` (for
 # SIGTERM, then exit code 75).
 _STAND_IN = '''
@@ -53,8 +52,8 @@ def _start(folder, script, *flags, command=None, before=()):
   (folder / 'stand_in.py').write_text(_STAND_IN)
   command = command or [sys.executable, 'stand_in.py', '--workdir=run']
   return subprocess.Popen(
-      [*before, sys.executable, str(_ROOT / 'launch/keep_running.py'), *flags, '--', *command], cwd=folder, text=True,
-      env={**os.environ, 'PYTHONPATH': str(_ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      [*before, sys.executable, str(ROOT / 'launch/keep_running.py'), *flags, '--', *command], cwd=folder, text=True,
+      env={**os.environ, 'PYTHONPATH': str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
       start_new_session=True,  # and no nohup of these tests, which ignores SIGHUP
       preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
 

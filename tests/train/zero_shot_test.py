@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import in_process, saved_run, tiny
+from tests.helpers.processes import ROOT
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.eval import suite
@@ -19,8 +20,7 @@ from uni_moe_jax.train import finetuning, loop, workdir
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-_FILE = _ROOT / 'configs' / 'zero_shot.py'
+_FILE = ROOT / 'configs' / 'zero_shot.py'
 
 
 def _config(router):
@@ -81,7 +81,7 @@ def test_it_is_evaluated_again_after_more_steps_of_the_run_or_with_another_evalu
 
   def evaluated(*more):
     arguments = f'--config={_FILE}:run={folder},task=package', f'--workdir={tmp_path / "new"}', *more
-    assert in_process.run(_ROOT / 'launch/evaluate.py', *arguments) == 0
+    assert in_process.run(ROOT / 'launch/evaluate.py', *arguments) == 0
     return 'is already evaluated' not in capfd.readouterr().out
 
   assert evaluated() and not evaluated()
@@ -103,14 +103,14 @@ def test_it_and_its_export_name_the_step_that_they_read_and_the_export_has_the_r
   damaged = shutil.copytree(folder / 'checkpoints/2', folder / 'checkpoints/5')
   saved_run.flip_bit(damaged / saved_run.largest_file(damaged))
   arguments = f'--config={_FILE}:run={folder},task=package', workdir_flag
-  assert in_process.run(_ROOT / 'launch/evaluate.py', *arguments) == 0
-  assert in_process.run(_ROOT / 'launch/export.py', workdir_flag, output) == 0
+  assert in_process.run(ROOT / 'launch/evaluate.py', *arguments) == 0
+  assert in_process.run(ROOT / 'launch/export.py', workdir_flag, output) == 0
   [(_, _, provenance, rows, *_)] = exports
   assert provenance['step'] == 2 and f'{tmp_path / "out"}: step 2, ' in capfd.readouterr().out
   assert {(row['evaluator'], row['step']) for row in rows} == {('package', 2)}
   monkeypatch.setitem(sys.modules, 'torch', None)  # not installed, which is reported before the export
   monkeypatch.setattr(contents, 'make_contents', lambda *_, **_options: pytest.fail('it is exported'))
-  assert in_process.run(_ROOT / 'launch/export.py', workdir_flag, output, '--torch') == 2
+  assert in_process.run(ROOT / 'launch/export.py', workdir_flag, output, '--torch') == 2
 
 
 def test_the_new_task_type_has_attribute_bits_by_rule_and_targets_of_a_known_family(run):

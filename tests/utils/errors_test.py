@@ -1,13 +1,12 @@
 """The error classes of the commands."""
 
 import ast
-import pathlib
 
 import pytest
 
+from tests.helpers.processes import ROOT
 from uni_moe_jax.utils.errors import MissingFileError, UsageError, first_few
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _EXEMPT = {
     # Copied into exports, where the package is not installed.
     'export/loader.py', 'export/texts.py', 'export/example.py', 'export/onnx_model.py',
@@ -30,8 +29,8 @@ def test_library_code_may_catch_the_built_in_classes():
 
 def test_deliberate_errors_have_a_class_that_the_commands_report():
   raises = [
-      f'{path.relative_to(_ROOT)}:{node.lineno}' for folder in ('uni_moe_jax', 'configs', 'launch')
-      for path in sorted((_ROOT / folder).rglob('*.py')) if str(path.relative_to(_ROOT / folder)) not in _EXEMPT
+      f'{path.relative_to(ROOT)}:{node.lineno}' for folder in ('uni_moe_jax', 'configs', 'launch')
+      for path in sorted((ROOT / folder).rglob('*.py')) if str(path.relative_to(ROOT / folder)) not in _EXEMPT
       for node in ast.walk(ast.parse(path.read_text()))
       if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
       and ast.unparse(node.exc.func) in ('ValueError', 'FileNotFoundError')]

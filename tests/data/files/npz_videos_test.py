@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from tests.data import own_files
+from tests.helpers.processes import ROOT
 from uni_moe_jax.data.files.formats import Row
 from uni_moe_jax.data.files.media import CorruptFile
 from uni_moe_jax.data.files.npz_videos import NpzVideos, open_videos
 from uni_moe_jax.data.preparation import scan
 
-_ROOT = pathlib.Path(__file__).resolve().parents[3]
 _SHAPE = (5, 4, 8, 10, 3)
 
 
@@ -91,7 +91,7 @@ def test_an_array_takes_the_memory_of_one_video(tmp_path):
   own_files.write_jsonl(tmp_path / 'x.jsonl', [{'label': str(i)} for i in range(3)])
   assert (tmp_path / 'x.npz').stat().st_size < 3e6
   done = subprocess.run([sys.executable, '-c', _PROGRAM, str(tmp_path)], capture_output=True, text=True, check=True,
-                        env={'PYTHONPATH': str(_ROOT)})
+                        env={'PYTHONPATH': str(ROOT)})
   count, megabytes = map(int, done.stdout.split())
   assert count == 3 and megabytes < 250
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import pathlib
 import runpy
 import time
 from unittest import mock
@@ -12,12 +11,12 @@ import jax
 import pytest
 
 from tests.helpers import flops_formula, processes, tiny
+from tests.helpers.processes import ROOT
 from uni_moe_jax import config
 from uni_moe_jax.model.flops import TRAIN
 from uni_moe_jax.tools.preflight import compiled_programs, findings, preflight, remedies, topology
 from uni_moe_jax.tools.preflight.compiled_programs import EVALUATION, Compiler, Program
 
-_ROOT = pathlib.Path(__file__).resolve().parents[3]
 _TOKENS = (tiny.IMAGE_SIZE // 8) ** 2 + 1  # of an image, with its prefix
 
 
@@ -307,7 +306,7 @@ except jax.errors.JaxRuntimeError as e:
 
 def small_config(fields):
   """configs/small.py with changed fields, by dotted name."""
-  c = runpy.run_path(str(_ROOT / 'configs/small.py'))['get_config']()
+  c = runpy.run_path(str(ROOT / 'configs/small.py'))['get_config']()
   c.update_from_flattened_dict(fields)
   return c
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import pathlib
 from unittest import mock
 
 import pytest
@@ -10,6 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from tests.helpers import small_config
+from tests.helpers.processes import ROOT
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.parallel import sharding
@@ -86,7 +86,7 @@ def _parse(file: str, *arguments: str):
 @pytest.mark.parametrize('arg', ['size=large,router=token', 'size=base', 'size=base,stage=2,mixture=one_task'])
 def test_the_flags_of_every_change_of_a_published_config_give_the_changed_config(arg):
   """Even if the smallest tasks have one example per device: the batches of the others can be halved."""
-  file = f'{pathlib.Path(__file__).parents[3]}/configs/pretrain.py:{arg}'
+  file = f'{ROOT}/configs/pretrain.py:{arg}'
   c, mesh = _parse(file), {**_MESH, 'data': 256}
   changes = [change for evaluation in (False, True) for change in remedies.candidates(c, mesh, evaluation)]
   assert {'tasks', 'evaluators'} <= {name.split('.')[0] for change in changes for name in change.names}
