@@ -9,6 +9,7 @@ from tests.helpers import tiny
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.pipeline.examples import subset
+from uni_moe_jax.utils import splitmix
 from uni_moe_jax.utils.errors import UsageError
 
 _IDS = np.arange(100, 130)
@@ -35,6 +36,14 @@ def test_every_class_has_its_fraction(changes, counts):
   chosen = _subset(**changes)
   assert np.bincount(_LABELS[chosen - 100], minlength=3).tolist() == counts
   assert (np.diff(chosen) > 0).all() and set(chosen) <= set(_IDS)
+
+
+def test_of_each_class_those_with_the_lowest_hashes_are_chosen():
+  source, split = (lambda t: (t.source, t.split))(make_plan(tiny.config('shape')).tasks[0])
+  by_hash = sorted(_IDS.tolist(), key=lambda i: splitmix.mix(3, source, split, 'subset', i))
+  expected = [i for label in range(3) for i in [i for i in by_hash if _LABELS[i - 100] == label][:2]]
+  assert _subset(shots=2).tolist() == sorted(expected)
+  assert _subset(shots=2, labels=_LABELS.astype('U')).tolist() == sorted(expected)
 
 
 def test_without_classes_the_fraction_is_of_all_examples():

@@ -150,7 +150,8 @@ def test_an_object_is_created_by_one_of_several_writers_and_then_replaced(store)
   assert storage.files_in(target.parent) == {'größer': (3, hashlib.md5(b'123').hexdigest())}
 
 
-def test_a_folder_of_a_bucket_is_moved_over_another_and_removed(store):
+def test_a_folder_of_a_bucket_is_moved_over_another_and_removed(store, monkeypatch):
+  monkeypatch.setattr(storage, '_PAGE', 2)  # objects of a listing
   folder = storage.path(f'{store.address}/folders')
   for name in ('a/x', 'a/deep/y', 'b/old', 'ab/other'):
     storage.write_bytes(folder / name, name.encode())

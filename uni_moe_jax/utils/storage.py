@@ -34,6 +34,7 @@ _LEFTOVER = re.compile(r'\.[0-9a-f]{16}\.tmp')
 _UNFIT = re.compile(r'[\x00-\x1f\x7f#?*\[\]\\]|\s')  # patterns and versions for some libraries
 _CONNECT_TIMEOUT, _READ_TIMEOUT = 20, 60  # seconds without any progress until a request is repeated
 _ATTEMPTS = 8
+_PAGE = 1000  # objects of a request for a listing; the most that GCS returns
 _PAUSES = 1.0, 2.0, 4.0  # seconds until credentials are looked for again
 _COPY_PERIOD = 30.0  # seconds; GCS refuses more than one write of an object per second
 _CREDENTIALS = {
@@ -301,9 +302,25 @@ def files_in(folder: Path) -> dict[str, tuple[int, str | None]]:
     paths = sorted(pathlib.Path(root, name) for root, _, names in os.walk(folder, onerror=_raise) for name in names)
     return {str(p.relative_to(folder)): (p.stat().st_size, None) for p in paths if p.is_file()}
   prefix = '/'.join(filter(None, split(folder))) + '/'  # a whole bucket has no name in it
+  if str(folder).startswith('gs:'):
+    return dict(sorted(_gcs_objects(folder)))
   entries = filesystem(folder).find(str(folder), detail=True)
   return {name.removeprefix(prefix): (entry['size'], _md5(entry)) for name, entry in sorted(entries.items())
           if entry['type'] == 'file' and name.startswith(prefix)}
+
+
+def _gcs_objects(folder: Path) -> Iterator[tuple[str, tuple[int, str | None]]]:
+  """Yield the items of `files_in`, page by page. gcsfs would silently leave out all but ten million objects."""
+  bucket, key = split(folder)
+  prefix, token = key and f'{key}/', {}
+  while True:
+    page = filesystem(folder).call('GET', 'b/{}/o', bucket, prefix=prefix, maxResults=_PAGE, json_out=True, **token)
+    for entry in page.get('items', ()):
+      if not entry['name'].endswith('/'):  # of a folder
+        yield entry['name'].removeprefix(prefix), (int(entry['size']), _md5(entry))
+    if 'nextPageToken' not in page:
+      return
+    token = dict(pageToken=page['nextPageToken'])
 
 
 def _raise(e: OSError) -> None:
@@ -364,4 +381,4 @@ def uploaded(folder: Path) -> Iterator[pathlib.Path]:
   with tempfile.TemporaryDirectory() as name:
     yield pathlib.Path(name)
     for file in sorted(files_in(pathlib.Path(name)), key=lambda file: file == 'manifest.json'):
-      write_bytes(folder / file, pathlib.Path(name, file).read_bytes())
+      filesystem(folder).put_file(str(pathlib.Path(name, file)), str(folder / file))  # in parts: may be gigabytes

@@ -10,6 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
+from tensorflow_datasets.core import naming
 
 from tests.data import own_files
 from tests.helpers import processes
@@ -384,3 +385,11 @@ def test_a_disk_that_is_full_when_arrays_are_written_is_an_error_and_no_signal(t
   done = subprocess.run(['unshare', '-rm', 'bash', '-c', mount, '', sys.executable, '-c', _SMALL_DISK, str(tmp_path)],
                         capture_output=True, text=True, env=processes.environment(1), check=False)
   assert (done.returncode, done.stdout) == (0, 'full: True\n12000\n'), done.stderr
+
+
+@pytest.mark.parametrize('total', [1, 99_999, 100_000])
+def test_record_files_have_the_names_that_tfds_expects(total):
+  last = naming.ShardedFileTemplate(
+      data_dir='', dataset_name='pets', split='train', filetype_suffix='array_record').sharded_filepath(
+          shard_index=total - 1, num_shards=total)
+  assert prepare.file_name('pets', 'train', total - 1, total) == str(last)

@@ -72,7 +72,7 @@ def test_what_img2dataset_records_of_a_download_is_no_column():
       'height': 3, 'original_width': 9, 'original_height': 9, 'exif': '{}', 'sha256': 'f0', 'license': 'CC0'}
   parse = lambda fields: formats.parse(fields, '', pathlib.Path(), '', False, data=('image', b''))
   row = parse(downloaded)
-  assert (row.texts, row.labels, row.key) == ({'captions': ('a cat',)}, {'license': 'CC0'}, '1')
+  assert (row.texts, row.labels, row.key) == ({'captions': ('a cat',)}, {'license': 'CC0'}, '')
   assert parse({'key': '1', 'url': 'x.example/1', 'status': 'new'}).labels.keys() == {'url', 'status'}  # of another
 
 

@@ -139,7 +139,8 @@ def parse(value: Any, location: str, folder: pathlib.Path, split: str, allow_out
   if not isinstance(value, dict):
     raise Skip('not an object')
   if value.keys() >= {'key', *_DOWNLOAD_FIELDS[:5]}:
-    value = {k: v for k, v in value.items() if k not in _DOWNLOAD_FIELDS}
+    # Its key is a running number, which begins at 0 in each download.
+    value = {k: v for k, v in value.items() if k not in ('key', *_DOWNLOAD_FIELDS)}
   # NaN is what pandas writes for a missing value.
   value = {k: v for k, v in value.items() if v is not None and not (isinstance(v, float) and math.isnan(v))}
   dropped = [name for name, v in value.items() if not _can_be_column(name, v)]

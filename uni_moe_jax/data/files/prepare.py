@@ -172,6 +172,12 @@ class _File:
   facts: dict[str, Any]
 
 
+def file_name(name: str, split: str, number: int, total: int) -> str:
+  """The name of one of the `total` record files of a split, as TFDS expects it."""
+  width = max(5, len(str(total)))
+  return f'{name}-{split}.array_record-{number:0{width}}-of-{total:0{width}}'
+
+
 def _write(merged: Merged, shards: Sequence[storage.Path], target: storage.Path, done: storage.Path, name: str,
            run: Run) -> list[_File]:
   """Writes the files of all splits, but those that are done."""
@@ -180,7 +186,7 @@ def _write(merged: Merged, shards: Sequence[storage.Path], target: storage.Path,
   cuts = _cut(merged, len(shards))
   totals = collections.Counter(split for split, *_ in cuts)
   numbers = {split: itertools.count() for split in totals}
-  names = [f'{name}-{split}.array_record-{next(numbers[split]):05}-of-{totals[split]:05}' for split, *_ in cuts]
+  names = [file_name(name, split, next(numbers[split]), totals[split]) for split, *_ in cuts]
   # Not those whose file is gone: what is published has all that was written.
   finished = _names_in(done) & storage.files_in(target).keys()
 

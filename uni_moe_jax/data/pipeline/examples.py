@@ -11,7 +11,6 @@ function from ids to features, made of TensorFlow ops on captured tensors. Featu
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -92,14 +91,13 @@ def subset(indices: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed:
   """
   if task.train_fraction == 1 and not task.shots:
     return indices
-  hashes = np.array([splitmix.mix(seed, task.source, task.split, 'subset', int(i)) for i in indices], np.uint64)
+  hashes = splitmix.mix(seed, task.source, task.split, 'subset', indices.astype(np.uint64))
   labels = np.zeros(len(indices), int) if labels is None else labels
-  chosen = np.zeros(len(indices), bool)
-  for label in np.unique(labels):
-    members = np.flatnonzero(labels == label)
-    count = task.shots or math.ceil(task.train_fraction * len(members))
-    chosen[members[np.argsort(hashes[members], kind='stable')[:count]]] = True
-  return indices[chosen]
+  _, classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+  order = np.lexsort((hashes, classes))  # class by class
+  rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+  numbers = np.full(len(sizes), task.shots) if task.shots else np.ceil(task.train_fraction * sizes)
+  return indices[np.sort(order[rank < np.repeat(numbers, sizes)])]
 
 
 def example_ids(records: Records, task: TaskSpec, seed: int | None = None) -> np.ndarray:
