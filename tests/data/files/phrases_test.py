@@ -122,6 +122,13 @@ def test_where_nothing_can_be_written_captions_are_tokenized_with_their_record(r
   assert f'note: {tmp_path}/file/tokens cannot be written (Not a directory)' in capsys.readouterr().err
 
 
+def test_where_no_folder_can_be_renamed_captions_are_not_tokenized_in_vain(records, monkeypatch, capsys):
+  monkeypatch.setattr(phrases, 'renames_folders', lambda _: False)  # as on a mounted bucket
+  monkeypatch.setattr(phrases, '_tokenize', lambda *_: pytest.fail('tokenized'))
+  assert 'text_id' in _make(_build(records))
+  assert 'tokens cannot be written (folders cannot be renamed there)' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('num_bytes', [4000, 8000])  # of 8,228; a part has 3,280 at most
 def test_tokens_that_cannot_be_written_whole_are_not_kept(records, monkeypatch, capsys, num_bytes):
   monkeypatch.setattr(phrases, '_CHUNK', 1)

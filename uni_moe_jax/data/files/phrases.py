@@ -8,6 +8,7 @@ them, which would hold Python's lock.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import math
@@ -27,6 +28,7 @@ from uni_moe_jax.data.pipeline.npz_records import atomic_folder
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.data.preparation import workers
 from uni_moe_jax.utils import cores, errors, locks, splitmix, templates
+from uni_moe_jax.utils.files import renames_folders
 
 FOLDER = 'tokens'
 _MAX_PHRASES = 2**29  # of a task: 80 templates of millions of records are filled when they are needed
@@ -136,6 +138,8 @@ def _tokenized(filler: _Templates, first: np.ndarray, records: FileDataset, toke
   identity = repr((records.fingerprint, tokenizer.fingerprint, filler.texts))
   folder = records.cache / FOLDER / hashlib.sha256(identity.encode()).hexdigest()[:24]
   folder.parent.mkdir(parents=True, exist_ok=True)
+  if not folder.is_dir() and not renames_folders(folder.parent):  # before hours of work, in each process in turn
+    raise OSError(errno.ENOTSUP, 'folders cannot be renamed there')
   while not folder.is_dir():
     with contextlib.ExitStack() as stack:
       if locks.lock(folder.parent, stack):
