@@ -60,6 +60,16 @@ def test_the_cache_keeps_its_bound_and_what_was_used_last(bucket, tmp_path):
     Mirror(bucket, tmp_path / 'small', max_bytes=10_000).sync('x')
 
 
+def test_another_dataset_that_another_process_has_fetched_is_an_error(bucket, tmp_path):
+  upload_shards(bucket, tmp_path / 'sender', 1)
+  shards = open_shards(Mirror(bucket, tmp_path / 'receiver'), 1)
+  shards.__getitems__([0])
+  records = upload_shards(bucket, tmp_path / 'later', 1, seed=1)
+  assert open_shards(Mirror(bucket, tmp_path / 'receiver'), 1).__getitems__([0]) == records[:1]
+  with pytest.raises(RunError, match='x.array_record-00000 is another file than this process has read'):
+    shards.__getitems__([0])
+
+
 def test_a_disk_without_locks_is_a_mistake_in_cache_dir(bucket, tmp_path, monkeypatch):
   upload_shards(bucket, tmp_path / 'sender', 1)
 

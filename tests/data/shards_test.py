@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import os
 import resource
+import shutil
 import sys
 import types
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from tests.data import bucket_shards
+from tests.data.bucket_shards import write_shards
 from tests.helpers import processes
 from uni_moe_jax.data import shards as shards_lib
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset
@@ -95,6 +98,16 @@ def test_too_many_open_files_are_an_error_and_cost_no_example(instructions):
   finally:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
   assert not any(isinstance(record, CorruptExample) for record in dataset.read_valid(np.arange(6)))
+
+
+def test_data_that_is_prepared_again_while_a_run_reads_it_is_an_error(tmp_path, monkeypatch):
+  monkeypatch.setattr(shards_lib, '_MAX_IDLE', 0)  # each read opens its file
+  records, shards = write_shards(tmp_path, 1), Shards(tmp_path, bucket_shards.instructions(tmp_path, 1))
+  assert shards.__getitems__([1]) == [records[1]] and shards.__getitems__([2]) == [records[2]]
+  shutil.rmtree(tmp_path / 'x')
+  write_shards(tmp_path, 1, seed=1)
+  with pytest.raises(RunError, match='x.array_record-00000 is another file than this process has read'):
+    shards.__getitems__([1])
 
 
 def test_a_split_without_files_is_empty():

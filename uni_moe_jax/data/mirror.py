@@ -124,6 +124,14 @@ class Mirror(os.PathLike):
     """Whether a dataset that was synced has a file."""
     return name in self._files
 
+  def is_current(self, name: str) -> bool:
+    """Whether a file in the folder is of the dataset that was synced: another process may have synced another since."""
+    path = self.root / name
+    for folder in path.parents[:name.count('/')]:
+      if files := read_json(folder / MANIFEST):
+        return files.get(str(path.relative_to(folder))) == [*self._files[name]]
+    return True
+
   def fetch(self, name: str) -> pathlib.Path:
     """The local path of a file of a dataset that was synced. Raises RunError if it cannot be fetched."""
     return self._request(name).result()

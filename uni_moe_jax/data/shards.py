@@ -40,12 +40,13 @@ class Shards:
     self._skips = np.array([i.skip for i in instructions], np.int64)
     self._bounds = np.cumsum([0, *(i.take for i in instructions)])
     self._inodes: dict[int, int] = {}  # of the files of a mirror that were opened
+    self._statuses: dict[int, tuple[int, int]] = {}  # size and time of others, when they were opened first
 
   def __len__(self) -> int:
     return int(self._bounds[-1])
 
   def __getitems__(self, ids: Sequence[int]) -> list[bytes]:
-    """Records in the order of the ids. Raises RunError if too many files are open."""
+    """Records in the order of the ids. Raises RunError if too many files are open, or one was replaced."""
     ids = np.asarray(ids)
     shards = self._shards_of(ids)
     positions, order = (ids - self._bounds[shards] + self._skips[shards]).tolist(), np.argsort(shards, kind='stable')
@@ -84,8 +85,22 @@ class Shards:
       # Opened once: whoever removes the file from here on, its bytes stay readable through the descriptor.
       with contextlib.suppress(FileNotFoundError), open(path, 'rb') as file:
         inode = os.fstat(file.fileno()).st_ino
-        return self._take_idle(shard, inode) or _open_reader(f'/dev/fd/{file.fileno()}'), inode
-    return self._take_idle(shard, 0) or _open_reader(str(self._paths[shard])), 0
+        if reader := self._take_idle(shard, inode):
+          return reader, inode
+        self._check(shard, self._mirror.is_current(self.names[shard]))
+        return _open_reader(f'/dev/fd/{file.fileno()}'), inode
+    if reader := self._take_idle(shard, 0):
+      return reader, 0
+    status = os.stat(self._paths[shard])
+    status = status.st_size, status.st_mtime_ns
+    self._check(shard, self._statuses.setdefault(shard, status) == status)
+    return _open_reader(str(self._paths[shard])), 0
+
+  def _check(self, shard: int, is_same: bool) -> None:
+    """Raises RunError for another file: its records would be taken for those that labels were read of."""
+    if not is_same:
+      raise RunError(f'{self._paths[shard]} is another file than this process has read: the data was prepared again or '
+                     'copied in the meantime. Put the former files back, and run the same command to continue.')
 
   def _take_idle(self, shard: int, inode: int) -> Any | None:
     with self._lock:
