@@ -87,6 +87,13 @@ def test_the_candidate_closest_to_the_neighbors_name_is_chosen():
   np.testing.assert_array_equal(similarity.argmax(axis=1), [2, 0])
 
 
+def test_no_training_example_of_the_embedded_data_is_left_out():
+  # Paragraphs with a label, videos and images, which are all fitted in a few seconds.
+  bounds = baselines._FITTED_TEXTS, baselines._FITTED_VIDEOS, baselines._SEARCHED_IMAGES
+  for bound, count in zip(bounds, (33_555, 16_008, 30_541), strict=True):
+    assert len(baselines.subset(count, bound)) == count
+
+
 def test_ties_are_neither_all_won_nor_all_lost():
   # Four equal candidates: a fair draw is right in a quarter of 400 cases, give or take 3 * .022.
   similarity = baselines.name_similarity(['arrow'] * 400, ['left arrow', 'up arrow', 'down arrow', 'right arrow'])

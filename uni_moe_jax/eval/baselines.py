@@ -1,9 +1,9 @@
 """Baselines: simple predictors that are computed from the data alone, beside the evaluation.
 
-A baseline sees the same test arrays as the model, and all train arrays, also where a task trains on few (`shots`,
-`train_fraction`). Each function returns predictions (or indices, or a similarity) in the form that the metrics take, so
-that baseline and model are scored by the same code. All of them are deterministic: the same arrays give the same
-numbers on any machine.
+A baseline sees the same test arrays as the model, and the train arrays, of many a sample, also where a task trains on
+few (`shots`, `train_fraction`). Each function returns predictions (or indices, or a similarity) in the form that the
+metrics take, so that baseline and model are scored by the same code. All of them are deterministic: the same arrays
+give the same numbers on any machine.
 
 Axis letters: N train examples, Q test examples, V targets, T frames.
 """
@@ -23,8 +23,8 @@ from sklearn.metrics import pairwise
 
 from uni_moe_jax.eval import metrics
 
-# At most this many train examples are fitted or searched.
-_FITTED_TEXTS, _FITTED_VIDEOS, _SEARCHED_IMAGES = 20_000, 6_000, 30_000
+# At most this many train examples are fitted or searched: more than the embedded data has.
+_FITTED_TEXTS, _FITTED_VIDEOS, _SEARCHED_IMAGES = 50_000, 20_000, 50_000
 _ITERATIONS = 100  # of a logistic regression: a baseline must not take longer than the evaluation
 _FRAME_SIDE = 16  # frames are averaged down to about this side before the logistic regression
 
