@@ -10,7 +10,7 @@ from flax.traverse_util import unflatten_dict
 
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.analysis.sweep import adaptation, grid, results, runner
+from uni_moe_jax.analysis.sweep import adaptation, grid, results, router_report, runner
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.train import warm_start, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
@@ -48,6 +48,17 @@ def test_the_score_table_has_chance_and_baselines():
   lines = results.score_table(results.summarize([_row(.5, 0)]), ['prompts', 'zero-shot'])
   assert lines == ['| evaluator | metric | chance | baselines | prompts | zero-shot |', '| --- ' * 6 + '|',
                    '| digits | top-1 | 0.1 | nearest neighbor 0.900 | 0.500 ± 0.059 |  |']
+
+
+def test_a_baseline_on_a_part_of_the_examples_is_marked():
+  row = {**_row(.5, 0), 'baselines': {'majority': .1, 'tf-idf': .6}, 'baseline_counts': {'tf-idf': 5000}}
+  scores = results.summarize([row])
+  assert '| majority 0.100, tf-idf 0.600 (on 5,000 examples) |' in results.score_table(scores, ['prompts'])[-1]
+  summary = dict.fromkeys(('training_loss', 'average', 'seconds_per_step', 'total', 'active', 'seeds'))
+  account = {'tasks': [{'evaluator': 'digits', 'metric': 'top-1', 'reference': None}],
+             'variants': [{'variant': 'prompts', **summary}]}
+  page = router_report._scores({'scores': scores, 'account': account, 'cells': []}, ['prompts'])
+  assert page[2].startswith('| strongest baseline | 0.600 tf-idf (on 5,000 examples) |')
 
 
 def test_a_bar_in_a_name_divides_no_cell():

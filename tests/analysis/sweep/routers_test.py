@@ -217,6 +217,7 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
       '![experts by condition, task-0](experts_task.png)', 'seeds 0, 1, commit cccccccccccc,',
       '± 95 %: the error of the test examples and the spread'):
     assert line in text, line
+  assert text.count('or on a sample of them where there are many') == 2 and 'all training examples' not in text
   assert text.count('(2/2)') == 2 and 'token' not in text.partition('## Interference')[2].partition('## Experts')[0]
   assert str(workdir) not in text + (out / 'results.json').read_text()
   scores = [{**score, 'metric': 'BLEU-4', 'error': None} for score in report['scores']]

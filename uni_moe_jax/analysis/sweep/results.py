@@ -116,7 +116,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   Returns:
     One row per task, evaluator, metric, variant and group of runs: 'mean', 'spread' (standard deviation over seeds,
     None for one seed), 'error' (of the test examples, None if the metric has none), 'interval' (None if nothing is
-    known), 'seeds' (how many), 'chance', 'baselines', 'higher_is_better'.
+    known), 'seeds' (how many), 'chance', 'baselines', 'baseline_counts', 'higher_is_better'.
   """
   keys, groups = ('task', 'evaluator', 'metric', 'variant', 'run'), collections.defaultdict(list)
   for row in rows:
@@ -132,7 +132,8 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     scores.append({
         **{k: first[k] for k in keys}, 'mean': float(np.mean(values)), 'spread': spread, 'error': error,
         'interval': math.hypot(*known) if known else None, 'seeds': len(values), 'chance': first['chance'],
-        'baselines': first['baselines'], 'higher_is_better': first['higher_is_better']})
+        'baselines': first['baselines'], 'baseline_counts': first.get('baseline_counts', {}),  # not in older rows
+        'higher_is_better': first['higher_is_better']})
   return scores
 
 
@@ -191,7 +192,7 @@ def _report(results: Mapping[str, Any], captions: Mapping[str, str]) -> list[str
       *score_table(results['scores'], list(dict.fromkeys(map(adaptation.label, cells)))), '',
       f'± 95 %: the error of the test examples{without}' + (
           "and the spread of the seeds (Student's t)." if len(seeds) > 1 else
-          'alone: one seed does not show how runs differ.') + ' Baselines are fitted on all training examples.']
+          'alone: one seed does not show how runs differ.') + f' {router_report.BASELINES}']
 
 
 def score_table(scores: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
@@ -204,7 +205,7 @@ def score_table(scores: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> 
     first = next(iter(by_variant.values()))
     rows.append([
         *key, None if first['chance'] is None else f'{first["chance"]:.4g}',
-        ', '.join(f'{name} {value:.3f}' for name, value in first['baselines'].items()),
+        ', '.join(f'{name} {value:.3f}{router_report.part(first, name)}' for name, value in first['baselines'].items()),
         *(s and f'{s["mean"]:.3f}' + ('' if s['interval'] is None else f' ± {s["interval"]:.3f}')
           for s in map(by_variant.get, columns))])
   return markdown.table(['evaluator', 'metric', 'chance', 'baselines', *columns], rows)

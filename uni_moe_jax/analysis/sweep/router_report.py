@@ -12,6 +12,8 @@ from uni_moe_jax.analysis.sweep.grid import TRAIN
 from uni_moe_jax.eval import headline, metrics
 from uni_moe_jax.tasks.router_names import DENSE
 
+BASELINES = ('Baselines are fitted on the training examples, or on a sample of them where there are many '
+             '(docs/guides/data.md has the numbers).')
 _MAX_PAIRS = 8  # of tasks that hurt each other, per checkpoint
 Cells = Sequence[Mapping[str, Any]]
 
@@ -44,7 +46,7 @@ def _scores(results: Mapping[str, Any], variants: Sequence[str]) -> list[str]:
   def reference(task: Mapping[str, Any]) -> str | None:
     row = next(s for s in results['scores'] if (s['evaluator'], s['metric']) == (task['evaluator'], task['metric']))
     best = headline.strongest_baseline(row)
-    return best and f'{metrics.format_number(best[1])} {best[0]}'
+    return best and f'{metrics.format_number(best[1])} {best[0]}{part(row, best[0])}'
 
   count = lambda n: None if n is None else f'{n:,}'
   rows = [('strongest baseline', *map(reference, tasks), *[None] * 6)]
@@ -61,9 +63,15 @@ def _scores(results: Mapping[str, Any], variants: Sequence[str]) -> list[str]:
       "± 95 %: the error of the test examples and, with several seeds, the spread of seeds (Student's t). average: the "
       'mean of (score - reference) / (best - reference), with its interval; best is the best variant, the '
       'reference the strongest of chance and baselines below all variants, or 0, and perplexity is taken in logarithms '
-      f'({references}). Training loss: the weighted sum of all tasks, in the last eighth of the run. Baselines are '
-      'fitted on all training examples.',
+      f'({references}). Training loss: the weighted sum of all tasks, in the last eighth of the run. '
+      f'{BASELINES}',
       *_merged(results['cells'])]
+
+
+def part(score: Mapping[str, Any], baseline: str) -> str:
+  """' (on 5,000 examples)' of a baseline that answers a part of the evaluated examples, else ''."""
+  count = score.get('baseline_counts', {}).get(baseline)  # absent in the results of earlier versions
+  return '' if count is None else f' (on {count:,} examples)'
 
 
 def _merged(cells: Cells) -> list[str]:
