@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import tiny
-from uni_moe_jax.analysis.sweep import grid, results, router_report, routers, runner
+from uni_moe_jax.analysis.sweep import grid, results, router_figures, router_report, routers, runner
 from uni_moe_jax.train import workdir as workdir_lib
 
 _TASKS = ['names', 'motion']
@@ -223,6 +223,17 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
   scores = [{**score, 'metric': 'BLEU-4', 'error': None} for score in report['scores']]
   lacking = results._report({**report, 'scores': [*report['scores'], *scores]}, {})[-1]
   assert 'of the test examples (without: BLEU-4) and' in lacking
+
+
+def test_the_line_of_a_baseline_is_in_its_panel_also_where_it_beats_the_models(report, tmp_path, monkeypatch):
+  figures = []
+  monkeypatch.setattr(router_figures, 'save_figure', lambda figure, *_, **__: figures.append(figure))
+  for baseline in (.2, .95):  # the models have .5, with an interval of less than .2
+    scores = [{**s, 'baselines': {'neighbor': baseline}} for s in report['scores']]
+    router_figures._draw_scores(tmp_path, {**report, 'scores': scores}, ['dense', 'task'])
+    axes = figures.pop().axes[0]
+    left, right = axes.get_xlim()
+    assert left == 0 and baseline < right and list(axes.lines[-1].get_xdata()) == [baseline] * 2
 
 
 def test_everything_is_drawn_again_from_the_json_alone(report, workdir, tmp_path):

@@ -78,12 +78,12 @@ def _draw_scores(path: storage.Path, results: Mapping[str, Any], variants: Seque
               alpha=0.75, height=0.7, error_kw=dict(elinewidth=1, capsize=2))
     axes.set_yticks(range(len(variants)), variants if number % _COLUMNS == 0 else [''] * len(variants))
     axes.set_ylim(len(variants) - 0.4, -0.6)
-    axes.set_xlim(left=0)
     first = next(iter(scores.values()))
     if first['baselines']:
       name, value = headline.strongest_baseline(first)
       axes.axvline(value, color='grey', linestyle='--', linewidth=1)
       axes.set_xlabel(f'-- {name} {metrics.format_number(value)}', fontsize=7, color='dimgrey')
+    axes.set_xlim(left=0)  # last: the axis does not grow after it
     lower = '' if first['higher_is_better'] else ' (lower is better)'
     axes.set_title(f'{task["evaluator"]}\n{task["metric"]}{lower}', fontsize=8)
   save_figure(figure, path, dpi=_DPI)
