@@ -7,6 +7,7 @@ import pytest
 
 from tests.helpers import tiny
 from uni_moe_jax.analysis.sweep import grid, results, router_figures, router_report, routers, runner
+from uni_moe_jax.analysis.sweep.variants import VARIANTS
 from uni_moe_jax.train import workdir as workdir_lib
 
 _TASKS = ['names', 'motion']
@@ -234,6 +235,12 @@ def test_the_line_of_a_baseline_is_in_its_panel_also_where_it_beats_the_models(r
     axes = figures.pop().axes[0]
     left, right = axes.get_xlim()
     assert left == 0 and baseline < right and list(axes.lines[-1].get_xdata()) == [baseline] * 2
+
+
+def test_a_variant_has_a_color_of_its_own_and_the_same_one_in_every_sweep():
+  colors = router_figures._colors([*VARIANTS, *(f'of a later version {i}' for i in range(10))])
+  assert len(set(colors.values())) == len(VARIANTS) + 10
+  assert router_figures._colors(['dense', 'token'])['token'] == colors['token']
 
 
 def test_everything_is_drawn_again_from_the_json_alone(report, workdir, tmp_path):

@@ -1,5 +1,6 @@
 """Figures of a router sweep, drawn from results.json alone."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 
 from uni_moe_jax.analysis import expert_usage_file, interference_file
 from uni_moe_jax.analysis.sweep import routers
+from uni_moe_jax.analysis.sweep.variants import VARIANTS
 from uni_moe_jax.eval import headline, metrics
 from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.utils import storage
@@ -46,9 +48,11 @@ def draw(results: Mapping[str, Any], out: storage.Path) -> dict[str, str]:
 
 
 def _colors(variants: Sequence[str]) -> dict[str, Any]:
+  """Of each variant the same color in every sweep."""
   from matplotlib import colormaps
-  others = [v for v in variants if v != DENSE]
-  return {DENSE: 'black', **{v: colormaps['tab10'](i % 10) for i, v in enumerate(others)}}
+  others = [v for v in dict.fromkeys([*VARIANTS, *variants]) if v != DENSE]
+  colors = [*colormaps['tab10'].colors, *colormaps['tab20'].colors[1::2]]
+  return {DENSE: 'black', **dict(zip(others, itertools.cycle(colors)))}
 
 
 def _panels(number: int, width: float, height: float) -> tuple[Any, list[Any]]:
