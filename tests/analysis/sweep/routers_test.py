@@ -221,9 +221,15 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
   assert text.count('or on a sample of them where there are many') == 2 and 'all training examples' not in text
   assert text.count('(2/2)') == 2 and 'token' not in text.partition('## Interference')[2].partition('## Experts')[0]
   assert str(workdir) not in text + (out / 'results.json').read_text()
-  scores = [{**score, 'metric': 'BLEU-4', 'error': None} for score in report['scores']]
-  lacking = results._report({**report, 'scores': [*report['scores'], *scores]}, {})[-1]
-  assert 'of the test examples (without: BLEU-4) and' in lacking
+
+
+def test_the_page_names_metrics_whose_intervals_lack_the_error_of_the_test_examples(report, tmp_path):
+  bleu = [{**score, 'metric': 'BLEU-4', 'error': None} for score in report['scores']]  # in the last table alone
+  page = '\n'.join(results._report({**report, 'scores': [*report['scores'], *bleu]}, {}))
+  assert page.count('of the test examples (without: BLEU-4) and the spread') == page.count('(without') == 1
+  page = results.write({**report, 'scores': [{**score, 'error': None} for score in report['scores']]}, tmp_path)
+  assert page.count('of the test examples (without: top-1) and') == 2
+  assert '![scores of all variants with 95 % intervals (of seeds alone: top-1)]' in page
 
 
 def test_the_line_of_a_baseline_is_in_its_panel_also_where_it_beats_the_models(report, tmp_path, monkeypatch):

@@ -180,8 +180,7 @@ def _report(results: Mapping[str, Any], captions: Mapping[str, str]) -> list[str
   seeds = sorted({c['seed'] for c in cells})
   trained_by = (x for c in cells for x in (*c.get('earlier_commits', ()), c['commit']) if x)
   commits = list(dict.fromkeys(x[:12] for x in trained_by)) or ['unknown']
-  lacking = list(dict.fromkeys(s['metric'] for s in results['scores'] if s['error'] is None))
-  without = f' (without: {", ".join(lacking)}) ' if lacking else ' '
+  without = f' (without: {x}) ' if (x := router_report.without_error(results['scores'])) else ' '
   source = f'{"config" if is_routers else "run"} {", ".join(f"`{s}`" for s in results["sources"])}'
   return [
       f'# {_TITLES[results["sweep"]]}', '',

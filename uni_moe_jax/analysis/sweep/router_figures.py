@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.analysis import expert_usage_file, interference_file
-from uni_moe_jax.analysis.sweep import routers
+from uni_moe_jax.analysis.sweep import router_report, routers
 from uni_moe_jax.analysis.sweep.variants import VARIANTS
 from uni_moe_jax.eval import headline, metrics
 from uni_moe_jax.tasks.router_names import DENSE
@@ -25,7 +25,8 @@ def draw(results: Mapping[str, Any], out: storage.Path) -> dict[str, str]:
   variants = list(dict.fromkeys(c['variant'] for c in cells))
   if results['account']['tasks']:
     _draw_scores(out / SCORES, results, variants)
-    captions[SCORES] = 'scores of all variants with 95 % intervals'
+    captions[SCORES] = 'scores of all variants with 95 % intervals' + (
+        f' (of seeds alone: {x})' if (x := router_report.without_error(router_report.main_scores(results))) else '')
   if any(c['curves'] for c in cells):
     _draw_curves(out / CURVES, cells, variants)
     captions[CURVES] = 'training losses, means over seeds'

@@ -57,15 +57,27 @@ def _scores(results: Mapping[str, Any], variants: Sequence[str]) -> list[str]:
   lower = {s['metric'] for s in results['scores'] if not s['higher_is_better']}
   columns = [f'{t["evaluator"]}, {t["metric"]}' + (' (lower is better)' if t['metric'] in lower else '') for t in tasks]
   references = '; '.join(f'{t["evaluator"]}: {t["reference"]}' for t in tasks if t['reference'] is not None)
+  without = f' (without: {x})' if (x := without_error(main_scores(results))) else ''
   return [
       *markdown.table(
           ['variant', *columns, 'average', 'training loss', 's / step', 'parameters', 'active', 'seeds'], rows), '',
-      "± 95 %: the error of the test examples and, with several seeds, the spread of seeds (Student's t). average: the "
-      'mean of (score - reference) / (best - reference), with its interval; best is the best variant, the '
+      f"± 95 %: the error of the test examples{without} and, with several seeds, the spread of seeds (Student's t). "
+      'average: the mean of (score - reference) / (best - reference), with its interval; best is the best variant, the '
       'reference the strongest of chance and baselines below all variants, or 0, and perplexity is taken in logarithms '
       f'({references}). Training loss: the weighted sum of all tasks, in the last eighth of the run. '
       f'{BASELINES}',
       *_merged(results['cells'])]
+
+
+def main_scores(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+  """Scores of the main metric of every evaluator."""
+  keys = {(t['evaluator'], t['metric']) for t in results['account']['tasks']}
+  return [s for s in results['scores'] if (s['evaluator'], s['metric']) in keys]
+
+
+def without_error(scores: Iterable[Mapping[str, Any]]) -> str:
+  """Names of the metrics without an error of the test examples: their intervals are of seeds alone."""
+  return ', '.join(dict.fromkeys(s['metric'] for s in scores if s['error'] is None))
 
 
 def part(score: Mapping[str, Any], baseline: str) -> str:
