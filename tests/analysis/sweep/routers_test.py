@@ -168,6 +168,13 @@ def test_a_run_that_has_not_trained_to_its_end_is_reported_and_counts_in_no_mean
   assert [c['curves'] != {} for c in report['cells']] == [True, True, True, False]
 
 
+@pytest.mark.parametrize('seconds, shown', [
+    (None, None), (.0012345, '0.00123'), (.2, '0.200'), (.99996, '1.00'), (12.345, '12.3'), (99.96, '100'),
+    (1234., '1234')])
+def test_seconds_have_three_digits_also_where_a_step_takes_milliseconds(seconds, shown):
+  assert router_report._seconds(seconds) == shown
+
+
 def test_steps_of_equal_time_are_those_of_dense():
   cells = [{'variant': v, 'steps': 600, 'seconds_per_step': x} for v, x in (
       ('dense', 1.), ('dense', 3.), ('dense', 2.), ('task', 2.5), ('token', 4e9), ('context', None))]
@@ -201,8 +208,8 @@ def test_the_results_have_tables_and_figures_and_no_path_of_the_machine(report, 
       '# Router ablation',
       '| variant | class, top-1 | average | training loss | s / step | parameters | active | seeds |',
       'training loss below dense | p |',
-      '| strongest baseline | 0.700 neighbor |', '| dense | 0.500 ± 0.196 |', '| 0.50 | 3,200 | 1,600 | 2 |',
-      '| dense-0 | 6 | 0.50 | 12 | 52 | cccccccccccc | print | finished |',
+      '| strongest baseline | 0.700 neighbor |', '| dense | 0.500 ± 0.196 |', '| 0.500 | 3,200 | 1,600 | 2 |',
+      '| dense-0 | 6 | 0.500 | 12 | 52 | cccccccccccc | print | finished |',
       '| token-0 | 0 |  | 6 | 6 |  |  | train failed with exit code 1 |', '* context-0: not started.',
       'Equal time: `--steps=6,task=6`', '| task | 0 / 1 / 0 | 0 / 1 / 0 |', '| class, top-1 | 0.250 (',
       '| evaluator | metric | chance | baselines | dense | task | token | context |',

@@ -53,7 +53,8 @@ def _scores(results: Mapping[str, Any], variants: Sequence[str]) -> list[str]:
   for variant in variants:
     v = summary[variant]
     rows.append((variant, *(score(t, variant) for t in tasks), _bounds(v, 'average', 'average_low', 'average_high'),
-                 v['training_loss'], v['seconds_per_step'], count(v['total']), count(v['active']), str(v['seeds'])))
+                 v['training_loss'], _seconds(v['seconds_per_step']), count(v['total']), count(v['active']),
+                 str(v['seeds'])))
   lower = {s['metric'] for s in results['scores'] if not s['higher_is_better']}
   columns = [f'{t["evaluator"]}, {t["metric"]}' + (' (lower is better)' if t['metric'] in lower else '') for t in tasks]
   references = '; '.join(f'{t["evaluator"]}: {t["reference"]}' for t in tasks if t['reference'] is not None)
@@ -195,12 +196,17 @@ def _overlap(matrix: Sequence[Sequence[float]]) -> float | None:
 def _runs(cells: Cells) -> list[str]:
   lines = markdown.table(
       ['run', 'steps', 's / step', 'training s', 'total s', 'commit', 'data', 'status'],
-      [(c['name'], str(c['steps']), c['seconds_per_step'], f'{c["seconds"].get(TRAIN, 0):.0f}',
+      [(c['name'], str(c['steps']), _seconds(c['seconds_per_step']), f'{c["seconds"].get(TRAIN, 0):.0f}',
         f'{sum(c["seconds"].values()):.0f}', *(x and x[:12] for x in (c['commit'], c['data'])), c['status'])
        for c in cells])
   if equal_time := routers.equal_time_steps(cells):
     lines += ['', f'Equal time: `--steps={equal_time}` trains every variant as long as dense.']
   return [*lines, '', 'Config, commands and the values of all figures are in results.json.']
+
+
+def _seconds(x: float | None) -> str | None:
+  """Three significant digits."""
+  return None if x is None else f'{x:.0f}' if x >= 99.95 else f'{x:#.3g}'  # which would print 100.
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
