@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from tests.helpers import tiny
+from tests.helpers import processes, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.analysis.sweep import adaptation, grid, results, router_report, runner
 from uni_moe_jax.data.files import prepare
@@ -59,6 +59,29 @@ def test_a_baseline_on_a_part_of_the_examples_is_marked():
              'variants': [{'variant': 'prompts', **summary}]}
   page = router_report._scores({'scores': scores, 'account': account, 'cells': []}, ['prompts'])
   assert page[2].startswith('| strongest baseline | 0.600 tf-idf (on 5,000 examples) |')
+
+
+@pytest.mark.parametrize('heading, folder', [('Scores', ''), ('Equal time', 'equal_time')])
+def test_the_published_page_has_the_numbers_of_its_results(heading, folder):
+  docs, bounds = processes.ROOT / 'docs/results', router_report._bounds
+  published = json.loads((docs / 'routers' / folder / 'results.json').read_text())
+  steps = {c['variant']: c['steps'] for c in published['cells']}
+
+  def expected(v):
+    gain = bounds(v, 'gain', digits=3)  # dense has none
+    return {
+        'steps': str(steps[v['variant']]), 'seeds': str(v['seeds']), 'training loss': f'{v["training_loss"]:.2f}',
+        'average': f'{v["average"]:.2f}',
+        'below dense by': bounds(v, *(f'training_loss_{k}' for k in ('gain', 'low', 'high'))) or '',
+        'gain over dense': f'{gain}, p {router_report._p(v["p"])}' if gain else '',
+        'win / tie / loss': f'{v["win"]} / {v["tie"]} / {v["loss"]}' if gain else ''}
+
+  section = (docs / 'routers.md').read_text().partition(f'\n## {heading}\n')[2]
+  lines = section[section.index('| variant'):].partition('\n\n')[0].splitlines()
+  columns, _, *rows = ([cell.strip() for cell in line[1:-1].split('|')] for line in lines)
+  values = {v['variant']: expected(v) for v in published['account']['variants']}
+  assert {name: dict(zip(columns[1:], row, strict=True)) for name, *row in rows} == {
+      name: {column: of_variant[column] for column in columns[1:]} for name, of_variant in values.items()}
 
 
 def test_a_bar_in_a_name_divides_no_cell():
