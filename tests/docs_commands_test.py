@@ -17,7 +17,7 @@ _ROOT = processes.ROOT
 # Programs whose arguments are not checked, and why.
 _PROGRAMS = {
     **dict.fromkeys(('mkdir', 'awk', 'cd', '.', 'ruff', 'basedpyright', 'pre-commit', 'mkdocs', 'venv', 'gcloud',
-                     'docker'), 'not of this repository'),
+                     'docker', 'git'), 'not of this repository'),
     **dict.fromkeys(('serve/bin/pip', '../serve/bin/python', 'exported/example.py'),
                     'tests/launch/export_test.py runs the commands'),
     **dict.fromkeys(('./launch/quickstart.sh', './launch/test.sh'), 'without arguments, or with those of pytest')}
