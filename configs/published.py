@@ -1,10 +1,10 @@
 """The published choices on the embedded data: for converted checkpoints and for training them further.
 
   uni-moe convert --checkpoint=model.pth --config=published:size=tiny,moe=true \
-      --workdir=runs/converted --config.tokenizer.merges_path=bpe_simple_vocab_16e6.txt.gz
+      --workdir=runs/converted --config.tokenizer.merges_path=/path/to/bpe_simple_vocab_16e6.txt.gz
   uni-moe evaluate --workdir=runs/converted
   uni-moe train --config=published:size=tiny,moe=true --workdir=runs/converted \
-      --config.tokenizer.merges_path=bpe_simple_vocab_16e6.txt.gz
+      --config.tokenizer.merges_path=/path/to/bpe_simple_vocab_16e6.txt.gz
 
 Arguments:
   size=tiny       (default), small, base or large

@@ -1,7 +1,7 @@
 """Convert the authors' PyTorch checkpoints in both directions.
 
   uni-moe convert --checkpoint=model.pth --config=published --workdir=runs/converted \
-      --config.tokenizer.merges_path=bpe_simple_vocab_16e6.txt.gz
+      --config.tokenizer.merges_path=/path/to/bpe_simple_vocab_16e6.txt.gz
   uni-moe convert --workdir=runs/converted --output=ours.pth
 
 The first command makes a work directory whose step 0 has the checkpoint's parameters; uni-moe train and

@@ -5,7 +5,7 @@ usage() {
   cat <<'HELP'
 Usage: ./launch/quickstart.sh [ARGUMENT...]
 
-Trains and evaluates a generalist model on a machine with only Python 3.11: creates the environment,
+Trains and evaluates a generalist model with Python 3.11, 3.12 or 3.13: creates the environment,
 prepares the embedded data, trains on all its tasks, evaluates, writes a report and exports. Finished phases are
 skipped. After Ctrl-C (exit code 75) the same command continues.
 
