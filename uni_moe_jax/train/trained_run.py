@@ -30,6 +30,7 @@ class TrainedRun:
   """The model of a work directory and its tasks, by the names that the run's config gives them. Use `load`.
 
   Images are uint8 [B, H, W, C] and videos uint8 [B, T, H, W, C], of the size and channels of the run's model.
+  Other sizes are refused; resize and crop first.
   """
 
   def __init__(self, run: run_lib.Run, params: Any):
@@ -93,7 +94,7 @@ class TrainedRun:
     return [[(texts[i], float(p[i])) for i in best] for p, best in zip(probabilities, order, strict=True)]
 
   def caption(self, task: str, images: np.ndarray, beam_size: int = 1, rerank_by: str = '') -> list[str]:
-    """A caption per image or video, by beam search; see the field `rerank_by` of evaluators."""
+    """A caption per image or video, greedy at `beam_size=1`; see the field `rerank_by` of evaluators."""
     if beam_size < 1:
       raise UsageError(f'beam_size={beam_size} must be at least 1.')
     spec = self._task(task, visual=True)
