@@ -1,11 +1,11 @@
 """Joint training of the embedded tasks with the attribute router: about ten minutes on two CPU cores.
 
   uni-moe prepare-data
-  uni-moe train --config=quickstart --workdir=runs/quickstart
+  uni-moe train --config=quickstart --workdir=runs/quickstart --compile_separately
   uni-moe evaluate --workdir=runs/quickstart
 
-./launch/quickstart.sh runs all three. README.md has the scores. Another router is one override:
---config.moe.router=dense|modality|task|attribute|token|context.
+./launch/quickstart.sh runs these, writes a report and exports. README.md has the scores. Another router is one
+override: --config.moe.router=dense|modality|task|attribute|token|context.
 """
 
 import ml_collections

@@ -20,7 +20,7 @@ Usage: uni-moe COMMAND [--FLAG=VALUE ...]
 """
 _EXAMPLE = """A first run, in about twenty minutes on two CPU cores:
   uni-moe prepare-data
-  uni-moe train --config=quickstart --workdir=runs/quickstart
+  uni-moe train --config=quickstart --workdir=runs/quickstart --compile_separately
   uni-moe evaluate --workdir=runs/quickstart
 
 Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 error, 2 wrong usage."""
