@@ -314,8 +314,7 @@ def _folder(tmp_path_factory):
   c = tiny.config('shape', 'caption', 'package', data_dir=tiny.data_dir())
   c.evaluators.captions = config_lib.evaluator('caption', 'caption', split='train', beam_size=2, length_penalty=1.0)
   run = train_run.build(c, jax.devices()[:1])
-  rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda x: np.asarray(0.3 * rng.normal(size=x.shape), np.float32), run.shapes.params)
+  params = shipped.random_params(run.shapes.params)
   exported = contents.make_contents(
       run.spec.model.spec, params, run.plan, run.data, dtype='float32', num_examples=6)
   folder = tmp_path_factory.mktemp('browser') / 'model'

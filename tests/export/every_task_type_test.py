@@ -48,9 +48,7 @@ def _config(router: str, some: bool) -> ml_collections.ConfigDict:
 
 def _trained(run: train_run.Run):
   """Parameters after two steps from random values, including biases and gates."""
-  rng = np.random.default_rng(0)
-  start = jax.tree.map(lambda x: np.asarray(0.3 * rng.normal(size=x.shape), np.float32), run.shapes.params)
-  state, step, sets = run.state_from(start), run.step_fn(), run.target_sets()
+  state, step, sets = run.state_from(shipped.random_params(run.shapes.params)), run.step_fn(), run.target_sets()
   for _, batch in run.mixture().iterate(0, 2):
     state, _ = step(state, run.put_batch(batch), sets)
   return jax.device_get(state.params)

@@ -58,12 +58,12 @@ def test_models_equal_the_programs_where_onnxruntime_and_numpy_are_alone(tmp_pat
   c.moe.router, c.model.word_neighbors = router, 2
   c.evaluators.captions = config_lib.evaluator('caption', 'caption', split='train', beam_size=2, length_penalty=1.0)
   run = train_run.build(c, jax.devices()[:1])
-  rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda x: np.asarray(0.3 * rng.normal(size=x.shape), np.float32), run.shapes.params)
+  params = shipped.random_params(run.shapes.params)
   exported = contents.make_contents(run.spec.model.spec, params, run.plan, run.data, dtype='float32')
   folder = tmp_path / 'model'
   artifact.write(folder, exported, {'name': 'mine'}, [], formats=['onnx'])
   model, given, want = shipped.module(folder).Model(folder), {}, {}
+  rng = np.random.default_rng(0)
   for task, entry in model.manifest['tasks'].items():
     for name, program in entry['programs'].items():
       assert ('reason' in program['onnx']) == (name == 'caption'), (task, name, program['onnx'])

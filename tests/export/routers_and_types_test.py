@@ -23,8 +23,7 @@ def test_routers_by_token_are_exported_and_products_can_be_bfloat16(tmp_path, ro
   c = tiny.config('shape', 'package', data_dir=tiny.data_dir())
   c.moe.router, c.model.dtype = router, dtype
   run = train_run.build(c, jax.devices()[:1])
-  shapes, rng = run.shapes.params, np.random.default_rng(0)
-  params = jax.tree.map(lambda x: np.asarray(0.3 * rng.normal(size=x.shape), np.float32), shapes)
+  params = shipped.random_params(run.shapes.params)
   on_device = jax.device_put(params)  # as they are read from a checkpoint
   exported = contents.make_contents(run.spec.model.spec, on_device, run.plan, run.data, dtype=dtype)
   assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves(exported.params))  # on any device they can be read

@@ -3,6 +3,7 @@
 import importlib.util
 import pathlib
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,6 +48,12 @@ try:
 except ImportError as e:
   print(e)
 ''' % (BATCHES,)  # noqa: UP031
+
+
+def random_params(shapes: Any) -> Any:
+  """Random parameters of these shapes, biases and gates among them."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda x: np.asarray(0.3 * rng.normal(size=x.shape), np.float32), shapes)
 
 
 def module(folder: pathlib.Path) -> types.ModuleType:
