@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from uni_moe_jax.moe import gmm
+from uni_moe_jax.tasks.router_names import GMM_BACKENDS
 
 TOKAMAX = pytest.mark.skipif(importlib.util.find_spec('tokamax') is None, reason='tokamax is not installed')
-ALL = [pytest.param(backend, marks=TOKAMAX if backend == 'tokamax' else []) for backend in gmm.BACKENDS]
+ALL = [pytest.param(backend, marks=TOKAMAX if backend == 'tokamax' else []) for backend in GMM_BACKENDS]
 
 # Groups within a tile, over many tiles, of whole tiles, none at all, and all rows in one; and one whose last tile
 # reaches beyond all rows.

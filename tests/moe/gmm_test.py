@@ -14,6 +14,7 @@ from tests.helpers import abstract_devices, gmm_backends, small_model
 from tests.helpers.gmm_backends import SIZES, normal
 from tests.helpers.jaxprs import equations
 from uni_moe_jax.moe import gmm, gmm_triton
+from uni_moe_jax.tasks.router_names import GMM_BACKENDS
 from uni_moe_jax.utils.errors import UsageError
 
 _E, _D, _F, _G = 4, 6, 5, 16
@@ -188,7 +189,7 @@ def test_auto_follows_the_device_and_xla_is_auto_without_the_kernels(device, cap
   with mock.patch.object(jax, 'default_backend', lambda: device):
     assert gmm.choose_backend('auto', capacity) == auto
   assert gmm.choose_backend('xla', capacity, device) == xla
-  for backend in gmm.BACKENDS:  # a named one is kept
+  for backend in GMM_BACKENDS:  # a named one is kept
     assert gmm.choose_backend(backend, capacity) == backend
 
 

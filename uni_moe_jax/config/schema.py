@@ -13,13 +13,12 @@ import ml_collections
 from uni_moe_jax.config import fields
 from uni_moe_jax.config.fields import entries, field
 from uni_moe_jax.config.task_schema import EvaluatorConfig, TargetSetConfig, TaskConfig
-from uni_moe_jax.tasks.router_names import ROUTERS
+from uni_moe_jax.tasks.router_names import GMM_BACKENDS, ROUTERS
 from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 FREEZE = 'freeze'
 SUBLAYERS = ('attention', 'mlp')
-GMM_BACKENDS = ('auto', 'xla', 'tiled', 'batched', 'ragged', 'megablox', 'triton', 'tokamax')  # see moe/gmm.py
 # Temperature groups of the published system; each of its checkpoints has all of them.
 PUBLISHED_TEMPERATURES = ('img_cls', 'video_cls', 'text_mlm', 'text_caption', 'caption', 'mlm', 'retrieve', 'tqa_mlm',
                           'tqa_caption', 'tqa_retrieve', 'downstream')
@@ -139,7 +138,8 @@ class MoeConfig:
   capacity_factor: float = field(0.0, 'Token routers: in training, an expert takes ⌈factor · K · tokens / E⌉ tokens of '
                                  'an array.', at_least=0, off=0)
   gmm: str = field('auto', 'Grouped matrix multiplication of token routers: auto (by device), xla (as auto, but '
-                   'without custom kernels), tiled, batched, ragged, megablox, triton, tokamax.', choices=GMM_BACKENDS)
+                   'without custom kernels), tiled, batched, ragged, megablox, triton, tokamax.',
+                   choices=('auto', 'xla', *GMM_BACKENDS))
   balance_loss_weight: float = field(0.0, 'Token routers: weight of the load balancing loss.', at_least=0, off=0)
   importance_loss_weight: float = field(0.0, 'Token routers: weight of the importance loss.', at_least=0, off=0)
   z_loss_weight: float = field(0.0, 'Token routers: weight of the z-loss of gate logits.', at_least=0, off=0)

@@ -67,7 +67,7 @@ def make_plan(
     groups: into how many equal runs of positions S is split, each with its own capacity (2 for [words | queries]).
     capacity_factor: f, or 0 for exact routing. Slots are given position by position over the batch, so that a later
       position never takes a slot from an earlier one of any example; at one position first choices come first.
-    backend: one of `gmm.BACKENDS`, 'auto', 'xla', `gmm.PORTABLE` or `gmm.EVERY_EXPERT`.
+    backend: one of `GMM_BACKENDS`, 'auto', 'xla', `gmm.PORTABLE` or `gmm.EVERY_EXPERT`.
   """
   B, S, K = output.expert.shape
   E = output.logits.shape[-1]

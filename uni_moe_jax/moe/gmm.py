@@ -13,9 +13,9 @@ from jax.experimental.pallas.ops.tpu.megablox import gmm
 
 from uni_moe_jax.moe import gmm_tiled, gmm_triton, pallas_kernels
 from uni_moe_jax.parallel import sharding
+from uni_moe_jax.tasks.router_names import GMM_BACKENDS
 from uni_moe_jax.utils.errors import UsageError
 
-BACKENDS = ('tiled', 'batched', 'ragged', 'megablox', 'triton', 'tokamax')
 AUTO, XLA = 'auto', 'xla'
 DEVICES = {'megablox': 'tpu', 'triton': 'gpu'}  # kernel → type of device; elsewhere it is interpreted
 # Of exported programs: 'tiled' on CPU, `in_rounds` elsewhere. No kernel is part of it: those of Triton and megablox are
@@ -68,7 +68,7 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
       equal: group e is rows e · G/E to (e + 1) · G/E, of which the first `sizes[e]` count.
     kernel: [E, D, F].
     sizes: int32 [E], rows of every group; G is `num_rows(backend, most)`, and Σ at most `most`.
-    backend: one of `BACKENDS` other than 'tiled'.
+    backend: one of `GMM_BACKENDS` other than 'tiled'.
 
   Returns:
     [G, F]. Rows outside all groups have arbitrary values, NaN included; their incoming gradient must be 0.
@@ -89,7 +89,7 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
     return _tokamax(x, kernel, sizes)
   if backend == PORTABLE:
     return in_rounds(x, kernel, sizes)
-  raise UsageError(f'backend {backend!r} is not one of {", ".join(BACKENDS[1:])}.')
+  raise UsageError(f'backend {backend!r} is not one of {", ".join(GMM_BACKENDS[1:])}.')
 
 
 def _tokamax(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
