@@ -39,12 +39,12 @@ def _runs(tmp_path_factory):
 _PUBLISHED_PROMPTS = {
     'imagenet1k': (64, 1e-4, 500, 2500, 'shared', True, True, 0.0, 0.0, 1.0),
     'kinetics400': (4, 5e-4, 200, 2000, 'shared', True, False, 0.1, 0.1, 1.0),
-    'coco_caption': (32, 1e-3, 100, 1000, 'shared', False, False, 0.1, 0.1, 2.0),
-    'coco_retrieval': (256, 1e-3, 50, 500, 'separate', False, False, 0.1, 0.1, 0.5),
-    'flickr30k_caption': (32, 1e-3, 50, 500, 'shared', False, False, 0.2, 0.1, 1.0),
-    'flickr30k_retrieval': (256, 1e-3, 50, 1000, 'separate', False, False, 0.2, 0.2, 1.0),
-    'msvd_caption': (2, 1e-3, 25, 200, 'shared', False, False, 0.1, 0.2, 1.0),
-    'msvd_retrieval': (16, 1e-3, 10, 100, 'separate', False, False, 0.2, 0.2, 1.0),
+    'coco_caption': (32, 1e-3, 100, 1000, 'shared', False, False, 0.2, 0.0, 2.0),
+    'coco_retrieval': (256, 1e-3, 50, 500, 'separate', False, False, 0.2, 0.2, 0.5),
+    'flickr30k_caption': (32, 1e-3, 50, 500, 'shared', False, False, 0.1, 0.1, 1.0),
+    'flickr30k_retrieval': (256, 1e-3, 50, 1000, 'separate', False, False, 0.1, 0.1, 1.0),
+    'msvd_caption': (2, 1e-3, 25, 200, 'shared', False, False, 0.1, 0.1, 1.0),
+    'msvd_retrieval': (16, 1e-3, 10, 100, 'separate', False, False, 0.1, 0.1, 1.0),
 }
 
 

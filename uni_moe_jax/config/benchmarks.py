@@ -97,12 +97,12 @@ def _glue_tuning(batch_size: int, warmup_steps: int, steps: int, learning_rate: 
 TUNING = {
     'imagenet1k': Tuning(128, 2e-5, 2_000, 20_000, max_len=0, weight_decay=1e-8, b2=0.999, min_learning_rate=1e-8),
     'kinetics400': Tuning(8, 5e-6, 2_000, 40_000, max_len=0),
-    'coco_caption': Tuning(32, 2e-5, 500, 10_000, loss_weight=2.0),
-    'coco_retrieval': Tuning(256, 5e-6, 500, 10_000),
-    'flickr30k_caption': Tuning(32, 2e-6, 500, 4_000, drop_path=0.2, dense_drop_path=0.1),
+    'coco_caption': Tuning(32, 2e-5, 500, 10_000, loss_weight=2.0, drop_path=0.2),
+    'coco_retrieval': Tuning(256, 5e-6, 500, 10_000, drop_path=0.2),
+    'flickr30k_caption': Tuning(32, 2e-6, 500, 4_000),
     'flickr30k_retrieval': Tuning(256, 5e-6, 200, 5_000),
-    'msvd_caption': Tuning(2, 2e-5, 100, 1_000, drop_path=0.2),
-    'msvd_retrieval': Tuning(16, 5e-6, 200, 2_000, drop_path=0.2),
+    'msvd_caption': Tuning(2, 2e-5, 100, 1_000),
+    'msvd_retrieval': Tuning(16, 5e-6, 200, 2_000),
     # Only a config for debugging was published.
     'vqa': Tuning(64, 4e-5, 1_000, 20_000, max_len=23, loss_weight=0.1, weight_decay=0.05, b2=0.999, eps=1e-8,
                   grad_clip_norm=0.0, min_learning_rate=1e-8),
@@ -131,12 +131,12 @@ _SEPARATE = dict(sharing='separate')
 PROMPT_TUNING = {
     'imagenet1k': PromptTuning(64, 1e-4, 500, 2_500, max_len=0, linear_head=True, label_prompts=True, drop_path=0.0),
     'kinetics400': PromptTuning(4, 5e-4, 200, 2_000, max_len=0, linear_head=True),
-    'coco_caption': PromptTuning(32, 1e-3, 100, 1_000, loss_weight=2.0),
-    'coco_retrieval': PromptTuning(256, 1e-3, 50, 500, loss_weight=0.5, **_SEPARATE),
-    'flickr30k_caption': PromptTuning(32, 1e-3, 50, 500, drop_path=0.2, dense_drop_path=0.1),
-    'flickr30k_retrieval': PromptTuning(256, 1e-3, 50, 1_000, drop_path=0.2, **_SEPARATE),
-    'msvd_caption': PromptTuning(2, 1e-3, 25, 200, dense_drop_path=0.2),
-    'msvd_retrieval': PromptTuning(16, 1e-3, 10, 100, drop_path=0.2, **_SEPARATE),
+    'coco_caption': PromptTuning(32, 1e-3, 100, 1_000, loss_weight=2.0, drop_path=0.2, dense_drop_path=0.0),
+    'coco_retrieval': PromptTuning(256, 1e-3, 50, 500, loss_weight=0.5, drop_path=0.2, **_SEPARATE),
+    'flickr30k_caption': PromptTuning(32, 1e-3, 50, 500),
+    'flickr30k_retrieval': PromptTuning(256, 1e-3, 50, 1_000, **_SEPARATE),
+    'msvd_caption': PromptTuning(2, 1e-3, 25, 200),
+    'msvd_retrieval': PromptTuning(16, 1e-3, 10, 100, **_SEPARATE),
 }
 # Ours: of MSR-VTT only zero-shot evaluation was published.
 for _rows in (TUNING, PROMPT_TUNING):
