@@ -59,6 +59,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   else:
     finetuning.MODES[a.mode](c)
     c.tasks[a.task].linear_head = a.mode == 'prompts'  # GLUE and VQA choose among classes
+    if a.mode == 'zero_shot':
+      benchmarks.zero_shot(c, a.task)
   if a.data == 'few' or not a.data and a.mode == 'prompts':
     c.tasks[a.task].train_fraction = finetuning.TRAIN_FRACTION
   return c

@@ -241,11 +241,16 @@ def test_records_of_glue_have_its_columns_and_classes(name, synthetic):
   assert set(data.records(t.source, 'train').classes['label']) == {name for name, _ in benchmarks.GLUE[name][1]}
 
 
-def test_benchmarks_are_evaluated_as_published():
-  search = lambda e: (e.beam_size, e.max_len, e.detokenize)
+def test_benchmarks_are_evaluated_as_published(trained):
+  search = lambda e: (e.beam_size, e.max_len, e.detokenize, e.length_penalty)
   names = [f'{data}_caption' for data in ('coco', 'flickr30k', 'msvd', 'msrvtt')]
-  assert {search(_config(name).evaluators[name]) for name in names} == {(2, 21, False)}
-  assert search(_config('size=tiny', 'pretrain').evaluators.coco_captions) == (2, 21, False)
+  for mode, length_penalty in (('finetune', 0.0), ('prompts', 0.0), ('zero_shot', 2.0)):
+    configs = [_config(f'task={name},run={trained},mode={mode}') for name in names]
+    assert {search(c.evaluators[name]) for c, name in zip(configs, names)} == {(2, 21, False, length_penalty)}
+  assert search(_config('size=tiny', 'pretrain').evaluators.coco_captions) == (2, 21, False, 0.0)
+  lengths = {name: _config(f'task={name},run={trained},mode=zero_shot').tasks[name].max_len
+             for name in ('coco_retrieval', 'msvd_retrieval', 'msrvtt_retrieval')}
+  assert lengths == {'coco_retrieval': 30, 'msvd_retrieval': 77, 'msrvtt_retrieval': 77}
   videos = [_config(name).tasks[name] for name in ('kinetics400', 'msvd_caption', 'msvd_retrieval')]
   assert [(t.num_frames, t.frame_stride) for t in videos] == [(8, 32.0), (4, 32.0), (4, 32.0)]
   vqa = _config('vqa').tasks.vqa
@@ -284,7 +289,7 @@ def _captioning():
   """A captioning config with small images and short texts."""
   c = config.base()
   c.tokenizer.update(dict(type='sentencepiece', path=tiny.tokenizer_file()))
-  c.model.update(dict(num_layers=2, width=16, num_heads=2, mlp_dim=16, image_size=16, patch_size=8, max_text_len=40,
+  c.model.update(dict(num_layers=2, width=16, num_heads=2, mlp_dim=16, image_size=16, patch_size=8, max_text_len=80,
                       remat=False))
   c.moe.num_experts = 2
   c.target_sets.vocabulary = config.target_set('vocabulary', family='words')
@@ -326,8 +331,8 @@ def test_a_run_is_adapted_to_a_benchmark_or_evaluated_on_it(name, mode, syntheti
 def test_a_benchmark_starts_from_a_run(trained, name, mode):
   c = _config(f'task={name},run={trained}{mode}')
   plan, t = make_plan(c), c.tasks[name]
-  assert (c.train.init, c.model.width, c.model.max_text_len) == (trained, 16, 40)
-  assert t.max_len == min(40, _PUBLISHED[name][1])  # of the model
+  assert (c.train.init, c.model.width, c.model.max_text_len) == (trained, 16, 80)
+  assert t.max_len == min(80, _PUBLISHED[name][1])  # of the model
   assert {e.task.name for e in plan.evaluations} == {name}
   trains = {'': '.*', ',mode=finetune': '.*', ',mode=prompts': schema.FREEZE, ',mode=zero_shot': ''}[mode]
   assert [t.name for t in plan.tasks] == ([name] if trains else [])

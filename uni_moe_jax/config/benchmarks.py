@@ -16,6 +16,7 @@ from uni_moe_jax.tasks.router_names import DENSE
 
 CAPTIONS = '{captions}'
 CAPTION_SEARCH = dict(beam_size=2, max_len=21, detokenize=False)  # of evaluators
+_ZERO_SHOT_TOKENS = 77  # of texts that videos are retrieved by
 _SMOOTHING = dict(label_smoothing=0.1)
 # Augmentation of classified images, of captioned images, and of videos.
 _CLASSIFIED = dict(crop='random_resized_crop', random_flip=True, randaugment=9.0, random_erasing=0.25)
@@ -161,6 +162,15 @@ def prompt_tuning(c: ml_collections.ConfigDict, name: str) -> None:
   if t.label_prompts:
     c.target_sets[name].label_prompts = True
   c.train.update(dict(log_every=t.steps // 50, checkpoint_every=t.steps // 5))
+
+
+def zero_shot(c: ml_collections.ConfigDict, name: str) -> None:
+  """Set the published search of captions and length of texts of a benchmark that nothing trains."""
+  e, t = c.evaluators.get(name), c.tasks[name]
+  if e is not None and e.type == 'caption':
+    e.length_penalty = 2.0
+  if t.type == 'video_retrieval':
+    t.max_len = min(_ZERO_SHOT_TOKENS, c.model.max_text_len)
 
 
 def _train(c: ml_collections.ConfigDict, t: Tuning) -> None:
