@@ -21,7 +21,7 @@ from uni_moe_jax.eval import suite
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.tasks.router_names import ROUTERS
 from uni_moe_jax.tools.preflight import compiled_programs
-from uni_moe_jax.train import finetuning, loop, workdir
+from uni_moe_jax.train import finetuning, loop, optimizer, workdir
 from uni_moe_jax.train import run as train_run
 
 _EXAMPLES = synthetic_records.EXAMPLES
@@ -221,6 +221,10 @@ def test_a_benchmark_is_tuned_as_published(name):
   c = _config(name)
   t, o = c.tasks[name], c.optim
   assert o.param_groups[-1][0] == '.*'
+  groups = optimizer.match_param_groups({'embed': {'word': 0, 'norm': {'scale': 0}}}, [
+      group for group in o.param_groups if group[1] != schema.FREEZE])
+  decay = 0.05 if name == 'vqa' or name in benchmarks.GLUE else 0.0  # of tables
+  assert [groups['embed']['word'].weight_decay, groups['embed']['norm']['scale'].weight_decay] == [decay, 0.0]
   assert (t.batch_size, t.max_len, o.learning_rate, o.param_groups[-1][2], o.b2, o.warmup_steps, c.train.steps,
           c.model.drop_path, t.loss_weight) == _PUBLISHED[name]
   assert benchmarks.TUNING[name].dense_drop_path is None
