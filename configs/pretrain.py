@@ -9,8 +9,8 @@
 Arguments:
   size=base            (default), tiny, small or large
   router=attribute     (default), task, modality, token, context or dense
-  stage=1              (default) images of 160 pixels, 230 thousand steps; stage=2: 224 pixels, 50 thousand steps, from
-                       stage 1
+  stage=1              (default) images of 160 pixels, 230 thousand steps (dense: 200); stage=2: 224 pixels, 50 thousand
+                       steps (dense: 45), from stage 1
   mixture=all_tasks    (default) a step has every task in the proportion in which mixture=one_task would draw it, and
                        weights its loss accordingly: the same expectation, except that retrieval contrasts with the
                        whole batch. one_task: a step has one task, drawn by its sampling weight, and retrieval contrasts
@@ -22,16 +22,17 @@ to 2; tiny, with its three heads, has 256 at most. With 8 set train.grad_accum_s
 come from one micro-step. docs/guides/benchmarks.md says how to obtain the data. CLIP's merges file is expected in the
 current folder, or at --config.tokenizer.merges_path.
 
-Sizes, loss and sampling weights, learning rates and steps are those published for the base model; other sizes use them
-too. Not as published: bfloat16 instead of float16 with loss scaling; image positions are computed; a step of all tasks
-updates every parameter. It has not been run, so no scores are known.
+Sizes, loss and sampling weights, learning rates and steps are those published for the base model with experts and
+without; other sizes use them too. The published run with experts had 56 ranks: 64 see as many examples in 201 thousand
+steps and then 44. Not as published: bfloat16 instead of float16 with loss scaling; image positions are computed; a step
+of all tasks updates every parameter. It has not been run, so no scores are known.
 """
 
 import ml_collections
 
 from uni_moe_jax import config
 from uni_moe_jax.config import benchmarks, presets
-from uni_moe_jax.tasks.router_names import DISPATCHED, ROUTERS
+from uni_moe_jax.tasks.router_names import DENSE, DISPATCHED, ROUTERS
 
 RANKS = 64  # of the published run; each draws a task of its own
 UNIT = 256  # examples; batches of a step of all tasks are multiples of it
@@ -43,7 +44,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Sixteen tasks, patches of 16, CLIP's vocabulary, experts in every other layer."""
   a = config.arguments(arg, __file__, dict(size='base', router='attribute', stage=1, mixture='all_tasks'),
                        dict(size=presets.SIZES, router=ROUTERS, stage=(1, 2), mixture=('all_tasks', 'one_task')))
-  first = a.stage == 1
+  first, dense = a.stage == 1, a.router == DENSE
   c = config.base()
   presets.published(c, weight_decay=0.2 if first and a.size in ('base', 'large') else 0.05)
   c.optim.param_groups = tuple(group for group in c.optim.param_groups if group[0] != 'embed/spatial$')  # computed here
@@ -63,22 +64,27 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   c.evaluators.coco_retrieval = config.evaluator(
       'retrieval', 'coco_retrieval', split='val', num_examples=5_000, during_training=True)
   if not first:
-    _second_stage(c)
+    _second_stage(c, dense)
   _weigh(c, one_task=a.mixture == 'one_task')
   peak = 1e-3 if first else 2e-5
   c.optim.update(dict(learning_rate=peak, warmup_steps=10_000 if first else 5_000, final_lr_fraction=1e-6 / peak))
-  c.train.update(dict(steps=230_000 if first else 50_000, log_every=50, checkpoint_every=2_000))
+  steps = (200_000 if dense else 230_000) if first else (45_000 if dense else 50_000)
+  c.train.update(dict(steps=steps, log_every=50, checkpoint_every=2_000))
   # Base would fit without: but so each device merges and updates its part of the experts alone. The widths of tiny and
   # small are no multiples of 256 devices.
   c.mesh.fsdp = a.size in ('base', 'large')
   return c
 
 
-def _second_stage(c: ml_collections.ConfigDict) -> None:
-  """Larger images in smaller batches, without mixup; more frames of Kinetics, more often."""
+def _second_stage(c: ml_collections.ConfigDict, dense: bool) -> None:
+  """Larger images in smaller batches, without mixup; more frames of Kinetics, more often.
+
+  dense: a model without experts, of which all but ImageNet has half the weight.
+  """
   c.model.posemb_scale = 160 / 224  # a patch keeps its place in the image
   for t in c.tasks.values():
     t.batch_size = STAGE_2_BATCH.get(t.type, t.batch_size)
+    t.loss_weight *= 0.5 if dense and t.type != 'image_classification' else 1.0
   c.tasks.imagenet21k.update(dict(mixup_alpha=0.0, cutmix_alpha=0.0))
   c.tasks.kinetics700.update(dict(batch_size=12, num_frames=8, sampling_weight=1.0))
   c.tasks.moments.update(dict(batch_size=68, sampling_weight=0.2))

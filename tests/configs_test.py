@@ -136,6 +136,17 @@ def test_one_task_per_step_has_the_published_weights_and_the_batches_of_all_rank
   assert (second.kinetics700.sampling_weight, second.moments.sampling_weight) == (1.0, 0.2)
 
 
+@pytest.mark.parametrize('router, steps, loss_weights', [
+    ('attribute', (230_000, 50_000), (1.0, 0.1, 0.1, 0.5, 1.0, 0.5)),
+    ('dense', (200_000, 45_000), (1.0, 0.05, 0.05, 0.25, 0.5, 0.25))])
+def test_pretraining_has_the_published_steps_and_loss_weights_of_its_model(router, steps, loss_weights):
+  first, second = (_config('pretrain', f'router={router},stage={s},mixture=one_task') for s in (1, 2))
+  assert (first.train.steps, second.train.steps) == steps
+  names = ('imagenet21k', 'kinetics700', 'moments', 'bookswiki', 'sbu_caption', 'sbu_retrieval')
+  assert tuple(first.tasks[name].loss_weight for name in names) == (1.0, 0.1, 0.1, 0.5, 1.0, 0.5)
+  assert tuple(second.tasks[name].loss_weight for name in names) == loss_weights
+
+
 def test_all_tasks_per_step_have_the_batches_and_weights_that_drawing_would_give():
   drawn, mixed = (_config('pretrain', f'mixture={m}').tasks for m in ('one_task', 'all_tasks'))
   total = 2.486 + 0.76 + 0.44 + 2.75 + 2 * (0.584 + 0.5057 + 0.26295 + 0.1766 + 0.1144 + 0.1383)
