@@ -17,7 +17,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.analysis import run_expert_usage
 from uni_moe_jax.config import metric_names
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.assemble import Sources
+from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.files import prepare
 from uni_moe_jax.eval import example_scores, samples, suite
 from uni_moe_jax.eval.metrics import Score
@@ -111,7 +111,7 @@ def _evaluate_one(workdir, monkeypatch, value, num_examples):
   c.evaluators.e = config_lib.evaluator('classification', 'shape', split='train', num_examples=num_examples)
   monkeypatch.setattr(suite, '_measure', lambda *_, **__: [('e', Score.proportion('top-1', value, 4))])
   plan = make_plan(c)
-  data = types.SimpleNamespace(evaluation_fingerprints=lambda: {'e': 'print'})
+  data = types.SimpleNamespace(evaluation_fingerprints=lambda: {'e': 'print'}, inputs_fingerprint='print')
   suite.evaluate(plan, data, types.SimpleNamespace(mesh=None), 3, workdir)
   return plan
 
@@ -157,13 +157,14 @@ def test_an_evaluation_on_other_data_does_not_count(tmp_path, monkeypatch):
   names = tmp_path / 'names.txt'
   names.write_text('x\ny\nz\n')
   c = tiny.config(data_dir=str(tmp_path))
+  c.tokenizer.path = tiny.tokenizer_file()
   c.target_sets.three = config_lib.target_set('file:names.txt', family='words')
   c.tasks.t = config_lib.task('text_classification', 'own:three', batch_size=8, target_set='three', max_len=8,
                               label_column='label', template='{text_a} <eot> <spe>')
   c.evaluators.e = config_lib.evaluator('classification', 't', split='train')
   monkeypatch.setattr(suite, '_measure', lambda *_, **__: [('e', Score.proportion('top-1', .5, 4))])
   plan = make_plan(c)
-  rows = suite.evaluate(plan, Sources(c, plan), types.SimpleNamespace(mesh=None), 3, tmp_path)
+  rows = suite.evaluate(plan, Data(c, plan), types.SimpleNamespace(mesh=None), 3, tmp_path)
   finished = lambda: suite.finished_rows(tmp_path, plan, 3, c)
   assert finished() == rows
   names.write_text('x\ny\tyes\nz\n')

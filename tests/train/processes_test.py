@@ -3,11 +3,15 @@
 import json
 import pathlib
 import re
+import runpy
+import shutil
 import sys
 
 import pytest
 
 from tests.helpers import in_process, process_step, processes, saved_run, tiny
+from uni_moe_jax.data.embedded import glyphs
+from uni_moe_jax.data.pipeline import npz_records
 from uni_moe_jax.utils import storage
 
 
@@ -145,3 +149,19 @@ def test_a_run_of_which_one_process_lacks_the_data_ends_within_seconds_and_names
   assert code == 2 and output.count('error: ') == 1 and f'{tmp_path / "missing"} does not exist' in output, output
   assert other == 1 and 'error: another process of this run has died or cannot be reached' in lost, lost
   assert not (tmp_path / 'run/config.json').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('script', ['train', 'evaluate'])
+def test_processes_of_which_one_has_another_validation_label_are_refused(tmp_path, script):
+  config, (columns, classes) = _config(tmp_path), tiny.columns()['glyphs']
+  for i in range(2):
+    folder = shutil.copytree(tiny.data_dir(), tmp_path / f'data{i}') / glyphs._FOLDER
+    npz_records.save(folder, 'validation', {**columns, 'class': [tiny.CLASSES[i], *columns['class'][1:]]}, classes)
+  if script == 'evaluate':
+    saved_run.save(tmp_path / 'run', runpy.run_path(str(tmp_path / 'config.py'))['get_config'](), 1, devices=8)
+  common = [sys.executable, f'launch/{script}.py', config, '--config.evaluators.shape.split=validation',
+            f'--workdir={tmp_path / "run"}', f'--coordinator_address={processes.free_address()}', '--num_processes=2']
+  each = [[*common, f'--process_id={i}', f'--config.data.dir={tmp_path / f"data{i}"}'] for i in range(2)]
+  for code, output in processes.together(*each, devices=4):
+    assert code == 2 and 'error: process 1 of 2 reads other data than process 0' in output, output

@@ -7,11 +7,11 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import ml_collections
 
-from uni_moe_jax.config.plan import Plan, SetSpec, TaskSpec
+from uni_moe_jax.config.plan import Evaluation, Plan, SetSpec, TaskSpec
 from uni_moe_jax.data import mirror, sources
 from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.files.file_dataset_examples import FileExampleBuilder
@@ -48,13 +48,16 @@ class Sources:
       self._records[source, split] = sources.load(source, self.dir, split)
     return self._records[source, split]
 
-  def evaluation_fingerprints(self) -> dict[str, str]:
-    """Evaluator → digest of its records, of those of training, which baselines see, and of the entries of its sets."""
+  def evaluation_fingerprints(self, evaluations: Sequence[Evaluation] | None = None) -> dict[str, str]:
+    """Evaluator → digest of its records, of those of training, which baselines see, and of the entries of its sets.
+
+    evaluations: default: all of the plan.
+    """
     sets = {s.name: s for s in (*self._plan.sets, *self._plan.probe_sets, *self._plan.answer_sets)}
     content = {e.name: (
-        [self.records(e.task.source, split).fingerprint for split in (e.split, e.task.split)],
+        [self.records(e.task.source, s).fingerprint for s in (e.split, *([e.task.split] if e.baselines else []))],
         [self._entries(sets[name]) for name in (e.task.target_set, e.constrain_to) if name])
-               for e in self._plan.evaluations}
+               for e in (self._plan.evaluations if evaluations is None else evaluations)}
     return {name: hashlib.sha256(repr(x).encode()).hexdigest()[:16] for name, x in content.items()}
 
   def _entries(self, spec: SetSpec) -> tuple[class_names.Entry, ...]:

@@ -51,6 +51,8 @@ def evaluate(
   by_task = [list(group) for _, group in itertools.groupby(plan.evaluations, key=lambda e: e.task.name)]
   # A process whose part of the data cannot be read would leave the others waiting.
   with multihost.exit_with_peers(), baselines.bounded_fits():
+    if fingerprints := data.evaluation_fingerprints() if plan.evaluations else {}:
+      multihost.check_same_data(data.inputs_fingerprint, fingerprints)
     if writes:  # as it is: a folder without permission or space is an error before the evaluation, not at its end
       made_by = storage.path(workdir) / EVALUATORS_FILE
       storage.write_bytes(made_by, made_by.read_bytes() if made_by.exists() else b'{}')
@@ -67,7 +69,6 @@ def evaluate(
     else:
       done = map(measure, by_task)
     measured = list(itertools.chain(*done))
-    fingerprints = data.evaluation_fingerprints() if measured else {}
   rows = [score.row(name, step) for name, score in measured]
   if writes:
     # Empty while files change: rows are never taken for those of other evaluators, whenever this process is killed.

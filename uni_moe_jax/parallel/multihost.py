@@ -2,10 +2,12 @@
 
 import atexit
 import contextlib
+import hashlib
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,11 +108,14 @@ def _exit(end: Callable[[int], None]) -> None:
   end(ERROR)
 
 
-def check_same_data(inputs: str) -> None:
-  """Raises UsageError in every process if one has other data or tokenizer files. inputs: `Data.inputs_fingerprint`."""
+def check_same_data(*fingerprints: Any) -> None:
+  """Raises UsageError in every process if one has other data or tokenizer files.
+
+  fingerprints: `Data.inputs_fingerprint`, and those of what the evaluators read.
+  """
   if jax.process_count() == 1:
     return
-  digests = gather_bytes(bytes.fromhex(inputs))
+  digests = gather_bytes(hashlib.sha256(repr(fingerprints).encode()).digest())
   others = [str(i) for i, d in enumerate(digests) if d != digests[0]]
   if others:
     raise UsageError(

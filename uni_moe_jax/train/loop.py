@@ -137,7 +137,7 @@ def train(
       run = build(config, devices, workdir=workdir)
       run.plan.check_trains()
       validation = Validation(run, detector.phase)
-      multihost.check_same_data(run.data.inputs_fingerprint)
+      multihost.check_same_data(run.data.inputs_fingerprint, validation.fingerprints)
       is_primary = distributed.is_primary()
       claim = functools.partial(claim_workdir, workdir, run.config, run.data.fingerprint,
                                 inputs=run.data.inputs_fingerprint, extends=True)

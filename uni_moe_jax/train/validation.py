@@ -1,6 +1,7 @@
 """Evaluation during training: by evaluators with `during_training`, on the parameters that a checkpoint would save."""
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -42,6 +43,11 @@ class Validation:
       if best.startswith(prefix := f'eval/{e.name}/') and not is_measured(best.removeprefix(prefix), num_targets):
         raise UsageError(f'config.train.best_metric={best!r} is not measured among {num_targets} targets '
                          f'(config.target_sets.{e.task.target_set}); choose another metric of this evaluator.')
+
+  @functools.cached_property
+  def fingerprints(self) -> dict[str, str]:
+    """Evaluator → digest of the data that it reads."""
+    return self._run.data.evaluation_fingerprints(self._evaluations if self._every else ())
 
   def is_due(self, step: int) -> bool:
     """Whether evaluations follow a step, the last one among them."""
