@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import zlib
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from uni_moe_jax.data.files import file_dataset, file_dataset_examples, file_dat
 from uni_moe_jax.data.files.formats import LOCATION
 from uni_moe_jax.data.pipeline import hashing
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
+from uni_moe_jax.data.pipeline.examples import encode_texts
 from uni_moe_jax.data.pipeline.mixtures import BatchLayout, Mixture, evaluation_batches
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
 from uni_moe_jax.utils.errors import RunError
@@ -358,13 +358,16 @@ def test_every_field_of_a_file_can_be_used_in_templates(name, tmp_path):
   rows = own_files.read_jsonl(root / 'data.jsonl')
   own_files.write_jsonl(root / 'data.jsonl', [{**row, name: f'number {i}.'} for i, row in enumerate(rows)])
   prepare.prepare(root, tmp_path, 'some')
+  tokenizer = SentencePieceTokenizer(tiny.tokenizer_file())
   examples = build(
       file_dataset.load('own:some', tmp_path, 'train'), 'image_retrieval', label_column='', target_set='', max_len=12,
-      tokenizer=SentencePieceTokenizer(tiny.tokenizer_file()),
+      tokenizer=tokenizer,
       caption_templates=(f'{{{name}|no_stop}} of {{color}} {{{{so}}}}',))
   texts = ['number 1 of green {so}', 'number 3 of red {so}']  # rows 0…3 and 5 are in the split
   assert examples.references(np.array([1, 3])) == [(text,) for text in texts]
-  assert make(examples, [1, 3])['text_id'].tolist() == [zlib.crc32(text.encode()) & 0x7FFFFFFF for text in texts]
+  made = make(examples, [1, 3])
+  assert [row[valid].tolist() for row, valid in zip(made['target'], made['target_valid'])] == encode_texts(
+      texts, tokenizer, 12)
 
 
 @pytest.mark.parametrize('name, changes, message', [

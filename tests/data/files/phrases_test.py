@@ -50,8 +50,8 @@ def _build(records, task_type='image_retrieval', training=True, templates=TEMPLA
   return builder.build(make_plan(c).tasks[0], records)
 
 
-def _make(examples, epochs=3):
-  ids = tf.range(NUM_ROWS, dtype=tf.int64)
+def _make(examples, epochs=3, number=NUM_ROWS):
+  ids = tf.range(number, dtype=tf.int64)
   made = [examples.make(ids, hashing.example_hash(0, 'x', tf.constant(e, tf.int64), ids)) for e in range(epochs)]
   return {k: np.concatenate([m[k] for m in made]) for k in made[0]}
 
@@ -75,6 +75,21 @@ def test_examples_are_those_of_parsed_records(records, task_type, training, work
   for name, value in expected.items():
     np.testing.assert_array_equal(made[name], value, name)
     assert made[name].dtype == value.dtype
+
+
+def test_texts_of_pairs_have_equal_ids_where_their_tokens_are_equal(tmp_path):
+  start = 'a square number of squares '
+  captions = ['A square', 'a square', start + 'one', start + 'two', 'a bar']
+  for i in range(5):
+    own_files.write_image(tmp_path / f'in/{i}.png', 'red', i)
+  own_files.write_jsonl(
+      tmp_path / 'in/rows.jsonl', [{'image': f'{i}.png', 'note': text} for i, text in enumerate(captions)])
+  prepare.prepare(tmp_path / 'in', tmp_path, 'rows', test_fraction=0.0)
+  records = file_dataset.load('own:rows', tmp_path, 'train')
+  for source in (records, dataclasses.replace(records, text_file=None)):
+    made = _make(_build(source, training=False, templates=('{note}',)), 1, 5)
+    a, b, c, d, e = made['text_id'].tolist()
+    assert a == b and c == d and len({a, c, e}) == 3 and min(a, c, e) >= 0
 
 
 def test_the_number_of_phrases_is_that_of_templates_and_entries(records):
@@ -129,7 +144,7 @@ def test_where_no_folder_can_be_renamed_captions_are_not_tokenized_in_vain(recor
   assert 'tokens cannot be written (folders cannot be renamed there)' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('num_bytes', [4000, 8000])  # of 8,228; a part has 3,280 at most
+@pytest.mark.parametrize('num_bytes', [4000, 8000])  # of 8,228; a part has 3,012 at most
 def test_tokens_that_cannot_be_written_whole_are_not_kept(records, monkeypatch, capsys, num_bytes):
   monkeypatch.setattr(phrases, '_CHUNK', 1)
   monkeypatch.setattr(phrases.cores, 'available', lambda: 1)

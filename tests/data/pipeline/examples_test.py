@@ -114,6 +114,17 @@ def test_equal_texts_of_pairs_have_equal_ids():
   assert len(set(zip(texts, features['text_id'].tolist()))) == len(set(texts)) == 3
 
 
+def test_texts_of_pairs_have_equal_ids_where_their_tokens_are_equal():
+  glyphs, start = tiny.records('glyphs'), 'a red bar of the numbers '
+  texts = ['A red bar', 'a red bar', start + 'one', start + 'two', 'a red disc']
+  records = dataclasses.replace(glyphs, columns={**glyphs.columns, 'name': np.resize(texts, 24)})
+  for training in (True, False):
+    features = _make(_build('pair', training, records, caption_templates=('{name}',), max_len=8))
+    a, b, c, d, e = features['text_id'].tolist()
+    assert a == b and c == d and len({a, c, e}) == 3
+    assert [_tokenizer().decode(features['target'][i]) for i in (0, 1, 4)] == ['a red bar', 'a red bar', 'a red disc']
+
+
 def test_captions_change_between_epochs_in_training_only():
   def texts(training):
     examples = _build('pair', training, caption_templates=('{class}', '{class} of {face}'))

@@ -10,7 +10,6 @@ import numpy as np
 
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record
-from uni_moe_jax.data.files.phrases import text_id
 from uni_moe_jax.data.pipeline.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens, template_features
 from uni_moe_jax.data.pipeline.templates import fill_template
@@ -138,7 +137,7 @@ def has_phrase(task: TaskSpec) -> bool:
 
 
 def phrase_specs(task: TaskSpec) -> Specs:
-  """Of a paired text, whose `text_id` is equal for equal texts, or of a caption: `text` [words | queries]."""
+  """Of a paired text, whose `text_id` is equal for equal tokens, or of a caption: `text` [words | queries]."""
   S = task.max_len
   if task.type.target == 'pair':
     return {'target': (np.int32, (S,)), 'target_valid': (np.bool_, (S,)), 'text_id': (np.int32, ()),
@@ -148,12 +147,22 @@ def phrase_specs(task: TaskSpec) -> Specs:
 
 
 def phrase_features(
-    task: TaskSpec, tokenizer: Tokenizer, tokens: np.ndarray, valid: np.ndarray, text_ids: Any) -> dict[str, Any]:
-  """Features of `phrase_specs` from phrases: int32 [n, S], bool [n, S], int [n]."""
+    task: TaskSpec, tokenizer: Tokenizer, tokens: np.ndarray, valid: np.ndarray) -> dict[str, Any]:
+  """Features of `phrase_specs` from phrases: int32 [n, S], bool [n, S]."""
   if task.type.target == 'pair':
-    return {'target': tokens, 'target_valid': valid, 'weight': 1.0, 'text_id': text_ids}
+    return {'target': tokens, 'target_valid': valid, 'weight': 1.0, 'text_id': _text_ids(tokens)}
   return {'text': np.concatenate([tokens, np.full_like(tokens, tokenizer.spe)], 1),
           'text_valid': np.concatenate([valid, valid], 1), 'label': tokens, 'weight': valid}
+
+
+def _text_ids(tokens: np.ndarray) -> np.ndarray:
+  """Numbers below 2**31 [n], equal for equal rows: texts may differ in their case, or where they are cut.
+
+  A multilinear hash (Lemire, Kaser: Strongly universal string hashing is fast, 2014), which is an eighth of the time of
+  CRC-32 row by row.
+  """
+  factors = splitmix.mix(np.arange(tokens.shape[1], dtype=np.uint64), 'text_id')
+  return (tokens.astype(np.uint64) @ factors >> 33).astype(np.int32)
 
 
 def _phrase_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
@@ -161,7 +170,7 @@ def _phrase_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, t
 
   def collate(texts):
     tokens, valid = pad_tokens(encode_texts(texts, tokenizer, S), S, tokenizer.pad)
-    return phrase_features(task, tokenizer, tokens, valid, list(map(text_id, texts)))
+    return phrase_features(task, tokenizer, tokens, valid)
   return FeatureReader(phrase_specs(task), _phrase_chooser(task, records, training), collate)
 
 

@@ -16,7 +16,6 @@ import pathlib
 import shutil
 import sys
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,17 +46,17 @@ class Phrases:
     self._templates = _Templates(task.caption_templates, records)
     self._first = np.concatenate([[0], np.cumsum(self._templates.num_phrases())])  # of each record, [N + 1]
     folder = _tokenized(self._templates, self._first, records, tokenizer)
-    self._tokens, self._offsets, self._text_ids = (
+    self._tokens, self._offsets = (
         np.memmap(folder / name, dtype, 'r') for name, dtype in _dtypes(tokenizer).items())
 
-  def __call__(self, ids: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  def __call__(self, ids: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of a phrase of each record.
 
     Args:
       ids: int [n], of records that have all texts of the templates. hashes: uint64 [n], see `hashing.example_hash`.
 
     Returns:
-      (tokens int32 [n, S] with `eot` as the last one, valid bool [n, S], text_id int32 [n], equal for equal texts).
+      (tokens int32 [n, S] with `eot` as the last one, valid bool [n, S]).
     """
     chosen = self._first[ids] + (self._templates.choose(ids, hashes) if self._training else 0)
     start = self._offsets[chosen]
@@ -66,7 +65,7 @@ class Phrases:
     tokens = np.full((len(ids), self._length), self._tokenizer.pad, np.int32)
     tokens[column < number] = self._tokens[(start[:, None] + column)[column < number]]
     tokens[column == number] = self._tokenizer.eot
-    return tokens, column <= number, self._text_ids[chosen]
+    return tokens, column <= number
 
 
 def open_phrases(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> Phrases | None:
@@ -88,11 +87,6 @@ def _can_be_tokenized(task: TaskSpec, records: FileDataset, training: bool) -> b
   return (records.text_file is not None and not (training and task.mirrored_words)
           and bool(columns) and columns <= {*records.labels, *records.num_texts}
           and int(_Templates(task.caption_templates, records).num_phrases().sum()) <= _MAX_PHRASES)
-
-
-def text_id(text: str) -> int:
-  """A number below 2**31 that is equal for equal texts."""
-  return zlib.crc32(text.encode()) & 0x7FFFFFFF
 
 
 class _Templates:
@@ -129,8 +123,8 @@ class _Templates:
 
 
 def _dtypes(tokenizer: Tokenizer) -> dict[str, Any]:
-  """Of the files with the tokens of all phrases, the index of the first token of each, and their `text_id`."""
-  return {'tokens': np.uint16 if tokenizer.size <= 2**16 else np.int32, 'offsets': np.int64, 'text_ids': np.int32}
+  """Of the files with the tokens of all phrases and the index of the first token of each."""
+  return {'tokens': np.uint16 if tokenizer.size <= 2**16 else np.int32, 'offsets': np.int64}
 
 
 def _tokenized(filler: _Templates, first: np.ndarray, records: FileDataset, tokenizer: Tokenizer) -> pathlib.Path:
@@ -221,8 +215,7 @@ class _Tokenize:
     encoded = [tokens[phrase] for phrase in phrases]
     with self.part.open('wb') as file:
       np.savez(file, tokens=np.fromiter(itertools.chain.from_iterable(encoded), np.int32),
-               lengths=np.fromiter(map(len, encoded), np.int64),
-               text_ids=np.fromiter(map(text_id, phrases), np.int32))
+               lengths=np.fromiter(map(len, encoded), np.int64))
     return len(next(iter(self.lines.values()))[1])
 
 

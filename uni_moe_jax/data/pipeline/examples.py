@@ -67,6 +67,18 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> lis
           for text, long, row in zip(texts, is_long, rows, strict=True)]
 
 
+def distinct_rows(
+    texts: Sequence[str], tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Rows of tokens of texts; those with the same tokens, cut to `length`, have one row.
+
+  Returns:
+    (tokens int32 [U, S], valid bool [U, S], int32 [n], the row of each text), in the order of the texts.
+  """
+  rows = list(map(tuple, encode_texts(texts, tokenizer, length)))
+  index = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+  return *pad_tokens(list(index), length, tokenizer.pad), np.array([index[row] for row in rows], np.int32)
+
+
 def template_features(
     filled: Sequence[FilledTemplate], task: TaskSpec, tokenizer: Tokenizer, training: bool) -> dict[str, np.ndarray]:
   """Features of filled templates: those of a text segment, and what `words.drop_words` needs if it will leave out."""
@@ -204,9 +216,8 @@ class Builder:
   def _captions(self, task: TaskSpec, records: Records, indices: np.ndarray) -> MakeFeatures:
     """Returns the maker of a text that is paired with its image, or of a caption to generate."""
     texts, index = np.unique(fill_captions(records, task)[indices], return_inverse=True)
-    tokens, valid = map(tf.constant, pad_tokens(
-        encode_texts(texts, self.tokenizer, task.max_len), task.max_len, self.tokenizer.pad))
-    index = tf.constant(index, tf.int32)  # [n, P], of the text that each template makes
+    tokens, valid, row_of = map(tf.constant, distinct_rows(texts, self.tokenizer, task.max_len))
+    index = tf.gather(row_of, index)  # [n, P], of the text that each template makes
 
     def make(ids, hashes):
       text_id = tf.gather(index, ids)
