@@ -25,6 +25,7 @@ def data():
   config.tasks.question = config_lib.task(
       'vqa', 'glyphs', batch_size=2, target_set='words_of_shapes', label_column='class', max_len=12,
       template='{face} <eot> <spe> . <eot>')
+  config.model.max_text_len = config.tasks.pair.max_len = 30  # of names that are not cut, which are distinct
   config.target_sets.words_of_shapes = config_lib.target_set('glyphs/class', family='words')
   for evaluator, task in (('classification', 'shape'), ('classification', 'question'),
                           ('classification', 'motion'), ('classification', 'package'),
@@ -268,12 +269,24 @@ def test_texts_that_differ_after_their_cut_are_one_candidate(data):
   assert scores['t2i_R@1'].chance == pytest.approx((2 / 3 + 1 / 3) / 2)
 
 
-def test_candidates_have_distinct_texts_and_too_many_are_refused():
-  texts = np.array(['a', 'b', 'a', 'c', 'b'])
-  chosen = evaluators._distinct(texts, 3, np.random.default_rng(0))
-  assert sorted(texts[chosen]) == ['a', 'b', 'c']
+def test_names_that_differ_after_their_cut_are_one_candidate(data):
+  query = _query(data, 'pair', _Oracle(1), num_examples=0)
+  evaluation = dataclasses.replace(query.evaluation, task=dataclasses.replace(query.task, max_len=8))
+  names = set(tiny.columns()['glyphs'][0]['name'].tolist())
+  cut = {tuple(data[1].tokenizer.encode(name)[:7]) for name in names}
+  assert _run(dataclasses.replace(query, evaluation=evaluation))['i2t_R@1'].count == len(cut) < len(names)
+  assert _run(query)['i2t_R@1'].count == len(names)
+
+
+def test_candidates_have_distinct_tokens_and_too_many_are_refused():
+  texts, folded = np.array(['a', 'b', 'a', 'c', 'b', 'B']), np.array([0, 1, 0, 2, 1, 1])
+  draw = lambda number, rows=folded, seed=0: evaluators._distinct(texts, rows, number, np.random.default_rng(seed))
+  assert sorted(folded[draw(3)]) == [0, 1, 2]
   with pytest.raises(ValueError, match='needs 4 distinct texts, the split has 3; lower its num_examples'):
-    evaluators._distinct(texts, 4, np.random.default_rng(0))
+    draw(4)
+  for seed in range(20):  # only a second text with the same tokens is replaced
+    by_text = draw(2, np.array([0, 1, 0, 2, 1, 3]), seed)
+    assert len(set(by_text) & set(draw(2, seed=seed))) == len(set(folded[by_text])), seed
 
 
 def test_captions_are_compared_with_the_first_phrase(data):

@@ -205,9 +205,10 @@ def retrieval(q: Query) -> list[Score]:
   if q.examples.references:
     return _full_retrieval(q)
   texts = q.phrases(q.evaluated)
-  number = q.evaluation.num_examples or len(np.unique(texts))
+  *_, rows = examples_lib.distinct_rows(texts.tolist(), q.tokenizer, q.task.max_len)
+  number = q.evaluation.num_examples or len(np.unique(rows))
   rng = np.random.default_rng(q.seed)
-  draws = [_distinct(texts, number, rng) for _ in range(DRAWS)]
+  draws = [_distinct(texts, rows, number, rng) for _ in range(DRAWS)]
   union = np.unique(np.concatenate(draws))
   left, right = q.gather(union, lambda fields: (
       q.predictor.inputs(q.task.type, fields)[:, 0], q.predictor.pairs(q.task.type, fields)))
@@ -244,41 +245,43 @@ def _full_retrieval(q: Query) -> list[Score]:
   ids, length, batch_size = q.ids(), q.task.max_len, q.evaluation.batch_size
   texts = q.examples.references(ids)
   flat = [t for several in texts for t in several]
-  rows = examples_lib.encode_texts(flat, q.tokenizer, length)
-  # Texts with the same tokens, cut to the task's length, count as one.
-  codes = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}
+  targets, valid, row_of = examples_lib.distinct_rows(flat, q.tokenizer, length)
   owner = np.repeat(np.arange(len(ids)), [len(t) for t in texts])
-  positives = np.zeros((len(ids), len(codes)), bool)
-  positives[owner, [codes[tuple(row)] for row in rows]] = True
-  targets, valid = examples_lib.pad_tokens(list(codes), length, q.tokenizer.pad)
+  positives = np.zeros((len(ids), len(targets)), bool)
+  positives[owner, row_of] = True
 
   def encode(start):
-    rows = np.arange(start, min(start + batch_size, len(codes)))
+    rows = np.arange(start, min(start + batch_size, len(targets)))
     batch = np.resize(rows, batch_size)  # of one shape; repeated rows are dropped
     return q.predictor.pairs(q.task.type, {
         'id': batch.astype(np.uint32), 'target': targets[batch], 'target_valid': valid[batch]})[:len(rows)]
 
   left = q.gather(ids, lambda fields: q.predictor.inputs(q.task.type, fields)[:, 0])
-  right = np.concatenate([encode(start) for start in range(0, len(codes), batch_size)])
+  right = np.concatenate([encode(start) for start in range(0, len(targets), batch_size)])
   right_within = _by_direction(q, np.less_equal, *_ranks(q, left, right, positives))
   chance = _by_direction(q, metrics.recall_by_chance, positives, positives.T)
   baseline = {}
   if (copied := q.neighbor_phrases(ids)) is not None:
-    text_of = {codes[tuple(row)]: text for row, text in zip(rows, flat, strict=True)}
-    candidates = [text_of[i] for i in range(len(codes))]
+    text_of = dict(zip(row_of.tolist(), flat, strict=True))
+    candidates = [text_of[i] for i in range(len(targets))]
     named = metrics.mutual_ranks(lambda part: baselines.name_similarity(copied[part], candidates), positives)
     baseline = _by_direction(q, lambda ranks, k: {_NEAREST_NAME: metrics.share_within(ranks, k)}, *named)
   return [Score.share(name, is_right, chance[name], baseline.get(name)) for name, is_right in right_within.items()]
 
 
-def _distinct(texts: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
-  """Sorted ids of `number` examples with distinct texts, each drawn among those of its text."""
+def _distinct(texts: np.ndarray, rows: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+  """Sorted ids of `number` examples with distinct texts, each drawn among those of its text.
+
+  rows: int [N], equal for texts with the same tokens, of which one counts.
+  """
   order = rng.permutation(len(texts))
   _, first = np.unique(texts[order], return_index=True)
+  drawn = order[rng.permutation(first)]
+  _, first = np.unique(rows[drawn], return_index=True)
   if len(first) < number:
     raise UsageError(f'the evaluator needs {number} distinct texts, the split has {len(first)}; lower its '
                      'num_examples.')
-  return np.sort(order[rng.permutation(first)[:number]])
+  return np.sort(drawn[np.sort(first)[:number]])
 
 
 def caption(q: Query) -> list[Score]:
