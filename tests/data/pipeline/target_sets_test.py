@@ -60,7 +60,7 @@ def test_a_note_names_entries_of_equal_tokens(tmp_path, capsys):
     return capsys.readouterr().err
 
   assert note('a', 'b', 'small a', 'capital a') == ''
-  assert note('crane', 'crane') == ''  # of two keys, on purpose, as in ImageNet
+  assert "'crane' and 'crane' are the same tokens" in note('crane', 'hen', 'crane')  # the classes of two keys
   assert note('a', 'b', 'A').startswith("note: config.target_sets.letters: 'a' and 'A' are the same tokens, ")
   assert "'東' and '京' (and 1 more) are the same tokens" in note('a', '東', '京', 'b', 'B')
   assert note(('a', 'b'), ('A', 'small'), synonyms=True) == ''  # a synonym differs

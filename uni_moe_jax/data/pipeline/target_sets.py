@@ -79,10 +79,10 @@ def build_target_set(
 
 def _report_equal(
     field: str, entries: tuple[tuple[str, ...], ...], rows: Sequence[Sequence[Sequence[int]]]) -> None:
-  """Prints a note on entries of other names but equal tokens, such as 'A' and 'a', or unknown characters."""
-  first = {}
-  same = [(known, names) for names, tokens in zip(entries, rows)
-          if (known := first.setdefault(repr(tokens), names)) != names]
+  """Prints a note on entries of equal tokens: of one name, or such as 'A' and 'a', or unknown characters."""
+  first: dict[str, int] = {}
+  same = [(entries[known], entries[i]) for i, tokens in enumerate(rows)
+          if (known := first.setdefault(repr(tokens), i)) != i]
   if same:
     (a, *_), (b, *_) = same[0]
     more = f' (and {len(same) - 1} more)' if len(same) > 1 else ''
