@@ -79,8 +79,9 @@ _OLDER = "is a kernel for GPUs of compute capability 8.0 or more, and this run h
 @pytest.mark.parametrize('field, value, unfitting', [
     *((field, value, dict.fromkeys(('A100', 'T4', 'MI250'), _OTHER_TYPE.format('gpu'))) for field, value in (
         ('model.attention_impl', 'splash'), ('model.attention_impl', 'short'), ('moe.gmm', 'megablox'))),
-    ('moe.gmm', 'triton', {'tpu': _OTHER_TYPE.format('tpu'), 'T4': _OLDER})])
-def test_a_kernel_of_other_devices_is_refused(field, value, unfitting):
+    ('moe.gmm', 'triton', {'tpu': _OTHER_TYPE.format('tpu'), 'T4': _OLDER}),
+    ('model.dtype', 'bfloat16', {'T4': 'is for GPUs of compute capability 8.0 .* has 7.5; set it to \'float32\''})])
+def test_a_kernel_of_other_devices_is_refused(field, value, unfitting, capsys):
   c = _config()
   c.update_from_flattened_dict({field: value})
   for name, device in _DEVICES.items():
@@ -92,7 +93,8 @@ def test_a_kernel_of_other_devices_is_refused(field, value, unfitting):
     with pytest.raises(UsageError, match=f"config.{field}='{value}' {unfitting[name]}"):
       train_run.check_kernels(c, device)
     read = train_run.with_fitting_kernels(c, device)
-    assert read.model.attention_impl == read.moe.gmm == 'auto' and c.to_dict() != read.to_dict()
+    assert read.to_dict() == _config().to_dict() != c.to_dict()
+    assert ('has 7.5; products are float32' in capsys.readouterr().err) == (field == 'model.dtype')
 
 
 def test_a_saved_run_with_attention_of_cudnn_is_read_on_a_cpu(tmp_path):

@@ -302,36 +302,45 @@ def _check_layout(config: ml_collections.ConfigDict, plan: Plan, mesh: Mapping[s
     plan.check_halves(shards, config.train.grad_accum_steps)
 
 
-def _unfitting_kernels(config: ml_collections.ConfigDict, device: jax.Device) -> dict[str, str]:
-  """Fields with a kernel of other devices → what these are. On a CPU, as in tests, all but cuDNN's work."""
+def _unfitting_kernels(config: ml_collections.ConfigDict, device: jax.Device) -> dict[str, tuple[str, str]]:
+  """Fields with a kernel of other devices → (what is wrong, a value that fits). On a CPU all but cuDNN's work."""
   platform, capability = device.platform, sharding.compute_capability(device)
+  is_older = capability is not None and capability < sharding.AMPERE
+  newer = f'GPUs of compute capability {sharding.AMPERE} or more, and this run has {capability}'
   kernels = {'model.attention_impl': attention_kernels.DEVICES, 'moe.gmm': gmm.DEVICES}
   unfitting = {}
   for field, devices in kernels.items():
     fitting = devices.get(value := config[field])
     if fitting not in (None, platform) and (platform != 'cpu' or value == attention_kernels.CUDNN):
-      unfitting[field] = f'{fitting.upper()}s, and this run has devices of type {platform!r}'
-    elif fitting == 'gpu' and capability is not None and capability < sharding.AMPERE:
-      unfitting[field] = f'GPUs of compute capability {sharding.AMPERE} or more, and this run has {capability}'
+      unfitting[field] = (
+          f'is a kernel for {fitting.upper()}s, and this run has devices of type {platform!r}', 'auto')
+    elif fitting == 'gpu' and is_older:
+      unfitting[field] = f'is a kernel for {newer}', 'auto'
+  # XLA does not compile the products of bfloat16 that `jax.nn.dot_product_attention` requires.
+  if is_older and config.model.dtype == 'bfloat16':
+    unfitting['model.dtype'] = f'is for {newer}', 'float32'
   return unfitting
 
 
 def check_kernels(config: ml_collections.ConfigDict, device: jax.Device) -> None:
-  """Raises UsageError for a kernel of other devices.
+  """Raises UsageError for a kernel, or a type of products, of other devices.
 
   On another type it would be interpreted, which gives the same results, orders of magnitude more slowly; on older GPUs
   it does not compile.
   """
-  for field, fitting in _unfitting_kernels(config, device).items():
-    raise UsageError(f"config.{field}={config[field]!r} is a kernel for {fitting}; set it to 'auto'.")
+  for field, (problem, fitting) in _unfitting_kernels(config, device).items():
+    raise UsageError(f'config.{field}={config[field]!r} {problem}; set it to {fitting!r}.')
 
 
 def with_fitting_kernels(config: ml_collections.ConfigDict, device: jax.Device) -> ml_collections.ConfigDict:
   """A config of which `check_kernels` refuses nothing: the parameters of a run serve on every type of device."""
   fields = _unfitting_kernels(config, device)
+  if 'model.dtype' in fields:
+    print("note: config.model.dtype='bfloat16' {}; products are float32.".format(fields['model.dtype'][0]),
+          file=sys.stderr, flush=True)
   if fields:
     config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(dict.fromkeys(fields, 'auto'))
+    config.update_from_flattened_dict({field: fitting for field, (_, fitting) in fields.items()})
   return config
 
 
