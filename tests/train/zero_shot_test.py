@@ -19,6 +19,8 @@ from uni_moe_jax.export import artifact, contents
 from uni_moe_jax.train import finetuning, loop, workdir
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.train.trained_run import TrainedRun
+from uni_moe_jax.utils.errors import UsageError
 
 _FILE = ROOT / 'configs' / 'zero_shot.py'
 
@@ -91,6 +93,27 @@ def test_it_is_evaluated_again_after_more_steps_of_the_run_or_with_another_evalu
     checkpoints.save(5, trained.state_from(run[2]))
   assert evaluated('--config.evaluators.package.num_examples=0')
   assert suite.evaluated_step(tmp_path / 'new') == 5 and not evaluated()
+
+
+def test_the_best_checkpoint_and_that_of_a_step_are_those_of_the_run(run, tmp_path):
+  folder, c = shutil.copytree(run[0], tmp_path / 'run'), workdir.load_config(run[0])
+  trained = train_run.build(c, jax.devices()[:1])
+  with Checkpoints(folder, 2) as checkpoints:
+    checkpoints.save(5, trained.state_from(jax.tree.map(lambda x: 2 * x, run[2])), {'loss/total': 2.})
+    checkpoints.add_metrics(2, {'loss/total': 1.})
+  zero_shot, new = finetuning.zero_shot(f'run={folder},task=package'), tmp_path / 'new'
+  workdir.claim_workdir(new, zero_shot, trained.data.fingerprint)
+  best = lambda: train_run.find_step(zero_shot, make_plan(zero_shot), None, str(new), best=True)
+  with pytest.raises(UsageError, match=f'{folder} has no best checkpoint'):
+    best()
+  c.train.best_metric = 'loss/total'
+  workdir.claim_workdir(folder, c, trained.data.fingerprint, extends=True)
+  assert best() == 2
+  for step, factor in ((best(), 1), (None, 2)):
+    params = jax.device_get(TrainedRun.load(new, step)._params)
+    jax.tree.map(np.testing.assert_array_equal, params, jax.tree.map(lambda x, by=factor: by * x, run[2]))
+  with pytest.raises(UsageError, match='has no checkpoint of step 4; it has those of 2, 5'):
+    TrainedRun.load(new, 4)
 
 
 def test_it_and_its_export_name_the_step_that_they_read_and_the_export_has_the_rows_of_the_evaluation(

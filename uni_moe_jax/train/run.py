@@ -1,5 +1,6 @@
 """From a config to a run that can step: plan, data, mesh, model, optimizer, state."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -162,14 +163,14 @@ def find_step(config: ml_collections.ConfigDict, plan: Plan, checkpoints: Checkp
   Raises:
     UsageError: there is no such checkpoint.
   """
-  source, missing = workdir, 'checkpoint yet; train it first'
-  if not plan.tasks:
-    source, step = config.train.init, workdir_lib.saved_step(config.train.init)
-  elif best:
-    step = checkpoints.best()
-    missing = 'best checkpoint; train it with --config.train.best_metric=loss/total, for example'
+  source, missing = workdir if plan.tasks else config.train.init, 'checkpoint yet; train it first'
+  if not best:
+    step = checkpoints.latest() if plan.tasks else workdir_lib.saved_step(source)
   else:
-    step = checkpoints.latest()
+    missing = 'best checkpoint; train it with --config.train.best_metric=loss/total, for example'
+    with (contextlib.nullcontext(checkpoints) if plan.tasks else
+          Checkpoints(source, None, workdir_lib.load_config(source).train.best_metric)) as opened:
+      step = opened.best()
   if step is None:
     raise UsageError(f'workdir {source} has no {missing}.')
   return step
@@ -182,16 +183,18 @@ def read_params(
   A run that trains no task has no checkpoints and uses the parameters that it starts from.
   """
   if not run.plan.tasks:
-    return read_init(run)
+    return read_init(run, step)
   params = checkpoints.restore_params(step, run.abstract_state().params, averaged=averaged)
   return params, checkpoints.latest() if step is None else step  # only known now: a damaged one is not read
 
 
-def read_init(run: Run) -> tuple[Any, int]:
+def read_init(run: Run, step: int | None = None) -> tuple[Any, int]:
   """(parameters, step) of the run in `config.train.init`, on the devices of this run; prints which ones are fresh.
 
+  step: of the checkpoint; default: the newest.
+
   Raises:
-    UsageError: that run has no checkpoint, or the models do not fit, see `warm_start.compare_models`.
+    UsageError: that run has no such checkpoint, or the models do not fit, see `warm_start.compare_models`.
   """
   init = run.config.train.init
   with Checkpoints(init, max_to_keep=None) as checkpoints:
@@ -204,14 +207,14 @@ def read_init(run: Run) -> tuple[Any, int]:
     computed = warm_start.of_other_classes(run.config, old_config) & {*by_path(run.shapes.params)}
     if model.posemb == old.posemb == 'frozen' and moved:
       computed.add('embed/spatial')
-    added, dropped = warm_start.compare_models(run.shapes.params, checkpoints.param_shapes(), init, computed)
+    added, dropped = warm_start.compare_models(run.shapes.params, checkpoints.param_shapes(step), init, computed)
 
     def select(params, fresh):
       return {path: x for path, x in flatten_dict(params).items() if ('/'.join(path) in added) == fresh}
 
     shared = unflatten_dict(select(run.abstract_state().params, fresh=False))
-    params = flatten_dict(checkpoints.restore_params(like=shared, partial=True))
-    step = checkpoints.latest()
+    params = flatten_dict(checkpoints.restore_params(step, shared, partial=True))
+    step = checkpoints.latest() if step is None else step
   if added:  # compiling takes seconds: only if needed
     make = jax.jit(lambda key: select(init_params(run.spec.model, key), fresh=True),
                    out_shardings=select(run.shardings.params, fresh=True))
