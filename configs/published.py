@@ -9,11 +9,12 @@
 Arguments:
   size=tiny       (default), small, base or large
   moe=true        (default) experts in every layer (--config.moe.placement=every_2: in every other layer); false: none
+  image_size=32   (default) as the embedded images have; 224 for benchmarks, or for a file that the authors' code loads.
+                  Positions are scaled from 160 pixels, as in the released checkpoints
 
 The merges file is CLIP's; it is not part of this package. One choice is not published: words are scored against a
 sample of the vocabulary (--config.target_sets.vocabulary.softmax=full: all 49 thousand, most of a minute per step on
-two cores). The embedded images have 32 pixels, so that a checkpoint's spatial table is interpolated; to load the result
-with the authors' code again, convert with --config.model.image_size=224. The scores depend on the checkpoint.
+two cores). The scores depend on the checkpoint.
 """
 
 import ml_collections
@@ -24,10 +25,11 @@ from uni_moe_jax.config import presets, schema
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Patches of 16, CLIP's vocabulary, one task per step, the published optimizer."""
-  a = config.arguments(arg, __file__, dict(size='tiny', moe=True), dict(size=presets.SIZES))
+  a = config.arguments(arg, __file__, dict(size='tiny', moe=True, image_size=32), dict(size=presets.SIZES))
   c = config.base()
   presets.embedded_tasks(c)
   c.compat, c.model.variant = 'published', presets.SIZES[a.size]
+  c.model.update(dict(image_size=a.image_size, posemb_scale=160 / (a.image_size or 160)))
   if a.size in ('base', 'large'):
     c.optim.param_groups = schema.param_groups(weight_decay=0.2)
   c.moe.router = 'attribute' if a.moe else 'dense'

@@ -203,11 +203,13 @@ def test_a_benchmark_at_another_image_size_keeps_patches_in_place():
   c = _config('benchmark', 'image_size=384')
   assert (c.model.image_size, c.model.posemb_scale) == (384, 224 / 384)
   assert (_config('benchmark').model.image_size, _config('benchmark').model.posemb_scale) == (224, 1)
-  # A run of stage 2, whose positions are already scaled.
-  second = _config('pretrain', 'stage=2').model
-  workdir.claim_workdir(f'{_temporary.name}/second', _config('pretrain', 'stage=2'), 'print')
-  c = _config('benchmark', f'run={_temporary.name}/second,image_size=384')
-  assert c.model.posemb_scale * 384 == pytest.approx(second.posemb_scale * 224) == pytest.approx(160)
+  # A run of stage 2 and a converted one, whose positions are already scaled.
+  for name, arg in (('pretrain', 'stage=2'), ('published', 'image_size=224')):
+    workdir.claim_workdir(f'{_temporary.name}/{name}', second := _config(name, arg), 'print')
+    c = _config('benchmark', f'run={_temporary.name}/{name},image_size=384')
+    assert c.model.posemb_scale * 384 == pytest.approx(second.model.posemb_scale * 224) == pytest.approx(160)
+  embedded = _config('published').model
+  assert (embedded.image_size, embedded.posemb_scale) == (32, 5)
 
 
 @pytest.mark.parametrize('task', ['digits', 'video_caption', 'video_name'])

@@ -147,6 +147,23 @@ def test_a_table_other_than_the_fixed_one_needs_a_parameter():
     torch_layout.from_torch(other, spec)
 
 
+def test_fixed_positions_of_another_image_size_are_computed_and_of_another_scale_are_refused():
+  def spatial(image_size, scale, table):
+    spec = small_model.spec(posemb='frozen', temperature_groups=(), image_size=image_size, posemb_scale=scale)
+    state = {**torch_layout.to_torch(small_model.params(spec), spec)[0], _SPATIAL: table}
+    return torch_layout.from_torch(state, spec)[0]['embed']['spatial']
+
+  stored = sincos_table(14, 16, 160 / 224)  # of 56 px in patches of 4
+  np.testing.assert_array_equal(spatial(56, 160 / 224, stored), stored)
+  np.testing.assert_array_equal(spatial(96, 160 / 384, stored), sincos_table(24, 16, 160 / 384))
+  np.testing.assert_array_equal(spatial(8, 5., stored), sincos_table(2, 16, 5.))
+  for image_size, value in ((56, '0.714286'), (96, '0.416667'), (8, '5')):
+    with pytest.raises(LayoutError, match=f'fixed positions of 56 px, scaled by 0.714286, .*posemb_scale={value}\\.$'):
+      spatial(image_size, 1., stored)
+  other = stored + np.linspace(0, 1, 16, dtype=np.float32)  # no fixed table
+  np.testing.assert_array_equal(spatial(56, 1., other), other)
+
+
 def test_unused_temperatures_are_dropped_by_name_and_made_again():
   spec, state = _small()
   params, report = torch_layout.from_torch({**state, 'loss_prepare.logit_scale_img_cls': np.float32(1)}, spec)

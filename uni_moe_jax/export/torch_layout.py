@@ -221,7 +221,7 @@ def from_torch(state: State, spec: ModelSpec) -> tuple[Any, Report]:
     value, torch_shape = np.asarray(state[e.key], np.float32), e.transform.to_torch(leaves[e.path][e.index], spec).shape
     if not np.isfinite(value).all():
       raise LayoutError(f'{e.key} has values that are not finite: the checkpoint is damaged, or its training failed.')
-    value = _resized(value, e, torch_shape, report)
+    value = _resized(value, e, torch_shape, spec, report)
     # Check before the transform: a reshape would accept other shapes of the same size.
     if value.shape != torch_shape:
       raise LayoutError(f'{e.key} has shape {value.shape}, the model needs {torch_shape}: '
@@ -260,6 +260,29 @@ def to_torch(params: Any, spec: ModelSpec) -> tuple[dict[str, np.ndarray], Repor
 
 def _table(spec: ModelSpec) -> np.ndarray:
   return sincos_table(spec.image_size // spec.patch_size, spec.width, spec.posemb_scale)
+
+
+def _has_fixed_positions(table: np.ndarray, spec: ModelSpec) -> bool:
+  """Whether a table, of any size, has the fixed sin-cos positions of the config, with a patch at the same place.
+
+  Raises:
+    LayoutError: it has those of another scale. Later image sizes are scaled by the config's.
+  """
+  side = math.isqrt(len(table))
+  if side < 2 or side * side != len(table):
+    return False
+  sin, cos = table[1, spec.width // 2::spec.width // 4]  # of column 1, at frequency 1
+  factor = spec.image_size / (side * spec.patch_size)  # scale at the table's size ÷ scale at the config's
+
+  def fits(scale):
+    return np.allclose(table, sincos_table(side, spec.width, scale), atol=1e-3)
+
+  measured = math.atan2(sin, cos) % (2 * math.pi)
+  if (known := fits(spec.posemb_scale * factor)) or not fits(measured):
+    return known
+  raise LayoutError(f'{_SPATIAL} has the fixed positions of {side * spec.patch_size} px, scaled by {measured:.6g}, '
+                    f'which are not those of config.model.posemb_scale={spec.posemb_scale:.6g} at image_size='
+                    f'{spec.image_size}: set config.model.posemb_scale={measured / factor:.6g}.')
 
 
 def _dropped(state: State, spec: ModelSpec, wanted: set[str]) -> dict[str, str]:
@@ -323,12 +346,17 @@ def _size_fix(key: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> st
   return 'set config.model.width' if same_rows or not fixes else fixes[0]
 
 
-def _resized(value: np.ndarray, entry: Entry, shape: tuple[int, ...], report: Report) -> np.ndarray:
-  """Interpolates position tables of another size; returns every other array unchanged."""
+def _resized(value: np.ndarray, entry: Entry, shape: tuple[int, ...], spec: ModelSpec, report: Report) -> np.ndarray:
+  """Resizes position tables of another size; returns every other array unchanged."""
   functions = {'embed/spatial': resize_positions.spatial, 'embed/temporal': resize_positions.linear}
-  if entry.path not in functions or value.shape == shape or value.ndim != 2 or value.shape[1:] != shape[1:]:
+  if entry.path not in functions or value.ndim != 2 or value.shape[1:] != shape[1:]:
+    return value
+  is_fixed = entry.path == 'embed/spatial' and spec.posemb == 'frozen' and _has_fixed_positions(value, spec)
+  if value.shape == shape:
     return value
   report.resized[entry.key] = f'from {value.shape[0]} to {shape[0]} rows'
+  if is_fixed:
+    return _table(spec)
   try:
     return functions[entry.path](value, shape[0])
   except (ValueError, ZeroDivisionError) as e:
