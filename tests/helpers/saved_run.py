@@ -56,12 +56,21 @@ def on_host(checkpoints: Checkpoints, step: int | None = None) -> Any:
   return jax.device_get(checkpoints.restore(shapes, step))
 
 
+# Fields that are numbers of a step, its arguments, or of no concern to it.
+_OUTSIDE_STEPS = ('steps', 'evaluate_every', 'best_metric', 'checkpoint_every', 'keep_every', 'max_to_keep')
+
+
 def share_steps(patch: pytest.MonkeyPatch) -> None:
-  """Give runs of equal configs one step from now on: to trace it takes longer than to train a tiny run."""
-  steps, make = {}, train_run.Run.step_fn
+  """Compile one step for runs with the same one from now on, which takes longer than to train a tiny run."""
+  programs, make = {}, train_run.Run.step_fn
 
   def step_fn(run, task=None):
-    return steps.setdefault((run.config.to_json_best_effort(), run.mesh, task), make(run, task))
+    config = json.loads(run.config.to_json_best_effort())
+    train = {name: value for name, value in config['train'].items() if name not in _OUTSIDE_STEPS}
+    key = json.dumps({**config, 'train': train, 'evaluators': None})
+    step = make(run, task)
+    step._jitted = programs.setdefault((key, run.mesh, task), step._jitted)
+    return step
 
   patch.setattr(train_run.Run, 'step_fn', step_fn)
 

@@ -38,6 +38,13 @@ def _train(workdir, config):
   return workdir
 
 
+@pytest.fixture(scope='module', autouse=True)
+def _one_step():
+  with pytest.MonkeyPatch.context() as patch:
+    saved_run.share_steps(patch)
+    yield
+
+
 @pytest.fixture(scope='module')
 def run():
   return train_run.build(_config(evaluate_every=2), jax.devices()[:1])
@@ -106,7 +113,6 @@ def _metrics(workdir, step):
 @pytest.mark.slow
 def test_an_evaluation_that_a_signal_prevents_is_made_up_for_by_the_next_start(
     run, evaluated, tmp_path, monkeypatch, capfd):
-  saved_run.share_steps(monkeypatch)
   measured = lambda: [line['step'] for line in _lines(tmp_path, True)]
   assert _train_with_a_signal_in(4, tmp_path) == loop.PREEMPTED and measured() == [2]
   assert _train_with_a_signal_in(5, tmp_path) == loop.PREEMPTED and measured() == [2, 4]
@@ -145,7 +151,6 @@ def test_a_run_whose_evaluations_have_no_finite_value_finishes(plain, tmp_path, 
 
 def test_the_best_checkpoint_is_kept_and_an_evaluation_that_fails_is_repeated_by_the_next_start(
     tmp_path, monkeypatch):
-  saved_run.share_steps(monkeypatch)
   values = iter([.1, None, .9, .5])
 
   def scores(*_):
