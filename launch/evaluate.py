@@ -51,11 +51,11 @@ def main() -> int:
   from uni_moe_jax.eval import headline, suite
   from uni_moe_jax.train import checkpoint
   from uni_moe_jax.train import run as train_run
-  if _DATA_DIR.value:
-    config.data.dir = _DATA_DIR.value
+  config.data.dir = _DATA_DIR.value or config.data.dir
   with checkpoint.Checkpoints(workdir, max_to_keep=None, best_metric=config.train.best_metric) as checkpoints:
     step = train_run.find_step(config, plan, checkpoints, workdir, _BEST.value)
-    old = [] if _FORCE.value else suite.finished_rows(workdir, plan, step, config)
+    model = workdir_lib.model_fingerprint(workdir, config.train.init, step)
+    old = [] if _FORCE.value else suite.finished_rows(workdir, plan, step, config, model)
     if rows := old:
       print(f'step {step} is already evaluated; --force repeats it.')
     if not old or _MERGED.value:
@@ -64,11 +64,11 @@ def main() -> int:
       run = (train_run.build if _CONFIG.present else train_run.build_to_read)(config, workdir=workdir, trains=False)
       if _CONFIG.present:
         workdir_lib.claim_workdir(workdir, config, run.data.fingerprint, writes, extends=not plan.tasks)
-      params, read = train_run.read_params(run, checkpoints, step if _BEST.value else None)
+      params, step = train_run.read_params(run, checkpoints, step if _BEST.value else None)
       if not old:
-        step = read
+        model = workdir_lib.model_fingerprint(workdir, config.train.init, step)
         run_expert_usage.write_after_evaluation(run, params, step, workdir)
-        rows = suite.evaluate(run.plan, run.data, run.predictor(params), step, workdir, writes)
+        rows = suite.evaluate(run.plan, run.data, run.predictor(params), step, workdir, writes, model)
       if _MERGED.value:
         print(merged_scores.evaluate(run.spec.model.spec, params, train_run.conditions(plan), run.data, plan, workdir))
   print(headline.table(rows))

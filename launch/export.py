@@ -58,8 +58,10 @@ def main() -> int:
   exported = contents.make_contents(
       run.spec.model.spec, params, run.plan, run.data, tasks=_TASKS.value, bake_targets=_BAKE_TARGETS.value,
       dtype=_DTYPE.value, num_examples=_NUM_EXAMPLES.value)
-  rows = suite.finished_rows(workdir, run.plan, step)
-  provenance = workdir_lib.provenance(workdir, step) | {'exported by commit': loop.commit()}
+  model = workdir_lib.model_fingerprint(workdir, config.train.init, step)
+  rows = suite.finished_rows(workdir, run.plan, step, model=model)
+  provenance = workdir_lib.provenance(workdir, step) | {
+      'checkpoint (fingerprint)': model, 'exported by commit': loop.commit()}
   write_start = functools.partial(checkpoint.write_start, params=params, step=step, provenance=provenance)
   weights = artifact.write(
       _OUTPUT.value, exported, provenance, rows, formats, write_start if _CHECKPOINT.value else None)

@@ -70,7 +70,9 @@ def _root_folder(tmp_path_factory):
 def _write_evaluation(root: pathlib.Path, step: int) -> None:
   row = dict(evaluator='shapes', metric='top-1', value=0.625, chance=1 / 3, baselines={}, standard_error=0.1, count=24,
              step=step, higher_is_better=True)
-  evaluators = workdir_lib.load_config(root / _RUN).evaluators.to_dict()
+  model = workdir_lib.model_fingerprint(root / _RUN, '', step)
+  evaluators = {name: {**fields, 'model_fingerprint': model}
+                for name, fields in workdir_lib.load_config(root / _RUN).evaluators.to_dict().items()}
   for name, content in ((suite.EVALUATION_FILE, [row]), (suite.EVALUATORS_FILE, evaluators)):
     (root / _RUN / name).write_text(json.dumps(content))
 

@@ -75,7 +75,8 @@ def test_a_new_task_and_a_new_task_type_are_config_alone(run, tmp_path, task, ta
   assert json.loads((tmp_path / suite.EVALUATION_FILE).read_text()) == rows
 
 
-def test_it_is_evaluated_again_after_more_steps_of_the_run_or_with_another_evaluator(run, tmp_path, monkeypatch, capfd):
+def test_it_is_evaluated_again_after_more_steps_by_another_evaluator_and_of_another_model(
+    run, tmp_path, monkeypatch, capfd):
   folder, trained = tmp_path / 'run', train_run.build(run[1], jax.devices()[:1])
   shutil.copytree(run[0], folder)
   build = train_run.build
@@ -93,6 +94,10 @@ def test_it_is_evaluated_again_after_more_steps_of_the_run_or_with_another_evalu
     checkpoints.save(5, trained.state_from(run[2]))
   assert evaluated('--config.evaluators.package.num_examples=0')
   assert suite.evaluated_step(tmp_path / 'new') == 5 and not evaluated()
+  shutil.rmtree(folder / 'checkpoints/5')
+  with Checkpoints(folder, 2) as checkpoints:  # another model of as many steps
+    checkpoints.save(5, trained.state_from(jax.tree.map(lambda x: 2 * x, run[2])))
+  assert evaluated()
 
 
 def test_the_best_checkpoint_and_that_of_a_step_are_those_of_the_run(run, tmp_path):

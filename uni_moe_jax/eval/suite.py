@@ -27,7 +27,7 @@ from uni_moe_jax.utils.files import read_json, write_json
 
 EVALUATION_FILE = 'evaluation.json'
 EVALUATORS_FILE = 'evaluators.json'  # those that made it
-_DATA = 'data_fingerprint'  # field of these, beside those of the config
+_DATA, _MODEL = 'data_fingerprint', 'model_fingerprint'  # fields of these, beside those of the config
 MERGED_FILE = 'merged.json'  # how far the scores of a merged model are from these
 EVALUATORS: dict[str, Callable[[Query], list[Score]]] = {
     'classification': evaluators.classification,
@@ -41,10 +41,14 @@ EVALUATORS: dict[str, Callable[[Query], list[Score]]] = {
 
 def evaluate(
     plan: Plan, data: Data, predictor: Predictor, step: int, workdir: str | os.PathLike[str],
-    writes: bool = True) -> list[dict]:
+    writes: bool = True, model: str = '') -> list[dict]:
   """Runs every evaluator; returns the rows of evaluation.json and writes that file, then which evaluators made it.
 
-  step: of the predictor's parameters. writes: True in the one process that writes; all processes take part.
+  Args:
+    plan, data, predictor, workdir: of the run.
+    step: of the predictor's parameters.
+    writes: True in the one process that writes; all processes take part.
+    model: digest of the checkpoint that has the parameters.
   """
   shown = {}
   measure = functools.partial(_measure, data=data, predictor=predictor, shown=shown)
@@ -77,7 +81,8 @@ def evaluate(
     in_order = {e.name: shown[e.name] for e in plan.evaluations if e.name in shown}
     write_json(storage.path(workdir) / samples.FILE, in_order)
     write_json(storage.path(workdir) / EVALUATION_FILE, rows)
-    made_by = {name: {**fields, _DATA: fingerprints.get(name)} for name, fields in _settings(plan).items()}
+    made_by = {
+        name: {**fields, _DATA: fingerprints.get(name), _MODEL: model} for name, fields in _settings(plan).items()}
     write_json(storage.path(workdir) / EVALUATORS_FILE, made_by)
   return rows
 
@@ -116,20 +121,24 @@ def _settings(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def finished_rows(
-    workdir: str | os.PathLike[str], plan: Plan, step: int, config: ml_collections.ConfigDict | None = None
-) -> list[dict[str, Any]]:
+    workdir: str | os.PathLike[str], plan: Plan, step: int, config: ml_collections.ConfigDict | None = None,
+    model: str = '') -> list[dict[str, Any]]:
   """The rows of evaluation.json if the evaluators of a plan made it, at a step; else [].
 
-  config: that names the data it must be about; None, or where that is missing: about any.
+  Args:
+    workdir, plan, step, model: as of `evaluate`.
+    config: that names the data it must be about; None, or where that is missing: about any.
   """
   made_by = read_json(storage.path(workdir) / EVALUATORS_FILE)  # None: of a version that did not write it
   if made_by is None or step != evaluated_step(workdir):
     return []
   fingerprints = {name: fields.pop(_DATA, None) for name, fields in made_by.items()}
+  models = {fields.pop(_MODEL, None) for fields in made_by.values()}
   if made_by != _settings(plan):
     return []
   # One process decides for all: their hosts may have other data.
-  if multihost.broadcast_from_primary(distributed.is_primary() and _has_other_data(plan, config, fingerprints)):
+  is_other = distributed.is_primary() and (models - {model} != set() or _has_other_data(plan, config, fingerprints))
+  if multihost.broadcast_from_primary(is_other):
     return []
   return read_json(storage.path(workdir) / EVALUATION_FILE)
 
@@ -138,6 +147,12 @@ def _has_other_data(plan: Plan, config: ml_collections.ConfigDict | None, finger
   with contextlib.suppress(MissingFileError):
     return config is not None and fingerprints != Sources(config, plan).evaluation_fingerprints()
   return False
+
+
+def protocols(workdir: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+  """Evaluator → its fields and the digest of its data, of the evaluation in a work directory, whatever its model."""
+  made_by = read_json(storage.path(workdir) / EVALUATORS_FILE) or {}
+  return {name: {k: v for k, v in fields.items() if k != _MODEL} for name, fields in made_by.items()}
 
 
 def evaluated_step(workdir: str | os.PathLike[str]) -> int | None:

@@ -97,8 +97,18 @@ def is_unfinished(folder: storage.Path) -> bool:
 
 def metrics(folder: storage.Path) -> dict[str, float]:
   """Metrics that were logged with a saved step; {} if its manifest is damaged. Raises OSError as `damage` does."""
+  return _recorded(folder, 'metrics')
+
+
+def fingerprint(folder: storage.Path) -> str:
+  """Digest of the files of a saved step; '' if its manifest is damaged. Raises OSError as `damage` does."""
+  files = _recorded(folder, 'files')
+  return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16] if files else ''
+
+
+def _recorded(folder: storage.Path, field: str) -> dict[str, Any]:
   try:
-    return _read(folder)['metrics']
+    return _read(folder)[field]
   except (FileNotFoundError, ValueError):
     return {}
   except OSError as e:

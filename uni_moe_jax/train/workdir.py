@@ -68,6 +68,12 @@ def saved_step(workdir: str | os.PathLike[str]) -> int | None:
   return max(saved_steps(workdir), default=None)
 
 
+def model_fingerprint(workdir: str | os.PathLike[str], init: str, step: int) -> str:
+  """Digest of a run's checkpoint; of one that trains nothing, of that of the run in `init`, its `train.init`."""
+  source = init if init and saved_step(workdir) is None else workdir
+  return manifest.fingerprint(storage.path(source) / CHECKPOINTS / str(step))
+
+
 def is_finished(workdir: str | os.PathLike[str], steps: int) -> bool:
   """Whether a work directory has a checkpoint of so many steps, not verified."""
   return (saved_step(workdir) or 0) >= steps

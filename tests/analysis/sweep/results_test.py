@@ -208,7 +208,8 @@ def test_runs_are_named_as_they_were_typed(tmp_path, monkeypatch):
     (folder / runner.LOG).write_text(json.dumps(
         [{'stage': 'evaluate', 'exit_code': 0, 'seconds': 1.,
           'command': f'uni-moe evaluate {tmp_path / run} {folder}'}]))
-    (folder / 'evaluators.json').write_text(json.dumps({'e': {'data_fingerprint': f'of {run}'}}))
+    (folder / 'evaluators.json').write_text(
+        json.dumps({'e': {'data_fingerprint': f'of {run}', 'model_fingerprint': run}}))
     cells.append(grid.Cell(folder, 'prompts', 'shape', 0, ()))
   report = results.collect('adaptation', cells, ['runs/dense-0', 'runs/task-0'], 'uni-moe sweep')
   assert [r['changed'] for r in report['cells']] == [[], ["train.init: 'runs/dense-0' → 'runs/task-0'"]]

@@ -121,7 +121,7 @@ def find_errors(
 
 def evaluation_errors(cells: Sequence[Cell]) -> list[str]:
   """Sentences for runs whose evaluators had other fields or data than those of the first one: configs may hide it."""
-  made_by = [(cell.folder.name, x) for cell in cells if (x := read_json(cell.folder / suite.EVALUATORS_FILE))]
+  made_by = [(cell.folder.name, x) for cell in cells if (x := suite.protocols(cell.folder))]
   compared = [(name, workdir.differences({'evaluator': made_by[0][1]}, {'evaluator': x})) for name, x in made_by]
   return [f'{name} and {made_by[0][0]} have scores of other evaluators or data: {"; ".join(changed)}.'
           for name, changed in compared if changed]
