@@ -103,7 +103,7 @@ class Data(Sources):
       MissingFileError: data is not prepared. UsageError: the config does not fit it.
     """
     super().__init__(config, plan)
-    self._model, self._evaluates = config.model, bool(config.train.evaluate_every)
+    self._model = config.model
     records = [self.records(t.source, t.split) for t in plan.tasks]
     self.tokenizer, self.tokenizer_file, tokenizer_fingerprint = self._make_tokenizer(config, tokenizer_copy)
     specs = (*plan.sets, *plan.probe_sets, *plan.answer_sets)
@@ -139,15 +139,16 @@ class Data(Sources):
               f'config.evaluators.{e.name}.constrain_to={e.constrain_to!r}, which has {num_tokens} tokens with the '
               f'end; raise it to {num_tokens}, or omit the answer.')
 
-  def check_space(self) -> None:
-    """Raises UsageError if what training and its evaluations read from a bucket does not fit on this host."""
+  def check_space(self, evaluations: Sequence[Evaluation]) -> None:
+    """Raises UsageError if what training, and evaluations in between, read from a bucket does not fit on this host."""
     if isinstance(self.dir, mirror.Mirror):
-      evaluations = [e for e in self._plan.evaluations if e.during_training and self._evaluates]
-      files = [{name for source, split in {*pairs} if isinstance(r := self.records(source, split), FileDataset)
-                for name in r.files}
-               for pairs in ([(t.source, t.split) for t in self._plan.tasks],
-                             [(e.task.source, e.split) for e in evaluations])]
-      self.dir.check_space(*files)
+      self.dir.check_space({name for t in self._plan.tasks for name in self._files(t.source, t.split)},
+                           {name for e in evaluations for name in self._files(e.task.source, e.split)})
+
+  def _files(self, source: str, split: str) -> Sequence[str]:
+    """Names of the record files of one split; () of data in memory."""
+    records = self.records(source, split)
+    return records.files if isinstance(records, FileDataset) else ()
 
   def examples(self, task: TaskSpec, split: str | None = None, training: bool = False, num_views: int = 1,
                num_crops: int = 1) -> Examples:

@@ -137,7 +137,7 @@ def finished_rows(
   if made_by != _settings(plan):
     return []
   # One process decides for all: their hosts may have other data.
-  is_other = distributed.is_primary() and (models - {model} != set() or _has_other_data(plan, config, fingerprints))
+  is_other = distributed.is_primary() and (not models <= {model} or _has_other_data(plan, config, fingerprints))
   if multihost.broadcast_from_primary(is_other):
     return []
   return read_json(storage.path(workdir) / EVALUATION_FILE)

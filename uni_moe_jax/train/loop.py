@@ -137,7 +137,7 @@ def train(
       run = build(config, devices, workdir=workdir)
       run.plan.check_trains()
       validation = Validation(run, detector.phase)
-      multihost.check_same_data(run.data.inputs_fingerprint, validation.fingerprints)
+      multihost.check_same_data(run.data.inputs_fingerprint, validation.fingerprints())
       is_primary = distributed.is_primary()
       claim = functools.partial(claim_workdir, workdir, run.config, run.data.fingerprint,
                                 inputs=run.data.inputs_fingerprint, extends=True)
@@ -150,7 +150,7 @@ def train(
                          '--workdir.')
       finished = is_finished(workdir, config.train.steps)
       if not finished:
-        run.data.check_space()
+        run.data.check_space(validation.evaluations)
       check_versions(workdir, allow_version_mismatch, writes=is_primary)
       claim(writes=is_primary)  # last: a start that is refused changes nothing
       copy_tokenizer(workdir, run.data.tokenizer_file, is_primary)

@@ -1,7 +1,6 @@
 """Evaluation during training: by evaluators with `during_training`, on the parameters that a checkpoint would save."""
 
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Callable
@@ -22,7 +21,11 @@ class _Stopped(Exception):
 
 
 class Validation:
-  """The evaluators of a run that run while it trains."""
+  """The evaluators of a run that run while it trains.
+
+  Attributes:
+    evaluations: what they measure; () if the run has no evaluations in between.
+  """
 
   def __init__(self, run: Run, phase: Callable[..., AbstractContextManager[None]]):
     """Opens what they read.
@@ -33,21 +36,19 @@ class Validation:
       UsageError: a split does not exist, or `train.best_metric` is not measured among so few targets.
     """
     self._run, self._phase, self._every = run, phase, run.config.train.evaluate_every
-    self._evaluations = tuple(
-        dataclasses.replace(e, baselines=False) for e in run.plan.evaluations if e.during_training)
-    for e in self._evaluations if self._every else ():
-      suite.examples(e, run.data)
+    self.evaluations = tuple(
+        dataclasses.replace(e, baselines=False) for e in run.plan.evaluations if e.during_training and self._every)
     best = run.config.train.best_metric
-    for e in self._evaluations:
+    for e in self.evaluations:
+      suite.examples(e, run.data)
       num_targets = run.data.target_sets[e.task.target_set].size if e.task.target_set else 0
       if best.startswith(prefix := f'eval/{e.name}/') and not is_measured(best.removeprefix(prefix), num_targets):
         raise UsageError(f'config.train.best_metric={best!r} is not measured among {num_targets} targets '
                          f'(config.target_sets.{e.task.target_set}); choose another metric of this evaluator.')
 
-  @functools.cached_property
   def fingerprints(self) -> dict[str, str]:
     """Evaluator → digest of the data that it reads."""
-    return self._run.data.evaluation_fingerprints(self._evaluations if self._every else ())
+    return self._run.data.evaluation_fingerprints(self.evaluations)
 
   def is_due(self, step: int) -> bool:
     """Whether evaluations follow a step, the last one among them."""
@@ -71,7 +72,7 @@ class Validation:
     # A new one each time, since it keeps the features of target sets; the functions that it calls are compiled once.
     predictor = self._run.predictor(state.params if state.ema_params is None else state.ema_params)
     metrics = {}
-    for e in self._evaluations:
+    for e in self.evaluations:
       with self._phase(EVALUATE, step):
         try:
           check()
