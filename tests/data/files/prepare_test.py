@@ -387,9 +387,11 @@ def test_a_disk_that_is_full_when_arrays_are_written_is_an_error_and_no_signal(t
   assert (done.returncode, done.stdout) == (0, 'full: True\n12000\n'), done.stderr
 
 
-@pytest.mark.parametrize('total', [1, 99_999, 100_000])
-def test_record_files_have_the_names_that_tfds_expects(total):
+@pytest.mark.parametrize('total, expected', [(1, '00000-of-00001'), (99_999, '99998-of-99999'),
+                                             (100_000, '099999-of-100000')])
+def test_record_files_have_the_names_that_tfds_expects(total, expected):
   last = naming.ShardedFileTemplate(
       data_dir='', dataset_name='pets', split='train', filetype_suffix='array_record').sharded_filepath(
           shard_index=total - 1, num_shards=total)
-  assert prepare.file_name('pets', 'train', total - 1, total) == str(last)
+  name = prepare.file_name('pets', 'train', total - 1, total)
+  assert name == str(last) == f'pets-train.array_record-{expected}'

@@ -173,9 +173,15 @@ class _File:
 
 
 def file_name(name: str, split: str, number: int, total: int) -> str:
-  """The name of one of the `total` record files of a split, as TFDS expects it."""
-  width = max(5, len(str(total)))
-  return f'{name}-{split}.array_record-{number:0{width}}-of-{total:0{width}}'
+  """The name of one of the `total` record files of a split."""
+  return str(_template(name, split).relative_filepath(shard_index=number, num_shards=total))
+
+
+def _template(name: str, split: str | None = None, folder: str | os.PathLike[str] = '') -> Any:
+  """How TFDS names record files."""
+  import tensorflow_datasets as tfds
+  return tfds.core.ShardedFileTemplate(
+      data_dir=folder, dataset_name=name, split=split, filetype_suffix='array_record')
 
 
 def _write(merged: Merged, shards: Sequence[storage.Path], target: storage.Path, done: storage.Path, name: str,
@@ -275,9 +281,8 @@ def _write_metadata(merged: Merged, files: Sequence[_File], folder: pathlib.Path
                                         module_name=''),
       features=features_dict, description='Prepared by uni_moe_jax.', disable_shuffling=True)
   info.set_file_format('array_record')
-  template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=name, filetype_suffix='array_record')
   info.set_splits(tfds.core.splits.SplitDict([tfds.core.SplitInfo(
       name=split, shard_lengths=[f.facts['size'] for f in files if f.split == split],
-      num_bytes=sum(f.facts['bytes'] for f in files if f.split == split), filename_template=template)
-      for split in merged.split_sizes]))
+      num_bytes=sum(f.facts['bytes'] for f in files if f.split == split),
+      filename_template=_template(name, folder=folder)) for split in merged.split_sizes]))
   info.write_to_directory(folder)
