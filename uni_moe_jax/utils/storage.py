@@ -301,9 +301,9 @@ def files_in(folder: Path) -> dict[str, tuple[int, str | None]]:
   if not is_remote(folder):
     paths = sorted(pathlib.Path(root, name) for root, _, names in os.walk(folder, onerror=_raise) for name in names)
     return {str(p.relative_to(folder)): (p.stat().st_size, None) for p in paths if p.is_file()}
-  prefix = '/'.join(filter(None, split(folder))) + '/'  # a whole bucket has no name in it
   if str(folder).startswith('gs:'):
     return dict(sorted(_gcs_objects(folder)))
+  prefix = '/'.join(filter(None, split(folder))) + '/'  # a whole bucket has no name in it
   entries = filesystem(folder).find(str(folder), detail=True)
   return {name.removeprefix(prefix): (entry['size'], _md5(entry)) for name, entry in sorted(entries.items())
           if entry['type'] == 'file' and name.startswith(prefix)}
@@ -381,4 +381,4 @@ def uploaded(folder: Path) -> Iterator[pathlib.Path]:
   with tempfile.TemporaryDirectory() as name:
     yield pathlib.Path(name)
     for file in sorted(files_in(pathlib.Path(name)), key=lambda file: file == 'manifest.json'):
-      filesystem(folder).put_file(str(pathlib.Path(name, file)), str(folder / file))  # in parts: may be gigabytes
+      move_file(pathlib.Path(name, file), folder / file)  # in parts: may be gigabytes

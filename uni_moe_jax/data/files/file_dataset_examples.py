@@ -154,11 +154,12 @@ class _Batch:
       raise UsageError(
           f'config.tasks.{task.name}.num_frames={task.num_frames}: source {task.source!r} has videos; set the number '
           'of frames that the model receives of each, for example 8.')
-    has, other = ('videos', 'images') if self._is_video else ('images', 'videos')
-    for field in ('randaugment', 'random_erasing') if self._is_video else ('num_frames',) if self._media_column else ():
-      if value := getattr(task, field):
-        raise UsageError(f'config.tasks.{task.name}.{field}={value}: source {task.source!r} has {has}, and it is for '
-                         f'{other}; set it to 0.')
+    if self._media_column:
+      has, other, fields = (('videos', 'images', ('randaugment', 'random_erasing')) if self._is_video else
+                            ('images', 'videos', ('num_frames',)))
+      if field := next(filter(functools.partial(getattr, task), fields), ''):
+        raise UsageError(f'config.tasks.{task.name}.{field}={getattr(task, field)}: source {task.source!r} has {has}, '
+                         f'and it is for {other}; set it to 0.')
     if self._is_video:
       [first] = records.read_valid(self.keep[:1])
       if not isinstance(first, CorruptExample):
