@@ -88,6 +88,7 @@ setuptools.setup(
         f'tensorflow-cpu>=2.21,<2.22; {_ON_LINUX_X86}',
         f'tensorflow>=2.21,<2.22; {_ELSEWHERE}',
         'tensorflow-datasets>=4.9.10,<5',
+        'threadpoolctl>=3.8,<4',
         'tqdm>=4.70,<5',
     ],
     extras_require={

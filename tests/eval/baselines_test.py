@@ -127,6 +127,19 @@ def test_a_fit_that_ends_early_does_not_depend_on_the_number_of_threads():
   np.testing.assert_array_equal(*predictions)
 
 
+def test_a_fit_has_one_thread(monkeypatch):
+  numbers, fit = [], baselines.linear_model.LogisticRegression.fit
+
+  def count(*args):
+    numbers.extend(pool['num_threads'] for pool in threadpoolctl.threadpool_info())
+    return fit(*args)
+
+  monkeypatch.setattr(baselines.linear_model.LogisticRegression, 'fit', count)
+  with threadpoolctl.threadpool_limits(2):
+    baselines.tfidf_logistic([np.array(['a b', 'c d'])], np.array([0, 1]), [np.array(['a'])])
+  assert numbers and {*numbers} == {1}
+
+
 def test_pairs_are_judged_by_agreement_not_by_either_half():
   # Every word occurs equally often in both halves under both labels: only agreement shows.
   rng = np.random.default_rng(0)
