@@ -76,6 +76,7 @@ def test_later_words_change_no_bit_of_earlier_states(router):
   _assert_no_leak(small_model.spec(router, num_layers=1), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('router', ['token', pytest.param('context', marks=pytest.mark.nightly)])
 @pytest.mark.parametrize('gmm', ['batched', pytest.param('tiled', marks=pytest.mark.nightly)])
 def test_later_words_do_not_leak_at_half_the_capacity(router, gmm):

@@ -51,7 +51,7 @@ def _measure(suite: str, dtype: str):
   return {r.name: r for r in rows if r.suite == suite}
 
 
-_nightly = functools.partial(pytest.param, marks=pytest.mark.nightly)
+_slow, _nightly = (functools.partial(pytest.param, marks=m) for m in (pytest.mark.slow, pytest.mark.nightly))
 
 
 @pytest.mark.parametrize('names, suites_in_order', [
@@ -74,7 +74,7 @@ def test_every_suite_has_a_function_every_router_a_case_and_only_the_quick_bench
 
 
 @pytest.mark.parametrize('suite, dtype', [
-    ('decoding', 'float32'), _nightly('decoding', 'bfloat16'), ('files', 'float32'), _nightly('input', 'float32'),
+    ('decoding', 'float32'), _nightly('decoding', 'bfloat16'), _slow('files', 'float32'), _nightly('input', 'float32'),
     _nightly('mixed', 'float32'), _nightly('published', 'float32'), _nightly('compile', 'float32'),
     _nightly('routers', 'float32')])
 def test_every_figure_is_finite_and_has_a_unit_and_a_note(suite, dtype):
@@ -145,6 +145,7 @@ def test_images_and_videos_are_counted_separately():
       'shape, batches of 8': 'images/s', 'motion, batches of 4': 'videos/s', 'pair, batches of 4': 'images/s'}
 
 
+@pytest.mark.slow
 def test_files_are_counted_by_type_and_images_beside_the_same_work_by_hand():
   rows, types = _measure('files', 'float32'), [t.name for t in input_rate._FILE_TYPES.values()]
   types.insert(1, f"{types[0]}, resize='pillow'")
