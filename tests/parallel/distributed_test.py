@@ -100,7 +100,7 @@ address, i, actions = sys.argv[1:]
 
 def main():
   distributed.initialize(distributed.Cluster(address, 2, int(i)))
-  multihost.sum_over_processes(1)
+  multihost.sums_over_processes([1])
   action = actions.split(',')[int(i)]
   if action == 'later':
     time.sleep(2)
@@ -113,7 +113,7 @@ def main():
   if action == 'defect':
     raise KeyError('image')
   with multihost.exit_with_peers():
-    multihost.sum_over_processes(1)
+    multihost.sums_over_processes([1])
   print(multihost.sums_over_processes([int(i), 2**40]))
   return 0
 

@@ -107,4 +107,4 @@ def test_a_process_that_fails_reports_the_error_and_skips_the_shutdown_barrier(p
 
 def test_a_single_process_agrees_with_itself():
   assert multihost.broadcast_from_primary(True) is True and multihost.broadcast_from_primary(False) is False
-  assert multihost.sum_over_processes(3) == 3 and multihost.sums_over_processes([3, 2**40]) == [3, 2**40]
+  assert multihost.sums_over_processes([3, 2**40]) == [3, 2**40]

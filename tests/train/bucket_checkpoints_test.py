@@ -172,7 +172,7 @@ def test_a_process_reads_again_or_the_earlier_step_if_another_one_must(gcs, fail
   with Checkpoints(workdir, max_to_keep=2) as checkpoints:
     for step in (1, 2):
       checkpoints.save(step, _state(step))
-  monkeypatch.setattr(multihost, 'sum_over_processes', lambda number: number + next(others, 0))
+  monkeypatch.setattr(multihost, 'sums_over_processes', lambda numbers: [numbers[0] + next(others, 0)])
   _assert_step(workdir, 2, max_to_keep=2, restored=restored)
   assert 'were not read as they were saved (in another process, see its output)' in capfd.readouterr().err
 

@@ -65,13 +65,8 @@ def gather_bytes(content: bytes) -> list[bytes]:
   return [bytes(row) for row in multihost_utils.process_allgather(np.frombuffer(content, np.uint8))]
 
 
-def sum_over_processes(number: int) -> int:
-  """The sum of a number over all processes, which must call this together."""
-  return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).sum())
-
-
 def sums_over_processes(numbers: Sequence[int]) -> list[int]:
-  """As `sum_over_processes`, of several numbers of 64 bits each."""
+  """The sums of numbers of 64 bits over all processes, which must call this together, with as many."""
   own = np.array(numbers, np.int64)
   parts = [own.tobytes()] if jax.process_count() == 1 else gather_bytes(own.tobytes())
   return np.sum([np.frombuffer(part, np.int64) for part in parts], axis=0).tolist()

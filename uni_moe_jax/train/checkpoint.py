@@ -301,10 +301,10 @@ class Checkpoints:
           self._check_exists(step)
           raise
         wrong = [f'{type(e).__name__} in decoding them']
-      failed = multihost.sum_over_processes(bool(wrong))
+      [failed] = multihost.sums_over_processes([bool(wrong)])
       if not failed and saved and are_arrays:
         wrong = [path for path, x in array_sums.array_sums(tree).items() if int(x) != saved[path]]
-        failed = multihost.sum_over_processes(bool(wrong))
+        [failed] = multihost.sums_over_processes([bool(wrong)])
       if not failed:
         return tree
       names = errors.first_few(wrong or ['in another process, see its output'])
