@@ -86,7 +86,7 @@ class Plan:
     names = dict.fromkeys(t.group for t in self.tasks)
     return {name: tuple(t for t in self.tasks if t.group == name) for name in names}
 
-  def task_slices(self, divisor: int = 1) -> dict[str, slice]:
+  def task_slices(self, divisor: int) -> dict[str, slice]:
     """{task: its slice of its group's batch}, with batch sizes divided by `divisor`, shards · micro-steps."""
     slices = {}
     for tasks in self.groups.values():

@@ -311,7 +311,7 @@ def base() -> ml_collections.ConfigDict:
   return fields.to_config_dict(Config())
 
 
-def published_values(weight_decay: float = 0.05) -> dict[str, dict[str, Any]]:
+def published_values(weight_decay: float) -> dict[str, dict[str, Any]]:
   """{section: {field: published value}} of every field that has one. weight_decay: of kernels."""
   values = {s.name: {f.name: f.metadata['published'] for f in dataclasses.fields(s.type)
                      if f.metadata.get('published', fields.REQUIRED) is not fields.REQUIRED}

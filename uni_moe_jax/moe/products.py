@@ -45,7 +45,7 @@ def xla_options(mesh: Mesh | None) -> dict[str, str]:
   return _EIGEN if eigen and sharding.on_one_cpu(mesh) else {}
 
 
-def method(mesh: Mesh | None, cpu_bfloat16: bool = False) -> str:
+def method(mesh: Mesh | None, cpu_bfloat16: bool) -> str:
   """How to multiply on a mesh. cpu_bfloat16: float32 operands may be rounded where that is fast, see config.train."""
   if not sharding.on_one_cpu(mesh):
     return PLAIN

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -36,7 +35,7 @@ def of_kind(device_kind: str) -> float | None:
   return next((rate for pattern, rate in PEAKS.items() if re.fullmatch(pattern, device_kind)), None)
 
 
-def of_mesh(mesh: Mesh, matmul: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul) -> float | None:
+def of_mesh(mesh: Mesh, matmul: Callable[[jax.Array, jax.Array], jax.Array]) -> float | None:
   """The peak of all devices together; of CPU cores, what each process measures on its own for `matmul` of float32."""
   if sharding.platform(mesh) == 'cpu':
     return _measured(mesh.local_devices[0], matmul) * jax.process_count()  # devices of a process share its cores

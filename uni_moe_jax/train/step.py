@@ -197,7 +197,7 @@ class Step:
   """
 
   def __init__(
-      self, spec: StepSpec, seed: int, shardings: TrainState, replicated: NamedSharding, deterministic: bool = False):
+      self, spec: StepSpec, seed: int, shardings: TrainState, replicated: NamedSharding, deterministic: bool):
     """shardings: of the state. replicated: of key and numbers, which go to the mesh before the first step.
 
     deterministic: the same arguments give the same bits in every process, on GPUs too.

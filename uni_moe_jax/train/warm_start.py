@@ -16,7 +16,7 @@ ADDED = (r'/prompts/', r'^embed/(spe_bias|visual_type|difference|neighbors)$', r
 
 
 def compare_models(
-    new: Any, old: Any, source: str, computed: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    new: Any, old: Any, source: str, computed: Collection[str]) -> tuple[list[str], list[str]]:
   """(paths of a new run that stay fresh, paths of the old run that are dropped).
 
   Args:

@@ -16,11 +16,12 @@ WORD_END = np.zeros(20, bool)  # these pieces mark where words start
 SPECIAL = {0, 1, SPE, EOT}
 
 
-def _mask(text, max_predictions, always_mask=False, hashes=None, word_start=WORD_START, word_end=WORD_END, **options):
+def _mask(text, max_predictions, always_mask=False, hashes=None, word_start=WORD_START, word_end=WORD_END,
+          random_special_tokens=False):
   tokenizer = types.SimpleNamespace(size=20, spe=SPE, special_ids=SPECIAL, word_start=word_start, word_end=word_end)
   out = masking.mask_words(
       tf.constant(text, tf.int32), example_hashes(len(text)) if hashes is None else hashes, tokenizer,
-      max_predictions=max_predictions, always_mask=always_mask, **options)
+      max_predictions=max_predictions, always_mask=always_mask, random_special_tokens=random_special_tokens)
   return {k: v.numpy() for k, v in out.items()}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import runpy
 import time
 from unittest import mock
@@ -32,7 +33,8 @@ def _config():
 
 
 def _preflight(c, memory: float | None = None, search: bool = True) -> findings.Findings:
-  return preflight.preflight(c, 'tiny', topology.parse('cpu:2'), memory, search, report=lambda _: None)
+  target = topology.parse('cpu:2')
+  return preflight.preflight(c, 'tiny', target, memory, search, lambda _: None, math.inf, time.monotonic())
 
 
 @functools.cache

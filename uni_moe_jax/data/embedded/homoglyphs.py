@@ -50,7 +50,7 @@ def similar_pairs(pixels: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def group_characters(
-    outlines: Iterable[Mapping[int, bytes]], pairs: Iterable[Sequence[int]] = ()) -> list[tuple[int, ...]]:
+    outlines: Iterable[Mapping[int, bytes]], pairs: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
   """Returns sorted groups of characters that share an outline, or that `pairs` connect; every character is in one.
 
   outlines: for each font, character → key of its outline. A character is the same node in all fonts.

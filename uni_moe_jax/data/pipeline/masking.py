@@ -10,7 +10,7 @@ MASKED, RANDOM = 0.8, 0.1  # of the selected words: replaced by `spe`, by random
 
 
 def mask_words(text: tf.Tensor, hashes: tf.Tensor, tokenizer: Tokenizer, *, max_predictions: int, always_mask: bool,
-               random_special_tokens: bool = False) -> dict[str, tf.Tensor]:
+               random_special_tokens: bool) -> dict[str, tf.Tensor]:
   """Masks whole words at a fixed number of positions.
 
   Words are selected in random order while all their tokens fit into the budget of 15 % of the row's tokens.

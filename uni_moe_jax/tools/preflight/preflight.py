@@ -1,6 +1,5 @@
 """Preflight of a config on a topology."""
 
-import math
 import time
 from collections.abc import Callable
 
@@ -15,8 +14,8 @@ from uni_moe_jax.train.run import Run
 
 
 def preflight(
-    config: Config, name: str, target: Topology, memory: float | None = None, search: bool = True,
-    report: Callable[[str], None] = print, time_budget: float = math.inf, started: float | None = None) -> Findings:
+    config: Config, name: str, target: Topology, memory: float | None, search: bool, report: Callable[[str], None],
+    time_budget: float, started: float) -> Findings:
   """Compile the programs of a config for a topology and analyze them.
 
   Args:
@@ -25,12 +24,11 @@ def preflight(
       slowest step, and estimate the largest batch: more compiles.
     report: receives a line for each compile.
     time_budget: minutes for the compiles of the search; the config's own programs are always compiled.
-    started: start of the command by `time.monotonic`, for the budget and the reported seconds; None: now.
+    started: start of the command by `time.monotonic`, for the budget and the reported seconds.
 
   Raises:
     UsageError: see `compiled_programs.prepare` and `topology.devices`.
   """
-  started = time.monotonic() if started is None else started
   devices = topology.devices(target)
   compiler = Compiler(target, devices, report, started + 60 * time_budget)
   config = schema.apply_choices(for_tpu(config) if target.is_tpu else config)
