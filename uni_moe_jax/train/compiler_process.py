@@ -31,9 +31,8 @@ class CompilerProcess:
     self._folder = None if os.environ.get(_CACHE) else tempfile.TemporaryDirectory()
     if self._folder:
       os.environ[_CACHE] = self._folder.name
-    # A session of its own: Ctrl-C reaches this process only. SIGKILL, because Python handles no signal while XLA works.
-    self._child = subprocess.Popen(
-        command, stderr=self._errors, start_new_session=True, preexec_fn=signals.end_with_parent(signal.SIGKILL))
+    # SIGKILL, because Python handles no signal while XLA works.
+    self._child = signals.start(command, signal.SIGKILL, stderr=self._errors)
 
   def wait(self, stops: Callable[[], bool]) -> None:
     """Wait until the process has ended, or end it as soon as `stops()`. If it fails, the caller compiles."""

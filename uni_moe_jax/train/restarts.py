@@ -79,7 +79,7 @@ class _Child:
     """Exit code of the command; minus the number of the signal that killed it. UsageError if it cannot be started."""
     # In our process group a terminal's Ctrl-C would reach it a second time, which means: stop at once, without saving.
     try:
-      self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=signals.end_with_parent())
+      self._process = signals.start(command)
     except OSError as e:
       raise UsageError(f'{command[0]!r} is no program that can be started ({e.strerror}); give its name or path after '
                        '--.') from None

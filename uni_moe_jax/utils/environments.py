@@ -7,7 +7,6 @@ import pathlib
 import subprocess
 import sys
 import venv
-import warnings
 from collections.abc import Sequence
 
 from uni_moe_jax.utils import locks, signals
@@ -56,11 +55,7 @@ def run(interpreter: str, module: str, *arguments: str) -> int:
   path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get('PYTHONPATH'))))
   command = [interpreter, '-P', '-m', module, *arguments]  # -P: not from the current folder, which may be a clone
   env = {**os.environ, 'PYTHONPATH': path, 'JAX_PLATFORMS': 'cpu'}
-  with warnings.catch_warnings():
-    # Of JAX, since `preexec_fn` forks; the child makes one system call and becomes another program.
-    warnings.filterwarnings('ignore', r'os\.fork\(\) was called', RuntimeWarning)
-    child = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=signals.end_with_parent())
-  code = signals.wait(child)
+  code = signals.wait(signals.start(command, env=env))
   if code == PREEMPTED:
     sys.exit(code)
   return code

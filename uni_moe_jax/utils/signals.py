@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from uni_moe_jax.utils.exit_codes import PREEMPTED
 
@@ -24,10 +26,21 @@ def handled(handler: Callable, *numbers: signal.Signals) -> Iterator[None]:
       signal.signal(number, previous)
 
 
+def start(command: Sequence[Any], number: signal.Signals = signal.SIGTERM, **options: Any) -> subprocess.Popen:
+  """Start a child in a session of its own, which gets a signal when this process dies. options: of `Popen`.
+
+  A terminal's Ctrl-C reaches this process only, see `wait`.
+  """
+  with warnings.catch_warnings():
+    # Of JAX, since `preexec_fn` forks; the child makes one system call and becomes another program.
+    warnings.filterwarnings('ignore', r'os\.fork\(\) was called', RuntimeWarning)
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent(number), **options)
+
+
 def wait(child: subprocess.Popen) -> int:
   """Wait for a child, and pass SIGINT and SIGTERM on to it; return its exit code, 75 if one of them ended it.
 
-  The child needs a session of its own: a terminal's Ctrl-C would reach it twice. Call it from the main thread.
+  Without a session of its own, see `start`, Ctrl-C would reach the child twice. Call this from the main thread.
   """
   received = []
   pass_on = lambda number, _: (received.append(number), child.send_signal(number))

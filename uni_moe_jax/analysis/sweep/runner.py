@@ -8,7 +8,6 @@ runs a stage of that cell.
 import contextlib
 import fcntl
 import pathlib
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -126,8 +125,7 @@ def starter(folder: pathlib.Path) -> Callable[[Sequence[str], Sequence[int]], in
   """
   def start(command: Sequence[str], inherited: Sequence[int]) -> int:
     print('$ uni-moe', *command, flush=True)
-    return signals.wait(subprocess.Popen(
-        [sys.executable, folder / f'{command[0]}.py', *command[1:]], start_new_session=True, pass_fds=inherited,
-        preexec_fn=signals.end_with_parent()))
+    return signals.wait(signals.start(
+        [sys.executable, folder / f'{command[0]}.py', *command[1:]], pass_fds=inherited))
 
   return start
