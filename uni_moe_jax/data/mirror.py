@@ -158,15 +158,14 @@ class Mirror(os.PathLike):
     mark = storage.path(self.address) / str(folder.relative_to(self.root)) / MANIFEST
     return repeat(mark.exists, str(mark))
 
-  def upload(self, folder: pathlib.Path, source: pathlib.Path | None = None, required: Iterable[str] = (),
-             uploaded: Mapping[str, tuple[int, str]] = MappingProxyType({})) -> None:
+  def upload(self, folder: pathlib.Path, source: pathlib.Path, required: Iterable[str],
+             uploaded: Mapping[str, tuple[int, str]]) -> None:
     """Copies a complete dataset to the bucket, as that of a folder of the mirror.
 
-    source: where its files are; it is renamed to `folder` when the bucket has all of them. By default `folder` itself.
+    source: where its files are; it is renamed to `folder` when the bucket has all of them.
     required: files that it must have. Raises RunError if one is gone: without it the dataset would count as complete.
     uploaded: size and digest of its files that are in the bucket, and not in `source`, which then stays where it is.
     """
-    source = source or folder
     files, target = storage.filesystem(self.address), storage.path(self.address) / str(folder.relative_to(self.root))
     paths = sorted(p for p in source.rglob('*') if p.is_file() and p.name != MANIFEST and not storage.is_leftover(p))
     names = {str(p.relative_to(source)): size_and_digest(p) for p in paths}
@@ -377,7 +376,6 @@ def repeat(function, address: str) -> Any:
       if attempt == _ATTEMPTS - 1:
         raise RunError(storage.explain(e, address) or f'{address} cannot be read or written ({e}).') from e
       time.sleep(_PAUSE * 2**attempt * (0.5 + random.random()))
-  raise AssertionError
 
 
 def size_and_digest(path: str | os.PathLike[str]) -> list[Any]:
