@@ -11,17 +11,16 @@ reads no path or address from a request. Ctrl-C or SIGTERM ends it after the req
 import asyncio
 import dataclasses
 import pathlib
-import subprocess
 import sys
 
 from absl import flags
 
 from uni_moe_jax.serve.limits import Limits
-from uni_moe_jax.utils import cli, exit_codes, heap, signals, storage
+from uni_moe_jax.utils import cli, exit_codes, heap, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _MODEL = flags.DEFINE_string('model', None, 'Folder of uni-moe export, or hf:OWNER/NAME@REVISION.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory to export first, once per step.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory to export first, once per checkpoint.')
 _EXPORT_ONLY = flags.DEFINE_bool('export_only', False, 'With --workdir: end after the export, so that a start is fast.')
 _GALLERY = flags.DEFINE_string('gallery', None, 'Folder of images and videos to search; default: the examples.')
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen at; 0.0.0.0 is every one of this machine.')
@@ -59,20 +58,16 @@ def main() -> int:
 
 
 def _exported(workdir: pathlib.Path) -> pathlib.Path:
-  """The export of a run's last checkpoint beside it; makes it, in a process of its own, unless it exists."""
-  from uni_moe_jax.train.workdir import load_config, saved_step
-  if (step := saved_step(workdir)) is None and (init := load_config(workdir).train.init):
+  """The export of a run's last checkpoint beside it; makes it unless it exists."""
+  from uni_moe_jax.serve import exported
+  from uni_moe_jax.train.workdir import load_config, model_fingerprint, saved_step
+  init = load_config(workdir).train.init
+  if (step := saved_step(workdir)) is None and init:
     step = saved_step(init)  # of a run that trains nothing
-  folder = workdir / 'served' / str(step or 0)
-  if not folder.exists():
-    print(f'Exporting {workdir} to {folder}', flush=True)
-    command = [sys.executable, str(pathlib.Path(__file__).with_name('export.py')), f'--workdir={workdir}',
-               f'--output={folder}', f'--num_examples={_NUM_EXAMPLES}']
-    with cli.exit_on_signals(exit_codes.PREEMPTED):
-      code = subprocess.run(command, check=False, preexec_fn=signals.end_with_parent()).returncode
-    if code and not folder.exists():  # else another start has made it meanwhile
-      sys.exit(code)
-  return folder
+  name = exported.name(step or 0, model_fingerprint(workdir, init, step or 0))
+  return exported.make(workdir / 'served' / name, [
+      sys.executable, str(pathlib.Path(__file__).with_name('export.py')), f'--workdir={workdir}',
+      f'--num_examples={_NUM_EXAMPLES}'])
 
 
 if __name__ == '__main__':
