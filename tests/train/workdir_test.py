@@ -92,6 +92,26 @@ def test_the_evaluator_of_the_best_metric_keeps_its_protocol_once_checkpoints_ha
   workdir.claim_workdir(tmp_path, c, 'print', extends=True)
 
 
+def test_the_evaluator_of_the_best_metric_keeps_its_data_once_checkpoints_have_its_score(tmp_path):
+  c = tiny.config('shape', data_dir='/somewhere')
+  for name in ('shapes', 'others'):
+    c.evaluators[name] = config_lib.evaluator('classification', 'shape', split='validation', during_training=True)
+  c.train.update(evaluate_every=c.train.checkpoint_every, best_metric='eval/shapes/top-1')
+  claim = lambda **evaluations: workdir.claim_workdir(tmp_path, c, 'print', extends=True, evaluations=evaluations)
+  claim(shapes='a', others='a')
+  claim(shapes='b', others='a')  # nothing is scored yet
+  with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
+    checkpoints.save(1, {'params': {'a': np.zeros(1)}}, {'eval/shapes/top-1': .97, 'eval/others/top-1': .97})
+  claim(shapes='b', others='b')  # by which no checkpoint is chosen
+  refused = lambda: pytest.raises(ValueError, match=r'of another evaluator \(its data, by the fingerprint\), whose')
+  with refused():
+    claim(shapes='a', others='b')
+  c.train.best_metric = 'eval/others/top-1'  # whose score is on the data before
+  with refused():
+    claim(shapes='b', others='b')
+  claim(shapes='b', others='a')
+
+
 def test_a_run_that_continues_unchanged_writes_nothing(tmp_path):
   c = _claimed(tmp_path)
   before = (tmp_path / workdir.CONFIG_FILE).stat()

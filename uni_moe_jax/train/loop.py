@@ -140,7 +140,7 @@ def train(
       multihost.check_same_data(run.data.inputs_fingerprint, validation.fingerprints())
       is_primary = distributed.is_primary()
       claim = functools.partial(claim_workdir, workdir, run.config, run.data.fingerprint,
-                                inputs=run.data.inputs_fingerprint, extends=True)
+                                inputs=run.data.inputs_fingerprint, extends=True, evaluations=validation.fingerprints)
       claim(writes=False)
       if is_primary:
         storage.make_folder(storage.path(workdir))

@@ -130,22 +130,48 @@ def _extends(workdir: str | os.PathLike[str], old: dict[str, Any], new: dict[str
 
 
 def _check_best(workdir: str | os.PathLike[str], old: dict[str, Any], new: dict[str, Any]) -> None:
-  """Raises UsageError if checkpoints have the `train.best_metric` by another protocol, whose scores do not compare."""
-  metric = new['train']['best_metric']
-  prefix = f'evaluators.{metric.removeprefix("eval/").rpartition("/")[0]}.'
-  before, now = ({k.removeprefix(prefix): v for k, v in _flat(c).items() if k.startswith(prefix)} for c in (old, new))
+  """Raises UsageError if checkpoints have the `train.best_metric` by another protocol or on other data.
+
+  Such scores do not compare. old, new: contents of config.json.
+  """
+  metric = new['config']['train']['best_metric']
+  name = _evaluator_of(metric)
+  prefix = f'evaluators.{name}.'
+  before, now = ({k.removeprefix(prefix): v for k, v in _flat(c['config']).items() if k.startswith(prefix)}
+                 for c in (old, new))
   changed = [d for d in differences(before, now) if before and d.partition(':')[0] not in _NO_PROTOCOL]
-  folders = [storage.path(workdir) / CHECKPOINTS / str(step) for step in saved_steps(workdir)] if changed else []
-  if any(metric in manifest.metrics(folder) for folder in folders):
+  digests = [c['evaluation_data'].get(name) for c in (old, new)]
+  changed += ['its data, by the fingerprint'] if None not in digests and digests[0] != digests[1] else []
+  if changed and metric in _scored(workdir):
     raise UsageError(
         f'workdir {workdir} has checkpoints with config.train.best_metric={metric!r} of another evaluator '
         f'({first_few(changed, separator="; ")}), whose scores do not compare; leave it as it was, or give the new one '
         'another name, which best_metric then contains.')
 
 
+def _scored(workdir: str | os.PathLike[str]) -> set[str]:
+  """Metrics that a checkpoint has."""
+  folders = [storage.path(workdir) / CHECKPOINTS / str(step) for step in saved_steps(workdir)]
+  return {metric for folder in folders for metric in manifest.metrics(folder)}
+
+
+def _evaluator_of(metric: str) -> str:
+  return metric.removeprefix('eval/').rpartition('/')[0]
+
+
+def _evaluation_data(
+    workdir: str | os.PathLike[str], old: Mapping[str, str], new: Mapping[str, str]) -> Mapping[str, str]:
+  """Evaluator → digest of its data to record: the old one where a checkpoint has its scores."""
+  if not new or old == new:
+    return old
+  scored = set(map(_evaluator_of, _scored(workdir)))
+  return {**new, **{name: digest for name, digest in old.items() if name in scored}}
+
+
 def claim_workdir(
     workdir: str | os.PathLike[str], config: ml_collections.ConfigDict, fingerprint: str | None = None,
-    writes: bool = True, inputs: str | None = None, extends: bool = False) -> None:
+    writes: bool = True, inputs: str | None = None, extends: bool = False,
+    evaluations: Mapping[str, str] | None = None) -> None:
   """Creates a work directory for this run, or checks that it is this run's.
 
   Args:
@@ -156,6 +182,7 @@ def claim_workdir(
     extends: whether the run continues with this config: fields in `MAY_CHANGE` are recorded as they are now, since
       other commands read them here, and with more `train.steps` it is extended: with any config if the rate is
       constant, else with one whose `optim.decay_steps` says where the schedule ends.
+    evaluations: digests of the data of evaluators that run during training, by name; None: not compared.
 
   Raises:
     UsageError: it belongs to a run with another config or other data; names the fields. Or a field is wrong.
@@ -163,7 +190,7 @@ def claim_workdir(
   path = storage.path(workdir) / CONFIG_FILE
   parse_config(config)
   plain = json.loads(json.dumps(apply_choices(config).to_dict()))  # as JSON stores it: tuples become lists
-  new = {'config': plain, 'data': fingerprint, 'inputs': inputs}
+  new = {'config': plain, 'data': fingerprint, 'inputs': inputs, 'evaluation_data': evaluations or {}}
   if path.exists():
     old = _read(path)
     extended = extends and _extends(workdir, old['config'], plain)
@@ -179,10 +206,13 @@ def claim_workdir(
                        f'({first_few(changed, separator="; ")}); give another --workdir, or the config of that run.'
                        f'{_hint_of_init(workdir, old["config"], changed)}')
     if extends:
-      _check_best(workdir, old['config'], plain)
-    if extends and fingerprint is not None and writes and plain != old['config']:
+      _check_best(workdir, old, new)
+    new['evaluation_data'] = _evaluation_data(workdir, old['evaluation_data'], new['evaluation_data'])
+    is_new = any(old[key] != new[key] for key in ('config', 'evaluation_data'))
+    if extends and fingerprint is not None and writes and is_new:
       steps = old['config']['train']['steps']
-      write_json(path, {**old, 'config': plain, 'extended': [*old['extended'], *([steps] if extended else [])]})
+      write_json(path, {**old, 'config': plain, 'evaluation_data': new['evaluation_data'],
+                        'extended': [*old['extended'], *([steps] if extended else [])]})
       if extended:
         print(f'{workdir} is extended from {steps} to {plain["train"]["steps"]} steps', flush=True)
   elif fingerprint is not None and writes:
@@ -322,7 +352,9 @@ def _read(path: storage.Path) -> dict[str, Any]:
     content = json.loads(storage.read_bytes(path))
     if not (isinstance(content, dict) and isinstance(content.get('config'), dict)):
       raise UsageError('it lacks the config')
-    content = {'data': None, 'inputs': None, 'versions': {}, 'extended': [], **content}
+    content = {'data': None, 'inputs': None, 'evaluation_data': {}, 'versions': {}, 'extended': [], **content}
+    if not isinstance(content['evaluation_data'], dict):
+      raise UsageError('its digests are not by evaluator')
     recorded = content['versions']
     if not (isinstance(recorded, dict) and all(isinstance(v, str) for v in recorded.values()) and
             isinstance(content.get('earlier_versions', []), list) and isinstance(content.get(_PACKAGE, ''), str)):
