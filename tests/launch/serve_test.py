@@ -47,10 +47,10 @@ def _export(monkeypatch):
         write(output, reads)
       if other is not None:
         write(workdir / f'served/{other}-{model_fingerprint(workdir, init, other)}', other)
-      return types.SimpleNamespace(returncode=code)
+      return types.SimpleNamespace(wait=lambda: code)
 
     with monkeypatch.context() as patch:
-      patch.setattr('subprocess.run', run)
+      patch.setattr(exported.signals, 'start', run)
       patch.setattr(exported, 'make', lambda *given: served.append(make(*given)) or served[0])
       try:
         started = in_process.run(processes.ROOT / 'launch/serve.py', f'--workdir={workdir}', '--export_only')

@@ -92,7 +92,7 @@ def test_every_other_step_and_the_last_are_measured_as_their_checkpoints_are(run
 
 def test_the_work_directory_has_the_digests_of_the_data_of_evaluators_that_run_in_training(run, evaluated, plain):
   recorded = [json.loads((folder / 'config.json').read_text())['evaluation_data'] for folder in (evaluated, plain)]
-  assert recorded == [validation.Validation(run, None).fingerprints, {}] and [*recorded[0]] == ['masked']
+  assert recorded == [validation.Validation(run, None).fingerprints(), {}] and [*recorded[0]] == ['masked']
 
 
 def _train_with_a_signal_in(step, workdir):

@@ -4,11 +4,10 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 
-from uni_moe_jax.utils import cli, exit_codes, signals
+from uni_moe_jax.utils import signals
 
 
 def name(step: int, fingerprint: str) -> str:
@@ -25,9 +24,7 @@ def make(folder: pathlib.Path, command: Sequence[str]) -> pathlib.Path:
     return folder
   print(f'Exporting to {folder}', flush=True)
   output = folder.with_name(f'.{folder.name}.{os.getpid()}')
-  with cli.exit_on_signals(exit_codes.PREEMPTED):
-    code = subprocess.run(
-        [*command, f'--output={output}'], check=False, preexec_fn=signals.end_with_parent()).returncode
+  code = signals.wait(signals.start([*command, f'--output={output}']))
   if code:
     sys.exit(code)
   read = json.loads((output / 'manifest.json').read_text())['provenance']

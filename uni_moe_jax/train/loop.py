@@ -137,10 +137,11 @@ def train(
       run = build(config, devices, workdir=workdir)
       run.plan.check_trains()
       validation = Validation(run, detector.phase)
-      multihost.check_same_data(run.data.inputs_fingerprint, validation.fingerprints())
+      inputs, evaluations = run.data.inputs_fingerprint, validation.fingerprints()
+      multihost.check_same_data(inputs, evaluations)
       is_primary = distributed.is_primary()
-      claim = functools.partial(claim_workdir, workdir, run.config, run.data.fingerprint,
-                                inputs=run.data.inputs_fingerprint, extends=True, evaluations=validation.fingerprints)
+      claim = functools.partial(claim_workdir, workdir, run.config, run.data.fingerprint, inputs=inputs, extends=True,
+                                evaluations=evaluations)
       claim(writes=False)
       if is_primary:
         storage.make_folder(storage.path(workdir))

@@ -34,7 +34,7 @@ def start(command: Sequence[Any], number: signal.Signals = signal.SIGTERM, **opt
   with warnings.catch_warnings():
     # Of JAX, since `preexec_fn` forks; the child makes one system call and becomes another program.
     warnings.filterwarnings('ignore', r'os\.fork\(\) was called', RuntimeWarning)
-    return subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent(number), **options)
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent(number), **options)
 
 
 def wait(child: subprocess.Popen) -> int:
@@ -49,7 +49,7 @@ def wait(child: subprocess.Popen) -> int:
   return PREEMPTED if received and code <= 0 else code
 
 
-def end_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], None]:
+def _end_with_parent(number: signal.Signals) -> Callable[[], None]:
   """Return the `preexec_fn` of a child that gets a signal when this process dies, even by SIGKILL. Linux only."""
   prctl, parent = getattr(ctypes.CDLL(None), 'prctl', None) if sys.platform == 'linux' else None, os.getpid()
 

@@ -49,9 +49,8 @@ def plan_program(config: ml_collections.ConfigDict, which: Any, topology: Topolo
     folder, log = pathlib.Path(name), pathlib.Path(name) / 'log.txt'
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(_ROOT), os.environ.get('PYTHONPATH', '')])}
     with log.open('wb') as out:
-      child = subprocess.Popen([sys.executable, '-m', 'uni_moe_jax.tools.preflight.libtpu_plan', name],
-                               stdin=subprocess.PIPE, stdout=out, stderr=out, env=environment,
-                               preexec_fn=signals.end_with_parent(signal.SIGKILL))
+      child = signals.start([sys.executable, '-m', 'uni_moe_jax.tools.preflight.libtpu_plan', name], signal.SIGKILL,
+                            stdin=subprocess.PIPE, stdout=out, stderr=out, env=environment)
     try:
       with child.stdin as pipe:
         pickle.dump((config.copy_and_resolve_references().to_dict(), which, topology.name), pipe)
