@@ -22,7 +22,7 @@ from uni_moe_jax.utils.errors import UsageError
 AUTO, XLA, CUDNN, SPLASH, SHORT = 'auto', 'xla', 'cudnn', 'splash', 'short'
 DEVICES = {CUDNN: 'gpu', SPLASH: 'tpu', SHORT: 'tpu'}  # kernel → type of device; elsewhere Pallas' are interpreted
 # 'auto' takes a kernel for at least so many queries and keys. Fewer fill too little of a block: with 589 tokens splash
-# attention saves three tenths of a step's memory traffic, with 197 none (docs/guides/preflight.md).
+# attention saves three tenths of a step's memory traffic, with 197 none (docs/results/preflight.md).
 _LEAST_TOKENS = {CUDNN: 128, SPLASH: 512, SHORT: 64}
 _HEADS = P(sharding.BATCH_AXES, None, 'model', None)
 _MOST_HEAD_DIM = 128  # of a kernel
