@@ -7,6 +7,7 @@ import runpy
 import shutil
 import sys
 
+import jax
 import pytest
 
 from tests.helpers import in_process, process_step, processes, saved_run, tiny
@@ -165,3 +166,22 @@ def test_processes_of_which_one_has_another_validation_label_are_refused(tmp_pat
   each = [[*common, f'--process_id={i}', f'--config.data.dir={tmp_path / f"data{i}"}'] for i in range(2)]
   for code, output in processes.together(*each, devices=4):
     assert code == 2 and 'error: process 1 of 2 reads other data than process 0' in output, output
+
+
+@pytest.mark.slow
+def test_processes_of_which_one_has_another_checkpoint_to_start_from_are_refused(tmp_path):
+  config = _config(tmp_path)
+  get_config = runpy.run_path(str(tmp_path / 'config.py'))['get_config']
+  for i in range(2):
+    shift = lambda state, by=i: state.replace(params=jax.tree.map(lambda x: x + by, state.params))
+    saved_run.save(tmp_path / f'init{i}', get_config(), 1, devices=8, change=shift)
+  shutil.copytree(tmp_path / 'init0', tmp_path / 'copy')
+  for second, expected in (('init1', 2), ('copy', 0)):
+    common = [sys.executable, 'launch/train.py', config, '--config.train.steps=1', '--config.train.evaluate_every=0',
+              f'--workdir={tmp_path / second}_run', f'--coordinator_address={processes.free_address()}',
+              '--num_processes=2']
+    each = [[*common, f'--process_id={i}', f'--config.train.init={tmp_path / init}']
+            for i, init in enumerate(('init0', second))]
+    for code, output in processes.together(*each, devices=4):
+      assert code == expected, output
+      assert ('error: process 1 of 2 has another checkpoint in config.train.init=' in output) == bool(code), output

@@ -108,12 +108,19 @@ def check_same_data(*fingerprints: Any) -> None:
 
   fingerprints: `Data.inputs_fingerprint`, and those of what the evaluators read.
   """
+  _check_same(fingerprints, 'reads other data than process 0, or has another tokenizer or file of class names. Give '
+              'all of them the same config.data.dir, or prepare the data there again (uni-moe prepare-data).')
+
+
+def check_same_init(init: str, fingerprint: str) -> None:
+  """Raises UsageError in every process if one has another checkpoint of the run to start from; its digest is given."""
+  _check_same(fingerprint, f'has another checkpoint in config.train.init={init!r} than process 0. Copy that run to all '
+              'of them again, or give an address that they share.')
+
+
+def _check_same(fingerprint: Any, error: str) -> None:
   if jax.process_count() == 1:
     return
-  digests = gather_bytes(hashlib.sha256(repr(fingerprints).encode()).digest())
-  others = [str(i) for i, d in enumerate(digests) if d != digests[0]]
-  if others:
-    raise UsageError(
-        f'process {", ".join(others)} of {len(digests)} reads other data than process 0, or has another tokenizer or '
-        'file of class names. Give all of them the same config.data.dir, or prepare the data there again '
-        '(uni-moe prepare-data).')
+  digests = gather_bytes(hashlib.sha256(repr(fingerprint).encode()).digest())
+  if others := [str(i) for i, d in enumerate(digests) if d != digests[0]]:
+    raise UsageError(f'process {", ".join(others)} of {len(digests)} {error}')

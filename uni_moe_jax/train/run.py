@@ -24,7 +24,7 @@ from uni_moe_jax.model import attention_kernels, flops
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, boxed_params, init_params
 from uni_moe_jax.moe import gmm, products
-from uni_moe_jax.parallel import sharding
+from uni_moe_jax.parallel import multihost, sharding
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.train import optimizer, warm_start
@@ -200,6 +200,8 @@ def read_init(run: Run, step: int | None = None) -> tuple[Any, int]:
   with Checkpoints(init, max_to_keep=None) as checkpoints:
     if checkpoints.latest() is None:
       raise UsageError(f'config.train.init={init!r} has no checkpoint yet; train it first.')
+    latest = checkpoints.latest() if step is None else step
+    multihost.check_same_init(init, workdir_lib.model_fingerprint(init, '', latest))
     # A frozen position table is that of its image size and scale.
     old_config = workdir_lib.load_config(init)
     model, old = run.config.model, old_config.model
