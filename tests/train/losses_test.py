@@ -25,13 +25,12 @@ def _cross_entropy(logits, labels, weights, smoothing=0., correction=None):
       correction=None if correction is None else np.array(correction, np.float32))
 
 
-def test_cross_entropy_sums_weighted_nll_hits_and_weights():
+def test_cross_entropy_sums_weighted_nll_and_hits():
   # Sample 0 reads two rows: label 0 of HALF (p = 1/2, a hit, weight 1) and label 1 of MOST (p = 1/10, a miss,
   # weight 2); sample 1: label 2 of HALF (p = 1/4, a miss, weight 3), and a label of weight 0, which does not count.
   tally = _cross_entropy([[HALF, MOST], [HALF, MOST]], [[0, 1], [2, 0]], [[1., 2.], [3., 0.]])
   np.testing.assert_allclose(tally.loss, math.log(2) + 2 * math.log(10) + 3 * math.log(4), rtol=1e-6)
   assert float(tally.hits) == 1
-  assert float(tally.weight) == 6
 
 
 def test_smoothing_mixes_in_the_mean_over_all_targets():
@@ -46,7 +45,6 @@ def test_mixed_labels_read_one_row_twice():
   tally = _cross_entropy([[HALF]], [[0, 1]], [[.75, .25]])
   np.testing.assert_allclose(tally.loss, 1.25 * math.log(2), rtol=1e-6)
   np.testing.assert_allclose(tally.hits, .75)
-  np.testing.assert_allclose(tally.weight, 1.)
 
 
 def test_mixed_labels_equal_the_soft_target_loss_in_value_and_gradient():
@@ -91,7 +89,6 @@ def test_contrastive_loss_has_two_directions_and_masks_duplicate_texts(reduction
   tally = _contrastive(reduction=reduction)
   np.testing.assert_allclose(tally.loss, factor * (sum(FORWARD) + sum(BACKWARD)), rtol=1e-5)
   assert float(tally.hits) == 3  # the larger similarities of 0 and 2 are to their own text
-  assert float(tally.weight) == 3
 
 
 def test_without_duplicates_every_other_text_is_a_negative():
@@ -107,7 +104,6 @@ def test_an_example_of_weight_zero_is_still_a_negative():
   expected = 2 * (FORWARD[0] + BACKWARD[0]) + FORWARD[2] + BACKWARD[2]
   np.testing.assert_allclose(tally.loss, .5 * expected, rtol=1e-5)
   assert float(tally.hits) == 3
-  assert float(tally.weight) == 3
 
 
 def test_without_text_ids_equal_texts_are_negatives_as_published():
@@ -135,7 +131,7 @@ def test_blocks_are_batches_of_their_own(smoothing):
     one, two = (_contrastive(x[b, b], ids[b], weights[b], smoothing=smoothing) for b in (slice(0, 3), slice(3, 6)))
     return jax.tree.map(jnp.add, one, two)
 
-  for name in ('loss', 'hits', 'weight'):
+  for name in ('loss', 'hits'):
     np.testing.assert_allclose(getattr(blocks(x), name), getattr(batches(x), name), rtol=1e-6)
   gradients = [jax.grad(lambda x, f=f: f(x).loss)(x) for f in (blocks, batches)]
   np.testing.assert_allclose(*gradients, atol=1e-6)

@@ -107,7 +107,8 @@ def test_the_loss_of_pairs_has_the_choices_of_the_config(train, text_ids, option
   logits = heads.logits(inputs, pairs, np.exp(_params(spec)['log_scale_image_retrieval']))
 
   def expected(text_ids, **options):
-    return losses.contrastive(logits, jnp.asarray(ids) if text_ids else None, weights, .1, **options).loss / 8
-  np.testing.assert_allclose(tally.loss, expected(text_ids, **options), rtol=1e-5)
+    tally = losses.contrastive(logits, jnp.asarray(ids) if text_ids else None, weights, .1, **options)
+    return tally.loss / 8, tally.hits / 8
+  np.testing.assert_allclose((tally.loss, tally.hits), expected(text_ids, **options), rtol=1e-5)
   for other in (dict(options, text_ids=not text_ids), dict(options, text_ids=text_ids, block=2)):
-    assert abs(tally.loss - expected(**other)) > 1e-2  # each choice matters
+    assert abs(tally.loss - expected(**other)[0]) > 1e-2  # each choice matters

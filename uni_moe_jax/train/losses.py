@@ -1,6 +1,6 @@
 """Losses over similarity logits, and the sampled softmax. Everything is float32.
 
-A loss returns sums and weights, never a mean. Each task is divided by its weight in the global batch, micro-steps
+A loss returns weighted sums, never a mean. Each task is divided by its weight in the global batch, micro-steps
 included, so that no mean of means arises.
 """
 
@@ -11,10 +11,9 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class Tally:
-  """Sums over a batch, f32 scalars: weighted loss, weighted hits of the most likely target, weight."""
+  """Sums over a batch, f32 scalars: weighted loss, weighted hits of the most likely target."""
   loss: jax.Array
   hits: jax.Array
-  weight: jax.Array
 
 
 def cross_entropy(
@@ -45,7 +44,7 @@ def cross_entropy(
     mean = shifted.mean(-1) if correction is None else ((shifted - correction) * jax.nn.softmax(correction)).sum(-1)
     nll = (1 - smoothing) * nll - smoothing * (mean - log_total)
   hits = (likeliest == labels).astype(jnp.float32)
-  return Tally((weights * nll).sum(), (weights * hits).sum(), weights.sum())
+  return Tally((weights * nll).sum(), (weights * hits).sum())
 
 
 @jax.custom_vjp
@@ -99,7 +98,7 @@ def contrastive(
   nll = one_direction(logits) + one_direction(logits.T)  # `masked` is symmetric
   nll = nll * (0.5 if reduction == 'mean' else 1.0)
   hits = (jnp.argmax(logits, axis=-1) == jnp.arange(n)).astype(jnp.float32)
-  return Tally((weights * nll).sum(), (weights * hits).sum(), weights.sum())
+  return Tally((weights * nll).sum(), (weights * hits).sum())
 
 
 @flax.struct.dataclass
