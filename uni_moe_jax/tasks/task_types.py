@@ -52,8 +52,7 @@ class TaskType:
   @property
   def pair_condition(self) -> Condition:
     """Condition of the paired text, encoded on the target side."""
-    bits = attributes.bits(self.task_bits, modality='text', side='target', causal=False)
-    return Condition(bits, self.router_task, 'text')
+    return family_condition(self.router_task, self.task_bits)
 
   @property
   def has_classes(self) -> bool:
@@ -105,7 +104,7 @@ def families() -> dict[str, Condition]:
 
 
 def family_condition(name: str, task_bits: tuple[int, ...]) -> Condition:
-  """Condition of a set of texts that serve as targets."""
+  """Condition of texts that serve as targets: of a target family, or paired with inputs."""
   return Condition(attributes.bits(task_bits, modality='text', side='target', causal=False), name, 'text')
 
 
