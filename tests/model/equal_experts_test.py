@@ -52,7 +52,7 @@ def _loss(router: str, gradient: bool = False):
   """parameters → total loss of a training step with router noise, optionally with its gradient."""
   spec = forward.StepSpec(
       model=UniPerceiver(_spec(router)), plan=_plan(), optimizer=None, grad_accum_steps=1,
-      ema_decay=0.0, eot=small_model.EOT, vocab_size=small_model.VOCABULARY)
+      ema_decay=0.0, eot=small_model.EOT)
 
   def loss(values, batch, sets):
     features, _ = forward.forward(spec, values, batch, sets, {}, jax.random.key(4))

@@ -150,7 +150,7 @@ def step_spec(name: str, tasks: tuple[TaskSpec, ...], sets: tuple[SetSpec, ...],
               evaluations=(), temperatures=fixtures.model_spec(name).temperature_groups, encode_all_sets=True)
   spec = StepSpec(model=UniPerceiver(fixtures.model_spec(name)), plan=plan, optimizer=None,
                   grad_accum_steps=1, ema_decay=0.0, eot=fixtures.end_of_text(name),
-                  vocab_size=fixtures.sizes(name)['vocab'], contrastive_reduction='sum', mask_duplicate_texts=False)
+                  contrastive_reduction='sum', mask_duplicate_texts=False)
   return dataclasses.replace(spec, **changes)
 
 

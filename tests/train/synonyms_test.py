@@ -79,8 +79,7 @@ def test_entries_of_several_buckets_are_in_the_order_of_the_set_in_a_step_and_in
 
   plan = Plan(task_types=(), tasks=(), sets=tuple(specs.values()), probes=(), probe_sets=(), evaluations=(),
               temperatures=('group',))
-  spec = StepSpec(model=model, plan=plan, optimizer=None, grad_accum_steps=1, ema_decay=0., eot=small_model.EOT,
-                  vocab_size=small_model.VOCABULARY)
+  spec = StepSpec(model=model, plan=plan, optimizer=None, grad_accum_steps=1, ema_decay=0., eot=small_model.EOT)
   arrays = sample_synonyms({name: {'buckets': s.buckets, 'order': s.order} for name, s in sets.items()},
                            jax.random.key(0))
   features = small_model.jit(lambda p: forward(spec, p, {}, arrays, {}, None)[0].target_sets)(params)

@@ -69,7 +69,7 @@ def _loss_of_words(num_sampled, is_sampled=True):
 
 
 def test_a_vocabulary_sampled_with_every_word_has_the_loss_and_gradients_of_the_full_softmax():
-  words = _normal(_run().spec.vocab_size, 16)
+  words = _normal(_run().spec.model.spec.vocab_size, 16)
   (full, of_full), (loss, of_sampled) = (
       _loss_of_words(len(words), is_sampled)[0](words) for is_sampled in (False, True))
   np.testing.assert_allclose(loss, full, rtol=1e-5)
@@ -78,7 +78,7 @@ def test_a_vocabulary_sampled_with_every_word_has_the_loss_and_gradients_of_the_
 
 
 def test_a_sampled_softmax_is_over_the_sampled_words_with_their_correction():
-  words, labels = _normal(_run().spec.vocab_size, 16), np.array(LABELS)
+  words, labels = _normal(_run().spec.model.spec.vocab_size, 16), np.array(LABELS)
   function, sample = _loss_of_words(12)
   spec, batch = _mlm(12, 1)
   [encoded] = forward.step_inputs(spec, {}, {'words': None}, {'words': sample}).target_sets['words']

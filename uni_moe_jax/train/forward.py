@@ -35,7 +35,6 @@ class StepSpec:
   grad_accum_steps: int  # number of micro-steps
   ema_decay: float  # 0: no averaged parameters
   eot: int  # token id that ends every text
-  vocab_size: int
   contrastive_reduction: str = 'mean'
   mask_duplicate_texts: bool = True
   negatives: str | int = 'global'
@@ -93,13 +92,13 @@ def sample_synonyms(target_sets: TargetSets, key: jax.Array) -> TargetSets:
 
 def sample_vocabularies(spec: StepSpec, batch: Batch, key: jax.Array) -> Sampled:
   """{set: labels of all micro-steps and a uniform sample of other words}, for sampled softmaxes."""
-  sampled = {}
+  sampled, vocab_size = {}, spec.model.spec.vocab_size
   for s in (s for s in spec.plan.sets if s.softmax == 'sampled'):
-    is_label = jnp.zeros((spec.vocab_size,), bool)
+    is_label = jnp.zeros((vocab_size,), bool)
     for fields in (batch[t.group] for t in spec.plan.tasks if t.target_set == s.name):
       # Labels of the group's other tasks may be among them: one more label is a word with correction 0.
       is_label = is_label.at[fields['label']].max(fields['weight'] > 0)
-    sampled[s.name] = losses.sample_vocabulary(key, is_label, min(s.num_sampled, spec.vocab_size))
+    sampled[s.name] = losses.sample_vocabulary(key, is_label, min(s.num_sampled, vocab_size))
   return sampled
 
 
@@ -112,11 +111,11 @@ def step_inputs(spec: StepSpec, batch: Batch, target_sets: TargetSets, sampled: 
       inputs[group] = Sequence.of_inputs(task_type, fields)
       if task_type.target == 'pair':
         pairs[group] = Sequence.of_pairs(task_type, fields)
-  for s in spec.plan.sets:
-    if s.name in target_sets and s.is_vocabulary:
-      ids = sampled[s.name].ids if s.name in sampled else jnp.arange(spec.vocab_size, dtype=jnp.int32)
+  for s in (s for s in spec.plan.sets if s.name in target_sets):
+    if s.is_vocabulary:
+      ids = sampled[s.name].ids if s.name in sampled else jnp.arange(spec.model.spec.vocab_size, dtype=jnp.int32)
       sets[s.name] = (Sequence.of_words(s.name, s.condition, ids, spec.eot),)
-    elif s.name in target_sets:
+    else:
       arrays = target_sets[s.name]
       sets[s.name] = Sequence.of_buckets(s.name, s.condition, arrays['buckets'], arrays['order'], s.label_prompts)
   return StepInputs(inputs, pairs, sets)

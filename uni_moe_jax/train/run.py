@@ -285,7 +285,7 @@ def build(
   weights = {name: config.moe[f'{name}_loss_weight'] for name in ('balance', 'importance', 'z')}
   spec = StepSpec(
       model=model, plan=plan, optimizer=made, grad_accum_steps=config.train.grad_accum_steps,
-      ema_decay=config.train.ema_decay, eot=data.tokenizer.eot, vocab_size=data.tokenizer.size,
+      ema_decay=config.train.ema_decay, eot=data.tokenizer.eot,
       contrastive_reduction=config.train.contrastive_reduction, mask_duplicate_texts=config.train.mask_duplicate_texts,
       negatives=config.train.negatives, unused_params=config.optim.unused_params,
       frozen=optimizer.frozen_paths(made.groups),
