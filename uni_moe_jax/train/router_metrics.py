@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from uni_moe_jax.model.encoder import Collected
 from uni_moe_jax.moe import routers
+from uni_moe_jax.moe.usage import Usage
 
 LossWeights = tuple[tuple[str, float], ...]  # (auxiliary loss, weight)
 
@@ -59,7 +60,7 @@ def metrics(collected: Collected) -> dict[str, jax.Array]:
   out = {'router/entropy': _mean([d.entropy for d in stats]),
          'router/effective_experts': _mean([_effective_experts(d.shares) for d in stats]),
          'router/condition_overlap': _mean([_condition_overlap(d.shares) for d in stats])}
-  if hasattr(stats[0], 'losses'):
+  if isinstance(stats[0], Usage):
     out['router/drop_rate'] = _mean([d.drop_rate for d in stats])
     out |= {f'router/{name}': _mean([d.losses[name] for d in stats]) for name in stats[0].losses}
   return out
