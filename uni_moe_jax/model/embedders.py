@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from uni_moe_jax.model.prompts import TokenPrompts
-from uni_moe_jax.model.sequences import NO_WORD
+from uni_moe_jax.model.sequences import NO_WORD, Sequence
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.stem import conv_stem, stem_params
 from uni_moe_jax.moe import products
@@ -113,12 +113,10 @@ class Embed(nn.Module):
       return self.norm(self.words(jnp.full((1, 1), s.spe_id)))
     return self.text(jnp.full((1, 1), s.prefix_word), jnp.zeros((1, 1), jnp.int32))
 
-  def front(
-      self, prefix: jax.Array, batch: int, is_target: bool, label_set: str | None, classes: jax.Array | None
-  ) -> jax.Array:
-    """Tokens before the data, [B, n, D]: the prefix `spe`, then prompts; arguments as in `TokenPrompts`."""
-    prefix = jnp.broadcast_to(prefix, (batch, *prefix.shape[1:]))
-    return jnp.concatenate([prefix, *self.prompts(batch, is_target, label_set, classes)], axis=1)
+  def front(self, prefix: jax.Array, sequence: Sequence) -> jax.Array:
+    """Tokens before the data, [B, n, D]: the prefix `spe`, then prompts."""
+    prefix = jnp.broadcast_to(prefix, (sequence.ids.shape[0], *prefix.shape[1:]))
+    return jnp.concatenate([prefix, *self.prompts(sequence)], axis=1)
 
   def visual(self, pixels: jax.Array, temporal_offset: jax.Array) -> jax.Array:
     """Frames → [B, T · patches, D].

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from uni_moe_jax.model.sequences import Sequence
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe.layers import param
 
@@ -51,13 +52,11 @@ class TokenPrompts(nn.Module):
         name: param(self, f'label_{name}', nn.initializers.zeros, {'class': size, 'embed': spec.width})
         for name, size in spec.label_prompts}
 
-  def __call__(self, batch: int, is_target: bool, label_set: str | None, classes: jax.Array | None) -> list[jax.Array]:
-    """The tokens that follow `spe`, arrays [B, n, D]; none where the model has none for this sequence.
-
-    label_set, classes: see `Layout` and `Sequence`.
-    """
-    tokens = [] if label_set is None else [self.labels[label_set][classes][:, None]]
-    table = prompt_table(self.spec, is_target)
+  def __call__(self, sequence: Sequence) -> list[jax.Array]:
+    """The tokens that follow `spe`, arrays [B, n, D]; none where the model has none for this sequence."""
+    layout = sequence.layout
+    tokens = [] if layout.label_set is None else [self.labels[layout.label_set][sequence.classes][:, None]]
+    table = prompt_table(self.spec, layout.is_target)
     if table in self.prefix:
-      tokens.append(jnp.broadcast_to(self.prefix[table], (batch, *self.prefix[table].shape[1:])))
+      tokens.append(jnp.broadcast_to(self.prefix[table], (sequence.ids.shape[0], *self.prefix[table].shape[1:])))
     return tokens

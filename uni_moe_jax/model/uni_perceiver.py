@@ -106,7 +106,7 @@ class UniPerceiver(nn.Module):
       valid.append(s.text_valid if modality == 'text' else None)
     positions = s.positions if layout.readout in ('masked', 'slot') else None
     if layout.prefixed:
-      front = self.embed.front(prefix, segments[0].shape[0], layout.is_target, layout.label_set, s.classes)
+      front = self.embed.front(prefix, s)
       segments[0] = jnp.concatenate([front, segments[0]], axis=1)
       if valid[0] is not None:
         # Examples that only pad the batch have no valid prefix either.
