@@ -70,7 +70,7 @@ def main() -> int:
         run_expert_usage.write_after_evaluation(run, params, step, workdir)
         rows = suite.evaluate(run.plan, run.data, run.predictor(params), step, workdir, writes, model)
       if _MERGED.value:
-        print(merged_scores.evaluate(run.spec.model.spec, params, train_run.conditions(plan), run.data, plan, workdir))
+        print(merged_scores.evaluate(run.spec.model.spec, params, plan.conditions, run.data, plan, workdir))
   print(headline.table(rows))
   return 0
 

@@ -64,8 +64,7 @@ def test_a_new_task_and_a_new_task_type_are_config_alone(run, tmp_path, task, ta
   c = _zero_shot(f'run={run[0]},task={task}')
   assert c.tasks[task].type == task_type
   # The run was not trained on the conditions that are evaluated: attribute routing reads their bits.
-  trained, queried = ([str(condition)[:8] for condition in train_run.conditions(make_plan(config))]
-                      for config in (run[1], c))
+  trained, queried = ([str(condition)[:8] for condition in make_plan(config).conditions] for config in (run[1], c))
   assert queried[0] not in trained
   c.evaluators[next(iter(c.evaluators))].num_examples = 20
   made, predictor, _ = saved_run.load(c, tmp_path)
@@ -144,7 +143,7 @@ def test_it_and_its_export_name_the_step_that_they_read_and_the_export_has_the_r
 def test_the_new_task_type_has_attribute_bits_by_rule_and_targets_of_a_known_family(run):
   plan = train_run.build(_zero_shot(f'run={run[0]},task=digit_word'), jax.devices()[:1]).plan
   # Images in, text out; a visual input token. Words: 11 (both inputs), 01 (text), 01 (text), 1 (target), 0.
-  assert [str(c)[:8] for c in train_run.conditions(plan)] == ['10011000', '11010110']
+  assert [str(c)[:8] for c in plan.conditions] == ['10011000', '11010110']
 
 
 def test_a_task_router_accepts_known_names_and_reports_unknown_ones(tmp_path):

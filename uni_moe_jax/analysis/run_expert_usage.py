@@ -16,7 +16,7 @@ from uni_moe_jax.analysis.run_interference import file_stem, load_params
 from uni_moe_jax.model.sequences import Sequence
 from uni_moe_jax.moe import precision, routers
 from uni_moe_jax.train.forward import Batch, StepSpec, TargetSets, sample_synonyms, sample_vocabularies, step_inputs
-from uni_moe_jax.train.run import Run, build_to_read, conditions
+from uni_moe_jax.train.run import Run, build_to_read
 from uni_moe_jax.utils import splitmix
 from uni_moe_jax.utils.errors import UsageError
 
@@ -65,9 +65,9 @@ def compute_usage(run: Run, params: Any, checkpoint: str, num_batches: int, seed
   sets = {s.name: s for s in (*plan.sets, *plan.probe_sets)}
   facts = {'checkpoint': checkpoint, 'num_batches': 0, 'seed': seed}
   if not routers.routes_tokens(spec.router):
-    inputs, by_task = expert_usage.merging_conditions(spec, conditions(plan), plan.tasks or plan.probes, sets)
+    inputs, by_task = expert_usage.merging_conditions(spec, plan.conditions, plan.tasks or plan.probes, sets)
     shares = expert_usage.coefficients(spec, params, inputs)
-    return expert_usage.to_json(facts, spec, spec.router_input_names(conditions(plan)), by_task, shares)
+    return expert_usage.to_json(facts, spec, spec.router_input_names(plan.conditions), by_task, shares)
   if not plan.tasks:
     raise UsageError(f'this run trains no task, so that the {spec.router} router has no batches to be measured on.')
   names, by_task = expert_usage.token_conditions(plan.tasks, sets)

@@ -86,6 +86,21 @@ class Plan:
     names = dict.fromkeys(t.group for t in self.tasks)
     return {name: tuple(t for t in self.tasks if t.group == name) for name in names}
 
+  @property
+  def conditions(self) -> tuple[Condition, ...]:
+    """Conditions of all input segments, paired texts and target sets, probes included."""
+    out = []
+    for t in (*self.tasks, *self.probes):
+      out += [*t.type.conditions, *([t.type.pair_condition] if t.type.target == 'pair' else [])]
+    return tuple(dict.fromkeys(out + [s.condition for s in (*self.sets, *self.probe_sets)]))
+
+  @property
+  def router_tasks(self) -> tuple[str, ...]:
+    """Names in the task router's table: built-in ones, then those of the config."""
+    own = [t.router_task for t in self.task_types] + [t.target for t in self.task_types if t.target != 'pair']
+    own += [s.condition.task for s in (*self.sets, *self.probe_sets)]
+    return tuple(dict.fromkeys([*task_types.router_tasks(), *own]))
+
   def task_slices(self, divisor: int) -> dict[str, slice]:
     """{task: its slice of its group's batch}, with batch sizes divided by `divisor`, shards · micro-steps."""
     slices = {}

@@ -27,7 +27,7 @@ from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.compiler_process import CompilerProcess
 from uni_moe_jax.train.hang_detection import BATCH, RESTORE, SAVE, START, STEP, HangDetector
 from uni_moe_jax.train.metrics_log import MetricsLog
-from uni_moe_jax.train.run import Run, build, conditions, initial_state
+from uni_moe_jax.train.run import Run, build, initial_state
 from uni_moe_jax.train.step import TrainState
 from uni_moe_jax.train.validation import Validation
 from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, copy_tokenizer, is_finished
@@ -59,7 +59,7 @@ class Stop:
 
 def _describe(run: Run) -> str:
   counts, router = run.parameter_counts(), run.config.moe.router
-  names = run.spec.model.spec.router_input_names(conditions(run.plan))
+  names = run.spec.model.spec.router_input_names(run.plan.conditions)
   sizes = ', '.join(f'{name} {t.size}' for name, t in run.data.target_sets.items())
   dtype = 'bfloat16 in training (train.cpu_bfloat16)' if run.rounds_products else run.config.model.dtype
   resume = 'exact' if run.resumes_exactly else (
@@ -106,7 +106,7 @@ def _run_facts(run: Run, file: storage.Path) -> dict[str, Any]:
   earlier = [c for c in dict.fromkeys(commits) if c != newest]
   return {**({'earlier_commits': earlier} if earlier else {}),
           'config': json.loads(run.config.to_json_best_effort()), 'parameters': run.parameter_counts(),
-          'conditions': [str(c) for c in conditions(run.plan)], 'seed': run.config.seed, 'commit': newest,
+          'conditions': [str(c) for c in run.plan.conditions], 'seed': run.config.seed, 'commit': newest,
           'command': cli.command_line()}
 
 

@@ -25,8 +25,6 @@ from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, boxed_params, init_params
 from uni_moe_jax.moe import gmm, products
 from uni_moe_jax.parallel import multihost, sharding
-from uni_moe_jax.tasks import task_types
-from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.train import optimizer, warm_start
 from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.train.checkpoint import Checkpoints
@@ -129,30 +127,15 @@ def _model_spec(config: ml_collections.ConfigDict, plan: Plan, data: Data) -> Mo
     prefix = ids[0]
   return ModelSpec.from_config(
       plan.config, vocab_size=data.tokenizer.size, spe_id=data.tokenizer.spe, prefix_word=prefix,
-      temperatures=plan.temperatures, router_tasks=_router_tasks(plan),
+      temperatures=plan.temperatures, router_tasks=plan.router_tasks,
       head=sum(data.target_sets[t.target_set].size for t in (*plan.tasks, *plan.probes) if t.linear_head),
       label_prompts=tuple((s.name, data.target_sets[s.name].size) for s in plan.sets if s.label_prompts))
-
-
-def _router_tasks(plan: Plan) -> tuple[str, ...]:
-  """Names in the task router's table: built-in ones, then those of the config."""
-  own = [t.router_task for t in plan.task_types] + [t.target for t in plan.task_types if t.target != 'pair']
-  own += [s.condition.task for s in (*plan.sets, *plan.probe_sets)]
-  return tuple(dict.fromkeys([*task_types.router_tasks(), *own]))
 
 
 def target_set_arrays(data: Data, plan: Plan) -> TargetSets:
   """Target sets as host arrays."""
   sets = ((s.name, data.target_sets[s.name]) for s in plan.sets)
   return {name: {'buckets': s.buckets, 'order': s.order} for name, s in sets}
-
-
-def conditions(plan: Plan) -> tuple[Condition, ...]:
-  """Conditions of all input segments, paired texts and target sets of a plan, probes included."""
-  out = []
-  for t in (*plan.tasks, *plan.probes):
-    out += [*t.type.conditions, *([t.type.pair_condition] if t.type.target == 'pair' else [])]
-  return tuple(dict.fromkeys(out + [s.condition for s in (*plan.sets, *plan.probe_sets)]))
 
 
 def find_step(config: ml_collections.ConfigDict, plan: Plan, checkpoints: Checkpoints, workdir: str, best: bool) -> int:
@@ -235,7 +218,7 @@ def _check_router(config: ml_collections.ConfigDict, plan: Plan, old: ml_collect
   """Raises UsageError unless a task router has the same names as in the run to start from."""
   if not config.moe.router == old.moe.router == 'task':
     return
-  known, names = _router_tasks(make_plan(old)), _router_tasks(plan)
+  known, names = make_plan(old).router_tasks, plan.router_tasks
   if new := [name for name in names if name not in known]:
     raise UsageError(f"config.moe.router='task': {config.train.init!r} has no embedding for {', '.join(new)}; it has "
                      f"{', '.join(known)}. Give the task type one of these as router_task, or start from a run with "
