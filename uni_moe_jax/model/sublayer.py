@@ -62,11 +62,10 @@ class Sublayer(nn.Module):
     spec, name = self.spec, ROUTER_PARAMS[self.SUBLAYER]
     if not self.has_experts or spec.kernels:
       return None
-    sizes = spec.width, spec.num_experts, spec.top_k, spec.noise_std
     if routers.routes_tokens(spec.router):
-      return TokenRouter(spec.router == 'context', *sizes, spec.capacity_factor, spec.gmm, self.mesh,
-                         spec.experts_per_condition, name=name)
-    return ConditionRouter(spec.router, *sizes, spec.router_names, name=name)
+      return TokenRouter(spec.router == 'context', spec.width, spec.num_experts, spec.top_k, spec.noise_std,
+                         spec.capacity_factor, spec.gmm, self.mesh, spec.experts_per_condition, name=name)
+    return spec.condition_router(name)
 
   def make_projection(self, in_axes: dict[str, int], out_axes: dict[str, int], init: Callable) -> MoeDense:
     """A projection between axes {logical name: size}."""
