@@ -86,18 +86,13 @@ class Mlp(Sublayer):
     ffn_out, scale = output_projection(self.ffn_out, merged, scale, context)
     outputs, usages, token_routing = [], [], []
     for sequence, segments, pool in zip(context.sequences, hidden, pools, strict=True):
-      ys, routed = [], []
+      ys, routed = [None] * len(segments), [None] * len(segments)
       for i, (x, condition) in enumerate(zip(segments, sequence.layout.conditions, strict=True)):
-        if x is None:
-          ys.append(None)
-          routed.append(None)
-          continue
-        routing = self.route(x, merged, condition, sequence.tokens(i, context.readout_only), pool, context)
-        y, usage = routing.apply(x, ffn_in, gelu)
-        y, _ = routing.apply(y, ffn_out)
-        ys.append(scale * y)
-        routed.append(routing.output)
-        usages.append((condition, usage))
+        if x is not None:
+          routing = self.route(x, merged, condition, sequence.tokens(i, context.readout_only), pool, context)
+          y, usage = routing.apply(x, ffn_in, gelu)
+          ys[i], routed[i] = scale * routing.apply(y, ffn_out)[0], routing.output
+          usages.append((condition, usage))
       outputs.append(tuple(ys))
       token_routing.append(tuple(routed))
     return tuple(outputs), self.collect(merged, usages, token_routing, context)
