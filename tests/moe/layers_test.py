@@ -78,19 +78,18 @@ def _dense(num_experts: int, dtype=jnp.float32) -> layers.MoeDense:
       dtype)
 
 
-def _routing(conditions: int = 3) -> MergedRouting:
-  output = route(normal(0, conditions, 4), 2)
-  return MergedRouting(output, output.coef)
+def _coef(conditions: int = 3) -> jax.Array:
+  return route(normal(0, conditions, 4), 2).coef
 
 
-def _init(num_experts: int, routing: MergedRouting | None, dtype=jnp.float32):
+def _init(num_experts: int, coef: jax.Array | None, dtype=jnp.float32):
   """(projection, parameters)."""
-  projection, variables = _dense(num_experts, dtype).init_with_output(jax.random.key(0), routing)
+  projection, variables = _dense(num_experts, dtype).init_with_output(jax.random.key(0), coef)
   return projection, nn.unbox(variables)['params']
 
 
 def test_each_condition_has_one_kernel_and_bias():
-  projection, _ = _init(4, _routing())
+  projection, _ = _init(4, _coef())
   assert [x.shape for x in projection.kernel] == [(40, 3, 5, 8)] * 3
   assert [x.shape for x in projection.bias] == [(3, 5, 8)] * 3
   assert (projection.in_axes, projection.out_axes) == (('embed',), ('qkv', 'heads', 'head_dim'))
@@ -98,9 +97,9 @@ def test_each_condition_has_one_kernel_and_bias():
 
 def test_kernels_and_biases_are_merged_by_the_same_coefficients():
   values = {'kernel': normal(1, 4, 40, 3, 5, 8), 'bias': normal(2, 4, 3, 5, 8)}
-  projection = _dense(4).apply({'params': values}, _routing())
+  projection = _dense(4).apply({'params': values}, _coef())
   for name, merged in (('kernel', projection.kernel), ('bias', projection.bias)):
-    expected = np.einsum('ae,e...->a...', _routing().output.coef, values[name])
+    expected = np.einsum('ae,e...->a...', _coef(), values[name])
     np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
@@ -115,7 +114,7 @@ def test_a_dense_projection_has_one_kernel_of_the_dtype_of_the_product_and_a_flo
 
 def test_initial_kernels_differ_and_are_uniform_within_the_bound_of_the_fans():
   # Fans (40, 40): ±√(6/80) = ±.274, whatever the axes of the shape; 4800 draws a kernel.
-  kernel, bound = np.asarray(_init(4, _routing(1))[1]['kernel']), math.sqrt(6 / 80)
+  kernel, bound = np.asarray(_init(4, _coef(1))[1]['kernel']), math.sqrt(6 / 80)
   assert np.abs(kernel).max() <= bound
   np.testing.assert_allclose(kernel.std(axis=(1, 2, 3, 4)), bound / math.sqrt(3), rtol=.05)
   assert len(np.unique(kernel[:, 0, 0, 0, 0])) == 4
@@ -139,7 +138,7 @@ def _scaled(by, values, coef=None, dtype=jnp.float32) -> layers.Projection:
   # 4 → 6, merged from two experts by `coef` or dense; outputs are multiplied by `by` [6].
   experts = 0 if coef is None else 2
   dense = layers.MoeDense((('mlp', 4),), (('embed', 6),), nn.initializers.zeros, experts, dtype)
-  return dense.apply({'params': values}, MergedRouting(coef=coef), by)
+  return dense.apply({'params': values}, coef, by)
 
 
 @pytest.mark.parametrize('experts, coef', [((), None), ((2,), jnp.array([[.25, .75], [1., 0.]]))])

@@ -42,10 +42,11 @@ class Attention(Sublayer):
       (outputs, {'router_stats', 'token_routing', 'kv'}). With `context.readout_only`, outputs are of readout rows.
     """
     merged = self.merge_routing(context)
-    qkv = self.qkv(merged)
+    coef = None if merged is None else merged.coef
+    qkv = self.qkv(coef)
     # Sliced once: each slice would add a padded copy to the gradient of the kernels.
     q_only, kv_only = qkv.slice(slice(0, 1)), qkv.slice(slice(1, None))
-    out, scale = output_projection(self.attention_out, merged, scale, context)
+    out, scale = output_projection(self.attention_out, coef, scale, context)
     outputs, all_kv, usages, token_routing = [], [], [], []
     for sequence, segments, cache, pool in zip(context.sequences, hidden, caches, pools, strict=True):
       layout, rows = sequence.layout, sequence.take_readout

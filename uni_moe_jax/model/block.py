@@ -82,8 +82,9 @@ class Mlp(Sublayer):
   def __call__(self, hidden: Hidden, scale: jax.Array, pools: Pools, context: Context) -> tuple[Hidden, dict[str, Any]]:
     """(outputs, {'router_stats', 'token_routing'}) of every sequence; arguments as in `Attention`."""
     merged = self.merge_routing(context)
-    ffn_in = self.ffn_in(merged)
-    ffn_out, scale = output_projection(self.ffn_out, merged, scale, context)
+    coef = None if merged is None else merged.coef
+    ffn_in = self.ffn_in(coef)
+    ffn_out, scale = output_projection(self.ffn_out, coef, scale, context)
     outputs, usages, token_routing = [], [], []
     for sequence, segments, pool in zip(context.sequences, hidden, pools, strict=True):
       ys, routed = [None] * len(segments), [None] * len(segments)

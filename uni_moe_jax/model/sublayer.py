@@ -37,16 +37,16 @@ class Context:
 
 
 def output_projection(
-    dense: MoeDense, merged: MergedRouting | None, scale: jax.Array, context: Context
+    dense: MoeDense, coef: jax.Array | None, scale: jax.Array, context: Context
 ) -> tuple[Projection, jax.Array | int]:
-  """LayerScale: (projection, factor of its outputs). scale: f32 [D].
+  """LayerScale: (projection, factor of its outputs). coef: as in `MoeDense`. scale: f32 [D].
 
   Training scales the weights, see `MoeDense`. Evaluation scales the outputs: decoding passes few tokens at a time, and
   would scale the weights again for each of them.
   """
   if context.key is not None:
-    return dense(merged, scale), 1
-  return dense(merged), scale[None, None]
+    return dense(coef, scale), 1
+  return dense(coef), scale[None, None]
 
 
 class Sublayer(nn.Module):

@@ -7,7 +7,6 @@ for each distinct condition. With a token router nothing merges (see `dispatch.p
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax
 import flax.linen as nn
@@ -143,12 +142,11 @@ class MoeDense(nn.Module):
   mesh: Mesh | None = None
 
   @nn.compact
-  def __call__(self, routing: Any, scale: jax.Array | None = None) -> Projection:
-    """The projection of a layer, with one kernel per condition of a `MergedRouting`, or the one dense kernel.
-
-    Without a routing, or with nothing to merge, it has the E kernels as they are.
+  def __call__(self, coef: jax.Array | None, scale: jax.Array | None = None) -> Projection:
+    """The projection of a layer: one kernel for each of A conditions, the E kernels of experts, or the dense one.
 
     Args:
+      coef: f32 [A, E], merges the experts; None: nothing is merged.
       scale: f32, multiplies the outputs along their last axis. Weights are multiplied and not outputs: then the
         gradient of the scale does not need the outputs, which a rematerialized block would have to compute again.
     """
@@ -156,9 +154,9 @@ class MoeDense(nn.Module):
     experts = {'experts': self.num_experts} if self.num_experts else {}
     kernel = param(self, 'kernel', self.kernel_init, experts | in_axes | out_axes)
     bias = param(self, 'bias', nn.initializers.zeros, experts | out_axes)
-    merges = self.num_experts and routing is not None and routing.coef is not None
+    merges = self.num_experts and coef is not None
     if merges:
-      kernel, bias = (checkpoint_name(merge(x, routing.coef), PRODUCT) for x in (kernel, bias))
+      kernel, bias = (checkpoint_name(merge(x, coef), PRODUCT) for x in (kernel, bias))
     elif not self.num_experts:
       kernel, bias = kernel[None], bias[None]
     if scale is not None:  # in float32: the gradient of the scale is a sum over the input axes
