@@ -19,7 +19,6 @@ from uni_moe_jax.model.sequences import (
     join_equal,
     map_joined,
     pad_to_join,
-    take_readout,
 )
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.task_types import Segment, TaskType
@@ -51,7 +50,8 @@ def test_a_prefill_reads_nothing():
 def test_rows_that_a_readout_reads(readout, positions, rows):
   tokens = jnp.arange(2)[:, None, None] * 10 + jnp.arange(6)[None, :, None]  # token s of example b is 10 b + s
   positions = None if positions is None else jnp.array(positions)
-  np.testing.assert_array_equal(take_readout(tokens, readout, positions)[..., 0], rows)
+  sequence = EmbeddedSequence((tokens,), (None,), positions, jnp.arange(2, dtype=jnp.uint32), Layout((), (), readout))
+  np.testing.assert_array_equal(sequence.take_readout(tokens)[..., 0], rows)
 
 
 def _embedded(start: int, batch: int, tokens: int = 2, padded: bool = False, masked: int = 0) -> EmbeddedSequence:

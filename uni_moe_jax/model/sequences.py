@@ -234,7 +234,12 @@ class EmbeddedSequence:
 
   def take_readout(self, x: jax.Array) -> jax.Array:
     """Rows of the readout segment [B, S, …] that are read: [B, R, …]."""
-    return take_readout(x, self.layout.readout, self.readout_positions)
+    if self.layout.readout == 'cls':
+      return x[:, :1]
+    if self.layout.readout == 'queries':
+      return x[:, x.shape[1] // 2:]
+    positions = self.readout_positions
+    return jnp.take_along_axis(x, positions.reshape(positions.shape + (1,) * (x.ndim - 2)), axis=1)
 
   def readout_segments(self, segments: tuple[jax.Array, ...]) -> tuple[jax.Array | None, ...]:
     """The rows of the readout at the index of their segment; None for all others."""
@@ -261,15 +266,6 @@ class EmbeddedSequence:
 
   def _positions(self, start: int, length: int) -> jax.Array:
     return jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (self.ids.shape[0], length))
-
-
-def take_readout(x: jax.Array, readout: str, positions: jax.Array | None) -> jax.Array:
-  """Rows of [B, S, …] that a readout reads: [B, R, …]."""
-  if readout == 'cls':
-    return x[:, :1]
-  if readout == 'queries':
-    return x[:, x.shape[1] // 2:]
-  return jnp.take_along_axis(x, positions.reshape(positions.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
 def flatten(x: jax.Array) -> jax.Array:
