@@ -110,7 +110,8 @@ class Sequence:
   text_valid: jax.Array | None = None  # bool [B, S], which tokens are not padding; None: all
   positions: jax.Array | None = None  # int32 [B, M] of the tokens to read ('masked', 'slot'), in the text segment
   is_read: jax.Array | None = None  # bool [B, M], which positions count ('masked' in training); None: all
-  text_positions: jax.Array | None = None  # int32 [S] or [B, S] rows of the position table; None: the layout's own
+  # int32 [S], rows of the position table in a decoding step; None: the layout's own.
+  text_positions: jax.Array | None = None
   text_before: jax.Array | None = None  # int32 [B, S, n] in a decoding step, see `neighbors`
   kv_cache: KVCache | None = None
   classes: jax.Array | None = None  # int32 [B], which entry of `layout.label_set` each sequence is
@@ -202,9 +203,7 @@ class Sequence:
     if not missing or self.pixels is not None:
       return self
     pad = lambda x: None if x is None else jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)))
-    fields = ['ids', 'text', 'positions', 'is_read', 'classes']
-    if self.text_positions is not None and self.text_positions.ndim == 2:  # otherwise those of all examples
-      fields.append('text_positions')
+    fields = 'ids', 'text', 'positions', 'is_read', 'classes'
     valid = jnp.ones(self.text.shape, bool) if self.text_valid is None else self.text_valid
     return self.replace(text_valid=pad(valid), **{name: pad(getattr(self, name)) for name in fields})
 
