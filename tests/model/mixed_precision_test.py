@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import small_model
 from tests.helpers.jaxprs import equations
-from uni_moe_jax.model import block
+from uni_moe_jax.model.gelu import gelu
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.utils.tree_paths import by_path, path_of
 
@@ -56,7 +56,7 @@ def test_every_layer_changes_the_stream_at_the_published_layer_scale():
 @pytest.mark.parametrize('dtype, rounding', [(jnp.float32, 0), (jnp.bfloat16, 2**-8)])
 def test_gelu_saves_one_array_and_its_gradient_is_that_of_float32(dtype, rounding):
   x = jnp.linspace(-6, 6, 1001, dtype=dtype)
-  y, backward = jax.vjp(block.gelu, x)
+  y, backward = jax.vjp(gelu, x)
   expected, exact = jax.vjp(functools.partial(jax.nn.gelu, approximate=False), x.astype(jnp.float32))
   [saved] = jax.tree.leaves(backward)
   assert saved.dtype == y.dtype == dtype

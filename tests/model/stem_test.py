@@ -9,8 +9,8 @@ import pytest
 
 from tests.helpers import small_model
 from uni_moe_jax.model import stem
-from uni_moe_jax.model.block import gelu
 from uni_moe_jax.model.embedders import Embed
+from uni_moe_jax.model.gelu import gelu
 from uni_moe_jax.moe import products
 from uni_moe_jax.utils.tree_paths import by_path
 

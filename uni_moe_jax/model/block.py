@@ -4,14 +4,13 @@ Uni-Perceiver-MoE section 3; published code: fused qkv, exact GELU, one routing 
 MLP projections. Segments of a sequence stay separate arrays; only keys and values join.
 """
 
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from uni_moe_jax.model.attention import Attention
+from uni_moe_jax.model.gelu import gelu
 from uni_moe_jax.model.prompts import DeepPrompts
 from uni_moe_jax.model.sequences import KVCache
 from uni_moe_jax.model.spec import ModelSpec
@@ -32,40 +31,6 @@ def drop_path(x: jax.Array, key: jax.Array | None, ids: jax.Array, rate: float) 
     return x
   keep = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate))(ids)
   return x * (keep / (1 - rate)).astype(x.dtype)[:, None, None]
-
-
-@jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-  """x Φ(x), in float32. JAX's own computes erfc by two polynomials, where erf takes one, and as PyTorch does."""
-  x32 = x.astype(jnp.float32)
-  return (x32 * _normal_cdf(x32)).astype(x.dtype)
-
-
-def _normal_cdf(x: jax.Array) -> jax.Array:
-  return 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
-
-
-def _slope(x: jax.Array, cdf: jax.Array) -> jax.Array:
-  return cdf + x * jnp.exp(-x**2 / 2) / (2 * math.pi)**0.5
-
-
-def _gelu_forward(x):
-  """Saves one array: of float32 the slope, which JAX's own rule would make of three; else x, which is smaller."""
-  if x.dtype != jnp.float32:
-    return gelu(x), x
-  cdf = _normal_cdf(x)
-  return x * cdf, _slope(x, cdf)
-
-
-def _gelu_backward(saved, dy):
-  if saved.dtype == jnp.float32:
-    return (dy * saved,)
-  x = saved.astype(jnp.float32)
-  slope = _slope(x, jax.lax.erfc(-x * 0.5**0.5) / 2)  # not as above, or XLA would keep one array for both
-  return ((dy.astype(jnp.float32) * slope).astype(saved.dtype),)
-
-
-gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 class Mlp(Sublayer):

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from uni_moe_jax.model.block import gelu
+from uni_moe_jax.model.gelu import gelu
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import products
 from uni_moe_jax.moe.layers import NORM_EPSILON, param, xavier_uniform
