@@ -194,7 +194,7 @@ combine.defvjp(lambda *operands: (combine(*operands), operands), _combine_backwa
 
 def _tokens_of_slots(x: jax.Array, source: jax.Array, slot: jax.Array) -> jax.Array:
   """The token [D] of x [T, D] in every slot, an arbitrary one in empty slots: [G, D]."""
-  return _take(x, _token_numbers(source, slot))
+  return gmm_tiled.take(x, _token_numbers(source, slot))
 
 
 def _token_numbers(source: jax.Array, slot: jax.Array) -> jax.Array:
@@ -209,19 +209,15 @@ def _gates_of_slots(gates: jax.Array, source: jax.Array) -> jax.Array:
 
 def _dot_per_choice(y: jax.Array, z: jax.Array, slot: jax.Array, kept: jax.Array) -> jax.Array:
   """y[slot_k] · z of every token, of y [G, D] and z [T, D], 0 for choices that are not kept: f32 [T, K]."""
-  dots = [(_take(y, slot[:, k]).astype(jnp.float32) * z).sum(-1) for k in range(slot.shape[1])]
+  dots = [(gmm_tiled.take(y, slot[:, k]).astype(jnp.float32) * z).sum(-1) for k in range(slot.shape[1])]
   return jnp.where(kept, jnp.stack(dots, axis=1), 0)
-
-
-def _take(x: jax.Array, rows: jax.Array) -> jax.Array:
-  return x.at[rows].get(mode='promise_in_bounds')
 
 
 def _sum_of_choices(y, slot, kept, gates=None, bias=0):
   """bias + Σ_k [gate ·] y[slot_k]; choices that are not kept may be NaN in y and count as 0. bias: f32 [T, F]."""
   total = bias
   for k in range(slot.shape[1]):
-    rows = _take(y, slot[:, k])
+    rows = gmm_tiled.take(y, slot[:, k])
     if gates is not None:
       rows = gates[:, k:k + 1] * rows
     total = total + jnp.where(kept[:, k:k + 1], rows, 0)

@@ -37,7 +37,7 @@ def routed_matmul(x: jax.Array, kernel: jax.Array, gates: jax.Array, bias: jax.A
     w = jax.lax.dynamic_index_in_dim(kernel, e, keepdims=False)
 
     def tile(y, token, target, gate, row):
-      return _add_rows(y, target, gate * jnp.dot(_rows(x, token), w))
+      return _add_rows(y, target, gate * jnp.dot(take(x, token), w))
     return over_tiles(e, tile, y)
 
   return jax.lax.fori_loop(0, kernel.shape[0], group, bias).astype(x.dtype)
@@ -57,7 +57,7 @@ def _backward(saved, dy):
 
     def tile(state, token, target, gate, row):
       dx, dw, dgates = state
-      x_tile, dy_tile = _rows(x, token), _rows(dy, token)
+      x_tile, dy_tile = take(x, token), take(dy, token)
       dx_tile = jax.lax.dot_general(dy_tile, w, (((1,), (1,)), ((), ())))
       dgate = (x_tile.astype(jnp.float32) * dx_tile).sum(1)
       dw += jnp.tensordot((gate * x_tile).astype(x.dtype), dy_tile, (0, 0), preferred_element_type=jnp.float32)
@@ -104,8 +104,9 @@ def _loop(gates: jax.Array, tokens: jax.Array, sizes: jax.Array, num_tokens: int
   return over_tiles
 
 
-def _rows(x: jax.Array, token: jax.Array) -> jax.Array:
-  return x.at[token].get(mode='promise_in_bounds')
+def take(x: jax.Array, rows: jax.Array) -> jax.Array:
+  """Rows of x, all of which exist."""
+  return x.at[rows].get(mode='promise_in_bounds')
 
 
 def _add_rows(y: jax.Array, target: jax.Array, rows: jax.Array) -> jax.Array:
