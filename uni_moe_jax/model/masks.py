@@ -43,7 +43,7 @@ def attention_mask(
   visible = visible_segments(masks, index)
   structure = None
   if masks[index] != 'full':
-    own = {'two_stream': lambda n: two_stream(n // 2), 'causal': causal}[masks[index]](lengths[index])
+    own = causal(lengths[index]) if masks[index] == 'causal' else two_stream(lengths[index] // 2)
     if queries_only:
       own = own[lengths[index] // 2:]
     blocks = [own if i == index else np.ones((len(own), lengths[i]), bool) for i in visible]
