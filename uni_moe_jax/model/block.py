@@ -68,7 +68,7 @@ class Block(nn.Module):
   """One layer. `sublayers` names those with experts; `last` marks the final layer of the encoder."""
   spec: ModelSpec
   sublayers: tuple[str, ...]
-  last: bool = False
+  last: bool
 
   @nn.compact
   def __call__(

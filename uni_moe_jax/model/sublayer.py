@@ -30,10 +30,10 @@ class Context:
   key: jax.Array | None  # random key of this step, inside a block of this step and layer; None at evaluation
   router_inputs: tuple[Any, ...] = flax.struct.field(pytree_node=False)  # A distinct ones
   # Compute only the rows of the readout in the last block; inside a block, in this one.
-  readout_only: bool = flax.struct.field(pytree_node=False, default=True)
-  taps: bool = flax.struct.field(pytree_node=False, default=False)  # collect hidden states and token routing
-  keys: bool = flax.struct.field(pytree_node=False, default=False)  # collect keys, values and context pools
-  mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
+  readout_only: bool = flax.struct.field(pytree_node=False)
+  taps: bool = flax.struct.field(pytree_node=False)  # collect hidden states and token routing
+  keys: bool = flax.struct.field(pytree_node=False)  # collect keys, values and context pools
+  mesh: Mesh | None = flax.struct.field(pytree_node=False)
 
 
 def output_projection(
@@ -53,7 +53,7 @@ class Sublayer(nn.Module):
   """Base of `Attention` and `Mlp`. Their parameters belong to the block, whose scope they share."""
   spec: ModelSpec
   has_experts: bool  # otherwise the projections are dense
-  mesh: Mesh | None = None
+  mesh: Mesh | None
 
   SUBLAYER = ''  # key of `spec.sublayers`
 

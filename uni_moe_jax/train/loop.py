@@ -316,7 +316,7 @@ class _Trainer:
       self._checkpoints.save(step, state, self._means)
 
   def _evaluate(
-      self, step: int, state: TrainState, stopped: Callable[[], bool], of_checkpoint: bool = False) -> dict[str, float]:
+      self, step: int, state: TrainState, stopped: Callable[[], bool], of_checkpoint: bool) -> dict[str, float]:
     """Evaluates and logs the state after a step; returns the metrics. of_checkpoint: the step is saved already."""
     evaluated = self._validation(step, state, stopped)
     self.lacks_evaluation = evaluated is None
