@@ -32,7 +32,7 @@ def _mesh(**axes):
 
 
 def _route(logits, mesh=None):
-  return expert_parallel.route(logits, _K, mesh)
+  return expert_parallel.route_tokens(logits, _K, mesh)
 
 
 def _block(x, logits, *weights, valid=None, capacity=0.0, mesh=None, backend='batched'):

@@ -38,7 +38,7 @@ _BATCH = P(sharding.BATCH_AXES)
 _gather_row = functools.partial(jax.lax.all_gather, axis_name='expert', tiled=True)
 
 
-def route(logits: jax.Array, top_k: int, mesh: Mesh | None) -> RouterOutput:
+def route_tokens(logits: jax.Array, top_k: int, mesh: Mesh | None) -> RouterOutput:
   """Keeps the K best experts of every token, from logits [B, S, E] f32.
 
   On the device of the token: a partitioner would gather the logits to sort them.

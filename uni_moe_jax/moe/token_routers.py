@@ -85,6 +85,6 @@ class TokenRouter(nn.Module):
       logits = logits + jnp.where(gates > 0, jnp.log(jnp.maximum(gates, 1e-20)), _NEVER)
     if noise_key is not None and self.noise_std > 0:
       logits = logits + token_noise(noise_key, ids, positions, self.num_experts, self.noise_std)
-    output = expert_parallel.route(logits, self.top_k, self.mesh)
+    output = expert_parallel.route_tokens(logits, self.top_k, self.mesh)
     capacity_factor = 0.0 if noise_key is None else self.capacity_factor
     return DispatchRouting.of(output, valid, groups, capacity_factor, self.backend, self.mesh)
