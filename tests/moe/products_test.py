@@ -137,7 +137,7 @@ def test_a_training_step_is_compiled_with_the_options():
 def test_the_method_of_a_mesh(wanted, multiplies, cpus, method):
   mesh = jax.make_mesh((cpus,), ('data',), devices=jax.devices()[:cpus])
   with mock.patch.object(products, 'multiplies_bfloat16', lambda: multiplies):
-    assert products.method(mesh, wanted) == method
+    assert products.choose_method(mesh, wanted) == method
 
 
 @functools.cache

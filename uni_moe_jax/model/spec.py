@@ -78,8 +78,8 @@ class ModelSpec(ModelConfig, MoeConfig):
         self.router, self.width, self.num_experts, self.top_k, self.noise_std, self.router_names, name=name)
 
   def product_method(self, mesh: Mesh | None) -> str:
-    """How layers multiply on a mesh, see `products.method`."""
-    return products.method(mesh, self.cpu_bfloat16)
+    """How layers multiply on a mesh, see `products.choose_method`."""
+    return products.choose_method(mesh, self.cpu_bfloat16)
 
   def kernel_of(self, condition: Condition) -> int:
     """Index of the kernel of a condition in a merged model.

@@ -48,7 +48,7 @@ def conv_stem(
     pixels: normalized; H and W are multiples of the patch size, a power of two.
     params: see `stem_params`.
     dtype: of the products.
-    method: see `products.method`.
+    method: see `products.choose_method`.
   """
   B, T, *image = pixels.shape
   x = pixels.reshape(B * T, *image)

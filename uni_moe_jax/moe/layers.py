@@ -122,7 +122,7 @@ class Projection:
   in_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # logical names of the contracted axes
   out_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # and of the resulting ones
   unrounded: PerCondition | jax.Array | None = None  # f32 values, see `products.dot`; None where the kernel is f32
-  method: str = flax.struct.field(pytree_node=False, default=products.PLAIN)  # see `products.method`
+  method: str = flax.struct.field(pytree_node=False, default=products.PLAIN)  # see `products.choose_method`
 
   def slice(self, part: slice) -> 'Projection':
     """The projection to a slice of its first output axis."""
@@ -138,7 +138,7 @@ class MoeDense(nn.Module):
   kernel_init: Callable
   num_experts: int  # E, or 0 for a dense projection
   dtype: jnp.dtype  # of the kernels that are returned, that is of the product; see `precision`
-  method: str = products.PLAIN  # see `products.method`
+  method: str = products.PLAIN  # see `products.choose_method`
   mesh: Mesh | None = None
 
   @nn.compact

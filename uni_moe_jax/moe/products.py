@@ -45,7 +45,7 @@ def xla_options(mesh: Mesh | None) -> dict[str, str]:
   return _EIGEN if eigen and sharding.on_one_cpu(mesh) else {}
 
 
-def method(mesh: Mesh | None, cpu_bfloat16: bool) -> str:
+def choose_method(mesh: Mesh | None, cpu_bfloat16: bool) -> str:
   """How to multiply on a mesh. cpu_bfloat16: float32 operands may be rounded where that is fast, see config.train."""
   if not sharding.on_one_cpu(mesh):
     return PLAIN
@@ -58,7 +58,7 @@ def dot(x: jax.Array, kernel: jax.Array, unrounded: jax.Array | None = None, met
   Args:
     unrounded: the kernel's float32 values, where it was rounded. The gradient is theirs, and not rounded before it is
       summed over arrays and devices. Nothing reads their values.
-    method: see `method`. If ROUNDED, there is one axis in and one out.
+    method: see `choose_method`. If ROUNDED, there is one axis in and one out.
   """
   if unrounded is not None and unrounded.dtype != kernel.dtype:
     return _dot_of_rounded(x, kernel, unrounded)

@@ -86,7 +86,7 @@ class Run:
   @property
   def rounds_products(self) -> bool:
     """Whether training rounds operands of products to bfloat16, see `config.train.cpu_bfloat16`."""
-    return products.method(self.mesh, self.spec.cpu_bfloat16) == products.ROUNDED
+    return products.choose_method(self.mesh, self.spec.cpu_bfloat16) == products.ROUNDED
 
   def put_batch(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
     """Puts a host batch on the mesh; every process contributes its own shards."""
