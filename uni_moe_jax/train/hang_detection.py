@@ -11,7 +11,6 @@ import os
 import sys
 import threading
 import time
-import types
 from collections.abc import Iterator, Mapping
 
 from uni_moe_jax.utils.exit_codes import ERROR
@@ -51,14 +50,14 @@ class _Phase:
 class HangDetector:
   """Watches the phases of a loop from a thread of its own; a context manager."""
 
-  def __init__(self, timeout: float, buckets: Mapping[str, str] = types.MappingProxyType({})):
+  def __init__(self, timeout: float, buckets: Mapping[str, str] | None = None):
     """Starts when it is entered.
 
     Args:
       timeout: seconds per phase, six times as many for START, RESTORE and each evaluator; 0 disables.
       buckets: phase → address of the bucket that it reads or writes; its waits are noted.
     """
-    self._timeout, self._buckets = timeout, buckets
+    self._timeout, self._buckets = timeout, buckets or {}
     self._phase: _Phase | None = None
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._watch, name='hang detection', daemon=True)
