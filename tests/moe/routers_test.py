@@ -87,7 +87,7 @@ def test_attributes_are_embedded_as_the_sum_of_their_rows():
   kernel = 10.0 ** jnp.arange(8)[:, None] * jnp.ones((8, 2))
   values = {'kernel': kernel, 'bias': jnp.array([.5, -.5])}
   rows = ((1, 0, 0, 1, 1, 0, 0, 0), (0, 1, 0, 1, 0, 1, 0, 0))
-  h = routers.AttributeEmbedding(2, ()).apply({'params': values}, rows)
+  h = routers.AttributeEmbedding(2).apply({'params': values}, rows)
   np.testing.assert_array_equal(h, [[11001.5, 11000.5], [101010.5, 101009.5]])
 
 

@@ -97,7 +97,6 @@ def input_noise(key: jax.Array, inputs: tuple[RouterInput, ...], num_experts: in
 class AttributeEmbedding(nn.Module):
   """W_a bits + c: [A, D] from A vectors of eight bits."""
   width: int
-  names: tuple[str, ...]
 
   @nn.compact
   def __call__(self, inputs: tuple[RouterInput, ...]) -> jax.Array:
@@ -159,8 +158,11 @@ class ConditionRouter(nn.Module):
   @nn.compact
   def __call__(self, inputs: tuple[RouterInput, ...], noise_key: jax.Array | None) -> RouterOutput:
     """Routes A router inputs; without a noise key (evaluation) there is no noise."""
-    embedding = NameEmbedding if CONDITION_ROUTERS[self.router].names else AttributeEmbedding
-    h = LayerNorm(name='norm')(embedding(self.width, self.names, name='embed')(inputs))
+    if CONDITION_ROUTERS[self.router].names:
+      embedding = NameEmbedding(self.width, self.names, name='embed')
+    else:
+      embedding = AttributeEmbedding(self.width, name='embed')
+    h = LayerNorm(name='norm')(embedding(inputs))
     axes = {'embed': self.width, 'gate_experts': self.num_experts}
     logits = jnp.matmul(h, param(self, 'gate', nn.initializers.xavier_uniform(), axes), precision=EXACT)
     if noise_key is not None and self.noise_std > 0:
