@@ -104,8 +104,10 @@ class FileBaselines:
     task, (max_trained, max_evaluated) = self.evaluation.task, _NUM_EXAMPLES[self._media]
     column, rows = task.label_column, baselines.subset(len(ids), max_evaluated)
     is_class = self.trained.columns[column] == 'class'
-    value = lambda record: record[column] if is_class or not record[column] else statistics.mode(
-        map(normalize_answer, record[column]))
+
+    def value(record):
+      label = record[column]
+      return label if is_class or not label else statistics.mode(map(normalize_answer, label))
 
     def compute():
       trained, names = self._sample(max_trained, value)

@@ -54,13 +54,18 @@ def _log_total(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
   return top, jnp.log(jnp.exp(logits - top[..., None]).sum(-1))
 
 
+def _log_total_forward(logits):
+  top, log_total = _log_total(logits)
+  return (top, log_total), (logits, top, log_total)
+
+
 def _log_total_backward(saved, d):
   """The probabilities again from the logits: to save them would write as much as the logits."""
   logits, top, log_total = saved
   return (d[1][..., None] * jnp.exp(logits - top[..., None] - log_total[..., None]),)
 
 
-_log_total.defvjp(lambda logits: (out := _log_total(logits), (logits, *out)), _log_total_backward)
+_log_total.defvjp(_log_total_forward, _log_total_backward)
 
 
 def contrastive(
