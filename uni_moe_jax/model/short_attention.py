@@ -61,8 +61,8 @@ _attention.defvjp(lambda head_dim, interpret, qkv, valid: (_attention(head_dim, 
                   _attention_backward)
 
 
-def _run(kernel, products, head_dim, interpret, operands, out_shape) -> jax.Array:
-  """Runs a kernel once per example. products: [S, lanes] · [lanes, S], of every head."""
+def _run(kernel, num_products, head_dim, interpret, operands, out_shape) -> jax.Array:
+  """Runs a kernel once per example. num_products: [S, lanes] · [lanes, S], of every head."""
   qkv = operands[1]
   B, _, S, width = qkv.shape
   lanes = _LANES if width % _LANES == 0 and _LANES % head_dim == 0 else width
@@ -73,7 +73,8 @@ def _run(kernel, products, head_dim, interpret, operands, out_shape) -> jax.Arra
   return pl.pallas_call(
       functools.partial(kernel, head_dim=head_dim, lanes=lanes), out_shape=out, grid=(B,), interpret=interpret,
       in_specs=[block(x) for x in operands], out_specs=block(out),
-      cost_estimate=pl.CostEstimate(flops=2 * products * scores * lanes, transcendentals=scores, bytes_accessed=moved),
+      cost_estimate=pl.CostEstimate(
+          flops=2 * num_products * scores * lanes, transcendentals=scores, bytes_accessed=moved),
   )(*operands)
 
 
