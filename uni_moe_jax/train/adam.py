@@ -16,8 +16,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-CONVENTIONS = ('settonone', 'zerograd')
-
 
 class AdamState(NamedTuple):
   """count: int32 per parameter or expert slice, its own updates. mu, nu: moments."""
@@ -35,7 +33,7 @@ def adamw(
     b1, b2, eps: of Adam; eps is added after the bias correction.
     weight_decay: a float per parameter.
     units: a shape per parameter, the leading axes over slices that are updated separately.
-    convention: one of `CONVENTIONS`.
+    convention: 'settonone' or 'zerograd'.
 
   Returns:
     A transformation whose update takes `used`, see `used_params.used_mask`.
