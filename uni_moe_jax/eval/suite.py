@@ -50,7 +50,7 @@ def evaluate(
     writes: True in the one process that writes; all processes take part.
     model: digest of the checkpoint that has the parameters.
   """
-  shown = {}
+  folder, shown = storage.path(workdir), {}
   measure = functools.partial(_measure, data=data, predictor=predictor, shown=shown)
   by_task = [list(group) for _, group in itertools.groupby(plan.evaluations, key=lambda e: e.task.name)]
   # A process whose part of the data cannot be read would leave the others waiting.
@@ -58,7 +58,7 @@ def evaluate(
     if fingerprints := data.evaluation_fingerprints() if plan.evaluations else {}:
       multihost.check_same_data(data.inputs_fingerprint, fingerprints)
     if writes:  # as it is: a folder without permission or space is an error before the evaluation, not at its end
-      made_by = storage.path(workdir) / EVALUATORS_FILE
+      made_by = folder / EVALUATORS_FILE
       storage.write_bytes(made_by, made_by.read_bytes() if made_by.exists() else b'{}')
     if sharding.on_one_cpu(predictor.mesh) and jax.process_count() == 1:
       # Most of the time goes to compiling, which uses one core.
@@ -76,14 +76,13 @@ def evaluate(
   rows = [score.row(name, step) for name, score in measured]
   if writes:
     # Empty while files change: rows are never taken for those of other evaluators, whenever this process is killed.
-    write_json(storage.path(workdir) / EVALUATORS_FILE, {})
+    write_json(folder / EVALUATORS_FILE, {})
     example_scores.write(workdir, measured)
     in_order = {e.name: shown[e.name] for e in plan.evaluations if e.name in shown}
-    write_json(storage.path(workdir) / samples.FILE, in_order)
-    write_json(storage.path(workdir) / EVALUATION_FILE, rows)
-    made_by = {
-        name: {**fields, _DATA: fingerprints.get(name), _MODEL: model} for name, fields in _settings(plan).items()}
-    write_json(storage.path(workdir) / EVALUATORS_FILE, made_by)
+    write_json(folder / samples.FILE, in_order)
+    write_json(folder / EVALUATION_FILE, rows)
+    write_json(folder / EVALUATORS_FILE, {
+        name: {**fields, _DATA: fingerprints.get(name), _MODEL: model} for name, fields in _settings(plan).items()})
   return rows
 
 
