@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -214,8 +214,8 @@ def _loop(
   is_missing = validation.is_missing(first, workdir)
   print(f'ready after {time.perf_counter() - started:.0f} s; {"another process" if compiler else "the first step"} '
         'compiles', flush=True)
-  with log:
-    done = trainer.train(state, first, stop, started, is_missing)
+  with log, trainer.batches(first) as batches:
+    done = trainer.train(state, first, stop, started, is_missing, batches)
   if done is None:
     return ERROR
   if done < last or trainer.lacks_evaluation:
@@ -245,23 +245,24 @@ class _Trainer:
     self._pending: dict[str, jax.Array] | None = None  # metrics of the running step, read when the next one is queued
     self._means: dict[str, float] = {}  # as logged at the newest step; {} if that step is not logged
 
-  def train(
-      self, state: TrainState, first: int, stop: Stop, started: float, is_evaluation_missing: bool) -> int | None:
-    """Number of steps taken when a stop was requested or all are; None after too many that were not finite.
-
-    is_evaluation_missing: whether the run was stopped before the evaluations that follow step `first`.
-    """
+  @contextlib.contextmanager
+  def batches(self, first: int) -> Iterator[Lookahead]:
+    """The batches of the steps from `first` on."""
     batches = Lookahead(self._mixture.iterate(first, self._config.steps), self._place)
     try:
-      return self._train(state, first, stop, started, is_evaluation_missing, batches)
+      yield batches
     finally:
       gc.unfreeze()
       with self._phase(BATCH):  # the next batch may be in the making
         batches.close()
 
-  def _train(
+  def train(
       self, state: TrainState, first: int, stop: Stop, started: float, is_evaluation_missing: bool,
       batches: Lookahead) -> int | None:
+    """Number of steps taken when a stop was requested or all are; None after too many that were not finite.
+
+    is_evaluation_missing: whether the run was stopped before the evaluations that follow step `first`.
+    """
     stops, done = multihost.AnyProcess(self._run.mesh), first
     evaluate = functools.partial(self._evaluate, stopped=lambda: stops(stop.requested))
     if is_evaluation_missing:
