@@ -210,7 +210,7 @@ def mean_log_probability(log_p: list[jax.Array]) -> jax.Array:
   return jax.nn.logsumexp(jnp.stack(log_p), axis=0) - math.log(len(log_p))
 
 
-# Apart from the functions that compute scores: fused with them, equal scores could be rounded differently.
+# Jitted separately from functions that compute scores: if XLA fused them, equal scores could be rounded differently.
 @jax.jit
 def rank(scores: jax.Array, labels: jax.Array) -> Ranked:
   """Ranks of labels int [B, R] by scores f32 [B, R, V]."""

@@ -36,7 +36,8 @@ class Period(nn.Module):
     collected = []
     for j, sublayers in enumerate(self.pattern):
       last = self.is_tail and j == len(self.pattern) - 1
-      # One by one: of a period as a whole, all blocks but the last would compute their last product again.
+      # Each block is rematerialized by itself. With one unit per period, the backward pass would also repeat the last
+      # product of every block but the last.
       block = Block
       if self.spec.remat:
         block = nn.remat(Block, prevent_cse=self.is_tail, policy=_kept(context.mesh))

@@ -1,4 +1,4 @@
-"""Coefficients of condition routers, and the model without routers and experts that they leave for some conditions.
+"""Coefficients of condition routers, and the model that results when its experts are merged by them.
 
 A condition router routes all segments of a condition by the same coefficients, and experts are linear, so their kernels
 can be added in advance (Uni-Perceiver-MoE, section 3.4). Decoding merges once per model, so that its loop merges no

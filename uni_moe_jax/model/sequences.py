@@ -20,7 +20,7 @@ from uni_moe_jax.tasks.task_types import TaskType
 Fields = dict[str, jax.Array]  # of a batch, [shards, b, …], or of an evaluation batch, [B, …]
 NO_WORD = -1  # in place of a neighbor
 READ_NOTHING = 'nothing'  # prefill: only keys and values of the last layer are wanted
-_MAX_PADDING = 128  # tokens that may be added to a sequence, so that it joins a longer one: what a bucket must save
+_MAX_PADDING = 128  # most tokens of padding, over all its examples, to join a longer sequence: what a bucket must save
 # (keys, values [b, N, S, H] in the order of the products, mask bool [B or 1, 1, Q or 1, S] or None: all visible). b
 # divides B, and each row serves B / b consecutive examples: hypotheses about one image share its keys, all examples
 # those of prompts.

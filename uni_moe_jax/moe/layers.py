@@ -174,7 +174,10 @@ class MoeDense(nn.Module):
 
 
 def _unstack(x: jax.Array) -> PerCondition:
-  """[A, …] → A times […]. Of many uses of a part, gradients are summed first, where those of x[i] would be padded."""
+  """[A, …] → A times […].
+
+  The gradients of all uses of a part are summed first. With x[i], each would be padded to [A, …] before the sum.
+  """
   return tuple(part.squeeze(0) for part in jax.lax.split(x, (1,) * len(x)))
 
 
@@ -183,8 +186,8 @@ def project(
 ) -> jax.Array:
   """x [B, S, *in] · kernel [*in, *out] + bias [*out] → [B, S, *out], of the kernel's type. The bias is float32.
 
-  Heads and their numbers are one axis in the product, but on a CPU in float32: apart, a TPU pads and copies what it
-  reads and writes. If rounded, all axes out are one.
+  The product has heads and head dimension as one axis, because a TPU would pad and copy two. On one CPU they stay two
+  axes, unless operands are rounded: such a product has a single output axis.
 
   unrounded, method: see `products.dot`.
   """

@@ -34,7 +34,8 @@ def cross_entropy(
   if correction is not None:
     correction = correction[None, None]
     logits = logits + correction
-  top, log_total = _log_total(logits)  # log p = logits - top - log_total, which is as large as the logits
+  # log p would be logits - top - log_total; it is never stored, because it is as large as the logits.
+  top, log_total = _log_total(logits)
   # A sum instead of an index, whose gradient would be another array of the size of the logits.
   is_label = jnp.arange(logits.shape[-1], dtype=labels.dtype)[None, None] == labels[..., None]
   shifted = logits - top[..., None]

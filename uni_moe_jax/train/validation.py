@@ -51,7 +51,7 @@ class Validation:
     return self._run.data.evaluation_fingerprints(self.evaluations)
 
   def is_due(self, step: int) -> bool:
-    """Whether evaluations follow a step, the last one among them."""
+    """Whether the run evaluates after this step: every `evaluate_every` steps, and after the last one."""
     return bool(self._every) and (step % self._every == 0 or step == self._run.config.train.steps)
 
   def is_missing(self, step: int, workdir: str | os.PathLike[str]) -> bool:
