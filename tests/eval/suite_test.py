@@ -1,6 +1,8 @@
 """A whole tiny run: trained, evaluated, reported."""
 
 import contextlib
+import dataclasses
+import functools
 import json
 import math
 import threading
@@ -121,6 +123,18 @@ def test_an_evaluation_without_the_record_of_its_evaluators_does_not_count(tmp_p
   assert [row['value'] for row in suite.finished_rows(tmp_path, plan, 3)] == [.5]
   (tmp_path / suite.EVALUATORS_FILE).unlink()  # as of an earlier version
   assert suite.finished_rows(tmp_path, plan, 3) == []
+
+
+def test_an_evaluation_without_the_digest_of_its_model_counts_unless_that_of_another_run_was_evaluated(
+    tmp_path, monkeypatch):
+  plan, file = _evaluate_one(tmp_path, monkeypatch, .5, 4), tmp_path / suite.EVALUATORS_FILE
+  trains_nothing, finished = dataclasses.replace(plan, tasks=()), functools.partial(suite.finished_rows, tmp_path)
+  assert finished(plan, 3) == finished(trains_nothing, 3) != [] == finished(plan, 3, model='of another')
+  made_by = json.loads(file.read_text())
+  del made_by['e']['model_fingerprint']  # as of an earlier version
+  file.write_text(json.dumps(made_by))
+  assert [row['value'] for row in finished(plan, 3, model='of a model')] == [.5]
+  assert finished(trains_nothing, 3, model='of a model') == []
 
 
 @pytest.mark.parametrize('number', [1, 2, 3, 4])

@@ -135,8 +135,10 @@ def finished_rows(
   models = {fields.pop(_MODEL, None) for fields in made_by.values()}
   if made_by != _settings(plan):
     return []
+  # Evaluations of an earlier version have no digest, which only matters where the step is that of another run.
+  known = {model, None} if plan.tasks else {model}
   # One process decides for all: their hosts may have other data.
-  is_other = distributed.is_primary() and (not models <= {model} or _has_other_data(plan, config, fingerprints))
+  is_other = distributed.is_primary() and (not models <= known or _has_other_data(plan, config, fingerprints))
   if multihost.broadcast_from_primary(is_other):
     return []
   return read_json(storage.path(workdir) / EVALUATION_FILE)
