@@ -20,7 +20,7 @@ from uni_moe_jax.utils import cli, exit_codes, heap, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _MODEL = flags.DEFINE_string('model', None, 'Folder of uni-moe export, or hf:OWNER/NAME@REVISION.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory to export first, once per checkpoint.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory to export first, once per checkpoint and config.')
 _EXPORT_ONLY = flags.DEFINE_bool('export_only', False, 'With --workdir: end after the export, so that a start is fast.')
 _GALLERY = flags.DEFINE_string('gallery', None, 'Folder of images and videos to search; default: the examples.')
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen at; 0.0.0.0 is every one of this machine.')
@@ -58,14 +58,13 @@ def main() -> int:
 
 
 def _exported(workdir: pathlib.Path) -> pathlib.Path:
-  """The export of a run's last checkpoint beside it; makes it unless it exists."""
+  """The export of a run's newest checkpoint, in its work directory; makes it unless it exists."""
   from uni_moe_jax.serve import exported
-  from uni_moe_jax.train.workdir import load_config, model_fingerprint, saved_step
-  init = load_config(workdir).train.init
-  if (step := saved_step(workdir)) is None and init:
-    step = saved_step(init)  # of a run that trains nothing
-  name = exported.name(step or 0, model_fingerprint(workdir, init, step or 0))
-  return exported.make(workdir / 'served' / name, [
+  from uni_moe_jax.train import checkpoint_choice
+  from uni_moe_jax.train.workdir import load_config
+  config = load_config(workdir)
+  checkpoints = checkpoint_choice.newest_intact(workdir, config)
+  return exported.make(workdir / 'served', checkpoints, config.to_json(sort_keys=True), [
       sys.executable, str(pathlib.Path(__file__).with_name('export.py')), f'--workdir={workdir}',
       f'--num_examples={_NUM_EXAMPLES}'])
 

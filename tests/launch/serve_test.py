@@ -1,7 +1,9 @@
 """uni-moe serve --workdir: which folder it exports to, with a stand-in for the export."""
 
 import json
+import os
 import pathlib
+import time
 import types
 
 import pytest
@@ -10,18 +12,21 @@ from tests.helpers import in_process, processes
 from uni_moe_jax import __version__
 from uni_moe_jax.serve import exported
 from uni_moe_jax.train import manifest
-from uni_moe_jax.train.workdir import model_fingerprint
+from uni_moe_jax.train.workdir import load_config, model_fingerprint
 
 
-def _run(folder: pathlib.Path, *steps: int, init: str = '', content: str = 'of a model') -> pathlib.Path:
+def _run(folder: pathlib.Path, *steps: int, init: str = '', content: str = 'of a model', seed: int = 0) -> pathlib.Path:
   """Writes the work directory of a run with checkpoints of one file."""
   folder.mkdir(exist_ok=True)
-  (folder / 'config.json').write_text(json.dumps({'uni_moe_jax': __version__, 'config': {'train': {'init': init}}}))
+  (folder / 'config.json').write_text(
+      json.dumps({'uni_moe_jax': __version__, 'config': {'seed': seed, 'train': {'init': init}}}))
   for step in steps:
     checkpoint = folder / 'checkpoints' / str(step)
     checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / 'commit_success.txt').write_text('finished')
-    manifest._write(checkpoint, {'files': {'file': {'sha256': content}}})
+    (checkpoint / 'arrays').write_text(content)
+    (checkpoint / '_CHECKPOINT_METADATA').write_text('{}')
+    manifest.write(checkpoint, checkpoint, {}, {})
+    (checkpoint / 'commit_success.txt').write_text(f'Checkpoint commit was successful to {checkpoint}')
   return folder
 
 
@@ -34,19 +39,20 @@ def _export(monkeypatch):
   def start(workdir, reads=None, code=0, init='', other=None):
     exports, served = [], []
 
-    def write(output, step):
+    def write(output, step, fingerprint):
       output.mkdir(parents=True)
       (output / 'SHA256SUMS').write_text(str(step))
       (output / 'manifest.json').write_text(json.dumps({'provenance': {
-          'step': step, 'checkpoint (fingerprint)': model_fingerprint(workdir, init, step)}}))
+          'step': step, 'checkpoint (fingerprint)': fingerprint}}))
 
     def run(command, **_):
       [output] = [pathlib.Path(a.removeprefix('--output=')) for a in command if a.startswith('--output=')]
       exports.append(output)
-      if not code:
-        write(output, reads)
+      write(output, reads, model_fingerprint(workdir, init, reads))
       if other is not None:
-        write(workdir / f'served/{other}-{model_fingerprint(workdir, init, other)}', other)
+        digest = model_fingerprint(workdir, init, other)
+        config = load_config(workdir).to_json(sort_keys=True)
+        write(workdir / 'served' / exported.name(other, digest, config), other, digest)
       return types.SimpleNamespace(wait=lambda: code)
 
     with monkeypatch.context() as patch:
@@ -55,9 +61,9 @@ def _export(monkeypatch):
       try:
         started = in_process.run(processes.ROOT / 'launch/serve.py', f'--workdir={workdir}', '--export_only')
       except SystemExit as stopped:
-        return stopped.code
-    assert started == 0 and not any(output.exists() for output in exports)
-    return int((served[0] / 'SHA256SUMS').read_text()), bool(exports)
+        started = stopped.code
+    assert started == code and not any(output.parent.exists() for output in exports)
+    return code or (int((served[0] / 'SHA256SUMS').read_text()), bool(exports))
 
   make = exported.make
   return start
@@ -73,15 +79,41 @@ def test_a_run_is_exported_once_per_checkpoint(tmp_path, export):
   assert export(_run(run, 5, content='of another model'), 5) == (5, _EXPORTED)
 
 
-def test_a_checkpoint_that_was_damaged_is_exported_when_it_is_intact_again(tmp_path, export):
+@pytest.mark.parametrize('changed', ['config', 'version', 'format'])
+def test_a_run_is_exported_again_with_another_config_package_or_format(tmp_path, export, monkeypatch, changed):
+  run = _run(tmp_path / 'run', 3)
+  assert export(run, 3) == (3, _EXPORTED)
+  if changed == 'config':
+    _run(run, seed=1)
+  elif changed == 'version':
+    monkeypatch.setattr(exported, '__version__', '9.0')
+  else:
+    monkeypatch.setattr(exported.loader, 'FORMAT', 9)
+  assert export(run, 3) == (3, _EXPORTED) and export(run) == (3, _KEPT)
+
+
+def test_while_the_newest_checkpoint_is_damaged_the_one_before_it_is_exported_once(tmp_path, export, capfd):
   run = _run(tmp_path / 'run', 3, 5)
-  assert export(run, reads=3) == (3, _EXPORTED)
-  assert export(run, reads=5) == (5, _EXPORTED) and export(run) == (5, _KEPT)
+  (run / 'checkpoints/5/arrays').write_text('of no model')
+  assert export(run, reads=3) == (3, _EXPORTED) and export(run) == (3, _KEPT)
+  assert f'{run}/checkpoints/5 is damaged: arrays has 11 bytes instead of 10' in capfd.readouterr().err
+  assert export(_run(run, 5), 5) == (5, _EXPORTED) and export(run) == (5, _KEPT)
+  (run / 'checkpoints/5/arrays').write_text('of a MODEL')  # it is not read where there is an export
+  assert export(run) == (5, _KEPT)
+
+
+def test_an_export_that_was_killed_stops_no_other_and_is_removed_after_a_day(tmp_path, export):
+  run = _run(tmp_path / 'run', 3)
+  for folder, hours in ((old := run / 'served/.3-a.1', 25), (new := run / f'served/.3-a.{os.getpid()}', 1)):
+    folder.mkdir(parents=True)
+    os.utime(folder, (when := time.time() - hours * 3600, when))
+  assert export(run, 3) == (3, _EXPORTED)
+  assert new.exists() and not old.exists()
 
 
 def test_of_two_starts_that_export_at_once_the_later_uses_what_the_other_has_made(tmp_path, export):
   assert export(_run(tmp_path / 'both', 3), 3, other=3) == (3, _EXPORTED)
-  assert export(_run(tmp_path / 'alone', 3), code=2) == 2
+  assert export(_run(tmp_path / 'alone', 3), 3, code=2) == 2
 
 
 def test_a_run_that_trains_nothing_is_exported_once_per_checkpoint_of_the_run_whose_parameters_it_has(tmp_path, export):
