@@ -106,13 +106,6 @@ def test_views_of_a_video_are_averaged_as_probabilities(data):
   np.testing.assert_allclose(np.exp(rank(pixels[:, 0], 1).score), [0.1, 0.01], rtol=1e-5)  # one view
 
 
-def test_views_are_averaged_also_where_every_probability_is_0_in_float32():
-  """The second of 20 targets is 95 behind the first and the others 100: e^-95 is 0."""
-  log_p = jnp.asarray([[[0., -95., *[-100.] * 18]]], jnp.float32)
-  assert jnp.exp(log_p).tolist() == [[[1.0] + [0.0] * 19]]
-  assert predictor.rank(predictor.mean_log_probability([log_p, log_p]), np.array([[1]])).rank.tolist() == [[2]]
-
-
 @pytest.mark.parametrize('broken', [np.nan, 0.0])
 @pytest.mark.parametrize('name, metrics', [('shape', ('top-1', 'balanced_accuracy')), ('text', ('accuracy',))])
 def test_a_model_whose_scores_are_nan_or_equal_is_never_right(data, name, metrics, broken):
@@ -232,12 +225,12 @@ class _Reader(_Oracle):
     return self._tokenizer.decode(self._tokenizer.encode(text))
 
 
-def _retrieve(data, reader, texts, max_len):
+def _retrieve(data, reader, texts, max_len, **changes):
   """Scores of retrieval among three images with these texts."""
   query = _query(data, 'pair', reader, num_examples=0, batch_size=3)
   examples = dataclasses.replace(query.examples, size=3, references=lambda ids: [texts[i] for i in ids])
   evaluation = dataclasses.replace(query.evaluation, task=dataclasses.replace(query.task, max_len=max_len))
-  return _run(dataclasses.replace(query, evaluation=evaluation, examples=examples))
+  return _run(dataclasses.replace(query, evaluation=evaluation, examples=examples, **changes))
 
 
 def test_images_that_share_a_caption_are_right_for_it_and_it_is_evaluated_once(data):
@@ -250,6 +243,16 @@ def test_images_that_share_a_caption_are_right_for_it_and_it_is_evaluated_once(d
   # Two, two and one of four texts; one, two, one and one of three images.
   assert perfect['i2t_R@1'].chance == pytest.approx((2 / 4 + 2 / 4 + 1 / 4) / 3)
   assert perfect['t2i_R@1'].chance == pytest.approx((1 / 3 + 2 / 3 + 1 / 3 + 1 / 3) / 4)
+
+
+def test_retrieval_can_end_before_each_batch_of_texts(data):
+  reader = _Reader(data[1].tokenizer)
+
+  def stop():
+    assert not reader.read, 'stopped'
+  with pytest.raises(AssertionError, match='stopped'):
+    _retrieve(data, reader, _SHARED, 30, before_batch=stop)
+  assert len(reader.read) == 3  # one of two batches
 
 
 def test_recall_of_files_of_a_model_that_takes_every_image_for_the_next(data):

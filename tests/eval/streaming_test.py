@@ -2,6 +2,7 @@
 
 import tracemalloc
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -43,6 +44,13 @@ def test_ranks_on_the_device_are_those_of_the_metrics():
                                                  ([.4, .4, .2], 0, 2), ([0, 0, 0], 2, 3), ([np.nan, .2, .1], 1, 2)])
 def test_a_tie_or_a_nan_counts_against_the_model(scores, label, rank):
   assert predictor.rank(np.float32([[scores]]), np.array([[label]])).rank.tolist() == [[rank]]
+
+
+def test_views_are_averaged_also_where_every_probability_is_0_in_float32():
+  """The second of 20 targets is 95 behind the first and the others 100: e^-95 is 0."""
+  log_p = jnp.asarray([[[0., -95., *[-100.] * 18]]], jnp.float32)
+  assert jnp.exp(log_p).tolist() == [[[1.0] + [0.0] * 19]]
+  assert predictor.rank(predictor.mean_log_probability([log_p, log_p]), np.array([[1]])).rank.tolist() == [[2]]
 
 
 class _Shifted:

@@ -251,6 +251,7 @@ def _full_retrieval(q: Query) -> list[Score]:
   positives[owner, row_of] = True
 
   def encode(start):
+    q.before_batch()
     rows = np.arange(start, min(start + batch_size, len(targets)))
     batch = np.resize(rows, batch_size)  # of one shape; repeated rows are dropped
     return q.predictor.pairs(q.task.type, {
