@@ -46,6 +46,14 @@ def test_of_each_class_those_with_the_lowest_hashes_are_chosen():
   assert _subset(shots=2, labels=_LABELS.astype('U')).tolist() == sorted(expected)
 
 
+@pytest.mark.parametrize('train_fraction, size, number', [
+    (.07, 100, 7), (.55, 100, 55), (.0701, 100, 8),  # .07 · 100 and .55 · 100 exceed 7 and 55 by rounding
+    (.07, 10_000, 700), (1e-9, 100, 1)])
+def test_a_fraction_that_divides_a_class_is_exact(train_fraction, size, number):
+  task = dataclasses.replace(make_plan(tiny.config('shape')).tasks[0], train_fraction=train_fraction)
+  assert len(subset(np.arange(size), None, task, 3)) == number
+
+
 def test_without_classes_the_fraction_is_of_all_examples():
   assert len(_subset(labels=None, train_fraction=.1)) == 3
 

@@ -108,7 +108,8 @@ def subset(indices: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed:
   _, classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
   order = np.lexsort((hashes, classes))  # class by class
   rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-  numbers = np.full(len(sizes), task.shots) if task.shots else np.ceil(task.train_fraction * sizes)
+  # Slightly less than the product: .07 · 100 is 7.000000000000001.
+  numbers = np.full(len(sizes), task.shots) if task.shots else np.ceil(task.train_fraction * sizes * (1 - 1e-12))
   return indices[np.sort(order[rank < np.repeat(numbers, sizes)])]
 
 
