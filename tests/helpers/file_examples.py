@@ -20,11 +20,12 @@ def plan_task(task_type, **fields):
 
 
 def build(dataset, task_type='image_classification', training=True, max_corrupt_fraction=0.5, label_column='label',
-          target_set='ab', tokenizer=None, resize='pillow', **fields):
+          target_set='ab', tokenizer=None, resize='pillow', channels=3, **fields):
   """Return examples of a task of `plan_task` on a dataset of files."""
   task = plan_task(task_type, label_column=label_column, target_set=target_set, **fields)
   return file_dataset_examples.FileExampleBuilder(
-      tokenizer, {'ab': ('a', 'b')}, 3, SIDE, training, False, 0, max_corrupt_fraction, resize).build(task, dataset)
+      tokenizer, {'ab': ('a', 'b')}, channels, SIDE, training, False, 0, max_corrupt_fraction, resize).build(
+          task, dataset)
 
 
 def make(examples, ids):

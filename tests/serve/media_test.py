@@ -105,11 +105,12 @@ def test_the_frames_of_a_video_are_the_middles_of_its_segments():
   assert np.abs(shown.mean((1, 2, 3)) - [20, 60, 100]).max() < 4  # frames 2, 6 and 10
 
 
-@pytest.mark.parametrize('stride, frames', [(0.0, [2, 6, 10]), (3.0, [0, 1, 2]), (15.0, [0, 5, 10])])
-def test_a_task_with_a_stride_takes_frames_from_the_first_one_at_thirty_a_second(stride, frames):
-  shown = media.video_pixels(_video(12, rate=10), 3, 16, 3, _LIMITS, stride)  # 10 a second: a third of it
+@pytest.mark.parametrize('stride, frames, channels', [
+    (0.0, [2, 6, 10], 3), (3.0, [0, 1, 2], 3), (15.0, [0, 5, 10], 3), (0.0, [2, 6, 10], 1)])
+def test_a_task_with_a_stride_takes_frames_from_the_first_one_at_thirty_a_second(stride, frames, channels):
+  shown = media.video_pixels(_video(12, rate=10), 3, 16, channels, _LIMITS, stride)  # 10 a second: a third of it
   assert np.abs(shown.mean((1, 2, 3)) - 10 * np.array(frames)).max() < 4
-  evaluated = video_pixels.VideoReader(16, 3, 'resize_crop', False, training=False, frame_stride=stride)
+  evaluated = video_pixels.VideoReader(16, 3, 'resize_crop', False, False, frame_stride=stride, channels=channels)
   np.testing.assert_array_equal(shown, evaluated(_video(12, rate=10), 0))
 
 

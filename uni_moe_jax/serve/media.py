@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from uni_moe_jax.data.files import media, video
+from uni_moe_jax.data.files.video_pixels import to_channels
 from uni_moe_jax.serve.limits import Limits, Refused
 from uni_moe_jax.utils.errors import UsageError
 
@@ -47,7 +48,7 @@ def image_pixels(data: bytes, size: int, channels: int, crop: str, limits: Limit
     for sides in ((width, image.height), (width, height)):
       image = image.resize(sides, Image.Resampling.BICUBIC)
   left, top = (round((side - size) / 2) for side in image.size)  # as there, half of an odd margin is rounded to even
-  return _channels(np.asarray(image.crop((left, top, left + size, top + size)))[None], channels)
+  return to_channels(np.asarray(image.crop((left, top, left + size, top + size)))[None], channels)
 
 
 def video_pixels(
@@ -83,7 +84,7 @@ def video_pixels(
   side = min(H, W)
   box = ((W - side) / 2, (H - side) / 2, (W + side) / 2, (H + side) / 2)
   resized = [np.asarray(Image.fromarray(f).resize((size, size), Image.Resampling.BILINEAR, box=box)) for f in frames]
-  return _channels(np.stack(resized), channels)
+  return to_channels(np.stack(resized), channels)
 
 
 def thumbnail(pixels: np.ndarray) -> bytes:
@@ -112,10 +113,3 @@ def _check_pixels(what: str, width: int, height: int, limits: Limits) -> None:
   if width * height > limits.max_pixels:
     raise Refused(422, f'{what} is {width:,} × {height:,} pixels, and at most {limits.max_pixels:,} pixels are '
                        'accepted; make it smaller.')
-
-
-def _channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-  """RGB [T, S, S, 3] as C channels; gray is Pillow's luma."""
-  if channels == 3:
-    return pixels
-  return np.stack([np.asarray(Image.fromarray(f).convert('L')) for f in pixels])[..., None]

@@ -29,6 +29,21 @@ def test_videos_of_a_batch_are_in_order(monkeypatch, num_cores):
 
 
 @pytest.mark.parametrize('media', ['image', 'video'])
+def test_colors_become_the_luma_of_a_gray_model(media):
+  frame = np.zeros((SIDE, SIDE, 3), np.uint8)
+  frame[:, :5, 0] = frame[:, 5:10, 1] = frame[:, 10:, 2] = 200  # red, green and blue
+  encoded = {'image': own_files.encode_image(Image.fromarray(frame), 'PNG'), 'video': own_files.npy_bytes(frame[None])}
+  dataset = file_dataset.FileDataset('own:x', 40, lambda ids: [{media: encoded[media], 'label': 'a'} for _ in ids],
+                                     {media: media, 'label': 'class'}, {'label': ('a', 'b')}, {}, '')
+  for training in (False, True):
+    examples = build(dataset, f'{media}_classification', training, channels=1, num_frames=int(media == 'video'))
+    pixels = make(examples, [0])['pixels']
+    assert pixels.shape == (1, 1, SIDE, SIDE, 1)
+    luma = np.array([.299, .587, .114]) * 200
+    np.testing.assert_allclose(pixels[0, 0, 0, [2, 7, 12], 0], luma, atol=1)
+
+
+@pytest.mark.parametrize('media', ['image', 'video'])
 def test_random_parts_of_at_least_the_whole_area_are_the_whole(media):
   frame = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
   encoded = {'image': own_files.encode_image(Image.fromarray(frame), 'PNG'), 'video': own_files.npy_bytes(frame[None])}

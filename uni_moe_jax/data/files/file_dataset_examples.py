@@ -166,7 +166,7 @@ class _Batch:
         video.check_decoder(first[self._media_column])  # in a thread of TensorFlow the error would be a traceback
     self._video_reader = video_pixels.VideoReader(
         b.size, task.num_frames, task.crop, task.random_flip, b.training, b.num_views, b.num_crops, task.frame_stride,
-        task.min_crop_area)
+        task.min_crop_area, b.channels)
     self._flips = b.training and task.random_flip
     self._mirror_words = (
         file_dataset_features.word_mirror(task.mirrored_words) if b.training and task.mirrored_words else None)

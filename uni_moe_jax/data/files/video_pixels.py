@@ -23,20 +23,21 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class VideoReader:
-  """(bytes, hash) → uint8 [T, S, S, 3]; for views or crops [views · crops, T, S, S, 3], views first."""
+  """(bytes, hash) → uint8 [T, S, S, C]; for views or crops [views · crops, T, S, S, C], views first."""
 
   def __init__(
       self, size: int, num_frames: int, crop: str, flip: bool, training: bool, num_views: int = 1, num_crops: int = 1,
-      frame_stride: float = 0.0, min_area: float = 0.08):
+      frame_stride: float = 0.0, min_area: float = 0.08, channels: int = 3):
     """size: S. num_frames: T. crop: see `image_transforms.read`. num_views, num_crops: in evaluation.
 
     frame_stride: in frames at 30 per second; 0: frames of segments. min_area: of a random part, as a fraction.
+    channels: C, 3 or 1.
     """
     self._frame_stride, self._min_area = frame_stride, min_area
     self._size, self._num_frames, self._crop, self._flip, self._training = size, num_frames, crop, flip, training
     self._num_views, self._num_crops = (1, 1) if training else (num_views, num_crops)
     number = self._num_views * self._num_crops
-    self.shape = (*([number] if number > 1 else []), num_frames, size, size, 3)
+    self.shape = (*([number] if number > 1 else []), num_frames, size, size, channels)
 
   def __call__(self, data: bytes, h: int) -> np.ndarray:
     """Raises video.CorruptVideo."""
@@ -44,8 +45,8 @@ class VideoReader:
     H, W = frames.shape[1:3]
     boxes = [self._random_box(h, H, W)] if self._training else _spread_boxes(H, W, self._num_crops)
     mirrored = self._training and self._flip and is_mirrored(h)
-    out = np.stack([[_crop(f, box, self._size, mirrored) for f in frames] for box in boxes])
-    out = out.reshape(self._num_crops, self._num_views, *self.shape[-4:]).swapaxes(0, 1)
+    pixels = np.stack([_crop(f, box, self._size, mirrored) for box in boxes for f in frames])
+    out = to_channels(pixels, self.shape[-1]).reshape(self._num_crops, self._num_views, *self.shape[-4:]).swapaxes(0, 1)
     return out.reshape(self.shape)
 
   def _indices(self, h: int, num_frames: int, fps: float) -> np.ndarray:
@@ -70,6 +71,13 @@ class VideoReader:
       height = width = min(H, W) / r
     left, top = (W - width) * splitmix.uniform(h, 'crop right'), (H - height) * splitmix.uniform(h, 'crop down')
     return left, top, left + width, top + height
+
+
+def to_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+  """RGB [T, S, S, 3] as C channels; gray is Pillow's luma."""
+  if channels == 3:
+    return pixels
+  return np.stack([np.asarray(Image.fromarray(f).convert('L')) for f in pixels])[..., None]
 
 
 def is_mirrored(h: int) -> bool:
