@@ -186,10 +186,11 @@ def test_every_task_with_a_text_has_one_although_its_images_are_those_of_another
   entry = artifact.write_tokenizer(tmp_path, tokenizer, pathlib.Path(tiny.tokenizer_file()))
   task = _manifest()['tasks']['shape']
   got = _in_node(tmp_path, _manifest(
-      tokenizer=entry, tasks=dict.fromkeys(('shape', 'question', 'package'), task),
+      tokenizer=entry, tasks={**dict.fromkeys(('shape', 'question'), task), 'package': task | {'media': 'video'}},
       examples={'shape': ['bar', 'disc'], 'question': ['a', 'b'], 'package': ['alpha']}), 'backend.model')
   assert {name: t['example_text'] for name, t in got['tasks'].items()} == {
       'shape': '', 'question': 'red star', 'package': 'a small shape'}
+  assert [t['input'] for t in got['tasks'].values()] == ['image', 'image', 'video']  # of one frame
   assert got['examples'] == [{'index': i, 'task': 'shape', 'answer': answer, 'num_frames': 1}
                              for i, answer in enumerate(['bar', 'disc'])]
 

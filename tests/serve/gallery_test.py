@@ -30,10 +30,10 @@ class _Batcher:
     return {'features': np.ones(2, np.float32), 'png': b'png'}
 
 
-def _encoded(tmp_path, searched, names=()):
+def _encoded(tmp_path, searched, names=(), **fields):
   """Returns a gallery of files, or of an example of each medium, whose model searches some media; and its notes."""
   tasks = {f'{medium} search': {'num_frames': _FRAMES[medium], 'target': 'pair', 'programs': {
-      'encode': {'inputs': {'pixels': ''}}, 'encode_text': {}}} for medium in searched}
+      'encode': {'inputs': {'pixels': ''}}, 'encode_text': {}}, **fields} for medium in searched}
   examples = [{'task': '', 'num_frames': frames, 'answer': medium, 'png': b''} for medium, frames in _FRAMES.items()]
   files, notes, batcher = [tmp_path / name for name in names], [], _Batcher()
   for file in files:
@@ -59,6 +59,12 @@ def test_a_file_that_no_task_searches_is_reported_and_is_no_item(tmp_path, searc
                            for name, media in refused.items()]
   assert [gallery.item(i) is not None for i in range(3)] == [name in accepted for name in _NAMES]
   assert gallery.size == len(accepted)
+
+
+def test_a_task_on_videos_searches_videos_also_if_it_reads_one_frame_of_each(tmp_path):
+  gallery, notes, _ = _encoded(tmp_path, ['image'], _NAMES, media='video')
+  assert [item.name for item in gallery.items] == ['b.mp4', 'c.gif']
+  assert notes == [f'{tmp_path / "a.png"}: No task of this model searches images; remove the file.']
 
 
 @pytest.mark.parametrize('searched', [['image', 'video'], ['image'], ['video'], []])

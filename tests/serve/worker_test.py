@@ -8,9 +8,17 @@ import types
 import numpy as np
 import pytest
 
+from tests.data import own_files
+from tests.helpers import small_model, tiny
+from uni_moe_jax.config.plan import make_plan
+from uni_moe_jax.data.assemble import Data
+from uni_moe_jax.data.files import prepare
+from uni_moe_jax.export import contents, description
+from uni_moe_jax.serve import media
 from uni_moe_jax.serve import worker as worker_lib
 from uni_moe_jax.serve.limits import Limits, Refused
-from uni_moe_jax.serve.worker import Item
+from uni_moe_jax.serve.service import Service
+from uni_moe_jax.serve.worker import Facts, Item
 
 
 class _Model:
@@ -133,3 +141,24 @@ def test_a_video_has_the_frames_of_its_tasks_evaluation(worker):
   for stride in ({'frame_stride': 32.0}, {}):  # a folder of an older version has none
     made._read_pixels({'num_frames': 4, **stride}, Item(video=b'video'))
   assert [args[-1] for args in given] == [32.0, 0.0]
+
+
+def test_a_task_on_videos_reads_videos_as_its_evaluation_also_one_frame_of_each(worker, tmp_path):
+  prepare.prepare(own_files.write_videos(tmp_path / 'in', count=2), tmp_path, 'moves', test_fraction=0.0)
+  c = tiny.config('shape', data_dir=str(tmp_path))
+  c.target_sets.shapes.entries, c.tokenizer.allow_smaller_vocab = 'own:moves/label', True
+  c.tasks.shape.update(source='own:moves', label_column='label', num_frames=1, batch_size=2)
+  plan = make_plan(c)
+  data, [task] = Data(c, plan), plan.tasks
+  exported = contents._exported_task(task, plan, data, {'shapes': (plan.sets[0], data.target_sets['shapes'])}, True)
+  entry = description._task(exported, {'encode': {}}, small_model.spec())
+  made, _ = worker()
+  made._media, made._manifest = media, {
+      'model': {'image_size': c.model.image_size, 'channels': c.model.channels}, 'tasks': {'shape': entry}}
+  service = Service(types.SimpleNamespace(facts=Facts(made._manifest, [], {}, {})), None, None, Limits())
+  item = Item(video=data.records('own:moves', 'train').read(np.array([0]))[0]['video'])
+  service._check_inputs('shape', entry, item)
+  with pytest.raises(Refused, match='reads a video; give the file as video'):
+    service._check_inputs('shape', entry, Item(image=b'image'))
+  evaluated = data.examples(task).make(np.array([0]), np.zeros(1, np.uint64))['pixels'][0]
+  np.testing.assert_array_equal(made._read_pixels(entry, item), evaluated)

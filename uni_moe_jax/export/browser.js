@@ -310,7 +310,7 @@ globalThis.backend = (() => {
         image_size: model.image_size, channels: model.channels, dark: model.pixel_mean[0] < .5, router: trained.router,
         num_experts: trained.num_experts ?? 0, moe_layers: trained.moe_layers, mixtures: manifest.mixtures,
         tasks: Object.fromEntries(Object.entries(manifest.tasks).map(([name, e]) => [name, {
-          type: e.type, does: does(e), input: ['text', 'image'][e.num_frames] ?? 'video', num_frames: e.num_frames,
+          type: e.type, does: does(e), input: e.media ?? ['text', 'image'][e.num_frames] ?? 'video', num_frames: e.num_frames,
           columns: e.template_parts.filter(Array.isArray).map(([column]) => column), template: e.template, target_set: e.target_set,
           example_text: texts[name] ?? '',
           takes_names: runs(e, 'encode', 'encode_text'), conditions: e.conditions}])),

@@ -10,7 +10,9 @@ import numpy as np
 
 from uni_moe_jax.config.plan import Evaluation, Plan, SetSpec, TaskSpec
 from uni_moe_jax.data.assemble import Data
+from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
+from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.data.pipeline.target_sets import TargetSet
 from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
 from uni_moe_jax.eval.predictor import INPUTS, Predictor
@@ -127,16 +129,30 @@ def _exported_task(task: TaskSpec, plan: Plan, data: Data, sets: Sets, bake_targ
     # Vocabulary entries are encoded already; entries with learned tokens are not texts alone.
     if not (bake_targets or spec.is_vocabulary or spec.label_prompts):
       text_condition = spec.condition
-  num_frames = _inputs(task, plan, data, 1)['pixels'].shape[1] if task.type.visual else 0
+  media, num_frames = 'text', 0
+  if task.type.visual:
+    media = _media(data.records(task.source, _split(task, plan)))
+    num_frames = _inputs(task, plan, data, 1)['pixels'].shape[1]
   search = next(((e.beam_size, e.length_penalty) for e in plan.evaluations if e.task == task and e.type == 'caption'),
                 (1, 0.0))
-  return ExportedTask(task, num_frames, set_size, text_condition, *search)
+  return ExportedTask(task, num_frames, set_size, text_condition, *search, media)
+
+
+def _media(records: Records | FileDataset) -> str:
+  """'image' or 'video'."""
+  if isinstance(records, FileDataset):
+    return records.columns[records.media_column() or '']
+  return 'image' if records.columns['pixels'].ndim == 3 else 'video'
+
+
+def _split(task: TaskSpec, plan: Plan) -> str:
+  """The evaluation split, or the training split without an evaluator."""
+  return next((e.split for e in plan.evaluations if e.task == task), task.split)
 
 
 def _inputs(task: TaskSpec, plan: Plan, data: Data, num_examples: int) -> dict[str, np.ndarray]:
-  """Input fields of the first examples of the evaluation split, or of the training split without an evaluator."""
-  split = next((e.split for e in plan.evaluations if e.task == task), task.split)
-  examples = data.examples(task, split)
+  """Input fields of the first examples of a `_split`."""
+  examples = data.examples(task, _split(task, plan))
   num_examples = min(num_examples, examples.size)
   fields, _ = next(evaluation_batches(examples, np.arange(num_examples), num_examples))
   names = ('pixels',) if task.type.two_stream else INPUTS

@@ -59,8 +59,8 @@ def _task(exported: ExportedTask, files: dict[str, Any], spec: ModelSpec) -> dic
   kernel = lambda c: spec.kernel_of(c) if spec.kernels else 0
   return {
       'type': task.type.name, 'readout': task.type.readout, 'target': task.type.target, 'target_set': task.target_set,
-      'num_frames': exported.num_frames, 'frame_stride': task.frame_stride, 'crop': task.crop, 'max_len': task.max_len,
-      'template': task.template, 'template_parts': template_parts(task.template),
+      'media': exported.media, 'num_frames': exported.num_frames, 'frame_stride': task.frame_stride, 'crop': task.crop,
+      'max_len': task.max_len, 'template': task.template, 'template_parts': template_parts(task.template),
       'temperature': task.temperature, 'beam_size': exported.beam_size, 'length_penalty': exported.length_penalty,
       'conditions': {str(c): kernel(c) for c in exported.conditions},
       'input_conditions': [str(c) for c in task.type.conditions],

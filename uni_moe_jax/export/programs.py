@@ -41,6 +41,7 @@ class ExportedTask:
   text_condition: Condition | None = None  # of texts that can be its answers; None: only entries of its target set can
   beam_size: int = 1
   length_penalty: float = 0.0
+  media: str = 'text'  # 'image' or 'video' with visual input, by its source
 
   @property
   def conditions(self) -> tuple[Condition, ...]:

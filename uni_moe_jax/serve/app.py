@@ -23,7 +23,7 @@ from uni_moe_jax.serve.guard import Metrics, refusal
 from uni_moe_jax.serve.limits import Limits, Refused
 from uni_moe_jax.serve.service import Service
 from uni_moe_jax.serve.supervisor import Supervisor
-from uni_moe_jax.serve.worker import Item
+from uni_moe_jax.serve.worker import Item, media_of
 
 PAGE = pathlib.Path(__file__).with_name('page.html')
 _MAX_TOP = 100
@@ -189,9 +189,8 @@ def describe(facts: Any, service: Service, gallery: Gallery, limits: Limits) -> 
       'router': trained['router'], 'num_experts': trained.get('num_experts', 0), 'moe_layers': trained['moe_layers'],
       'tasks': {name: {
           'type': task['type'], 'does': [d for d, fits in does.items() if fits(task)] + ['search'] * is_searcher(task),
-          'input': 'text' if not task['num_frames'] else 'image' if task['num_frames'] == 1 else 'video',
-          'num_frames': task['num_frames'], 'columns': service_lib.columns_of(task), 'template': task['template'],
-          'example_text': facts.texts.get(name, ''), 'target_set': task['target_set'],
+          'input': media_of(task), 'num_frames': task['num_frames'], 'columns': service_lib.columns_of(task),
+          'template': task['template'], 'example_text': facts.texts.get(name, ''), 'target_set': task['target_set'],
           'takes_names': 'encode_text' in task['programs'],
           'conditions': task['conditions']} for name, task in manifest['tasks'].items()},
       'target_sets': {name: {'size': s['size'], 'texts': s['texts'][:limits.max_names], 'condition': s['condition']}

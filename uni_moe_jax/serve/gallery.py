@@ -13,7 +13,7 @@ import numpy as np
 from uni_moe_jax.data.files.formats import MEDIA_SUFFIXES, media_type_of
 from uni_moe_jax.serve.batching import Batcher
 from uni_moe_jax.serve.limits import Limits, Refused
-from uni_moe_jax.serve.worker import Facts, Item
+from uni_moe_jax.serve.worker import Facts, Item, media_of
 from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
 
@@ -79,9 +79,9 @@ class Gallery:
   def searchers(self) -> list[str]:
     """Tasks that search: those of retrieval, or others where there is none for images, or for videos."""
     names = [name for name, entry in self._tasks.items() if is_searcher(entry)]
-    pairs = {self._tasks[name]['num_frames'] for name in names if self._tasks[name]['target'] == 'pair'}
-    return [name for name in names
-            if self._tasks[name]['target'] == 'pair' or self._tasks[name]['num_frames'] not in pairs]
+    reads = {name: (media_of(self._tasks[name]), self._tasks[name]['num_frames']) for name in names}
+    pairs = {reads[name] for name in names if self._tasks[name]['target'] == 'pair'}
+    return [name for name in names if self._tasks[name]['target'] == 'pair' or reads[name] not in pairs]
 
   async def encode(self, batcher: Batcher, limits: Limits, note: Callable[[str], None]) -> None:
     """Encodes everything. note: called with one sentence about each file that is not accepted."""
@@ -104,27 +104,26 @@ class Gallery:
     source = self._sources[index]
     if isinstance(source, Item):
       example = self._facts.examples[source.example]
-      item, is_video = source, example['num_frames'] > 1
+      item, media, fits = source, '', lambda entry: entry['num_frames'] == example['num_frames']
       made, digest = GalleryItem(index, f'example {source.example}', example['answer']), f'example {source.example}'
     else:
       data, suffix = await asyncio.to_thread(source.read_bytes), source.suffix.lower()
-      is_video = suffix == '.gif' or media_type_of(suffix) == 'video'
-      item = Item(thumbnail=True, **{'video' if is_video else 'image': data})
+      media = 'video' if suffix == '.gif' else media_type_of(suffix)
+      item, fits = Item(thumbnail=True, **{media: data}), lambda entry: media_of(entry) == media
       name = source.name.encode(errors='surrogateescape').decode(errors='replace')  # the bytes may be no UTF-8
       made = GalleryItem(index, name, pathlib.PurePath(name).stem.replace('_', ' '))
       digest = hashlib.sha256(data).hexdigest()
     for task in self.searchers():
-      frames = self._tasks[task]['num_frames']
-      if (frames > 1) != is_video or item.example >= 0 and frames != example['num_frames']:
+      if not fits(self._tasks[task]):
         continue
-      key, png = f'{task} {digest}', f'png {frames} {digest}'
+      key, png = f'{task} {digest}', f'png {self._tasks[task]["num_frames"]} {digest}'
       if key not in self._stored or png not in self._stored:
         output = await _output(batcher, task, item)
         self._stored |= {key: output['features'], png: np.frombuffer(output['png'], np.uint8)}
       self._used |= {key, png}
       made.features[task], made.png = self._stored[key], self._stored[png].tobytes()
     if not made.features:  # a file: of the examples only those that a task searches are sources
-      raise Refused(422, f'No task of this model searches {"videos" if is_video else "images"}; remove the file.')
+      raise Refused(422, f'No task of this model searches {media}s; remove the file.')
     return made
 
   def _load(self) -> None:

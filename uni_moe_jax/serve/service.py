@@ -12,13 +12,14 @@ from uni_moe_jax.serve.batching import Batcher
 from uni_moe_jax.serve.gallery import Gallery, is_searcher
 from uni_moe_jax.serve.limits import Limits, Refused
 from uni_moe_jax.serve.supervisor import Supervisor
-from uni_moe_jax.serve.worker import MAX_MASKS, STREAM, Item, text_length
+from uni_moe_jax.serve.worker import MAX_MASKS, STREAM, Item, media_of, text_length
 from uni_moe_jax.utils.suggest import nearest
 
 MASK = '[mask]'
 GALLERY_TEXTS = 'gallery'  # candidates: the texts of the gallery, beside the target sets
 _CACHED_TEXTS = 20_000  # features of texts
 _MAX_SET = 2000  # entries of a target set that can be candidates of a search
+_MEDIA = {'image': 'an image', 'video': 'a video', 'text': 'text alone'}
 
 Answer = dict[str, Any]
 
@@ -107,8 +108,8 @@ class Service:
     if text:
       gallery = [g for g in self.gallery.items if task in g.features]
       if not gallery:
-        raise Refused(422, f'Nothing in the gallery is {_media_of(entry)}, which task {task!r} reads; choose another '
-                           'task.')
+        raise Refused(422, f'Nothing in the gallery is {_MEDIA[media_of(entry)]}, which task {task!r} reads; choose '
+                           'another task.')
       [query] = await self.texts(task, [text])
       scores = np.stack([g.features[task] for g in gallery]) @ query
       results = [{'gallery': gallery[i].index, 'name': gallery[i].name, 'score': float(scores[i])}
@@ -167,19 +168,18 @@ class Service:
 
   def _check_inputs(self, task: str, entry: dict[str, Any], item: Item) -> None:
     """Checks that an item has exactly what a task reads."""
-    has_media, frames = bool(item.size or item.example >= 0), entry['num_frames']
-    needed = _media_of(entry)
+    has_media, frames, media = bool(item.size or item.example >= 0), entry['num_frames'], media_of(entry)
     if bool(frames) != has_media:
-      raise Refused(422, f'Task {task!r} reads {needed if frames else "text alone"}; '
-                         + (f'give {needed[2:].strip()} or example.' if frames else 'remove image, video and example.'))
+      raise Refused(422, f'Task {task!r} reads {_MEDIA[media]}; '
+                         + (f'give {media} or example.' if frames else 'remove image, video and example.'))
     if item.example >= 0:
       examples = self._facts.examples
       fitting = [i for i, e in enumerate(examples) if e['num_frames'] == frames]
       if item.example not in fitting:
-        raise Refused(422, f'example={item.example} is no {needed[2:].strip()} of this model; give one of '
+        raise Refused(422, f'example={item.example} is no {media} of this model; give one of '
                            f'{", ".join(map(str, fitting)) or "none: it has no examples, so send a file"}.')
-    elif item.size and bool(item.video) != (frames > 1):
-      raise Refused(422, f'Task {task!r} reads {needed}; give the file as {needed[2:].strip()}.')
+    elif item.size and bool(item.video) != (media == 'video'):
+      raise Refused(422, f'Task {task!r} reads {_MEDIA[media]}; give the file as {media}.')
     columns = columns_of(entry)
     if wrong := sorted(set(columns) ^ set(item.texts)):
       raise Refused(422, f'Task {task!r} reads the texts {", ".join(columns) or "none"}; texts has a missing or '
@@ -216,10 +216,6 @@ def _stacked(features: Sequence[np.ndarray | BaseException]) -> np.ndarray:
   if error := next((f for f in features if isinstance(f, BaseException)), None):
     raise error
   return np.stack(features)
-
-
-def _media_of(entry: dict[str, Any]) -> str:
-  return 'a video' if entry['num_frames'] > 1 else 'an image'
 
 
 def columns_of(entry: dict[str, Any]) -> list[str]:

@@ -100,6 +100,11 @@ def _frame_stride(task: dict[str, Any]) -> float:
   return task.get('frame_stride', 0.0)
 
 
+def media_of(task: dict[str, Any]) -> str:
+  """'image', 'video' or 'text': what a task reads. Folders that were exported before it was recorded lack it."""
+  return task.get('media') or ('text', 'image', 'video')[min(task['num_frames'], 2)]
+
+
 def text_length(manifest: dict[str, Any], task: str) -> int:
   """Tokens of a text that can be an answer of a task, with the end."""
   entry = manifest['tasks'][task]
@@ -309,7 +314,7 @@ class _Worker:
   def _order(self, program: tuple[str, str]) -> tuple[bool, int]:
     """Key of the order in which programs are compiled: those that read an image alone first, as the page does."""
     entry = self._manifest['tasks'][program[0]]
-    return entry['num_frames'] != 1 or bool(entry['template']), _FIRST.index(program[1])
+    return media_of(entry) != 'image' or bool(entry['template']), _FIRST.index(program[1])
 
   def _warm_all(self) -> None:
     """Compiles every program, then larger batches, while the service runs."""
