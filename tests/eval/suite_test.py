@@ -12,6 +12,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
+import threadpoolctl
 from sklearn import exceptions
 
 from tests.helpers import tiny
@@ -21,7 +22,7 @@ from uni_moe_jax.config import metric_names
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.files import prepare
-from uni_moe_jax.eval import example_scores, samples, suite
+from uni_moe_jax.eval import baselines, example_scores, samples, suite
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.export import merged_scores
 from uni_moe_jax.reporting import html
@@ -295,6 +296,34 @@ def test_a_fit_of_a_baseline_that_ends_early_warns_in_no_thread(monkeypatch, tmp
   assert not recwarn
   warnings.warn('afterward', exceptions.ConvergenceWarning, stacklevel=1)
   assert len(recwarn) == 1
+
+
+def test_a_fit_of_a_baseline_has_one_thread_after_that_of_another_evaluator_ended(monkeypatch, tmp_path):
+  first, second, ended, num_threads = *(threading.Event() for _ in range(3)), []
+  of_blas = lambda: [pool['num_threads'] for pool in threadpoolctl.threadpool_info() if pool['user_api'] == 'blas']
+
+  def fit(*args):
+    if not first.is_set():
+      first.set()
+      assert second.wait(60)
+    else:
+      second.set()
+      assert ended.wait(60)
+      num_threads.extend(of_blas())
+    return real_fit(*args)
+
+  def evaluate(name):
+    if name != 'a2':
+      assert name == 'a1' or first.wait(60)
+      baselines.tfidf_logistic([np.array(['a b', 'c d'])], np.array([0, 1]), [np.array(['a'])])
+      ended.set()
+    return 0.
+
+  real_fit = baselines.linear_model.LogisticRegression.fit
+  monkeypatch.setattr(baselines.linear_model.LogisticRegression, 'fit', fit)
+  with threadpoolctl.threadpool_limits(2):
+    _evaluate(monkeypatch, tmp_path, 2, evaluate)
+    assert num_threads and {*num_threads} == {1} and {*of_blas()} == {2}
 
 
 def test_on_one_core_evaluators_run_in_their_order(monkeypatch, tmp_path):

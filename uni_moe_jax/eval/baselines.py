@@ -189,10 +189,11 @@ def _logistic(
 def bounded_fits() -> Iterator[None]:
   """A context without warnings that a fit reached its last iteration: iterations are bounded on purpose.
 
-  Filters of warnings belong to the process, not to a thread, and the end of this context restores them for all threads.
-  So enter it around threads that fit, too.
+  BLAS has one thread in it. Its number of threads and filters of warnings belong to the process, not to a thread, and
+  the end of this context, or of a search of neighbors, restores them for all threads. So enter it around threads that
+  fit, too.
   """
-  with warnings.catch_warnings():
+  with warnings.catch_warnings(), threadpoolctl.threadpool_limits(1, user_api='blas'):
     warnings.simplefilter('ignore', exceptions.ConvergenceWarning)
     yield
 
