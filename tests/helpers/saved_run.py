@@ -98,7 +98,7 @@ def flip_bit(file: storage.Path) -> None:
 def alter(checkpoint: storage.Path) -> None:
   """Flip a bit of a checkpoint's arrays in a bucket, as if on the way there: the manifest has the digest of that."""
   flip_bit(checkpoint / largest_file(checkpoint))
-  manifest.write(checkpoint, checkpoint, manifest.metrics(checkpoint), manifest.array_sums(checkpoint))
+  manifest.write(checkpoint, checkpoint, manifest.metrics(checkpoint), manifest.array_sums(checkpoint), {})
 
 
 def lines(folder: Folder) -> list[dict[str, float]]:

@@ -90,8 +90,9 @@ def test_every_other_step_and_the_last_are_measured_as_their_checkpoints_are(run
   assert len({line[_METRIC] for line in lines}) == 3
 
 
-def test_the_work_directory_has_the_digests_of_the_data_of_evaluators_that_run_in_training(run, evaluated, plain):
-  recorded = [json.loads((folder / 'config.json').read_text())['evaluation_data'] for folder in (evaluated, plain)]
+def test_checkpoints_have_the_digests_of_the_data_of_evaluators_that_run_in_training(run, evaluated, plain):
+  manifests = [folder / 'checkpoints/4/manifest.json' for folder in (evaluated, plain)]
+  recorded = [json.loads(path.read_text())['evaluation_data'] for path in manifests]
   assert recorded == [validation.Validation(run, None).fingerprints(), {}] and [*recorded[0]] == ['masked']
 
 

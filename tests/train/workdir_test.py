@@ -100,8 +100,12 @@ def test_the_evaluator_of_the_best_metric_keeps_its_data_once_checkpoints_have_i
   claim = lambda **evaluations: workdir.claim_workdir(tmp_path, c, 'print', extends=True, evaluations=evaluations)
   claim(shapes='a', others='a')
   claim(shapes='b', others='a')  # nothing is scored yet
-  with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
-    checkpoints.save(1, {'params': {'a': np.zeros(1)}}, {'eval/shapes/top-1': .97, 'eval/others/top-1': .97})
+
+  def save(step, **evaluation_data):
+    with Checkpoints(tmp_path, max_to_keep=1, evaluation_data=evaluation_data) as checkpoints:
+      checkpoints.save(step, {'params': {'a': np.zeros(1)}}, {'eval/shapes/top-1': .97, 'eval/others/top-1': .97})
+
+  save(1, shapes='b', others='a')
   claim(shapes='b', others='b')  # by which no checkpoint is chosen
   refused = lambda: pytest.raises(ValueError, match=r'of another evaluator \(its data, by the fingerprint\), whose')
   with refused():
@@ -110,6 +114,15 @@ def test_the_evaluator_of_the_best_metric_keeps_its_data_once_checkpoints_have_i
   with refused():
     claim(shapes='b', others='b')
   claim(shapes='b', others='a')
+  save(2, shapes='b', others='b')  # the one that was scored on the data before is gone
+  claim(shapes='b', others='b')
+  with refused():
+    claim(shapes='b', others='a')
+  with Checkpoints(tmp_path, max_to_keep=1, evaluation_data={'others': 'a'}) as checkpoints:
+    checkpoints.add_metrics(2, {'eval/others/top-1': .98})
+  claim(shapes='b', others='a')
+  save(3)  # without digests, as of an earlier version
+  claim(shapes='b', others='b')
 
 
 def test_a_run_that_continues_unchanged_writes_nothing(tmp_path):

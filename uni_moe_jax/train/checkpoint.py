@@ -37,15 +37,16 @@ class Checkpoints:
   """
 
   def __init__(
-      self, workdir: str | os.PathLike[str], max_to_keep: int | None, best_metric: str = '', keep_every: int = 0):
+      self, workdir: str | os.PathLike[str], max_to_keep: int | None, best_metric: str = '', keep_every: int = 0,
+      evaluation_data: Mapping[str, str] | None = None):
     """Opens the checkpoints of a work directory.
 
     Args:
       workdir: folder of the run.
-      max_to_keep: number of newest checkpoints to keep when saving; None: read only, nothing is saved, moved or
-        deleted.
+      max_to_keep: number of newest checkpoints to keep; None: read only, nothing is saved, moved or deleted.
       best_metric: also keep the checkpoint with the best value of this metric, see `lower_is_better`; '': none.
       keep_every: also keep those whose step is a multiple of this; 0: none.
+      evaluation_data: see `manifest.write`.
 
     Raises:
       RunError: every checkpoint is damaged.
@@ -58,7 +59,7 @@ class Checkpoints:
         self._writes and distributed.is_primary() and not self._renames_folders()))
     self._own, self._pending, self._sums, self._damaged = set(), None, {}, {}
     self._opened = self._open()
-    self._best_metric = best_metric
+    self._best_metric, self._evaluation_data = best_metric, evaluation_data or {}
     self._metrics = {step: manifest.metrics(self._folder / str(step)) for step in saved_steps(workdir)}
     self._manager = ocp.CheckpointManager(
         self._folder, item_handlers=ocp.StandardCheckpointHandler(),
@@ -106,7 +107,7 @@ class Checkpoints:
     """Adds metrics to those of a saved step, as if they had been logged before the save, for which it waits."""
     self.finish()
     if distributed.is_primary():
-      manifest.add_metrics(self._folder / str(step), metrics)
+      manifest.add_metrics(self._folder / str(step), metrics, self._evaluation_data)
     self._metrics[step] = {**self._metrics.get(step, {}), **metrics}
 
   def check(self) -> None:
@@ -333,8 +334,7 @@ class Checkpoints:
 
   def _best_of(self, steps: Sequence[int]) -> int | None:
     """The step with the best value; of equal values the later one."""
-    name = self._best_metric
-    sign = 1 if lower_is_better(name) else -1
+    name, sign = self._best_metric, 1 if lower_is_better(self._best_metric) else -1
     known = [s for s in steps if name and name in self._metrics.get(s, {})]
     return min(known, key=lambda s: (sign * self._metrics[s][name], -s), default=None)
 
@@ -344,7 +344,7 @@ class Checkpoints:
     final = self._folder / str(self._pending)
     folder = final if self._in_place else final.with_name(final.name + ocp.path.atomicity.TMP_DIR_SUFFIX)
     sums = {path: int(x) for path, x in jax.device_get(self._sums).items()}
-    manifest.write(folder, final, self._metrics[self._pending], sums)
+    manifest.write(folder, final, self._metrics[self._pending], sums, self._evaluation_data)
 
   @contextlib.contextmanager
   def _report_disk_errors(self) -> Iterator[None]:

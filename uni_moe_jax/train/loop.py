@@ -159,7 +159,8 @@ def train(
       if is_primary and not (finished and file.exists()):  # what has trained it
         write_json(file, _run_facts(run, file))
       print(_describe(run), flush=True)
-      checkpoints = Checkpoints(workdir, config.train.max_to_keep, config.train.best_metric, config.train.keep_every)
+      checkpoints = Checkpoints(workdir, config.train.max_to_keep, config.train.best_metric, config.train.keep_every,
+                                evaluations)
     stack.push(functools.partial(_close, checkpoints, detector))
     with multihost.exit_with_peers():
       return _loop(run, workdir, checkpoints, validation, stop, detector, started, hooks, compiler)

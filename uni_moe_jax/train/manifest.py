@@ -24,7 +24,8 @@ _NAMES = {'md5': 'MD5', 'sha256': 'SHA-256'}
 
 
 def write(
-    folder: storage.Path, final: storage.Path, metrics: Mapping[str, float], sums: Mapping[str, int]) -> None:
+    folder: storage.Path, final: storage.Path, metrics: Mapping[str, float], sums: Mapping[str, int],
+    evaluation_data: Mapping[str, str]) -> None:
   """Writes the manifest of a checkpoint in `folder`, which is complete except for its name.
 
   Args:
@@ -32,18 +33,21 @@ def write(
     final: where it will be; `folder` itself, if it is written in place.
     metrics: that were logged with its step.
     sums: of its arrays, see `parallel.array_sums`; {} where files are read to verify them.
+    evaluation_data: evaluator in training → digest of the data on which it measures metrics.
   """
   files = {k: v for k, v in storage.files_in(folder).items() if k not in (FILE, _METADATA, _COMMITTED)}
   digests = _digests(folder, {name: 'md5' if md5 else 'sha256' for name, (_, md5) in files.items()}, files)
   _write(folder, {
       'files': digests, 'metadata': _metadata(folder), 'in_place': folder == final, 'metrics': dict(metrics),
-      'sums': dict(sums), 'committed': f'Checkpoint commit was successful to {final}'})
+      'sums': dict(sums), 'evaluation_data': dict(evaluation_data),
+      'committed': f'Checkpoint commit was successful to {final}'})
 
 
-def add_metrics(folder: storage.Path, metrics: Mapping[str, float]) -> None:
-  """Adds metrics to those of a saved step, atomically. Raises ValueError if its manifest is damaged."""
+def add_metrics(folder: storage.Path, metrics: Mapping[str, float], evaluation_data: Mapping[str, str]) -> None:
+  """Adds metrics of evaluators to those of a saved step, atomically. Raises ValueError if its manifest is damaged."""
   content = _read(folder)
-  _write(folder, {**content, 'metrics': {**content['metrics'], **metrics}})
+  _write(folder, {
+      **content, 'metrics': {**content['metrics'], **metrics}, 'evaluation_data': dict(evaluation_data)})
 
 
 def damage(folder: storage.Path) -> str:
@@ -100,6 +104,11 @@ def metrics(folder: storage.Path) -> dict[str, float]:
   return _recorded(folder, 'metrics')
 
 
+def evaluation_data(folder: storage.Path) -> dict[str, str]:
+  """See `write`; {} for a step that was saved without. Raises OSError as `damage` does."""
+  return _recorded(folder, 'evaluation_data')
+
+
 def fingerprint(folder: storage.Path) -> str:
   """Digest of the files of a saved step; '' if its manifest is damaged. Raises OSError as `damage` does."""
   files = _recorded(folder, 'files')
@@ -108,7 +117,7 @@ def fingerprint(folder: storage.Path) -> str:
 
 def _recorded(folder: storage.Path, field: str) -> dict[str, Any]:
   try:
-    return _read(folder)[field]
+    return _read(folder).get(field, {})
   except (FileNotFoundError, ValueError):
     return {}
   except OSError as e:

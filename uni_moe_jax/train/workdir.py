@@ -129,43 +129,27 @@ def _extends(workdir: str | os.PathLike[str], old: dict[str, Any], new: dict[str
   return True
 
 
-def _check_best(workdir: str | os.PathLike[str], old: dict[str, Any], new: dict[str, Any]) -> None:
+def _check_best(
+    workdir: str | os.PathLike[str], old: dict[str, Any], new: dict[str, Any], evaluations: Mapping[str, str]) -> None:
   """Raises UsageError if checkpoints have the `train.best_metric` by another protocol or on other data.
 
-  Such scores do not compare. old, new: contents of config.json.
+  Such scores do not compare. evaluations: see `claim_workdir`.
   """
-  metric = new['config']['train']['best_metric']
-  name = _evaluator_of(metric)
+  metric = new['train']['best_metric']
+  name = metric.removeprefix('eval/').rpartition('/')[0]
   prefix = f'evaluators.{name}.'
-  before, now = ({k.removeprefix(prefix): v for k, v in _flat(c['config']).items() if k.startswith(prefix)}
-                 for c in (old, new))
+  before, now = ({k.removeprefix(prefix): v for k, v in _flat(c).items() if k.startswith(prefix)} for c in (old, new))
   changed = [d for d in differences(before, now) if before and d.partition(':')[0] not in _NO_PROTOCOL]
-  digests = [c['evaluation_data'].get(name) for c in (old, new)]
-  changed += ['its data, by the fingerprint'] if None not in digests and digests[0] != digests[1] else []
-  if changed and metric in _scored(workdir):
+  steps = saved_steps(workdir) if changed or name in evaluations else []
+  folders = [storage.path(workdir) / CHECKPOINTS / str(step) for step in steps]
+  scored = [folder for folder in folders if metric in manifest.metrics(folder)]
+  digests = {manifest.evaluation_data(folder).get(name) for folder in scored if name in evaluations}
+  changed += ['its data, by the fingerprint'] if digests - {evaluations.get(name), None} else []
+  if changed and scored:
     raise UsageError(
         f'workdir {workdir} has checkpoints with config.train.best_metric={metric!r} of another evaluator '
         f'({first_few(changed, separator="; ")}), whose scores do not compare; leave it as it was, or give the new one '
         'another name, which best_metric then contains.')
-
-
-def _scored(workdir: str | os.PathLike[str]) -> set[str]:
-  """Metrics that a checkpoint has."""
-  folders = [storage.path(workdir) / CHECKPOINTS / str(step) for step in saved_steps(workdir)]
-  return {metric for folder in folders for metric in manifest.metrics(folder)}
-
-
-def _evaluator_of(metric: str) -> str:
-  return metric.removeprefix('eval/').rpartition('/')[0]
-
-
-def _evaluation_data(
-    workdir: str | os.PathLike[str], old: Mapping[str, str], new: Mapping[str, str]) -> Mapping[str, str]:
-  """Evaluator → digest of its data to record: the old one where a checkpoint has its scores."""
-  if not new or old == new:
-    return old
-  scored = set(map(_evaluator_of, _scored(workdir)))
-  return {**new, **{name: digest for name, digest in old.items() if name in scored}}
 
 
 def claim_workdir(
@@ -190,7 +174,7 @@ def claim_workdir(
   path = storage.path(workdir) / CONFIG_FILE
   parse_config(config)
   plain = json.loads(json.dumps(apply_choices(config).to_dict()))  # as JSON stores it: tuples become lists
-  new = {'config': plain, 'data': fingerprint, 'inputs': inputs, 'evaluation_data': evaluations or {}}
+  new = {'config': plain, 'data': fingerprint, 'inputs': inputs}
   if path.exists():
     old = _read(path)
     extended = extends and _extends(workdir, old['config'], plain)
@@ -206,13 +190,10 @@ def claim_workdir(
                        f'({first_few(changed, separator="; ")}); give another --workdir, or the config of that run.'
                        f'{_hint_of_init(workdir, old["config"], changed)}')
     if extends:
-      _check_best(workdir, old, new)
-    new['evaluation_data'] = _evaluation_data(workdir, old['evaluation_data'], new['evaluation_data'])
-    is_new = any(old[key] != new[key] for key in ('config', 'evaluation_data'))
-    if extends and fingerprint is not None and writes and is_new:
+      _check_best(workdir, old['config'], plain, evaluations or {})
+    if extends and fingerprint is not None and writes and plain != old['config']:
       steps = old['config']['train']['steps']
-      write_json(path, {**old, 'config': plain, 'evaluation_data': new['evaluation_data'],
-                        'extended': [*old['extended'], *([steps] if extended else [])]})
+      write_json(path, {**old, 'config': plain, 'extended': [*old['extended'], *([steps] if extended else [])]})
       if extended:
         print(f'{workdir} is extended from {steps} to {plain["train"]["steps"]} steps', flush=True)
   elif fingerprint is not None and writes:
@@ -352,9 +333,7 @@ def _read(path: storage.Path) -> dict[str, Any]:
     content = json.loads(storage.read_bytes(path))
     if not (isinstance(content, dict) and isinstance(content.get('config'), dict)):
       raise UsageError('it lacks the config')
-    content = {'data': None, 'inputs': None, 'evaluation_data': {}, 'versions': {}, 'extended': [], **content}
-    if not isinstance(content['evaluation_data'], dict):
-      raise UsageError('its digests are not by evaluator')
+    content = {'data': None, 'inputs': None, 'versions': {}, 'extended': [], **content}
     recorded = content['versions']
     if not (isinstance(recorded, dict) and all(isinstance(v, str) for v in recorded.values()) and
             isinstance(content.get('earlier_versions', []), list) and isinstance(content.get(_PACKAGE, ''), str)):
