@@ -4,11 +4,16 @@ import functools
 import types
 
 import jax
+import numpy as np
 import pytest
 
+from tests.data import own_files
 from tests.helpers import tiny
+from uni_moe_jax import config as config_lib
+from uni_moe_jax.data.files import prepare
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir
+from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.utils.errors import UsageError
 
 
@@ -22,6 +27,26 @@ def _config():
 @functools.cache
 def _fingerprint():
   return train_run.build(_config(), jax.devices()[:1]).data.fingerprint
+
+
+def test_a_saved_run_with_num_frames_for_images_continues_and_is_evaluated_and_a_new_one_is_refused(tmp_path):
+  prepare.prepare(own_files.write_captioned_images(tmp_path / 'in', 20), tmp_path, 'colors')
+  c = tiny.config(data_dir=str(tmp_path))
+  c.tokenizer.path = tiny.tokenizer_file()
+  c.model.update(num_layers=1, channels=3, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3)
+  c.target_sets.colors = config_lib.target_set('own:colors/color', family='names')
+  c.tasks.color = config_lib.task('image_classification', 'own:colors', batch_size=8, target_set='colors',
+                                  label_column='color', num_frames=2)
+
+  def num_examples(build, training):
+    run = build(c, workdir=tmp_path / 'run', devices=jax.devices()[:1])
+    return run.data.examples(run.plan.tasks[0], training=training).size
+
+  with pytest.raises(UsageError, match="num_frames=2: source 'own:colors' has images, and it is for videos"):
+    num_examples(train_run.build, training=True)
+  with Checkpoints(tmp_path / 'run', max_to_keep=1) as checkpoints:
+    checkpoints.save(1, {'params': {'a': np.zeros(1)}})
+  assert num_examples(train_run.build, True) == num_examples(train_run.build_to_read, False) > 10
 
 
 @pytest.mark.parametrize('is_other', [True, False])

@@ -91,13 +91,15 @@ class Data(Sources):
       sets that are read from files.
   """
 
-  def __init__(self, config: ml_collections.ConfigDict, plan: Plan, tokenizer_copy: storage.Path | None = None):
+  def __init__(self, config: ml_collections.ConfigDict, plan: Plan, tokenizer_copy: storage.Path | None = None,
+               is_new: bool = True):
     """Reads the data of a run.
 
     Args:
       config, plan: of the run.
       tokenizer_copy: read in place of the tokenizer file that the config names, of which it is a copy; ignored if the
         config names none.
+      is_new: whether the run has no checkpoint; of one that has, fields without effect are accepted.
 
     Raises:
       MissingFileError: data is not prepared. UsageError: the config does not fit it.
@@ -124,7 +126,7 @@ class Data(Sources):
     self._builders = {training: Builder(*common, training, special, seed) for training in (True, False)}
     self._file_builder = FileExampleBuilder(
         *common, self._model.image_size, False, special, seed, config.data.max_corrupt_fraction,
-        config.data.resize)
+        config.data.resize, is_new)
     if isinstance(self.dir, mirror.Mirror):
       print(f'data: fetched {self.dir.describe()} into {self.dir.root}', flush=True)
 

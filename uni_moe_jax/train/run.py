@@ -255,7 +255,7 @@ def build(
   check_kernels(config, mesh.devices.flat[0])
   shards = sharding.batch_shards(mesh.shape)
   if data is None:
-    data = Data(config, plan, workdir_lib.tokenizer_copy(workdir) if has_started else None)
+    data = Data(config, plan, workdir_lib.tokenizer_copy(workdir) if has_started else None, not has_started)
   model = UniPerceiver(_model_spec(config, plan, data), shards, mesh if mesh.size > 1 else None)
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
   params = nn.unbox(boxed)

@@ -56,6 +56,7 @@ class FileExampleBuilder:
   seed: int
   max_corrupt_fraction: float  # of the examples that are read, before the run stops
   resize: str  # 'fast' or 'pillow', see `image_transforms`
+  is_new: bool = True  # whether no checkpoint was trained with this config
   num_views: int = 1  # of every video in evaluation
   num_crops: int = 1
   video_processes: VideoProcesses = dataclasses.field(default_factory=VideoProcesses)
@@ -156,7 +157,7 @@ class _Batch:
           'of frames that the model receives of each, for example 8.')
     if self._media_column:
       has, other, fields = (('videos', 'images', ('randaugment', 'random_erasing')) if self._is_video else
-                            ('images', 'videos', ('num_frames',)))
+                            ('images', 'videos', ('num_frames',) if b.is_new else ()))  # or it could not continue
       if field := next(filter(functools.partial(getattr, task), fields), ''):
         raise UsageError(f'config.tasks.{task.name}.{field}={getattr(task, field)}: source {task.source!r} has {has}, '
                          f'and it is for {other}; set it to 0.')
