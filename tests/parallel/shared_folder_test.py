@@ -35,10 +35,13 @@ def refuse(error):
   def write(*_): raise error
   storage.write_bytes = write
 
-for error in (OSError('Forbidden: https://storage/run'), HttpError('Service Unavailable, 503'),
-              OSError(errno.ENOSPC, 'No space left on device')):
+bucket = 'gs://bucket/run'
+for folder, error in ((bucket, OSError('Forbidden: https://storage/run')),
+                      (bucket, HttpError('Service Unavailable, 503')), (bucket, FileNotFoundError('bucket/run')),
+                      *((a, OSError(number, os.strerror(number))) for number in (
+                          errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ESTALE, errno.ETIMEDOUT))):
   refuse(error)
-  check('a store:', a)
+  check('a store:', folder, create=False)
 '''
 
 
@@ -50,17 +53,22 @@ def test_a_folder_must_show_every_process_what_process_0_writes_there(tmp_path):
     assert code == 1, output  # by the RunErrors
     lines = [line.removeprefix('> ') for line in output.splitlines() if line.startswith('> ')]
     host = socket.gethostname()[:64]
-    reasons = ['its own output has the reason'] * 4 if i else [
-        'No such file or directory',
-        'permission is denied. Give the account the right to list, read, write and delete objects in this bucket',
-        'the store does not answer, or only with errors, also to repeated requests. Check the network; the same '
-        'command continues', 'No space left on device']
+    own = 'its own output has the reason'
     assert lines[0] == 'one folder: passes'
     assert lines[1].startswith(
         f'two folders: UsageError: workdir {[a, b][i]} is not shared: what process 0 ({host}) writes there does not '
         f'appear for process 1 ({host}) within 1 s. ')
-    assert lines[2] == f'a missing folder: UsageError: process 0 cannot write in workdir {a}/missing: {reasons[0]}.'
+    missing = own if i else 'No such file or directory'
+    assert lines[2] == f'a missing folder: UsageError: process 0 cannot write in workdir {a}/missing: {missing}.'
     assert lines[3:] == ['a folder that lags behind: passes', *(
-        f'a store: {error}: process 0 cannot write in workdir {a}: {reason}.'
-        for error, reason in zip(('UsageError', 'RunError', 'RunError'), reasons[1:], strict=True))]
+        f'a store: {error}: process 0 cannot write in workdir {folder}: {own if i else reason}.'
+        for error, folder, reason in (
+            ('UsageError', 'gs://bucket/run', 'permission is denied. Give the account the right to list, read, write '
+             'and delete objects in this bucket'),
+            ('RunError', 'gs://bucket/run', 'the store does not answer, or only with errors, also to repeated '
+             'requests. Check the network; the same command continues'),
+            ('UsageError', 'gs://bucket/run', 'bucket/run'),
+            ('RunError', a, 'No space left on device'), ('UsageError', a, 'Permission denied'),
+            ('UsageError', a, 'Read-only file system'), ('UsageError', a, 'File name too long'),
+            ('RunError', a, 'Stale file handle'), ('RunError', a, 'Connection timed out')))]
   assert sorted(p.name for p in a.rglob('*')) == ['late', 'new'] and not list(b.iterdir())

@@ -1,5 +1,6 @@
 """Whether all processes of a run see one folder, into which each writes its part of a checkpoint."""
 
+import errno
 import functools
 import os
 import secrets
@@ -8,10 +9,12 @@ import time
 
 from uni_moe_jax.parallel.distributed import Cluster
 from uni_moe_jax.utils import storage
-from uni_moe_jax.utils.errors import RunError, UsageError, first_few
+from uni_moe_jax.utils.errors import RunError, UsageError, disk_is_full, first_few
 
 _NOT_WRITTEN, _UNAVAILABLE = bytes(16), bytes([1] * 16)  # in place of a token: a mistake of the user, or none
-_MISTAKES = PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError
+# Of a disk or a network, which may be there again when the same command is repeated.
+_PASSING = {errno.EIO, errno.ESTALE, errno.EBUSY, errno.ENOLCK, errno.ENFILE, errno.ENOMEM, errno.ENOTCONN,
+            errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
 _TIMEOUT = 30.0  # seconds until a file of another process must be visible; a mounted bucket needs some
 _HOST_BYTES = 64
 
@@ -44,11 +47,15 @@ def check(cluster: Cluster | None, workdir: str | os.PathLike[str], create: bool
           storage.make_folder(folder)
         storage.write_bytes(path(token := secrets.token_bytes(len(_NOT_WRITTEN))), b'')
       except Exception as e:
-        in_store = storage.explain(e, str(workdir))
-        if in_store is None and not isinstance(e, OSError):
+        in_store = storage.explain(e, str(workdir)) if storage.is_remote(workdir) else None
+        if in_store:
+          passes = storage.does_not_answer(e)
+        elif isinstance(e, OSError):
+          passes = e.errno in _PASSING or disk_is_full(e) or isinstance(
+              e, (TimeoutError, ConnectionError, BlockingIOError))
+        else:
           raise
-        is_mistake = not storage.does_not_answer(e) if in_store else isinstance(e, _MISTAKES)
-        token = _NOT_WRITTEN if is_mistake else _UNAVAILABLE
+        token = _UNAVAILABLE if passes else _NOT_WRITTEN
         reason = in_store or f'{workdir}: {getattr(e, "strerror", None) or e}.'
     token = multihost.broadcast_bytes_from_primary(token)  # also waits until the file is written
     if token in (_NOT_WRITTEN, _UNAVAILABLE):
