@@ -49,7 +49,7 @@ def _from_torch() -> int:
                    {**origin, 'names': remarks, **dataclasses.asdict(report)})
   workdir.copy_tokenizer(_WORKDIR.value, run.data.tokenizer_file)
   # Last: what was interrupted before leaves no run that would be trained from fresh parameters.
-  workdir.claim_workdir(_WORKDIR.value, config, run.data.fingerprint)
+  workdir.claim_workdir(_WORKDIR.value, config, run.data.fingerprint, class_digests=run.class_digests)
   for remark in sorted({r for r in remarks.values() if not r.startswith('older name')}):
     print(remark)
   if remarks:

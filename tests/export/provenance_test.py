@@ -41,6 +41,12 @@ def test_a_converted_checkpoint_is_named_with_its_checksum(tmp_path):
   assert provenance['converted from'] == 'model.pth (sha256 12ab)' and provenance['trained by commit'] == 'unknown'
 
 
+def test_a_run_that_starts_from_an_export_compares_its_classes_with_those_of_the_exported_run(tmp_path):
+  workdir.claim_workdir(tmp_path / 'mine', tiny.config('shape'), 'print', class_digests={'shapes': '12ab'})
+  workdir.write_config(tmp_path, workdir.provenance(tmp_path / 'mine', 7))
+  assert workdir.class_digests(tmp_path) == {'shapes': '12ab'}
+
+
 def test_files_and_folders_are_reduced_to_their_names(tmp_path):
   provenance = _provenance(
       tmp_path, tokenizer={'merges_path': '/home/me/merges.txt.gz', 'path': '/home/me/tokenizer.model'},

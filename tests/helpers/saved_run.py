@@ -27,7 +27,7 @@ def save(
   """Save a checkpoint with parameters that are nowhere zero. Return them. change: applied to the state."""
   run = train_run.build(config, jax.devices()[:devices])
   params = small_model.params(run.spec.model.spec)
-  workdir.claim_workdir(folder, config, run.data.fingerprint)
+  workdir.claim_workdir(folder, config, run.data.fingerprint, class_digests=run.class_digests)
   workdir.copy_tokenizer(folder, run.data.tokenizer_file)
   with Checkpoints(folder, 1) as checkpoints:
     checkpoints.save(step, change(run.state_from(params)))

@@ -14,6 +14,7 @@ from uni_moe_jax.config import presets
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
+from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.forward import forward
 from uni_moe_jax.utils.tree_paths import by_path
@@ -90,6 +91,12 @@ def test_evaluation_encodes_a_set_with_label_prompts_as_training_does(tuned):
   others = {**params, 'embed': {**params['embed'], 'prompts': {
       **params['embed']['prompts'], 'label_shapes': params['embed']['prompts']['label_shapes'][::-1]}}}
   assert np.abs(trained(others, run.target_sets()) - trained(params, run.target_sets())).max() > 1e-3
+
+
+def test_a_run_records_the_classes_of_its_head_and_label_prompts(tuned):
+  folder, c, _ = tuned
+  recorded = workdir_lib.class_digests(folder)
+  assert recorded == train_run.build(c, jax.devices()[:1]).class_digests and [*recorded] == ['shapes']
 
 
 def test_the_tokenizer_is_that_of_the_initial_run(base):

@@ -130,10 +130,10 @@ def test_a_frozen_position_table_stays_frozen_and_is_computed_anew_at_another_im
   assert train_run.build(tuned, jax.devices()[:1]).spec.frozen == {'embed/spatial'}
 
 
-def test_a_linear_head_of_other_classes_starts_at_zero(tmp_path):
+def test_a_linear_head_of_other_classes_starts_at_zero(tmp_path, capsys):
   def tuned(*texts):
     c = _config()
-    c.target_sets.shapes.entries = texts
+    c.target_sets.shapes.entries = texts or 'glyphs/class'
     c.tasks.shape.linear_head = True
     return c
 
@@ -149,6 +149,12 @@ def test_a_linear_head_of_other_classes_starts_at_zero(tmp_path):
   np.testing.assert_array_equal(started(*classes), trained)  # more examples of the same task
   np.testing.assert_array_equal(started(*classes[::-1]), 0 * trained)
   np.testing.assert_array_equal(started(*classes, 'cat'), np.zeros((len(trained), 4)))
+  np.testing.assert_array_equal(started(), trained)  # the same classes, from the records
+  assert 'fresh: nothing' in capsys.readouterr().out.splitlines()[-1]
+  file = tmp_path / 'config.json'
+  file.write_text(file.read_text().replace(workdir.class_digests(tmp_path)['shapes'], 'of others'))
+  np.testing.assert_array_equal(started(*classes), 0 * trained)
+  assert 'fresh: linear_head/bias, linear_head/kernel, linear_head/s' in capsys.readouterr().out
 
 
 @pytest.fixture(name='tuned')

@@ -1,5 +1,6 @@
 """Starting from another run: which parameters are copied, which are fresh, and what is refused."""
 
+import numpy as np
 import pytest
 
 from tests.helpers import small_config, small_model
@@ -42,21 +43,48 @@ def test_computed_parameters_stay_fresh_in_any_shape():
     _compare(new, old)
 
 
-def test_heads_and_label_prompts_of_other_classes_stay_fresh():
-  def prompted(**entries):
-    c = small_config.config()
-    for name, texts in entries.items():
-      c.target_sets[name] = config.target_set(texts, family='names', label_prompts=True)
-    c.tasks.shape.update(dict(target_set='a', linear_head=True))
-    return c
+def _classes(keys=None, sizes=None, **entries):
+  """Classes of a model with label prompts of each set, two by default, and a head of set a.
 
-  head = {'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight'}
-  old = prompted(a=('bar', 'disc'), b='glyphs/class')
-  assert warm_start.of_other_classes(prompted(a=('bar', 'disc'), b='glyphs/class'), old) == set()
-  assert warm_start.of_other_classes(prompted(a=('cat', 'dog'), b='glyphs/class'), old) == {
-      *head, 'embed/prompts/label_a'}
-  assert warm_start.of_other_classes(prompted(a=('bar', 'disc'), b='glyphs/name'), old) == {'embed/prompts/label_b'}
-  assert warm_start.of_other_classes(prompted(a=('cat',), c=('dog',)), small_config.config()) == set()  # all are new
+  keys: what records call them; None: a run of an older version, which has no digests.
+  """
+  c, size = small_config.config(), {name: 2 for name in entries} | (sizes or {})
+  for name, texts in entries.items():
+    c.target_sets[name] = config.target_set(texts, family='names', label_prompts=True)
+  c.tasks.shape.update(dict(target_set='a', linear_head=True))
+  head = {'kernel': np.zeros((4, size['a'])), 'bias': np.zeros(size['a']), 'similarity_weight': np.ones(())}
+  prompts = {f'label_{name}': np.zeros((n, 4)) for name, n in size.items()}
+  digests = warm_start.class_digests(c, keys) if keys else {}
+  return warm_start.classes(c, digests, {'linear_head': head, 'embed': {'prompts': prompts}})
+
+
+_HEAD = {'linear_head/kernel', 'linear_head/bias', 'linear_head/similarity_weight'}
+_OF_A = {*_HEAD, 'embed/prompts/label_a'}
+
+
+def test_heads_and_label_prompts_of_other_classes_stay_fresh():
+  old = _classes(a=('bar', 'disc'), b='glyphs/class')
+  assert set(old) == {*_OF_A, 'embed/prompts/label_b'}
+  assert warm_start.of_other_classes(_classes(a=('bar', 'disc'), b='glyphs/class'), old) == set()
+  assert warm_start.of_other_classes(_classes(a=('cat', 'dog'), b='glyphs/class'), old) == _OF_A
+  assert warm_start.of_other_classes(_classes(a=('bar', 'disc'), b='glyphs/name'), old) == {'embed/prompts/label_b'}
+  assert warm_start.of_other_classes(_classes(a=('cat',), c=('dog',)), {}) == set()  # all are new
+
+
+_BAR, _CAT = dict(a=('bar', 'disc')), dict(a=('cat', 'disc'))
+
+
+@pytest.mark.parametrize('new, old, fresh', [
+    (dict(keys=_BAR), dict(keys=_BAR), set()),
+    (dict(keys=_CAT), dict(keys=_BAR), _OF_A),  # prepared again, with one class replaced
+    (dict(keys=dict(a=('disc', 'bar'))), dict(keys=_BAR), _OF_A),  # in another order
+    (dict(keys=_BAR, a=('bar', 'disc')), dict(keys=_BAR), set()),  # spelled in another way
+    (dict(keys=_CAT), dict(), set()),  # an old run: its classes are unknown
+    (dict(keys=_BAR, a=('bar', 'disc')), dict(), _OF_A),
+    (dict(keys=dict(a=('bar', 'disc', 'cat')), sizes=dict(a=3)), dict(), _OF_A)])  # but not their number
+def test_classes_are_compared_by_what_records_call_them(new, old, fresh):
+  new, old = ({'a': 'own:photos/label', **run} for run in (new, old))
+  assert warm_start.of_other_classes(_classes(**new), _classes(**old)) == fresh
 
 
 @pytest.mark.parametrize('changes, message', [

@@ -141,7 +141,7 @@ def train(
       multihost.check_same_data(inputs, evaluations)
       is_primary = distributed.is_primary()
       claim = functools.partial(claim_workdir, workdir, run.config, run.data.fingerprint, inputs=inputs, extends=True,
-                                evaluations=evaluations)
+                                evaluations=evaluations, class_digests=run.class_digests)
       claim(writes=False)
       if is_primary:
         storage.make_folder(storage.path(workdir))

@@ -109,6 +109,11 @@ class Run:
     """Target sets on the devices."""
     return sharding.on_every_device(target_set_arrays(self.data, self.plan), self.mesh)
 
+  @property
+  def class_digests(self) -> dict[str, str]:
+    """See `warm_start.class_digests`."""
+    return warm_start.class_digests(self.config, self.data.entry_keys)
+
   def parameter_counts(self) -> dict[str, int]:
     """{'total', 'active'}: of E experts, K are active for a token, by merging or by dispatch."""
     spec, params = self.spec.model.spec, by_path(self.shapes.params)
@@ -189,7 +194,9 @@ def read_init(run: Run, step: int | None = None) -> tuple[Any, int]:
     old_config = workdir_lib.load_config(init)
     model, old = run.config.model, old_config.model
     moved = (model.image_size, model.posemb_scale) != (old.image_size, old.posemb_scale)
-    computed = warm_start.of_other_classes(run.config, old_config) & {*by_path(run.shapes.params)}
+    computed = warm_start.of_other_classes(
+        warm_start.classes(run.config, run.class_digests, run.shapes.params),
+        warm_start.classes(old_config, workdir_lib.class_digests(init), checkpoints.param_shapes(step)))
     if model.posemb == old.posemb == 'frozen' and moved:
       computed.add('embed/spatial')
     added, dropped = warm_start.compare_models(run.shapes.params, checkpoints.param_shapes(step), init, computed)

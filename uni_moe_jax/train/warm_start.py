@@ -1,10 +1,10 @@
 """Starting from another run: its parameters are copied, and those that tuning adds are initialized."""
 
+import hashlib
 import re
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import ml_collections
 import numpy as np
 
 from uni_moe_jax.utils.errors import UsageError
@@ -13,6 +13,7 @@ from uni_moe_jax.utils.tree_paths import by_path
 
 # Parameters that only one of the models may have: prompts, heads, temperatures of other tasks, additions to a patch.
 ADDED = (r'/prompts/', r'^embed/(spe_bias|visual_type|difference|neighbors)$', r'^linear_head/', r'^log_scale_')
+_LABEL_PROMPTS = 'embed/prompts/label_'
 
 
 def compare_models(
@@ -44,16 +45,40 @@ def compare_models(
   return sorted({*new_params} - {*old_params} | {*computed}), sorted({*old_params} - {*new_params})
 
 
-def of_other_classes(new: ml_collections.ConfigDict, old: ml_collections.ConfigDict) -> set[str]:
-  """Paths of a linear head and of label prompts that both configs have, but for other target sets."""
-  def entries(c):
-    of_sets = {f'embed/prompts/label_{name}': s.entries for name, s in c.target_sets.items() if s.label_prompts}
-    sets = [c.target_sets[t.target_set].entries for t in c.tasks.values() if t.linear_head]
-    head = ('kernel', 'bias', 'similarity_weight')
-    return of_sets | {f'linear_head/{name}': s for s in sets for name in head}
+class Classes(NamedTuple):
+  """Classes whose rows a parameter has, in order."""
+  entries: Any  # of the target set in the config
+  digest: str | None  # of what records call them; None in runs of older versions
+  size: int
 
-  trained = entries(old)
-  return {path for path, s in entries(new).items() if path in trained and s != trained[path]}
+
+def _target_sets(config: Any) -> dict[str, str]:
+  """Paths of label prompts and of the linear head → the target set of their classes."""
+  sets = {f'{_LABEL_PROMPTS}{name}': name for name, s in config.target_sets.items() if s.label_prompts}
+  head = ('kernel', 'bias', 'similarity_weight')
+  return sets | {f'linear_head/{name}': t.target_set for t in config.tasks.values() if t.linear_head for name in head}
+
+
+def class_digests(config: Any, entry_keys: Mapping[str, Sequence[str]]) -> dict[str, str]:
+  """Target set with label prompts or a linear head → digest of its classes; entry_keys: as of `Data`."""
+  return {name: hashlib.sha256('\0'.join(entry_keys[name]).encode()).hexdigest()[:16]
+          for name in sorted({*_target_sets(config).values()} & {*entry_keys})}
+
+
+def classes(config: Any, digests: Mapping[str, str], params: Any) -> dict[str, Classes]:
+  """Paths of label prompts and of the linear head → their classes. digests: of `class_digests`. params: shapes."""
+  shapes = by_path(params)
+  size = lambda path: shapes[path if path.startswith(_LABEL_PROMPTS) else 'linear_head/bias'].shape[0]
+  return {path: Classes(config.target_sets[name].entries, digests.get(name), size(path))
+          for path, name in _target_sets(config).items() if path in shapes}
+
+
+def of_other_classes(new: Mapping[str, Classes], old: Mapping[str, Classes]) -> set[str]:
+  """Paths that both runs have, but for other classes."""
+  def differ(a, b):
+    same = a.digest == b.digest if a.digest and b.digest else a.entries == b.entries
+    return a.size != b.size or not same
+  return {path for path, of_path in new.items() if path in old and differ(of_path, old[path])}
 
 
 def compare_params(before: Any, after: Any, frozen: frozenset[str]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ VERSIONED = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow',
              'array_record', 'av')
 _PACKAGE = 'uni_moe_jax'  # key of the version that created the work directory
 _ABSENT = 'absent'
+_CLASSES = 'classes (fingerprints)'  # of `class_digests` in the provenance of an export
 # Fields that may change when a run continues: logging and saving, paths of the data, layout on devices and kernels. The
 # content of tokenizer.merges_path is part of the data's fingerprint.
 MAY_CHANGE = (
@@ -155,7 +156,7 @@ def _check_best(
 def claim_workdir(
     workdir: str | os.PathLike[str], config: ml_collections.ConfigDict, fingerprint: str | None = None,
     writes: bool = True, inputs: str | None = None, extends: bool = False,
-    evaluations: Mapping[str, str] | None = None) -> None:
+    evaluations: Mapping[str, str] | None = None, class_digests: Mapping[str, str] | None = None) -> None:
   """Creates a work directory for this run, or checks that it is this run's.
 
   Args:
@@ -167,6 +168,7 @@ def claim_workdir(
       other commands read them here, and with more `train.steps` it is extended: with any config if the rate is
       constant, else with one whose `optim.decay_steps` says where the schedule ends.
     evaluations: digests of the data of evaluators that run during training, by name; None: not compared.
+    class_digests: of `warm_start.class_digests`, for runs that start from this one; recorded when it is created.
 
   Raises:
     UsageError: it belongs to a run with another config or other data; names the fields. Or a field is wrong.
@@ -198,7 +200,7 @@ def claim_workdir(
         print(f'{workdir} is extended from {steps} to {plain["train"]["steps"]} steps', flush=True)
   elif fingerprint is not None and writes:
     storage.make_folder(path.parent)
-    write_json(path, {_PACKAGE: __version__, **new, 'versions': versions()})
+    write_json(path, {_PACKAGE: __version__, **new, 'class_digests': class_digests or {}, 'versions': versions()})
 
 
 def note_other_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
@@ -303,14 +305,21 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
     origin['converted from'] = f'{name} (sha256 {converted.get("sha256", "unknown")})'
   return {'name': storage.path(workdir).resolve().name, **origin, 'step': step, 'seed': config['seed'],
           'trained by commit': ', '.join([*trained.get('earlier_commits', []), trained.get('commit', 'unknown')]),
-          'data (fingerprint)': stored['data'], 'versions in training': stored['versions'], 'config': config}
+          'data (fingerprint)': stored['data'],
+          **({_CLASSES: digests} if (digests := stored.get('class_digests')) else {}),
+          'versions in training': stored['versions'], 'config': config}
 
 
 def write_config(workdir: storage.Path, origin: Mapping[str, Any]) -> None:
   """Writes the config of a run into another folder; origin: its `provenance`."""
   write_json(workdir / CONFIG_FILE, {
       _PACKAGE: __version__, 'config': origin['config'], 'data': origin['data (fingerprint)'],
-      'versions': origin['versions in training']})
+      'class_digests': origin.get(_CLASSES, {}), 'versions': origin['versions in training']})
+
+
+def class_digests(workdir: str | os.PathLike[str]) -> dict[str, str]:
+  """Those that were recorded when a run was claimed; {} in runs of older versions."""
+  return _read(storage.path(workdir) / CONFIG_FILE)['class_digests']
 
 
 def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
@@ -333,7 +342,9 @@ def _read(path: storage.Path) -> dict[str, Any]:
     content = json.loads(storage.read_bytes(path))
     if not (isinstance(content, dict) and isinstance(content.get('config'), dict)):
       raise UsageError('it lacks the config')
-    content = {'data': None, 'inputs': None, 'versions': {}, 'extended': [], **content}
+    content = {'data': None, 'inputs': None, 'class_digests': {}, 'versions': {}, 'extended': [], **content}
+    if not isinstance(content['class_digests'], dict):
+      raise UsageError('its class_digests are not by name')
     recorded = content['versions']
     if not (isinstance(recorded, dict) and all(isinstance(v, str) for v in recorded.values()) and
             isinstance(content.get('earlier_versions', []), list) and isinstance(content.get(_PACKAGE, ''), str)):
