@@ -8,7 +8,7 @@ Arguments:
                    flickr30k_retrieval, msvd_caption, msvd_retrieval, msrvtt_caption, msrvtt_retrieval, vqa, cola, sst2,
                    mrpc, qqp, mnli, qnli or rte
   run=RUN          work directory of a trained or converted run, which gives the model and the tokenizer. Without it,
-                   the published tiny model starts from scratch: that shows a pipeline, and scores little
+                   the published tiny model trains from scratch, which tests the pipeline but scores low
   image_size=N     pixels per side of the run's model in this task, such as 384; default: as the run has them. Positions
                    are computed, and scaled so that a patch keeps its place in the image
   mode=finetune    every parameter of the run trains (default)
@@ -18,7 +18,7 @@ Arguments:
   data=few|all     1 % of the training data (default of mode=prompts), or all of it (default otherwise)
 
 docs/guides/benchmarks.md says how to obtain each dataset, and where a recipe differs from the published one. The
-papers' tables hold for the authors' checkpoints; no benchmark was run here to its end.
+papers' tables are for the authors' checkpoints; no benchmark was completed here.
 """
 
 import ml_collections

@@ -5,7 +5,7 @@
   uni-moe evaluate --workdir=runs/embedded
 
 Argument: router=attribute (default), task, modality, token, context or dense. docs/results/embedded.md has the scores
-and the reasons for the choices below.
+and explains this file's settings.
 """
 
 import ml_collections

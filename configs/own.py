@@ -64,9 +64,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     if not any(t.source == f'own:{name}' for t in c.tasks.values()):
       columns = ', '.join(f'{column} ({column_type})' for column, column_type in summary['columns'].items())
       raise UsageError(
-          f'own:{arg}: no task follows from the columns of {name}, which are {columns}: images and videos need '
-          "captions (the field 'caption' or 'captions') or a field of at least two classes, and texts the field 'text' "
-          'or such a one. Name the fields so, and prepare the data again.')
+          f'own:{arg}: the columns of {name} give no task: {columns}. Images and videos need captions (field '
+          "'caption' or 'captions') or a field with at least two classes; texts need a field 'text' or such a class "
+          'field. Rename the fields, and prepare the data again.')
   if a.run:
     finetuning.share_temperatures(c, plan)
     finetuning.MODES[a.mode](c)

@@ -11,21 +11,21 @@ Arguments:
   router=attribute     (default), task, modality, token, context or dense
   stage=1              (default) images of 160 pixels, 230 thousand steps (dense: 200); stage=2: 224 pixels, 50 thousand
                        steps (dense: 45), from stage 1
-  mixture=all_tasks    (default) a step has every task in the proportion in which mixture=one_task would draw it, and
-                       weights its loss accordingly: the same expectation, except that retrieval contrasts with the
-                       whole batch. one_task: a step has one task, drawn by its sampling weight, and retrieval contrasts
-                       with the pairs of one of the 64 ranks, as published
+  mixture=all_tasks    (default) every step has all tasks, in the proportions in which mixture=one_task draws them, with
+                       losses weighted to match: the expectation is the same, but retrieval contrasts with the whole
+                       batch. one_task: each step has one task, drawn by sampling weight, and retrieval contrasts with
+                       the pairs of one of the 64 ranks, as published
 
 Batches are those of the 64 published ranks, in multiples of 256 examples, for 256 devices. Parameters of base and large
-are split over mesh.data (mesh.fsdp), which must divide the width. With 512 devices set mesh.data to 256 and mesh.model
-to 2; tiny, with its three heads, has 256 at most. With 8 set train.grad_accum_steps to 32; negatives of retrieval then
-come from one micro-step. docs/guides/benchmarks.md says how to obtain the data. CLIP's merges file is expected in the
+are split over mesh.data (mesh.fsdp), which must divide the width. On 512 devices, set mesh.data to 256 and mesh.model
+to 2; tiny has three heads and fits 256 at most. On 8, set train.grad_accum_steps to 32; retrieval negatives then come
+from one micro-step. docs/guides/benchmarks.md says how to obtain the data. CLIP's merges file is expected in the
 current folder, or at --config.tokenizer.merges_path.
 
 Sizes, loss and sampling weights, learning rates and steps are those published for the base model with experts and
-without; other sizes use them too. The published run with experts had 56 ranks: 64 see as many examples in 201 thousand
-steps and then 44. Not as published: bfloat16 instead of float16 with loss scaling; image positions are computed; a step
-of all tasks updates every parameter. It has not been run, so no scores are known.
+without; other sizes use them too. The published run with experts had 56 ranks; 64 see as many examples in 201
+and then 44 thousand steps. Not as published: bfloat16 instead of float16 with loss scaling, computed image positions,
+and steps of all tasks, which update every parameter. This config has not been run; no scores are known.
 """
 
 import ml_collections

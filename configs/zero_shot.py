@@ -6,7 +6,7 @@ Arguments:
   run=RUN      work directory of the run
   task=TASK    digits (handwritten), video_caption, video_name, a task of the run, digit_question or digit_word
 
-The last two are defined below: a task, and even a task type, is config, and need not be part of the package.
+The last two are defined in this file: tasks, and even task types, are config and need not be in the package.
 docs/results/adaptation.md has the scores.
 """
 

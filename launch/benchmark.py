@@ -5,8 +5,8 @@
   uni-moe benchmark --suites=routers,decoding --output=benchmark.json
 
 Suites: routers, mixed, published, decoding, input, files, compile. `mixed`, `input` and `compile` take tasks and data
-from --config (default: the quickstart); the others create their own. Everything runs on the first device. Without other
-suites, routers, mixed and published have the heap of uni-moe train, whose steps are faster.
+from --config (default: the quickstart); the others create their own. Everything runs on the first device. If only
+routers, mixed or published run, they use the heap settings of uni-moe train, which are faster.
 `gpu` runs only if it is named: base/16 in bfloat16 and our kernels on one NVIDIA GPU, in less than half an hour. The
 exit code is 1 if a part of it failed.
 """

@@ -2,11 +2,10 @@
 
   uni-moe keep-running -- uni-moe train --config=embedded --workdir=runs/embedded
 
-After exit code 75 (saved and stopped by a signal) and after crashes it starts the command again: after --backoff
-seconds, doubled with every crash in a row. It gives up after --max_restarts starts in a row without a newer checkpoint.
-Exit code 2, a mistake in the command, is final, unless the command worked before: then a disk may not be mounted yet. A
-signal to this script is passed on to the command, and the script waits for its end; if the script is killed, the
-command receives SIGTERM (on Linux).
+Restarts the command after exit code 75 (saved and stopped by a signal) and after crashes, waiting --backoff seconds,
+doubled with every consecutive crash. Gives up after --max_restarts consecutive starts without a newer checkpoint. Exit
+code 2, a mistake in the command, is final unless the command has worked before (a disk may not be mounted yet). Passes
+signals on to the command and waits for it to end; if this script is killed, the command receives SIGTERM (on Linux).
 """
 
 import sys
@@ -18,9 +17,10 @@ from uni_moe_jax.utils import output
 from uni_moe_jax.utils.errors import UsageError
 
 _MAX_RESTARTS = flags.DEFINE_integer(
-    'max_restarts', 5, 'Starts in a row without a newer checkpoint before giving up.', lower_bound=1)
+    'max_restarts', 5, 'Consecutive starts without a newer checkpoint before giving up.', lower_bound=1)
 _BACKOFF = flags.DEFINE_float(
-    'backoff', 10., 'Seconds before a start, doubled with every crash in a row, up to ten minutes.', lower_bound=0.)
+    'backoff', 10., 'Seconds before a restart, doubled with every consecutive crash, to ten minutes at most.',
+    lower_bound=0.)
 
 
 def main(argv: list[str]) -> int:

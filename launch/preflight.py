@@ -3,9 +3,9 @@
   uni-moe preflight --config=quickstart --topology=cpu:8
   uni-moe preflight --config=pretrain:size=base --topology=v5e:16x16 --output=base.json
 
-Compiles the real training step and evaluation without the devices and without the data; for TPUs up to libtpu's plan.
-TPU topologies (v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, in chips) need the extra `preflight`. config.preflight
-declares sizes of the data that the rest of the config does not give.
+Compiles the real training step and evaluation without devices or data; for TPUs, only up to libtpu's plan (schedule
+and buffers). TPU topologies (v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, in chips) need the extra `preflight`.
+config.preflight declares data sizes that the rest of the config does not contain.
 Exit codes: 0 the run fits or the device memory is unknown, 1 it does not fit, 2 usage.
 """
 

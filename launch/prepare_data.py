@@ -6,8 +6,8 @@ A TFDS dataset:   uni-moe prepare-data --tfds=coco_captions
 
 Your own data is a folder [split/]class/*.jpg (or videos), or files of rows: .jsonl (with an .npz of frames beside it),
 .tar of WebDataset, .parquet, .csv, .tsv or .txt. It becomes the source 'own:pets' of configs; its folder contains
-prepared.json: splits, statistics, and skipped rows with the reason. The same command continues what was killed. A TFDS
-dataset is downloaded by TFDS and becomes 'tfds:coco_captions'.
+prepared.json: splits, statistics, and skipped rows with the reason. Rerun a killed command to continue. A TFDS dataset
+is downloaded by TFDS and becomes 'tfds:coco_captions'.
 """
 
 import shlex
@@ -31,7 +31,7 @@ _ALLOW_OUTSIDE = flags.DEFINE_bool('allow_outside', False, 'Packs files outside 
 _TEST_FRACTION = flags.DEFINE_float(
     'test_fraction', 0.1, 'Fraction that becomes the test split if the data names no splits.', 0, 1)
 _MAX_CORRUPT_FRACTION = flags.DEFINE_float(
-    'max_corrupt_fraction', 0.1, 'Largest fraction of rows that may be skipped; more are an error.', 0, 1)
+    'max_corrupt_fraction', 0.1, 'Largest fraction of rows that may be skipped; more is an error.', 0, 1)
 _NUM_WORKERS = flags.DEFINE_integer(
     'num_workers', cores.available(), 'Processes for the embedded and your own data.', 1)
 _RUNNER = flags.DEFINE_enum('runner', 'local', ['local', 'beam'], 'What prepares your own data: processes, or Beam.')

@@ -4,8 +4,8 @@
   uni-moe serve --workdir=runs/quickstart                # exports first; opens http://127.0.0.1:8000
   uni-moe serve --model=exported --gallery=photos --port=9000
 
-GET /docs describes the API, docs/guides/serve.md the service. It answers this machine alone unless --host is given, and
-reads no path or address from a request. Ctrl-C or SIGTERM ends it after the requests that run, with exit code 0.
+GET /docs describes the API, docs/guides/serve.md the service. It accepts only local connections unless --host is
+given, and opens no path or URL from a request. On Ctrl-C or SIGTERM it finishes running requests and exits with code 0.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ _MODEL = flags.DEFINE_string('model', None, 'Folder of uni-moe export, or hf:OWN
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory to export first, once per checkpoint and config.')
 _EXPORT_ONLY = flags.DEFINE_bool('export_only', False, 'With --workdir: end after the export, so that a start is fast.')
 _GALLERY = flags.DEFINE_string('gallery', None, 'Folder of images and videos to search; default: the examples.')
-_HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen at; 0.0.0.0 is every one of this machine.')
+_HOST = flags.DEFINE_string('host', '127.0.0.1', "Address to listen on; 0.0.0.0: all of this machine's.")
 _PORT = flags.DEFINE_integer('port', 8000, 'Port; 0: a free one.', lower_bound=0, upper_bound=65535)
 _TOKEN_FILE = flags.DEFINE_string(
     'token_file', None, 'File with the bearer token that requests must send; or set UNI_MOE_TOKEN.')

@@ -29,7 +29,7 @@ from uni_moe_jax.utils.errors import UsageError
 _SWEEP = flags.DEFINE_enum('sweep', None, ['routers', 'adaptation'], 'What to compare.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of the sweep, with those of its cells.')
 _REDRAW = flags.DEFINE_string('redraw', None, 'Instead of a sweep: a results.json whose page and figures to write.')
-_NUM_SEEDS = flags.DEFINE_string('num_seeds', '', 'Seeds of every variant or recipe, from 0, and exceptions, such as '
+_NUM_SEEDS = flags.DEFINE_string('num_seeds', '', 'Seeds per variant or recipe, counted from 0, with exceptions: '
                                  '3,dense=5; default: 1 for routers, 3 for adaptation.')
 _OVERRIDE = flags.DEFINE_multi_string('override', [], 'Field of every config, such as --override=train.steps=20')
 _OWN_FLAGS = {
@@ -37,8 +37,8 @@ _OWN_FLAGS = {
         flags.DEFINE_string('config', 'ablation', 'For routers: config with an argument router=ROUTER.'),
         flags.DEFINE_list('variants', 'dense,modality,task,attribute,token,context', 'For routers: these, dense_wide, '
                           'attribute_every_2, attribute_top_1, attribute_top_4, token_in_4 (docs/guides/analysis.md).'),
-        flags.DEFINE_list('measure', 'evaluation,interference,experts,report', 'For routers: what to do after training;'
-                          ' interference is also before; along: at kept checkpoints; merged: scores of merged models.'),
+        flags.DEFINE_list('measure', 'evaluation,interference,experts,report', 'For routers: what to run after training'
+                          " (interference: also before); along: at kept checkpoints; merged: merged models' scores."),
         flags.DEFINE_integer('num_batches', 16, 'For routers: batches per task for interference.', lower_bound=2),
         flags.DEFINE_string('steps', '', "For routers: train.steps, the config's by default, as in 600,token=214.")),
     'adaptation': (

@@ -24,11 +24,11 @@ _WORKDIR = flags.DEFINE_string(
 _COMPILE_ONLY = flags.DEFINE_bool(
     'compile_only', False, 'Compile the step into the folder JAX_COMPILATION_CACHE_DIR (environment) and stop.')
 _COMPILE_SEPARATELY = flags.DEFINE_bool(
-    'compile_separately', False, 'On CPU, compile in another process: steps of one that has compiled are slower. '
-    'Ignored with accelerators.')
+    'compile_separately', False, 'On CPU, compile in another process: compiling slows the later steps of a process. '
+    'Ignored on accelerators.')
 _CLUSTER = distributed.define_flags()
 _ALLOW_VERSION_MISMATCH = flags.DEFINE_bool(
-    'allow_version_mismatch', False, 'Continue a run with other package versions than it was started with.')
+    'allow_version_mismatch', False, 'Continue a run although its package versions have changed.')
 flags.mark_flag_as_required('config')
 
 
