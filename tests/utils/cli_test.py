@@ -116,7 +116,7 @@ def _zero_shot(tmp_path, script: str, argument: str) -> str:
     ('evaluate.py', 'run={run}x,task=digits',
      "trainedx' is no work directory of a run (config.json is missing); did you mean 'trained'"),
     ('evaluate.py', 'run={run},task=digit', "task 'digit' is unknown; did you mean 'digits'"),
-    ('train.py', 'run={run},task=digits', 'every task has batch_size=0, so that there is nothing to train; evaluate')])
+    ('train.py', 'run={run},task=digits', 'every task has batch_size=0, so there is nothing to train; evaluate')])
 def test_a_mistyped_run_or_task_is_reported(tmp_path, script, argument, message):
   workdir_lib.claim_workdir(tmp_path / 'trained', tiny.config('shape'), 'print')
   assert message in _zero_shot(tmp_path, script, argument)

@@ -122,8 +122,8 @@ class Plan:
   def check_trains(self) -> None:
     """Raise UsageError if the plan only evaluates."""
     fail_if(not self.tasks,
-            'tasks: every task has batch_size=0, so that there is nothing to train; evaluate the run in '
-            'config.train.init: uni-moe evaluate --config=… --workdir=….')
+            'tasks: every task has batch_size=0, so there is nothing to train; evaluate the run in config.train.init '
+            'with uni-moe evaluate --config=… --workdir=….')
 
   def check_batches(self, shards: int, accum: int) -> None:
     """Raise UsageError if a task's micro-batch does not divide over the batch shards of the mesh."""
@@ -174,10 +174,10 @@ def make_plan(c: ml_collections.ConfigDict) -> Plan:
   for t in probes:
     # Retrieval only orders candidates, which needs no scale.
     fail_if(t.temperature not in temperatures and t.type.target != 'pair',
-            f'tasks.{t.name}.temperature={t.temperature!r}: no trained task has this group, so that its scale would be '
+            f'tasks.{t.name}.temperature={t.temperature!r}: no trained task has this group, so its scale would be '
             f'unknown; {nearest(t.temperature, temperatures)}.')
     fail_if(t.target_set and t.target_set not in used and sets[t.target_set].label_prompts,
-            f'target_sets.{t.target_set}.label_prompts=True: no trained task uses this set, so that its prompts would '
+            f'target_sets.{t.target_set}.label_prompts=True: no trained task uses this set, so its prompts would '
             'stay zero; train a task with it, or set it to False.')
   evaluations = tuple(
       _evaluation(name, e, every, sets, temperatures, config.model) for name, e in config.evaluators.items())

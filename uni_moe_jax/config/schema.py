@@ -89,11 +89,11 @@ class ModelConfig:
   posemb_scale: float = field(1.0, 'Factor of row and column in sin-cos image positions: 160/224 where a model of '
                               '160 pixels continues at 224, so that a patch keeps its place in the image.', above=0)
   word_neighbors: int = field(
-      0, 'Words on either side of a word that its token contains, too, each place through a kernel of its own; in '
-      'captions only those before it. Without, attention has to find them first (short runs).', at_least=0, published=0)
+      0, "Words on each side that a word's token also contains, each offset through its own kernel; in captions, only "
+      'preceding words. At 0, attention must find them first (costly in short runs).', at_least=0, published=0)
   frame_differences: bool = field(
-      False, 'Adds to every video patch its change since the previous frame, through a kernel of its own. Without it, '
-      'the direction of a motion is a product of time, position and brightness, which an hour of training did not find '
+      False, 'Adds to every video patch its change since the previous frame, through its own kernel. Without it, '
+      'motion direction is a product of time, position and brightness that an hour of training did not find '
       '(docs/results/embedded.md).', published=False)
   temporal_posemb_std: float = field(0.02, 'Initial std of the temporal position table.', at_least=0, published=0.02)
   readout_token: str = field('<spe>', 'Token in front of every sequence: <spe>, as LN(Word[spe]); or a word, embedded '
@@ -115,9 +115,9 @@ class ModelConfig:
       'and GPUs multiply in their default precision in training, in full float32 in evaluation and exports.',
       choices=('float32', 'bfloat16'))
   attention_impl: str = field(
-      'auto', 'Attention where all queries see the same keys; captions, prompts and caches always use xla. auto: by '
-      'device, type and length; xla; cudnn (NVIDIA GPUs from Ampere on, bfloat16); splash (TPUs); short (TPUs, of '
-      'segments that see themselves alone).', choices=('auto', 'xla', 'cudnn', 'short', 'splash'))
+      'auto', 'Attention where all queries see the same keys: auto (by device, dtype and length), xla, cudnn (NVIDIA '
+      'Ampere or newer, bfloat16), splash (TPUs), short (TPUs, segments that see only themselves). Captions, prompts '
+      'and caches always use xla.', choices=('auto', 'xla', 'cudnn', 'short', 'splash'))
   remat: bool = field(True, 'Recomputes blocks in the backward pass: less memory, a third more work (less on CPU).')
 
 
@@ -172,8 +172,8 @@ class DataConfig:
   cache_dir: str = field(
       '~/.cache/uni_moe_jax/buckets', 'Folder of this host where files of a data.dir in a bucket are kept.', path=True)
   cache_gb: float = field(
-      0.0, 'Bound of cache_dir in GB, past which the files used longest ago are removed; those of training must fit '
-      'into it. 0: none.', at_least=0)
+      0.0, 'Size limit of cache_dir in GB; beyond it the least recently used files are removed. Training files must '
+      'fit. 0: no limit.', at_least=0)
   max_corrupt_fraction: float = field(
       0.01, 'Fraction of the examples read from files that may be unusable before the run stops.', at_least=0)
   resize: str = field(
@@ -194,14 +194,14 @@ class PreflightConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
   """Optimizer."""
-  name: str = field('adamw', 'adamw; muon: AdamW, and Muon for kernels, each expert on its own: more is learned in a '
-                    'short run, for more work a step (train/muon.py).', choices=('adamw', 'muon'),
+  name: str = field('adamw', 'adamw; or muon (Muon for kernels, per expert, AdamW for the rest): short runs learn '
+                    'more, at more work per step (train/muon.py).', choices=('adamw', 'muon'),
                     published='adamw')
   learning_rate: float = field(1e-3, 'Peak learning rate.', at_least=0)
   warmup_steps: int = field(200, 'Steps of linear warmup.', at_least=0)
   schedule: str = field('cosine', 'cosine; constant; published (its first update has rate 0, and its cosine rises '
                         'again past the end).', choices=('cosine', 'constant', 'published'), published='published')
-  decay_steps: int = field(0, 'Step at which the schedule ends, if not at train.steps; 0: there.', at_least=0)
+  decay_steps: int = field(0, 'Step at which the schedule ends; 0: at train.steps.', at_least=0)
   final_lr_fraction: float = field(0.0, 'Learning rate at the end, as a fraction of the peak.', at_least=0)
   b1: float = field(0.9, 'Decay of the first moment.', at_least=0, below=1, published=0.9)
   b2: float = field(0.95, 'Decay of the second moment.', at_least=0, below=1, published=0.95)
@@ -211,8 +211,8 @@ class OptimConfig:
   layerwise_lr_decay: float = field(1.0, 'Factor of the learning rate per layer below the last; embeddings are the '
                                     'lowest.', above=0, at_most=1, off=1)
   unused_params: str = field(
-      'update', 'Parameters and experts that a step does not use: update (gradient zero; moments and weights decay), '
-      "or settonone, zerograd: unchanged, as by PyTorch's two resets of gradients (train/adam.py).",
+      'update', 'What a step does to unused parameters and experts: update (zero gradient; moments and weights decay), '
+      'settonone (unchanged) or zerograd (unchanged until first used); see train/adam.py.',
       choices=('update', 'settonone', 'zerograd'),
       published='zerograd')  # PyTorch of its time; 'settonone' is what PyTorch 2 does with the same code
   param_groups: tuple[tuple, ...] = field(
@@ -231,12 +231,12 @@ class TrainConfig:
                        'sampling_weight.', choices=('all_tasks', 'one_task'), published='one_task')
   grad_accum_steps: int = field(1, 'Micro-steps per step; target sets are encoded once for all of them.', at_least=1)
   cpu_bfloat16: bool = field(
-      False, "On one CPU that multiplies bfloat16 (AMX or AVX512_BF16), training rounds operands of float32 layers' "
-      'products to it, several times the rate of float32; sums and results are float32. Evaluation and exports are '
-      "float32, and other devices and model.dtype='bfloat16' ignore it.")
+      False, "On one CPU with bfloat16 products (AMX or AVX512_BF16), training rounds the operands of float32 layers' "
+      'products to bfloat16, which is faster; sums and results stay float32. Evaluation, exports, other devices and '
+      "model.dtype='bfloat16' ignore this field.")
   encode_all_sets: bool = field(False, 'Encodes also the target sets that no task of the step uses.', published=True)
   contrastive_reduction: str = field(
-      'mean', 'Of the two directions of the retrieval loss.', choices=('mean', 'sum'), published='sum')
+      'mean', 'Combines the two directions of the retrieval loss.', choices=('mean', 'sum'), published='sum')
   mask_duplicate_texts: bool = field(
       True, 'Equal texts in a retrieval batch are masked; False: they are negatives of each other.', published=False)
   negatives: str | int = field(
@@ -244,8 +244,8 @@ class TrainConfig:
       'block of N examples, as on one of the published ranks.', choices=('global',), at_least=2)
   ema_decay: float = field(0.0, 'Decay of averaged parameters, which evaluation then uses.', at_least=0, below=1, off=0)
   deterministic: bool = field(
-      False, 'On GPUs, steps whose bits are the same in every process, so that a resumed run ends as one that was not '
-      'stopped; slower (no atomic sums, no autotuning). Steps on CPUs and TPUs always are.')
+      False, 'On GPUs, makes steps bit-identical in every process, so that a resumed run ends like an uninterrupted '
+      'one; slower (no atomic sums, no autotuning). CPU and TPU steps always are.')
   log_every: int = field(20, 'Steps.', at_least=1)
   checkpoint_every: int = field(200, 'Steps.', at_least=1)
   max_to_keep: int = field(2, 'Number of newest checkpoints kept.', at_least=1)

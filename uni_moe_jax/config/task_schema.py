@@ -20,19 +20,19 @@ class TaskConfig:
   split: str = field('train', 'Split of the source.')
   batch_size: int = field(REQUIRED, 'Examples per step, over devices and micro-steps; 0: only evaluated (zero-shot).')
   loss_weight: float = field(1.0, "Weight of the task's loss.", at_least=0)
-  sampling_weight: float = field(0.0, "How often mixture='one_task' draws the task, relative to the others; 0: by its "
-                                 'loss_weight, and its loss has weight 1.', at_least=0)
+  sampling_weight: float = field(0.0, "Relative rate at which mixture='one_task' draws the task; 0: loss_weight is the "
+                                 'rate, and the loss has weight 1.', at_least=0)
   temperature: str = field('', "Temperature group: tasks of a group share a learned scale. '' = the task type.")
   target_set: str = field('', 'Entry of config.target_sets, for task types with a target family.')
   label_column: str = field(
-      '', 'Column with the class name (for task types that choose among names, label words or answers); of files also '
-      "a column with a list of answers. text_mlm of files: the column of texts ('' = 'text').")
+      '', 'Column with the class name, for task types that choose among names, label words or answers; in files, it '
+      "may be a list of answers. For text_mlm on files: the text column ('' = 'text').")
   caption_templates: tuple[str, ...] = field(
       (), "Templates over the source's columns, such as '{name}' or '{name} in {face}'; one is drawn per example. "
       "'{name|no_stop}' leaves out the period that ends a text; '{{' and '}}' are braces.", template=True)
   template: str = field(
       '', "For readout 'slot': a template such as '{text} <eot> it is <spe> . <eot>'.", template=True)
-  max_len: int = field(0, 'Text tokens per example, `eot` included (a caption has as many queries again).', at_least=0)
+  max_len: int = field(0, 'Text tokens per example, `eot` included; a caption has as many queries.', at_least=0)
   max_predictions: int = field(
       0, 'M, maximum number of masked tokens per text (text_mlm), or of answers per question.', at_least=0)
   label_smoothing: float = field(0.0, 'Label smoothing.', at_least=0, below=1, off=0)
@@ -45,14 +45,14 @@ class TaskConfig:
   linear_head: bool = field(False, "Adds a linear head, which starts at zero, to the similarity with the target set's "
                             'entries; at most one task.')
   train_fraction: float = field(
-      1.0, 'Fraction of training examples used, chosen by seed and example; of each class its share, if classes are '
-      'known in advance (not in TFDS data). A smaller subset is part of a larger one.', above=0, at_most=1)
+      1.0, 'Fraction of training examples used, chosen by seed and example; taken per class if classes are known in '
+      'advance (not in TFDS data). Larger subsets contain smaller ones.', above=0, at_most=1)
   shots: int = field(0, 'Training examples used per class, instead of train_fraction.', at_least=0, off=0)
   num_frames: int = field(
-      0, 'T, frames seen of a video (sources in files): one of each of T equal parts, or see frame_stride.', at_least=0)
+      0, 'T, frames sampled per video in files: one from each of T equal parts, or see frame_stride.', at_least=0)
   frame_stride: float = field(
-      0.0, 'Distance between the frames seen of a video of files, in frames at 30 a second (published: 32); evaluation '
-      'begins with the first frame. 0: one of each of T equal parts.', at_least=0)
+      0.0, 'Distance between sampled frames of a video in files, in frames at 30 per second (published: 32); '
+      'evaluation starts at the first frame. 0: one from each of T equal parts.', at_least=0)
   crop: str = field(
       'resize_crop', 'Crop of images and videos of files: resize_crop (the short side is resized to image_size, then a '
       'window), random_resized_crop (a random part, see min_crop_area; evaluation: the center of 256/224 of '
@@ -72,10 +72,10 @@ class TaskConfig:
       0.0, 'Magnitude of RandAugment of images of files; published: 9.', at_least=0, at_most=10, off=0)
   random_erasing: float = field(
       0.0, 'Probability that a rectangle of an image of files becomes noise.', at_least=0, at_most=1, off=0)
-  mixup_alpha: float = field(0.0, 'α of the share with which neighbors in a batch and their classes are blended. With '
-                             'both mixup and CutMix, each is used in half of the cases.', at_least=0, off=0)
+  mixup_alpha: float = field(0.0, 'α of mixup, which blends neighbors in a batch and their classes. With both mixup '
+                             'and CutMix, each is used half of the time.', at_least=0, off=0)
   cutmix_alpha: float = field(
-      0.0, 'α of the share of area with which neighbors in a batch are cut into each other.', at_least=0, off=0)
+      0.0, 'α of the area fraction that CutMix pastes between neighbors in a batch.', at_least=0, off=0)
 
   @property
   def mixes(self) -> bool:
@@ -97,7 +97,7 @@ class TargetSetConfig:
   max_len: int = field(16, 'Tokens of the longest text, `eot` included; a longer one is an error.', at_least=2)
   synonyms: bool = field(True, 'Uses every name of an entry; False: its first one.')
   label_prompts: bool = field(
-      False, 'Adds to every entry a learned token after its <spe>. It starts at zero, but as one more key of attention '
+      False, "Adds a learned token after each entry's <spe>. It starts at zero, but as an extra attention key it "
              'changes outputs slightly from the start.')
 
 
@@ -113,9 +113,9 @@ class EvaluatorConfig:
   length_penalty: float = field(0.0, 'Caption: divides final scores by (words + 1)^length_penalty.', at_least=0, off=0)
   constrain_to: str = field('', "Caption: entry of config.target_sets whose texts are the only possible captions; '' = "
                             'any words. No task needs to use the set.')
-  rerank_by: str = field('', 'Caption: entry of config.tasks, of retrieval. Of the beam_size captions of an image the '
-                         "one is taken whose log p and scaled similarity to the image, by this task, have the largest "
-                         "sum; '', or without a trained task of its temperature: the largest log p.")
+  rerank_by: str = field('', 'Caption: retrieval task in config.tasks. Of the beam_size captions of an image, picks '
+                         "the one with the largest sum of log p and this task's scaled similarity to the image; '', or "
+                         'if no trained task has its temperature: the largest log p.')
   max_len: int = field(0, "Caption: tokens of the longest, `eot` included (published: 21); 0: the task's max_len.",
                        at_least=0)
   detokenize: bool = field(True, "Caption: joins what the vocabulary splits (digits, 's) before scoring; False: as "
@@ -123,11 +123,11 @@ class EvaluatorConfig:
   num_views: int = field(1, 'Classification of videos of files: probabilities are averaged over num_views in time × '
                          'num_crops.', at_least=1)
   num_crops: int = field(1, 'Crops along the long side; see num_views.', at_least=1)
-  baselines: bool = field(True, 'Computes simple predictors beside the score; those of data in files once per dataset '
+  baselines: bool = field(True, 'Also scores simple predictors; for data in files, once per dataset '
                           '(eval/file_baselines.py).')
   during_training: bool = field(
-      False, 'Runs every train.evaluate_every steps, without baselines; not on a test split, by which a checkpoint '
-      'would be chosen.')
+      False, 'Runs every train.evaluate_every steps, without baselines; not on a test split, as its score could select '
+      'a checkpoint.')
 
 
 def task(type: str, source: str, *, batch_size: int, **values: Any) -> ml_collections.ConfigDict:

@@ -48,7 +48,7 @@ def _check_model(c: Config) -> None:
           'convolutions each halve the image.')
   fail_if(m.stem == 'conv' and m.width < m.patch_size,
           f"model.width={m.width} must be at least config.model.patch_size={m.patch_size} with config.model.stem="
-          "'conv', whose first convolution has 2 · width / patch_size channels: one alone, normalized, is constant.")
+          "'conv': its first convolution has 2 · width / patch_size channels, and normalizing one gives a constant.")
   _check_multiple('model.image_size', m.image_size, f'config.model.patch_size={m.patch_size}', m.patch_size)
   fail_if(m.posemb == 'learned' and m.posemb_scale != 1,
           f"model.posemb_scale={m.posemb_scale} changes computed positions; with posemb='learned' set it to 1.")
@@ -68,7 +68,7 @@ def _check_moe(c: Config) -> None:
   moe, last = c.moe, c.model.num_layers - 1
   for name in TOKEN_ROUTER_FIELDS if moe.router not in DISPATCHED else ():
     fail_if(value := getattr(moe, name),
-            f"moe.{name}={value} needs config.moe.router='token' or 'context'; kernels of {moe.router!r} merge. Set it "
+            f"moe.{name}={value} needs config.moe.router='token' or 'context'; {moe.router!r} routes no tokens. Set it "
             'to 0.')
   fail_if(moe.top_k > moe.num_experts, f'moe.top_k={moe.top_k} must be in 1…config.moe.num_experts={moe.num_experts}.')
   fail_if(moe.experts_per_condition and not moe.top_k <= moe.experts_per_condition <= moe.num_experts,
@@ -172,9 +172,9 @@ def check_task(name: str, t: TaskConfig, task_type: TaskType, c: Config) -> None
   fail_if(t.shots and not t.label_column,
           f'{field}.shots={t.shots} needs a label_column; set shots=0, and train_fraction instead.')
   fail_if(c.train.mixture == 'one_task' and t.batch_size and (t.sampling_weight or t.loss_weight) <= 0,
-          f"{field}: sampling_weight={t.sampling_weight}, loss_weight={t.loss_weight}: mixture='one_task' draws tasks "
-          'by sampling_weight, or by loss_weight where that is 0; give one that is above 0, or batch_size=0 to leave '
-          'the task out.')
+          f"{field}: sampling_weight={t.sampling_weight}, loss_weight={t.loss_weight}, but mixture='one_task' draws "
+          'tasks by sampling_weight, or by loss_weight if that is 0; set one above 0, or batch_size=0 to leave the '
+          'task out.')
   fail_if((task_type.text_index is not None or pair) and t.max_len < 2,
           f'{field}.max_len={t.max_len} must be at least 2 tokens.')
   for field_name, limit in (('max_len', 'max_text_len'), ('num_frames', 'max_num_frames')):
