@@ -126,7 +126,7 @@ def test_the_stacks_are_two_and_a_run_of_one_is_refused_by_the_other(tmp_path, m
   monkeypatch.setattr(workdir, 'versions', lambda: old)
   workdir.claim_workdir(tmp_path, cli.config_from('small', []), 'print')
   monkeypatch.setattr(workdir, 'versions', lambda: new)
-  message = r'other package versions \(jax: 0\.10\.2 → 0\.12\.0\.1, .*allow_version_mismatch'
+  message = r'different package versions \(jax: 0\.10\.2 → 0\.12\.0\.1, .*allow_version_mismatch'
   with pytest.raises(ValueError, match=message):
     workdir.check_versions(tmp_path)
   workdir.check_versions(tmp_path, allow_mismatch=True)

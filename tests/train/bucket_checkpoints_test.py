@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_named_and_set_aside_and_its_step_can_be_saved_a
   with Checkpoints(workdir, max_to_keep=3) as checkpoints:
     warning = capfd.readouterr().err
     assert f'the checkpoint of step 2 in {workdir} is damaged: {message.format(largest)}' in warning
-    assert f'it was moved to {workdir}/damaged/2' in warning
+    assert f'checkpoint 2 was moved to {workdir}/damaged/2' in warning
     assert saved_steps(workdir) == [1] and manifest.FILE in storage.files_in(workdir / 'damaged/2')
     checkpoints.save(2, _state(2))
   _assert_step(workdir, 2, max_to_keep=3)
@@ -119,7 +119,7 @@ def _altered(monkeypatch):
 
 def test_a_checkpoint_whose_arrays_are_not_those_that_were_saved_is_named_and_set_aside(workdir, altered, capfd):
   with Checkpoints(workdir, None) as checkpoints:
-    with pytest.raises(RunError, match=r'of step 2 in .* is damaged: it was read 2 times, and not as it was saved '
+    with pytest.raises(RunError, match=r'of step 2 in .* is damaged: 2 reads differ from what was saved '
                                        r'\(params/kernel\); choose another step'):
       checkpoints.restore(_LIKE, step=2)
     np.testing.assert_array_equal(checkpoints.restore_params()['kernel'], _state(1)['params']['kernel'])
@@ -129,8 +129,8 @@ def test_a_checkpoint_whose_arrays_are_not_those_that_were_saved_is_named_and_se
     assert checkpoints.latest() == 2
     np.testing.assert_array_equal(checkpoints.restore(_LIKE)['params']['kernel'], _state(1)['params']['kernel'])
     warning = capfd.readouterr().err
-    assert 'is damaged: it was read 2 times, and not as it was saved (params/kernel); falling back to' in warning
-    assert f'it was moved to {workdir}/damaged/2' in warning
+    assert 'is damaged: 2 reads differ from what was saved (params/kernel); falling back to' in warning
+    assert f'checkpoint 2 was moved to {workdir}/damaged/2' in warning
     assert checkpoints.latest() == 1 and saved_steps(workdir) == [1]
     checkpoints.save(2, _state(2))
     checkpoints.finish()
@@ -174,7 +174,7 @@ def test_a_process_reads_again_or_the_earlier_step_if_another_one_must(gcs, fail
       checkpoints.save(step, _state(step))
   monkeypatch.setattr(multihost, 'sums_over_processes', lambda numbers: [numbers[0] + next(others, 0)])
   _assert_step(workdir, 2, max_to_keep=2, restored=restored)
-  assert 'were not read as they were saved (in another process, see its output)' in capfd.readouterr().err
+  assert 'differ from what was saved (in another process, see its output)' in capfd.readouterr().err
 
 
 def test_if_no_checkpoint_has_the_arrays_that_were_saved_nothing_is_moved(workdir, altered):

@@ -86,8 +86,9 @@ def test_with_a_cosine_the_rate_keeps_its_last_value_or_is_drawn_over_all_steps(
 
 def test_a_schedule_that_ends_with_the_run_needs_a_choice(tmp_path):
   _claim(tmp_path, 1000)
-  message = (r'ends at step 1000, and config.train.steps=2000 extends it; .*: --config.optim.decay_steps=1000 keeps it '
-             r'at its last value, 0.0025, or --config.optim.decay_steps=2000 spreads')
+  message = (r'schedule ends at step 1000, and config.train.steps=2000 extends it\. Add '
+             r'--config.optim.decay_steps=1000, which keeps the rate at its last value, 0.0025, or '
+             '--config.optim.decay_steps=2000, which spreads')
   with pytest.raises(ValueError, match=message):
     _claim(tmp_path, 2000)
   _claim(tmp_path, 2000, 'cosine', 1000)
@@ -108,7 +109,7 @@ def test_a_schedule_that_was_planned_longer_than_the_run_needs_none(tmp_path):
 
 def test_the_published_cosine_can_only_be_spread(tmp_path):
   _claim(tmp_path, 1000, 'published')
-  with pytest.raises(ValueError, match='does then: --config.optim.decay_steps=2000 spreads the schedule') as raised:
+  with pytest.raises(ValueError, match='Add --config.optim.decay_steps=2000, which spreads the schedule') as raised:
     _claim(tmp_path, 2000, 'published')
   assert 'last value' not in str(raised.value)
   _claim(tmp_path, 2000, 'published', 2000)

@@ -28,10 +28,10 @@ with hang_detection.HangDetector({timeout}) as detector:
 
 
 @pytest.mark.parametrize('phase, timeout, messages', [
-    ('BATCH, 7', .4, (r'error: waiting for the batch of step 7 has taken \d+ s, and config\.train\.hang_timeout=0\.4 '
-                      'is the limit', 'Check the disk or network of the data')),
+    ('BATCH, 7', .4, (r'error: waiting for the batch of step 7 has taken \d+ s; the limit is '
+                      r'config\.train\.hang_timeout=0\.4\.', 'Check the disk or network of the data')),
     ('STEP, 7', .4, ('waiting for the result of step 7', 'logs of the other processes')),
-    ('START', .1, (r'error: starting has taken \d+ s, and 6 times config\.train\.hang_timeout=0\.1 is the limit',
+    ('START', .1, (r'error: starting has taken \d+ s; the limit is 6 times config\.train\.hang_timeout=0\.1\.',
                    'disk or network of the data and the work directory'))])
 def test_a_hanging_phase_ends_the_process_with_phase_duration_advice_and_stack(phase, timeout, messages):
   program = _HANGS.format(timeout=timeout, phase=phase)
@@ -112,4 +112,4 @@ def test_the_report_names_the_bucket(monkeypatch, capfd):
   monkeypatch.setattr(hang_detection.os, '_exit', lambda code: None)
   monkeypatch.setattr(hang_detection.faulthandler, 'dump_traceback', lambda **_: None)
   HangDetector(60, {SAVE: 'gs://bucket/run'})._report(hang_detection._Phase(SAVE, 7))
-  assert 'saving of step 7 has taken 0 s (waiting for gs://bucket/run), and config' in capfd.readouterr().err
+  assert 'saving of step 7 has taken 0 s (waiting for gs://bucket/run); the limit is config' in capfd.readouterr().err

@@ -120,7 +120,7 @@ def test_a_run_in_a_bucket_moves_between_processes_and_devices(gcs, tmp_path):
     output = processes.run([*command, *flags, f'--workdir={bucket}', f'--config.train.steps={steps}'],
                            devices=8 if command is one else 4)
     assert {int(s) for s in re.findall(r'resumed from step (\d+)', output)} == {resumed} - {None}, output
-  assert 'the checkpoint of step 6 in' in output and f'it was moved to {bucket}/damaged/6' in output, output
+  assert 'the checkpoint of step 6 in' in output and f'checkpoint 6 was moved to {bucket}/damaged/6' in output, output
   moved, unmoved = (saved_run.lines(folder) for folder in (bucket, tmp_path / 'disk'))
   assert [line['step'] for line in moved] == list(range(1, 9))
   assert [a['loss/total'] for a in moved] == pytest.approx([b['loss/total'] for b in unmoved], abs=1e-5)

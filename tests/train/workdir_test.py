@@ -107,7 +107,7 @@ def test_the_evaluator_of_the_best_metric_keeps_its_data_once_checkpoints_have_i
 
   save(1, shapes='b', others='a')
   claim(shapes='b', others='b')  # by which no checkpoint is chosen
-  refused = lambda: pytest.raises(ValueError, match=r'of another evaluator \(its data, by the fingerprint\), whose')
+  refused = lambda: pytest.raises(ValueError, match=r'of another evaluator \(its data, by the fingerprint\), so scores')
   with refused():
     claim(shapes='a', others='b')
   c.train.best_metric = 'eval/others/top-1'  # whose score is on the data before
@@ -171,7 +171,7 @@ def test_other_data_and_other_files_of_the_tokenizer_or_class_names_are_refused(
     workdir.claim_workdir(tmp_path, c, 'print', inputs=inputs)
   with pytest.raises(ValueError, match='file of class names'):
     workdir.claim_workdir(tmp_path, c, 'print', inputs='others')
-  with pytest.raises(ValueError, match='other data.* a source was prepared again or .*[.] Restore what it was'):
+  with pytest.raises(ValueError, match='different data.* a source was prepared again or .*[.] Restore the old data'):
     workdir.claim_workdir(tmp_path, c, 'another print')
 
 
@@ -184,7 +184,7 @@ def test_another_tokenizer_than_the_runs_is_refused_by_every_process(tmp_path):
     workdir.copy_tokenizer(tmp_path, file)
   file.write_bytes(b'other pieces')
   for writes in (True, False):
-    with pytest.raises(ValueError, match='was trained with another tokenizer than .*a.model'):
+    with pytest.raises(ValueError, match='the tokenizer of workdir .* differs from .*a.model'):
       workdir.copy_tokenizer(tmp_path, file, writes)
   assert (tmp_path / 'tokenizer.model').read_bytes() == b'pieces'
 

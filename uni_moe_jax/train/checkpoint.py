@@ -229,7 +229,7 @@ class Checkpoints:
   def _move_away(self, step: int) -> None:
     target = storage.path(self._workdir) / DAMAGED / str(step)
     storage.move_folder(self._folder / str(step), target)
-    print(f'warning: it was moved to {target}; delete that folder after inspecting it.', file=sys.stderr, flush=True)
+    print(f'warning: checkpoint {step} was moved to {target}; inspect and delete it.', file=sys.stderr, flush=True)
 
   def _damage(self, step: int) -> str:
     """See `manifest.damage`; what a bucket has is read again, since bits may have changed on the way."""
@@ -309,9 +309,9 @@ class Checkpoints:
       if not failed:
         return tree
       names = errors.first_few(wrong or ['in another process, see its output'])
-      print(f'warning: arrays of the checkpoint of step {step} in {self._workdir} were not read as they were saved '
+      print(f'warning: arrays of the checkpoint of step {step} in {self._workdir} differ from what was saved '
             f'({names}).', file=sys.stderr, flush=True)
-    raise _DamagedError(step, self._workdir, f'it was read {_READS} times, and not as it was saved ({names})')
+    raise _DamagedError(step, self._workdir, f'{_READS} reads differ from what was saved ({names})')
 
   def _saved_params(self, step: int, averaged: bool = True) -> tuple[str, Any]:
     """(field of the state, shapes) of the parameters to use of a step."""

@@ -102,9 +102,9 @@ class HangDetector:
   def _report(self, phase: _Phase) -> None:
     factor = f'{_LONG_FACTOR} times ' if phase.name in _LONG else ''
     store = f' (waiting for {self._buckets[phase.name]})' if phase.name in self._buckets else ''
-    print(f'\nerror: {phase} has taken {phase.seconds:.0f} s{store}, and {factor}'
-          f'config.train.hang_timeout={self._timeout:g} is the limit. {_CHECKS[phase.name]} If it is only '
-          'slow, raise hang_timeout; 0 disables it. The same command continues from the newest checkpoint. Stack '
-          'of every thread:', file=sys.stderr, flush=True)
+    print(f'\nerror: {phase} has taken {phase.seconds:.0f} s{store}; the limit is {factor}'
+          f'config.train.hang_timeout={self._timeout:g}. {_CHECKS[phase.name]} If it is just slow, raise hang_timeout '
+          '(0: off). The same command continues from the newest checkpoint. Stack of every thread:',
+          file=sys.stderr, flush=True)
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
     os._exit(ERROR)  # sys.exit would wait for the hanging threads

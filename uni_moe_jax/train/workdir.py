@@ -45,8 +45,8 @@ MAY_CHANGE = (
     'data.max_corrupt_fraction', 'preflight', 'mesh', 'model.attention_impl', 'moe.gmm', 'evaluators',
     'tokenizer.merges_path')
 _NO_PROTOCOL = ('batch_size', 'baselines', 'during_training')  # fields of an evaluator that change no score
-_OTHER_DATA = ('a source was prepared again or has a newer version, which is the one that is read, the data directory '
-               "or the tokenizer's file is another one, or an older version of this package trained the tokenizer.")
+_OTHER_DATA = ('a source was prepared again or has a newer version (the newest is read), the data directory or '
+               'tokenizer file has changed, or an older version of this package trained the tokenizer.')
 
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
@@ -122,11 +122,11 @@ def _extends(workdir: str | os.PathLike[str], old: dict[str, Any], new: dict[str
   end, schedule, flag = decay_steps or steps, optim['schedule'], '--config.optim.decay_steps'
   if schedule != 'constant' and not optim['decay_steps'] and end != more:
     last = optim['learning_rate'] * optim['final_lr_fraction']
-    hold = f'{flag}={end} keeps it at its last value, {last:g}, or ' if schedule == 'cosine' else ''
+    hold = f'{flag}={end}, which keeps the rate at its last value, {last:g}, or ' if schedule == 'cosine' else ''
     raise UsageError(
-        f'workdir {workdir} has a run whose learning rate ends at step {end}, and config.train.steps={more} extends it;'
-        f' choose what the rate does then: {hold}{flag}={more} spreads the schedule over all steps, so that the rate '
-        'rises where the run continues.')
+        f'workdir {workdir} has a run whose learning rate schedule ends at step {end}, and config.train.steps={more} '
+        f'extends it. Add {hold}{flag}={more}, which spreads the schedule over all steps, so the rate rises where the '
+        'run continues.')
   return True
 
 
@@ -149,8 +149,8 @@ def _check_best(
   if changed and scored:
     raise UsageError(
         f'workdir {workdir} has checkpoints with config.train.best_metric={metric!r} of another evaluator '
-        f'({first_few(changed, separator="; ")}), whose scores do not compare; leave it as it was, or give the new one '
-        'another name, which best_metric then contains.')
+        f'({first_few(changed, separator="; ")}), so scores are not comparable. Restore that evaluator, or rename the '
+        'new one, also in best_metric.')
 
 
 def claim_workdir(
@@ -183,8 +183,8 @@ def claim_workdir(
     changed = [] if extended else differences(old['config'], plain)
     if fingerprint is not None and old['data'] != fingerprint and not changed:
       raise UsageError(
-          f'workdir {workdir} belongs to a run with other data, by its fingerprint: {_OTHER_DATA} Restore what it '
-          'was, for example by moving the newer version to another folder, or give another --workdir.')
+          f'workdir {workdir} belongs to a run with different data, by its fingerprint: {_OTHER_DATA} Restore the old '
+          'data, for example by moving the newer version elsewhere, or give another --workdir.')
     if inputs is not None and old['inputs'] not in (None, inputs) and not changed:
       changed = ['the content of the tokenizer file, or of a file of class names']
     if changed:
@@ -207,7 +207,8 @@ def note_other_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
   """Prints a note if the data of a saved run is not what it was in training; a command may read it all the same."""
   path = storage.path(workdir) / CONFIG_FILE
   if path.exists() and _read(path)['data'] != fingerprint:  # it is measured before training, too
-    print(f'note: {workdir} was trained on other data, by its fingerprint: {_OTHER_DATA}', file=sys.stderr, flush=True)
+    print(f'note: {workdir} was trained on different data, by its fingerprint: {_OTHER_DATA}', file=sys.stderr,
+          flush=True)
 
 
 def _hint_of_init(
@@ -249,10 +250,10 @@ def check_versions(workdir: str | os.PathLike[str], allow_mismatch: bool = False
   if breaking:
     required = ' '.join(f"'{name}=={old}'" for name, old in breaking.items())
     raise UsageError(
-        f'workdir {workdir} was started with other package versions ({listed}), with which its numbers and its data '
-        f'order may differ. Install them (pip install {required}), start a new run from its parameters '
+        f'workdir {workdir} was started with different package versions ({listed}), so numbers and data order may '
+        f'change. Install the old ones (pip install {required}), start a new run from its parameters '
         f"(config.train.init='{workdir}'), or continue anyway: uni-moe train --allow_version_mismatch.")
-  print(f'note: workdir {workdir} was started with other package versions ({listed}); its numbers may differ in their '
+  print(f'note: workdir {workdir} was started with different package versions ({listed}); numbers may differ in their '
         'last digits.', file=sys.stderr, flush=True)
 
 
@@ -268,8 +269,8 @@ def copy_tokenizer(workdir: str | os.PathLike[str], file: storage.Path, writes: 
   if path.exists():
     # Published merges may be compressed differently; their content is part of the data's fingerprint.
     if file.suffix == '.model' and path.read_bytes() != file.read_bytes():
-      raise UsageError(f'workdir {workdir} was trained with another tokenizer than {file}, though on the same text: '
-                       f'another version of sentencepiece gives another one. Copy {path} over it, or give another '
+      raise UsageError(f'the tokenizer of workdir {workdir} differs from {file}, which another version of '
+                       f'sentencepiece trained on the same text. Copy {path} over that file, or give another '
                        '--workdir.')
   elif writes:
     storage.write_bytes(path, file.read_bytes())
