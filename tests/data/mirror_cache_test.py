@@ -120,7 +120,7 @@ def test_a_dataset_that_has_lost_a_file_is_not_uploaded(bucket, tmp_path, monkey
     data = Mirror(bucket, tmp_path / f'{i}')
     with monkeypatch.context() as patch:
       patch.setattr(Mirror, 'upload', without(pattern))
-      with pytest.raises(RunError, match=f'has no {pattern.replace("*", ".*")}.*: another process has removed'):
+      with pytest.raises(RunError, match=f'has no {pattern.replace("*", ".*")}.*: another process removed'):
         write(data)
     assert not [name for name in storage.files_in(storage.path(bucket)) if name.endswith('files.json')]
     write(data)
@@ -280,7 +280,7 @@ def test_records_of_training_that_do_not_fit_are_refused_before_any_is_fetched(b
   bounded = Mirror(bucket, tmp_path / 'receiver', max_bytes=2 * size)
   bounded.sync('x')
   bounded.check_space(names[:2])
-  with pytest.raises(UsageError, match='reads files of 0.000[0-9]+ GB, .* config.data.cache_gb=0.000.* is less;'):
+  with pytest.raises(UsageError, match='reads all 0.000[0-9]+ GB .*, but config.data.cache_gb=0.000.* is less;'):
     bounded.check_space(names)
   data = Mirror(bucket, tmp_path / 'receiver')
   data.sync('x')

@@ -302,7 +302,7 @@ def test_a_bit_that_flips_in_transit_is_noticed_and_the_file_fetched_again(bucke
   data = Mirror(bucket, tmp_path / 'receiver')
   assert open_shards(data, 2).__getitems__(range(10)) == records
   assert flipped and data.num_fetched == 3
-  assert f'{bucket}/{shard_name(1)} arrived with other bytes than were prepared' in capsys.readouterr().out
+  assert f'{bucket}/{shard_name(1)} differs from what was prepared' in capsys.readouterr().out
 
 
 def test_an_object_with_a_flipped_bit_is_named_and_no_example_is_replaced_for_it(bucket, tmp_path):
@@ -312,7 +312,7 @@ def test_an_object_with_a_flipped_bit_is_named_and_no_example_is_replaced_for_it
   dataset = file_dataset.FileDataset('x', 10, shards.__getitems__, {}, {}, {}, '')
   assert len(dataset.read_valid(np.arange(5))) == 5
   for _ in range(2):  # it is not remembered as good, either
-    with pytest.raises(RunError, match=f'{bucket}/{shard_name(1)} is damaged: its bytes were not those that were'):
+    with pytest.raises(RunError, match=f'{bucket}/{shard_name(1)} is damaged: two fetches differ from what was'):
       dataset.read_valid(np.arange(10))
   upload_shards(bucket, tmp_path / 'second', 2)  # the same bytes again
   assert len(dataset.read_valid(np.arange(10))) == 10

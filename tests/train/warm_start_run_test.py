@@ -210,7 +210,7 @@ def test_parameters_of_a_run_are_not_read_with_another_tokenizer_of_the_same_siz
   texts = [f'{a}{b}{a}{c}' for a in 'ABCDEFGH' for b in 'JKLMNPQR' for c in 'STUVWXYZ']  # none is a word of the parent
   SentencePieceTokenizer.train(texts, other, config.tokenizer.vocab_size)
   config.tokenizer.path = str(other)
-  with pytest.raises(UsageError, match=r"config\.tokenizer\.path='.*other\.model' is another tokenizer than that of "
+  with pytest.raises(UsageError, match=r"config\.tokenizer\.path='.*other\.model' differs from the tokenizer of "
                                        r"config\.train\.init='parent', .*; set it to ''\."):
     train_run.build(config, jax.devices()[:1])
   other.write_bytes(pathlib.Path('parent/tokenizer.model').read_bytes())
@@ -220,5 +220,5 @@ def test_parameters_of_a_run_are_not_read_with_another_tokenizer_of_the_same_siz
 def test_a_run_without_a_tokenizer_file_of_this_type_is_named(tuned):
   pathlib.Path('parent/tokenizer.model').unlink()
   with pytest.raises(ValueError, match=r"config\.train\.init='parent' has no tokenizer\.model: restore it, or, if the "
-                                       r"tokenizer of that run is of another type than 'sentencepiece', copy its sec"):
+                                       r"tokenizer of that run is not of type 'sentencepiece', copy its config"):
     _build(tuned[0])

@@ -191,14 +191,14 @@ class Data(Sources):
       if not path.is_file():
         if not c.path:
           raise MissingFileError(
-              f'config.train.init={init!r} has no tokenizer.model: restore it, or, if the tokenizer of that run is of '
-              "another type than 'sentencepiece', copy its section config.tokenizer.")
+              f'config.train.init={init!r} has no tokenizer.model: restore it, or, if the tokenizer of that run is not '
+              "of type 'sentencepiece', copy its config.tokenizer section.")
         raise MissingFileError(f'config.tokenizer.path={file!r} does not exist; give the tokenizer.model of a run.')
       own = storage.path(inherited) if init and c.path and not copy else path
       if own.is_file() and own.read_bytes() != path.read_bytes():
         raise UsageError(
-            f'config.tokenizer.path={file!r} is another tokenizer than that of config.train.init={init!r}, whose '
-            "parameters would mean other words; set it to ''.")
+            f'config.tokenizer.path={file!r} differs from the tokenizer of config.train.init={init!r}, to which the '
+            "parameters of that run belong; set it to ''.")
       return (tokenizer := SentencePieceTokenizer(path)), path, tokenizer.fingerprint
     texts = sorted(set(self._training_texts()))
     size = f'{c.vocab_size} or fewer' if c.allow_smaller_vocab else str(c.vocab_size)
@@ -234,7 +234,7 @@ class Data(Sources):
     except OSError as e:
       if disk_is_full(e):
         raise
-      print(f'note: {path.parent} cannot be written ({e.strerror}), so that the tokenizer is trained in a temporary '
+      print(f'note: {path.parent} cannot be written ({e.strerror}), so the tokenizer is trained in a temporary '
             'folder.', file=sys.stderr, flush=True)
     self._own_folder = tempfile.TemporaryDirectory()  # for as long as this data is used
     path = pathlib.Path(self._own_folder.name, path.name)

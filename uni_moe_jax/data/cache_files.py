@@ -65,6 +65,6 @@ def locked(path: pathlib.Path) -> Iterator[None]:
       fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as e:
       raise UsageError(
-          f'files cannot be locked in {path.parent} ({e.strerror}), by which processes of a host share data of a '
-          'bucket: set config.data.cache_dir, of prepare-data --cache_dir, to a folder of a local disk.') from e
+          f'files cannot be locked in {path.parent} ({e.strerror}), but processes of a host need locks to share data '
+          'of a bucket; set config.data.cache_dir (prepare-data: --cache_dir) to a folder of a local disk.') from e
     yield

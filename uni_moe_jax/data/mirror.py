@@ -117,9 +117,8 @@ class Mirror(os.PathLike):
                else f'the disk of {self._cache} has {free / 1e9:.3g} GB for the missing {missing / 1e9:.3g}; attach a '
                'larger one and set config.data.cache_dir to a folder of it')
       raise UsageError(
-          f'{self.address}: this run reads files of {total / 1e9:.3g} GB, all of which every host reads in random '
-          f'order, and {bound}. Or mount the bucket, as by gcsfuse, and set config.data.dir to its folder, or train on '
-          'fewer datasets.')
+          f"{self.address}: every host reads all {total / 1e9:.3g} GB of this run's files in random order, but {bound}."
+          ' Or mount the bucket (with gcsfuse, say) and set config.data.dir to the mount, or train on fewer datasets.')
 
   def has(self, name: str) -> bool:
     """Whether a dataset that was synced has a file."""
@@ -170,8 +169,8 @@ class Mirror(os.PathLike):
     paths = sorted(p for p in source.rglob('*') if p.is_file() and p.name != MANIFEST and not storage.is_leftover(p))
     names = {str(p.relative_to(source)): size_and_digest(p) for p in paths}
     if missing := sorted({*required} - names.keys() - uploaded.keys()):
-      raise RunError(f'{source} has no {first_few(missing)}: another process has removed what this one has written. '
-                     'It was not published; run the same command again.')
+      raise RunError(f'{source} has no {first_few(missing)}: another process removed files that this one wrote. '
+                     'Nothing was published; run the same command again.')
     for name in names:
       repeat(lambda: files.put_file(str(source / name), str(target / name)), f'{target}/{name}')
     repeat(lambda: write_json(target / MANIFEST, {**names, **uploaded}), f'{target}/{MANIFEST}')
@@ -278,10 +277,10 @@ class Mirror(os.PathLike):
           with cache_files.locked(self._cache / '.space'):  # who counts meanwhile could find neither name
             temporary.rename(path)
           return path
-        print(f'data: {self.address}/{name} arrived with other bytes than were prepared (fetch {attempt} of 2)',
+        print(f'data: {self.address}/{name} differs from what was prepared (fetch {attempt} of 2)',
               flush=True)
-      raise RunError(f'{self.address}/{name} is damaged: its bytes were not those that were prepared (sha256 '
-                     f'{digest[:12]}…) in two fetches; write the dataset to the bucket again.')
+      raise RunError(f'{self.address}/{name} is damaged: two fetches differ from what was prepared (sha256 '
+                     f'{digest[:12]}…); write the dataset to the bucket again.')
 
   def _total(self) -> int:
     return sum(size for _, size, _ in cache_files.entries(self._cache))

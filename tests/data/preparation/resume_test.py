@@ -147,7 +147,7 @@ def test_after_too_many_bad_rows_files_are_read_again(source, tmp_path, monkeypa
 
 def test_after_too_many_bad_rows_a_larger_bound_reads_no_file_again(source, tmp_path, monkeypatch):
   (source / 'images/000.jpg').unlink()
-  with pytest.raises(UsageError, match='or raise --max_corrupt_fraction=0.01, with which files are not read again'):
+  with pytest.raises(UsageError, match='or raise --max_corrupt_fraction=0.01; files are then not read again'):
     prepare.prepare(source, tmp_path, 'x', max_corrupt_fraction=0.01)
   assert _run(source, tmp_path, monkeypatch, max_corrupt_fraction=0.2) == [Write] * 4
   assert [path.name for path in (tmp_path / 'own/x').iterdir()] == ['1.0.0']

@@ -79,8 +79,8 @@ class FileExampleBuilder:
     for field, off in dict(train_fraction=1, shots=0).items() if self.training else ():
       if (value := getattr(task, field)) != off:
         raise UsageError(
-            f'config.tasks.{task.name}.{field}={value}: text in files is read as a stream, of which no part can be '
-            f'taken; set it to {off}, or prepare a smaller file.')
+            f'config.tasks.{task.name}.{field}={value}: text in files is read as a stream and cannot be '
+            f'subsampled; set it to {off}, or prepare a smaller file.')
     read = file_dataset_features.running_text(task, records, self.tokenizer, self.training, corrupt_counter)
 
     def read_undamaged(ids, hashes):

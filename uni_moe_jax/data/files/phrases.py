@@ -77,7 +77,7 @@ def open_phrases(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, tra
   except OSError as e:
     if errors.disk_is_full(e):
       raise
-    print(f'note: {records.cache / FOLDER} cannot be written ({e.strerror}), so that captions are tokenized for every '
+    print(f'note: {records.cache / FOLDER} cannot be written ({e.strerror}), so captions are tokenized for every '
           'batch.', file=sys.stderr, flush=True)
     return None
 

@@ -207,8 +207,8 @@ class Merge:
       message = f'{num_skipped} of {num_rows} rows of {source} cannot be used{detail}. Fix them'
       if num_skipped == num_rows:
         raise UsageError(f'{message}.')
-      raise TooManySkippedError(f'{message}, or raise --max_corrupt_fraction={max_corrupt_fraction}, with which files '
-                                'are not read again.')
+      raise TooManySkippedError(f'{message}, or raise --max_corrupt_fraction={max_corrupt_fraction}; files are then '
+                                'not read again.')
 
   def _assign_splits(self, test_fraction: float) -> None:
     """Gives rows the split that they name; if none does, a hash selects one for all rows that belong together.

@@ -21,12 +21,12 @@ def summarize(merged: Merged, test_fraction: float) -> dict[str, Any]:
     warnings.append(f'the split test is empty with --test_fraction={test_fraction}: too few groups; raise it, or name '
                     'the split of each row')
   elif test_fraction and merged.names_splits and len(splits) == 1:
-    warnings.append('every row is in the split train, as a field or the name of a file or folder says, so that nothing '
-                    'is held out; to evaluate, rename that file or folder (train.jsonl to data.jsonl), or name other '
-                    'splits')
+    warnings.append('every row is in the split train, by a field or a file or folder name, so nothing is held out; to '
+                    'evaluate, rename that file or folder (train.jsonl to data.jsonl), or name other splits')
   if n := merged.rows_of_one_image:
-    warnings.append(f'{n} rows with captions have the image or video of an earlier one: retrieval takes the captions '
-                    "of the other rows for wrong ones, in training, too. Give one row per file, with a list 'captions'")
+    warnings.append(f'{n} rows with captions repeat the image or video of an earlier row: retrieval counts the '
+                    "captions of the other rows as wrong, also in training. Give one row per file, with a list "
+                    "'captions'")
   count = lambda column, split: [merged.class_counts[column][name, SPLITS.index(split)]
                                  for name in merged.classes[column]]
   return {
