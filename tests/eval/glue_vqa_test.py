@@ -12,6 +12,7 @@ from uni_moe_jax.data.assemble import Data
 from uni_moe_jax.data.files.file_dataset import FileDataset
 from uni_moe_jax.data.pipeline import examples as examples_lib
 from uni_moe_jax.data.pipeline.examples import Examples
+from uni_moe_jax.data.pipeline.records import Records
 from uni_moe_jax.eval import file_baselines, predictor
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.suite import EVALUATORS
@@ -37,7 +38,7 @@ class _Predicts:
 
 
 def _evaluate(evaluator, task, keys, examples, predicts, trained=(), evaluated=(), **values):
-  """trained, evaluated: rows of records. values: of the evaluator."""
+  """trained, evaluated: rows of records in files, or records in memory. values: of the evaluator."""
   columns = {'a': 'text', 'label': 'class', 'answers': 'texts'}
   with tempfile.TemporaryDirectory() as data_dir:
     c = tiny.config(data_dir=data_dir)
@@ -45,8 +46,9 @@ def _evaluate(evaluator, task, keys, examples, predicts, trained=(), evaluated=(
     c.tasks.t = task
     c.evaluators.e = config_lib.evaluator(evaluator, 't', split='test', batch_size=3, **values)
     [e] = make_plan(c).evaluations
-    records = [FileDataset('own:x', len(rows), lambda ids, rows=rows: [rows[i] for i in ids], columns, {'label': keys},
-                           {}, repr(rows)) for rows in (evaluated, trained)]
+    records = [rows if isinstance(rows, Records) else FileDataset(
+        'own:x', len(rows), lambda ids, rows=rows: [rows[i] for i in ids], columns, {'label': keys}, {}, repr(rows))
+               for rows in (evaluated, trained)]
     query = Query(e, predicts, examples, *records, keys, keys, None, {}, data_dir)
     return {s.name: s for s in EVALUATORS[evaluator](query)}
 
@@ -83,6 +85,16 @@ def test_glue_counts_every_example_once_and_scores_by_hand():
   right = _evaluate('glue', _text(), ('no', 'yes'), _examples(7), _Predicts(LABELS, 2), *rows, baselines=False)
   assert {name: s.value for name, s in right.items()} == {'accuracy': 1, 'F1': 1, 'Matthews': 1}
   assert right['accuracy'].baselines == {}
+
+
+def test_baselines_of_texts_in_memory_read_the_columns_of_the_template_alone():
+  # The text is the same everywhere; the label column, another text and the pixels would tell the classes apart.
+  names, task = np.array(['no', 'yes'])[LABELS], _text()
+  records = Records({'a': np.full(7, 'red'), 'text_type': names, 'text': names,
+                     'pixels': 255 * LABELS.astype(np.uint8)[:, None, None]})
+  task.label_column = 'text_type'
+  score = _evaluate('glue', task, ('no', 'yes'), _examples(7), _Predicts(LABELS, 2), records, records)['accuracy']
+  assert score.baselines == {'majority': pytest.approx(4 / 7), 'tf-idf': pytest.approx(4 / 7)}
 
 
 @pytest.mark.parametrize('evaluator, metric', [('glue', 'accuracy'), ('classification', 'top-1')])

@@ -169,11 +169,11 @@ def label_baselines(
   train_labels = examples_lib.class_indices(q.trained, q.task, q.keys)[trained]
   assert (labels == examples_lib.class_indices(q.evaluated, q.task, q.keys)[evaluated]).all()
   answers['majority'] = baselines.majority_predictions(train_labels, len(labels))
-  texts = [k for k, c in q.trained.columns.items() if k.startswith('text') and c.dtype.kind == 'U']
-  inputs = ['pixels'] if 'pixels' in q.trained.columns else texts
+  inputs = ['pixels'] if q.task.type.visual else templates.columns(q.task.template)
   train, test = [q.trained.columns[k][trained] for k in inputs], [q.evaluated.columns[k][evaluated] for k in inputs]
-  if inputs == texts:
-    answers['tf-idf'] = baselines.tfidf_logistic(train, train_labels, test)
+  if not q.task.type.visual:
+    if len(inputs) in (1, 2):
+      answers['tf-idf'] = baselines.tfidf_logistic(train, train_labels, test)
   elif templates.columns(q.task.template):
     questions = _questions(q, q.trained, trained), _questions(q, q.evaluated, evaluated)
     for name, predict in (
