@@ -165,6 +165,12 @@ def test_a_step_does_not_sort_the_vocabulary():
   assert not [line for line in text.splitlines() if of_vocabulary.search(line)]
 
 
+def test_parameters_on_several_devices_give_the_captions_of_one():
+  everywhere = jax.sharding.NamedSharding(jax.sharding.Mesh(jax.devices()[:2], 'data'), jax.sharding.PartitionSpec())
+  found = _program(_K, (), _SPEC)(jax.device_put(small_model.params(_SPEC), everywhere), _pixels(), _words(), _NEVER, 0.)
+  np.testing.assert_array_equal(found.tokens, _search(_K, _NEVER).tokens)
+
+
 def test_more_beams_find_better_captions():
   one, many = _search(1, _NEVER).scores[:, 0], _search(_K, _NEVER).scores[:, 0]
   assert (many >= one - 1e-5).all()

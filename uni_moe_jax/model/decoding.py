@@ -179,7 +179,8 @@ def beam_search(
     log_p = jnp.where(c.done[..., None], only_eot, log_p)
     sums = (c.score[..., None] + log_p).reshape(B, beam_size * V)
     # The barrier keeps slices away: XLA's CPU backend sorts all sums where values and indices are cut differently.
-    best, index = jax.lax.optimization_barrier(jax.lax.top_k(sums, min(beam_size + 1, beam_size * V)))
+    # One barrier per array: where the module is partitioned, XLA aborts at a barrier of what top_k returns.
+    best, index = map(jax.lax.optimization_barrier, jax.lax.top_k(sums, min(beam_size + 1, beam_size * V)))
     index = index[:, :beam_size]
     parent, word = index // V, (index % V).astype(jnp.int32)
     chosen = jnp.take_along_axis(log_p.reshape(B, beam_size * V), index, axis=1)
