@@ -319,7 +319,7 @@ def _folder(tmp_path_factory):
   exported = contents.make_contents(
       run.spec.model.spec, params, run.plan, run.data, dtype='float32', num_examples=6)
   folder = tmp_path_factory.mktemp('browser') / 'model'
-  own_environment.made_or_skipped(lambda: artifact.prepare(['browser'], np.float32))
+  own_environment.made_or_skipped(lambda: artifact.prepare(['browser'], np.float32, run.data))
   artifact.write(folder, exported, {'name': 'mine'}, [], formats=['browser'])
   return folder
 

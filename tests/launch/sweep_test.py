@@ -237,8 +237,8 @@ def test_a_tiny_router_ablation(root, store, request):
   assert code == 0, errors[-3000:] + output[-3000:]
   out = folder / 'results'
   assert list(storage.files_in(out)) == [
-      'curves.png', 'experts_token.png', 'interference_dense.png', 'interference_token.png', 'results.json',
-      'results.md', 'scores.png']
+      'curves.png', 'experts_token.png', 'interference.png', 'interference_dense.png', 'interference_token.png',
+      'results.json', 'results.md', 'scores.png']
   results = json.loads((out / 'results.json').read_text())
   dense, token = results['cells']
   assert [r['steps'] for r in results['cells']] == [3, 3] and not results['errors']

@@ -6,6 +6,7 @@ FILE gets one line {step, task, rows} per batch. `rows` are the sorted hashes of
 order on the devices does not matter. STEP is the last one to train. FAULT is a name in `FAULTS` or ''.
 """
 
+import collections
 import hashlib
 import json
 import runpy
@@ -36,24 +37,29 @@ def row_hashes(batch: dict[str, dict[str, np.ndarray]], per_batch: tuple[str, ..
 
 
 def _record(path: str, last_step: int) -> None:
-  """Record batches as the training loop takes them."""
+  """Record batches as the training loop takes them, which is later than they are made."""
   import jax
 
+  from uni_moe_jax.data.pipeline.lookahead import Lookahead
   from uni_moe_jax.data.pipeline.mixtures import UNBATCHED_FIELDS, Mixture
-  original = Mixture.iterate
+  iterate, take, made = Mixture.iterate, Lookahead.take, collections.deque()
 
-  def iterate(mixture, start, stop):
-    # With several processes, each learns one step later that one of them got the signal (parallel/multihost.py).
-    signal_step = last_step - (1 if jax.process_count() == 1 else 2)
-    with open(path, 'a') as file:
-      for step, (task, batch) in enumerate(original(mixture, start, stop), start):
-        file.write(json.dumps({'step': step + 1, 'task': task, 'rows': row_hashes(batch, UNBATCHED_FIELDS)}) + '\n')
-        file.flush()
-        if step == signal_step and last_step < stop:
-          signal.raise_signal(signal.SIGTERM)
-        yield task, batch
+  def recorded(mixture, start, stop):
+    for step, (task, batch) in enumerate(iterate(mixture, start, stop), start + 1):
+      made.append(({'step': step, 'task': task, 'rows': row_hashes(batch, UNBATCHED_FIELDS)}, last_step < stop))
+      yield task, batch
 
-  Mixture.iterate = iterate
+  def taken(batches):
+    if (result := take(batches)) is not None:
+      row, stops_early = made.popleft()
+      with open(path, 'a') as file:
+        file.write(json.dumps(row) + '\n')
+      # With several processes, each learns one step later that one of them got the signal (parallel/multihost.py).
+      if stops_early and row['step'] == last_step - (jax.process_count() > 1):
+        signal.raise_signal(signal.SIGTERM)
+    return result
+
+  Mixture.iterate, Lookahead.take = recorded, taken
   # The count of corrupt examples includes those read ahead, so that it differs between any two runs.
   Mixture.num_corrupt_examples = lambda *_: 0
 

@@ -84,8 +84,9 @@ _CAPACITY = 1.0
 
 
 def _slots(*tokens: int) -> int:
-  """On a device, of an array whose parts have so many tokens there: E · C each."""
-  return sum(base_step.NUM_EXPERTS * math.ceil(_CAPACITY * base_step.TOP_K * n / base_step.NUM_EXPERTS) for n in tokens)
+  """On a device, of an array whose parts have so many tokens there: E · C, with C of all parts in whole registers."""
+  C = sum(math.ceil(_CAPACITY * base_step.TOP_K * n / base_step.NUM_EXPERTS) for n in tokens)
+  return base_step.NUM_EXPERTS * 16 * math.ceil(C / 16)
 
 
 @nightly
