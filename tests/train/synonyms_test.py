@@ -46,36 +46,71 @@ def test_sets_without_synonyms_are_unchanged():
 
 
 def test_evaluation_averages_the_features_of_all_synonyms():
-  bucket = {'text': np.zeros((2, 3, 2), np.int32), 'count': np.array([2, 1])}
-  rows = jnp.array([[2.0, 0], [0, 1], [9, 9], [3, 4], [9, 9], [9, 9]])
-  np.testing.assert_allclose(predictor._mean_of_synonyms(rows, bucket), [[0.5, 0.5], [0.6, 0.8]], rtol=1e-6)
+  mean = predictor._mean_of_synonyms(np.array([[2, 0], [0, 1], [3, 4]], np.float32), np.array([2, 1], np.int32))
+  np.testing.assert_allclose(mean, [[0.5, 0.5], [0.6, 0.8]], rtol=1e-6)
+  assert mean.dtype == np.float32
 
 
-def test_entries_of_several_buckets_are_in_the_order_of_the_set_in_a_step_and_in_an_evaluation(monkeypatch):
-  monkeypatch.setattr(target_sets, 'MIN_SAVED_TOKENS', 0)
-  monkeypatch.setattr(target_sets, 'MIN_SAVED_SHARE', 0)
-  rng, condition = np.random.default_rng(0), task_types.families()['names']
-  tokens = lambda n: rng.integers(2, small_model.VOCABULARY, n).tolist()
-  entries = {'plain': [[tokens(n)] for n in (4, 2, 4, 2, 2)],
-             'named': [[tokens(4), tokens(2)], [tokens(2)], [tokens(4)], [tokens(2), tokens(2)], [tokens(2)]]}
+_CONDITION = task_types.families()['names']
+
+
+def _model():
+  model = UniPerceiver(small_model.spec('dense', num_layers=1))
+  return model, small_model.params(model.spec)
+
+
+def _tokens(rng, n):
+  return rng.integers(2, small_model.VOCABULARY, n).tolist()
+
+
+def _alone(model, params, row):
+  """Normalized features of one text."""
+  bucket = {'text': np.array([row], np.int32), 'valid': np.ones((1, len(row)), bool)}
+  [sequence] = Sequence.of_buckets('plain', _CONDITION, (bucket,), np.zeros(1, np.int32), False)
+  return np.asarray(normalize(predictor.encode(model, params, sequence)[0, 0]))
+
+
+def _sets_of(entries):
+  """(Specs, target sets) by name of tokenized entries."""
   sets = {name: target_sets.TargetSet(*target_sets.bucket_by_length(rows, small_model.EOT), ()) for name, rows in
           entries.items()}
-  assert all(s.order.tolist() == [3, 0, 4, 1, 2] for s in sets.values())  # the short ones first: not its own inverse
-  specs = {name: SetSpec(name=name, entries=('text',), family='names', condition=condition, max_len=4) for name in sets}
-  model = UniPerceiver(small_model.spec('dense', num_layers=1))
-  params = small_model.params(model.spec)
+  specs = {name: SetSpec(name=name, entries=('text',), family='names', condition=_CONDITION, max_len=4)
+           for name in sets}
+  return specs, sets
 
-  def alone(row):
-    bucket = {'text': np.array([row], np.int32), 'valid': np.ones((1, len(row)), bool)}
-    [sequence] = Sequence.of_buckets('plain', condition, (bucket,), np.zeros(1, np.int32), False)
-    return np.asarray(normalize(predictor.encode(model, params, sequence)[0, 0]))
 
-  expected = {name: [[alone(row) for row in names] for names in rows] for name, rows in entries.items()}
+def _assert_means(model, params, specs, sets, expected):
+  """expected: normalized features of the names of every entry, by set."""
   evaluated = predictor.Predictor(model, params, {name: (specs[name], s) for name, s in sets.items()},
                                   types.SimpleNamespace(eot=small_model.EOT))
   for name, of_set in expected.items():
     means = np.array([np.mean(names, axis=0) for names in of_set])
     np.testing.assert_allclose(evaluated.target_set(name), normalize(means), rtol=1e-4, atol=1e-5)
+
+
+def test_every_name_is_encoded_once_in_parts_of_one_size_however_many_names_an_entry_has(monkeypatch):
+  monkeypatch.setattr(predictor, '_ROWS_AT_ONCE', 8)
+  rng, (model, params) = np.random.default_rng(0), _model()
+  entries = [[_tokens(rng, 4) for _ in range(20 if i == 7 else 1)] for i in range(14)]
+  expected = [[_alone(model, params, name) for name in names] for names in entries]
+  encode, encoded = predictor.encode, []
+  monkeypatch.setattr(predictor, 'encode', lambda *args: [encoded.append(args[-1]), encode(*args)][1])
+  _assert_means(model, params, *_sets_of({'named': entries}), {'named': expected})
+  assert [s.text.shape for s in encoded] == [(7, 4)] * 5  # 33 names, and two rows of padding
+  assert [int(s.text_valid.any(axis=1).sum()) for s in encoded] == [7, 7, 7, 7, 5]
+
+
+def test_entries_of_several_buckets_are_in_the_order_of_the_set_in_a_step_and_in_an_evaluation(monkeypatch):
+  monkeypatch.setattr(target_sets, 'MIN_SAVED_TOKENS', 0)
+  monkeypatch.setattr(target_sets, 'MIN_SAVED_SHARE', 0)
+  rng, (model, params) = np.random.default_rng(0), _model()
+  tokens = lambda n: _tokens(rng, n)
+  entries = {'plain': [[tokens(n)] for n in (4, 2, 4, 2, 2)],
+             'named': [[tokens(4), tokens(2)], [tokens(2)], [tokens(4)], [tokens(2), tokens(2)], [tokens(2)]]}
+  specs, sets = _sets_of(entries)
+  assert all(s.order.tolist() == [3, 0, 4, 1, 2] for s in sets.values())  # the short ones first: not its own inverse
+  expected = {name: [[_alone(model, params, row) for row in names] for names in rows] for name, rows in entries.items()}
+  _assert_means(model, params, specs, sets, expected)
 
   plan = Plan(task_types=(), tasks=(), sets=tuple(specs.values()), probes=(), probe_sets=(), evaluations=(),
               temperatures=('group',))

@@ -30,7 +30,7 @@ from uni_moe_jax.parallel import sharding
 from uni_moe_jax.tasks.task_types import TaskType
 
 INPUTS = ('id', 'pixels', 'text', 'text_valid', 'position')  # fields of a batch that are not targets
-_WORDS_AT_ONCE = 4096  # rows of a vocabulary that are encoded together
+_ROWS_AT_ONCE = 4096  # words or names of a target set that are encoded together
 
 
 class Ranked(NamedTuple):
@@ -86,11 +86,11 @@ class Predictor:
     """Normalized features [V, D] of a target set, on every device; the mean over synonyms."""
     if name not in self._features:
       spec, target = self._sets[name]
-      parts = set_sequences(spec, target, self._tokenizer.eot)
-      rows = [np.asarray(encode(self._model, self._params, p))[:, 0] for p in parts]
-      if not spec.is_vocabulary:
-        rows = [_mean_of_synonyms(r, b) for r, b in zip(rows, target.buckets, strict=True)]
-      rows = normalize(jnp.concatenate(rows))
+      rows = np.concatenate([_without_padding(np.asarray(encode(self._model, self._params, s))[:, 0], s)
+                             for s in set_sequences(spec, target, self._tokenizer.eot)])
+      if target.buckets and 'count' in target.buckets[0]:
+        rows = _mean_of_synonyms(rows, np.concatenate([b['count'] for b in target.buckets]))
+      rows = normalize(rows)
       rows = rows if spec.is_vocabulary else rows[target.order]
       mesh = self._model.mesh
       self._features[name] = rows if mesh is None else sharding.on_every_device(rows, mesh)
@@ -165,22 +165,39 @@ class Predictor:
 
 
 def set_sequences(spec: SetSpec, target: TargetSet, eot: int) -> tuple[Sequence, ...]:
-  """The sequences of a target set, each the texts of one length, or a part of a vocabulary."""
+  """The sequences of a target set, each some of the names of one length, or a part of a vocabulary.
+
+  Those of one length have equal shapes, with padding at the end of the last one, and so one program.
+  """
   if spec.is_vocabulary:
-    words = np.array_split(np.arange(target.size, dtype=np.int32), -(-target.size // _WORDS_AT_ONCE))
+    words = np.array_split(np.arange(target.size, dtype=np.int32), -(-target.size // _ROWS_AT_ONCE))
     return tuple(Sequence.of_words(spec.name, spec.condition, ids, eot) for ids in words)
-  # Every synonym is a row of its own.
-  texts = tuple({k: b[k].reshape(-1, b[k].shape[-1]) for k in ('text', 'valid')} for b in target.buckets)
-  return Sequence.of_buckets(spec.name, spec.condition, texts, target.order, spec.label_prompts)
+  parts, sizes = [], []
+  for bucket in target.buckets:
+    names = _names(bucket)
+    n = len(names['text'])
+    size = -(-n // -(-n // _ROWS_AT_ONCE))
+    parts += [{k: x[start:start + size] for k, x in names.items()} for start in range(0, n, size)]
+    sizes += [size] * (len(parts) - len(sizes))
+  sequences = Sequence.of_buckets(spec.name, spec.condition, tuple(parts), target.order, spec.label_prompts)
+  return tuple(s.pad_batch(size) for s, size in zip(sequences, sizes, strict=True))
 
 
-def _mean_of_synonyms(rows: np.ndarray, bucket: dict[str, np.ndarray]) -> jax.Array | np.ndarray:
-  """Features [n · Y, D] of a bucket's texts → [n, D]: per entry, the mean over normalized synonyms."""
+def _names(bucket: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """{'text', 'valid' [N, S]} of every name of a bucket's entries, one after the other."""
   if 'count' not in bucket:
-    return rows
-  n, Y = bucket['text'].shape[:2]
-  weight = jnp.asarray(np.arange(Y)[None] < bucket['count'][:, None], rows.dtype) / bucket['count'][:, None]
-  return jnp.einsum('nyd,ny->nd', normalize(rows).reshape(n, Y, -1), weight, precision=precision.EXACT)
+    return bucket
+  is_name = np.arange(bucket['text'].shape[1]) < bucket['count'][:, None]
+  return {k: bucket[k][is_name] for k in ('text', 'valid')}
+
+
+def _without_padding(rows: np.ndarray, sequence: Sequence) -> np.ndarray:
+  return rows if sequence.text_valid is None else rows[np.asarray(sequence.text_valid).any(axis=1)]
+
+
+def _mean_of_synonyms(rows: np.ndarray, count: np.ndarray) -> np.ndarray:
+  """Features [N, D] of the names of n entries, the first of which has count[0] → [n, D]: means of normalized ones."""
+  return np.add.reduceat(np.asarray(normalize(rows)), np.cumsum(count) - count) / count[:, None].astype(rows.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0)
