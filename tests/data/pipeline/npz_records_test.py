@@ -18,13 +18,40 @@ def test_equal_content_has_equal_fingerprints_however_it_is_stored():
 
 @pytest.mark.parametrize('columns, classes', [
     ({'pixels': _COLUMNS['pixels'] + 1}, _CLASSES),
-    ({'pixels': _COLUMNS['pixels'].reshape(3, 4)}, _CLASSES),
-    ({'pixels': _COLUMNS['pixels'].astype(np.int16)}, _CLASSES),
+    ({'pixels': _COLUMNS['pixels'].reshape(3, 1, 4)}, _CLASSES),
     ({'name': np.array(['ab', '', ''])}, _CLASSES),
     ({}, {'name': ('a', 'b')}),
-], ids=['values', 'shape', 'type', 'end of a text', 'order of classes'])
+], ids=['values', 'shape', 'end of a text', 'order of classes'])
 def test_a_change_changes_the_fingerprint(columns, classes):
   assert Records(_COLUMNS | columns, classes).fingerprint != Records(_COLUMNS, _CLASSES).fingerprint
+
+
+@pytest.mark.parametrize('store', [list, lambda texts: texts.astype(object),
+                                   lambda texts: texts.astype(np.dtypes.StringDType())])
+def test_python_strings_are_converted_so_that_their_fingerprint_is_that_of_their_content(store):
+  records = Records(_COLUMNS | {'name': store(_COLUMNS['name'])}, _CLASSES)
+  assert records.columns['name'].dtype == '<U1'
+  assert records.fingerprint == Records(_COLUMNS, _CLASSES).fingerprint
+
+
+@pytest.mark.parametrize('columns, message', [
+    ({'pixels': _COLUMNS['pixels'] / 255}, r"column 'pixels' of records is float64 \[3, 2, 2\]; .* uint8 \[N, H, W\] "),
+    ({'pixels': _COLUMNS['pixels'].astype(np.int64)}, "'pixels' of records is int64 "),
+    ({'pixels': _COLUMNS['pixels'][0]}, r"'pixels' of records is uint8 \[2, 2\]; images are gray"),
+    ({'pixels': np.zeros((3, 4, 4, 3), np.uint8)}, r"'pixels' of records is uint8 \[3, 4, 4, 3\]; images are gray"),
+    ({'name': np.arange(3)}, r"column 'name' of records is int64 \[3\]; .* by `\.astype\(str\)`"),
+    ({'name': _COLUMNS['name'][:, None]}, r"'name' of records is <U1 \[3, 1\]; .* strings \[N\]"),
+    ({'name': np.array(['a', None, 'b'])}, "'name' of records has the item None; .* '' where there is none"),
+    ({'name': _COLUMNS['name'][:2]}, "the same length, got {'pixels': 3, 'name': 2}"),
+])
+def test_a_column_that_would_be_misread_is_named(columns, message):
+  with pytest.raises(UsageError, match=message):
+    Records(_COLUMNS | columns, _CLASSES)
+
+
+def test_class_names_are_strings_as_labels_are():
+  with pytest.raises(UsageError, match="classes of 'name' of records have the name 0; names are strings"):
+    Records(_COLUMNS, {'name': ('a', 0)})
 
 
 class TestAtomicFolder:
