@@ -73,7 +73,7 @@ def test_several_rows_with_captions_of_one_image_give_a_warning(tmp_path, field)
   summary = _prepare(tmp_path, rows, 'shared', test_fraction=0)
   assert summary['splits'] == {'train': 13}
   # 0, 5, 10 and the copy; 1, 6, 11; 2, 7; 3, 8; 4, 9
-  expected = [warning for warning in summary['warnings'] if warning.startswith('8 rows with captions have the image')]
+  expected = [warning for warning in summary['warnings'] if warning.startswith('8 rows with captions repeat the image')]
   assert expected == summary['warnings'] and len(expected) == (field == 'caption')
   rows = [{'image': f'{i}.png', 'captions': ['one', 'two']} for i in range(5)]
   assert not _prepare(tmp_path, rows, 'listed', test_fraction=0)['warnings']
