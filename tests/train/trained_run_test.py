@@ -6,6 +6,8 @@ import pytest
 from tests.helpers import saved_run, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
+from uni_moe_jax.eval import predictor
+from uni_moe_jax.train import trained_run
 from uni_moe_jax.train.trained_run import TrainedRun
 from uni_moe_jax.utils.errors import UsageError
 
@@ -76,6 +78,20 @@ def test_no_images_have_no_answers(run, images):
   assert run.caption('caption', images[:0]) == run.classify('shape', images[:0]) == []
   assert run.embed('pair', images[:0]).shape == (0, run.embed('pair', images).shape[1])
   assert len(run.caption('caption', images)) == 4
+
+
+def test_many_rows_are_computed_in_parts_of_one_shape_and_give_what_few_give(run, images, monkeypatch):
+  monkeypatch.setattr(trained_run, '_ROWS_AT_ONCE', 4)
+  many, texts = np.tile(images, (3, 1, 1, 1))[:10], ['red bar', 'star', 'a', 'b']
+  embedded, embedded_texts = run.embed('pair', images), run.embed_text('pair', texts)
+  answers, captions = run.classify('shape', images), run.caption('caption', images)
+  jitted = predictor.encode, predictor._captions, predictor._log_p
+  programs = [f._cache_size() for f in jitted]
+  np.testing.assert_array_equal(run.embed('pair', many), np.tile(embedded, (3, 1))[:10])
+  np.testing.assert_array_equal(run.embed_text('pair', (texts * 3)[:10]), np.tile(embedded_texts, (3, 1))[:10])
+  assert run.classify('shape', many) == (answers * 3)[:10]
+  assert run.caption('caption', many) == (captions * 3)[:10]
+  assert [f._cache_size() for f in jitted] == programs
 
 
 def test_captions_are_those_of_the_predictor(run, folder, images):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 _NAMES = 'names'  # the target set of names that a caller gives
+_ROWS_AT_ONCE = 128  # that the model reads
 
 
 class TrainedRun:
@@ -88,8 +89,9 @@ class TrainedRun:
                                 self._run.spec.model.spec.max_text_len)
       predictor = Predictor(self._run.spec.model, self._params, {_NAMES: (set_spec, target)}, self._run.data.tokenizer)
       spec, texts = dataclasses.replace(spec, target_set=_NAMES, linear_head=False), tuple(names)
-    features = predictor.inputs(spec.type, fields | self._slot(spec, columns, len(images)))
-    probabilities = np.exp(predictor.log_probabilities(features, spec)[:, 0])
+    fields |= self._slot(spec, columns, len(images))
+    probabilities = np.exp(np.concatenate(_in_parts(lambda rows: predictor.log_probabilities(
+        predictor.inputs(spec.type, _take(fields, rows)), spec)[:, 0], len(images))))
     order = np.argsort(-probabilities, axis=1)[:, :top]
     return [[(texts[i], float(p[i])) for i in best] for p, best in zip(probabilities, order, strict=True)]
 
@@ -109,8 +111,9 @@ class TrainedRun:
     pixels = np.asarray(self._fields(images)['pixels'])
     if not len(pixels):
       return []
-    captions = self._predictor.captions(spec, pixels, beam_size, reranker=reranker)
-    return [self._run.data.tokenizer.detokenize(caption) for caption in captions]
+    captions = _in_parts(
+        lambda rows: self._predictor.captions(spec, pixels[rows], beam_size, reranker=reranker), len(pixels))
+    return [self._run.data.tokenizer.detokenize(caption) for part in captions for caption in part]
 
   def embed(self, task: str, images: np.ndarray) -> np.ndarray:
     """Normalized features f32 [B, D] of images or videos, as a classification or retrieval task encodes them."""
@@ -118,7 +121,9 @@ class TrainedRun:
     if spec.type.readout != 'cls':
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}, which also reads a text; give a task that '
                        'classifies or retrieves what it reads.')
-    return np.asarray(normalize(self._predictor.inputs(spec.type, self._fields(images))[:, 0]))
+    fields = self._fields(images)
+    return np.concatenate(_in_parts(
+        lambda rows: normalize(self._predictor.inputs(spec.type, _take(fields, rows))[:, 0]), len(images)))
 
   def embed_text(self, task: str, texts: Sequence[str]) -> np.ndarray:
     """Normalized features f32 [N, D] of texts, as the target side of a retrieval task encodes them."""
@@ -126,7 +131,9 @@ class TrainedRun:
     if spec.type.target != 'pair':
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}; only retrieval encodes a paired text.')
     _check_list('texts', texts)
-    return np.asarray(normalize(self._predictor.texts(spec, list(texts))))
+    texts = list(texts)
+    return np.concatenate(_in_parts(
+        lambda rows: normalize(self._predictor.texts(spec, [texts[i] for i in rows])), len(texts)))
 
   def _fields(self, images: np.ndarray) -> Fields:
     """The batch fields of images [B, H, W, C] or videos [B, T, H, W, C]."""
@@ -159,6 +166,18 @@ class TrainedRun:
     if visual and not self._tasks[name].type.visual:
       raise UsageError(f'task {name!r} reads text alone; give a task that reads images or videos.')
     return self._tasks[name]
+
+
+def _in_parts(compute: Callable[[np.ndarray], Any], size: int) -> list[Any]:
+  """compute(indices) of all rows, in parts of one shape, so of one program: the last one repeats its last row."""
+  if size <= _ROWS_AT_ONCE:
+    return [compute(np.arange(size))]
+  return [np.asarray(compute(np.minimum(np.arange(i, i + _ROWS_AT_ONCE), size - 1)))[:size - i]
+          for i in range(0, size, _ROWS_AT_ONCE)]
+
+
+def _take(fields: Fields, rows: np.ndarray) -> Fields:
+  return {name: x[rows] for name, x in fields.items()}
 
 
 def _check_list(argument: str, texts: Sequence[str]) -> None:
