@@ -1,5 +1,7 @@
 """A trained run from Python: the same answers as the evaluators' predictor, and clear errors."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -60,6 +62,10 @@ def test_own_names_that_are_those_of_the_set_give_the_same_probabilities_and_oth
   assert dict(run.classify('shape', images, names=['bar', 'disc', 'line'])[0]) != pytest.approx(trained[0], abs=1e-5)
 
 
+def test_all_entries_are_returned_where_top_is_larger(run, images):
+  assert run.classify('shape', images, top=np.int64(99)) == run.classify('shape', images, top=len(tiny.CLASSES))
+
+
 def test_one_image_alone_gets_the_answer_that_it_gets_in_a_batch(run, images):
   alone, together = run.classify('shape', images[1:2])[0], run.classify('shape', images)[1]
   assert dict(alone) == pytest.approx(dict(together), abs=1e-5)
@@ -114,6 +120,13 @@ def test_a_question_is_answered_as_by_the_evaluator(run, images):
       dict(run.classify('question', images[:1], face='round')[0]), abs=1e-5)
 
 
+def test_a_column_may_have_the_name_of_an_argument(run, images, monkeypatch):
+  spec = dataclasses.replace(run._tasks['question'], template='{top} <eot> <spe> . <eot>')
+  monkeypatch.setitem(run._tasks, 'same', spec)
+  expected = run.classify('question', images, top=2, face='serif')
+  assert run.classify('same', images, top=2, columns={'top': 'serif'}) == expected
+
+
 def test_features_are_unit_vectors_of_both_sides_and_images_differ(run, images):
   left, right = run.embed('pair', images), run.embed_text('pair', ['red bar', 'green disc of moves'])
   assert left.shape[0] == 4 and right.shape[0] == 2 and left.shape[1] == right.shape[1]
@@ -125,10 +138,15 @@ def test_features_are_unit_vectors_of_both_sides_and_images_differ(run, images):
 @pytest.mark.parametrize('use, message', [
     (lambda run, x: run.classify('shap', x), "task 'shap' is unknown; did you mean 'shape'"),
     (lambda run, x: run.classify('caption', x), "task 'caption' .* no classes"),
-    (lambda run, x: run.classify('question', x), "task 'question' needs the text of 'face', .*; give face=…"),
+    (lambda run, x: run.classify('question', x), "'question' needs the text of 'face', .*; give columns={'face': …}"),
     (lambda run, x: run.classify('text', x), "task 'text' reads text alone"),
     (lambda run, x: run.classify('shape', x, name=['bar']), "name=… is no argument .*; did you mean 'names'"),
     (lambda run, x: run.classify('question', x, face='a', fce='b'), "fce=… .* template .*; did you mean 'face'"),
+    (lambda run, x: run.classify('question', x, columns='a'), "columns='a' must be a dict"),
+    (lambda run, x: run.classify('question', x, face=['a'] * 4), r"face=\['a', .*\] must be one text, of all images"),
+    (lambda run, x: run.classify('shape', x, top=0), 'top=0 must be a whole number of at least 1'),
+    (lambda run, x: run.classify('shape', x, top=2.5), 'top=2.5 must be a whole number'),
+    (lambda run, x: run.classify('shape', x, [1, 2]), 'names has the item 1, which must be a text'),
     (lambda run, x: run.embed('caption', x), "task 'caption' is of type 'image_caption', which also reads a text"),
     (lambda run, x: run.embed('question', x), "task 'question' is of type 'vqa', which also reads a text"),
     (lambda run, x: run.caption('shape', x), "task 'shape' .* no captions"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -65,35 +66,43 @@ class TrainedRun:
     return pixels[:, 0] if pixels.shape[1] == 1 else pixels
 
   def classify(
-      self, task: str, images: np.ndarray, names: Sequence[str] = (), top: int = 5, **columns: str
-  ) -> list[list[tuple[str, float]]]:
+      self, task: str, images: np.ndarray, names: Sequence[str] = (), top: int = 5,
+      columns: Mapping[str, str] | None = None, **texts: str) -> list[list[tuple[str, float]]]:
     """Per image or video the `top` most likely entries of the task's target set, or of `names`, with probabilities.
 
-    columns: texts of the columns in the task's template, such as question='which script is it ?'.
+    Args:
+      top: more than there are: all.
+      columns: texts by column, as `texts`, also of columns with the name of an argument, such as {'top': 'a hat'}.
+      texts: of the columns in the task's template, such as question='which script is it ?'.
     """
     spec = self._task(task, visual=True)
     if not spec.type.has_classes:
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}, which has no classes; use `caption` or `embed`.')
-    predictor, texts = self._predictor, self._run.data.target_sets[spec.target_set].names
+    if not isinstance(columns, (Mapping, types.NoneType)):
+      raise UsageError(f'columns={columns!r} must be a dict of texts by column.')
+    columns = {**(columns or {}), **texts}
     if unknown := [name for name in columns if name not in templates.columns(spec.template)]:
       raise UsageError(f'{unknown[0]}=… is no argument of `classify`, nor a column of the template '
                        f'{spec.template!r} of task {task!r}; '
                        f'{nearest(unknown[0], ["names", "top", *templates.columns(spec.template)])}.')
+    if others := [name for name, text in columns.items() if not isinstance(text, str)]:
+      raise UsageError(f'{others[0]}={columns[others[0]]!r} must be one text, of all images.')
+    if not isinstance(top, (int, np.integer)) or top < 1:
+      raise UsageError(f'top={top!r} must be a whole number of at least 1.')
+    predictor, entries = self._predictor, self._run.data.target_sets[spec.target_set].names
     fields = self._fields(images)
-    names = () if names is None else names
-    _check_list('names', names)
-    if names := list(names):
+    if names := _as_list('names', () if names is None else names):
       trained = next(s for s in (*self._run.plan.sets, *self._run.plan.probe_sets) if s.name == spec.target_set)
       set_spec = dataclasses.replace(trained, name=_NAMES, entries=tuple(names), label_prompts=False)
       target = build_target_set(set_spec, tuple((name,) for name in names), self._run.data.tokenizer,
                                 self._run.spec.model.spec.max_text_len)
       predictor = Predictor(self._run.spec.model, self._params, {_NAMES: (set_spec, target)}, self._run.data.tokenizer)
-      spec, texts = dataclasses.replace(spec, target_set=_NAMES, linear_head=False), tuple(names)
+      spec, entries = dataclasses.replace(spec, target_set=_NAMES, linear_head=False), tuple(names)
     fields |= self._slot(spec, columns, len(images))
     probabilities = np.exp(np.concatenate(_in_parts(lambda rows: predictor.log_probabilities(
         predictor.inputs(spec.type, _take(fields, rows)), spec)[:, 0], len(images))))
-    order = np.argsort(-probabilities, axis=1)[:, :top]
-    return [[(texts[i], float(p[i])) for i in best] for p, best in zip(probabilities, order, strict=True)]
+    order = np.argsort(-probabilities, axis=1, kind='stable')[:, :top]
+    return [[(entries[i], float(p[i])) for i in best] for p, best in zip(probabilities, order, strict=True)]
 
   def caption(self, task: str, images: np.ndarray, beam_size: int = 1, rerank_by: str = '') -> list[str]:
     """A caption per image or video, greedy at `beam_size=1`; see the field `rerank_by` of evaluators."""
@@ -130,8 +139,7 @@ class TrainedRun:
     spec = self._task(task)
     if spec.type.target != 'pair':
       raise UsageError(f'task {task!r} is of type {spec.type.name!r}; only retrieval encodes a paired text.')
-    _check_list('texts', texts)
-    texts = list(texts)
+    texts = _as_list('texts', texts)
     return np.concatenate(_in_parts(
         lambda rows: normalize(self._predictor.texts(spec, [texts[i] for i in rows])), len(texts)))
 
@@ -155,7 +163,7 @@ class TrainedRun:
       return {}
     if missing := [name for name in templates.columns(spec.template) if name not in columns]:
       raise UsageError(f'task {spec.name!r} needs the text of {missing[0]!r}, a column of its template '
-                       f'{spec.template!r}; give {missing[0]}=….')
+                       f'{spec.template!r}; give columns={{{missing[0]!r}: …}}.')
     tokenizer = self._run.data.tokenizer
     filled = fill_template(tokenizer, spec.template, columns, spec.max_len)
     return {**template_features([filled] * batch, spec, tokenizer, training=False)}
@@ -180,6 +188,10 @@ def _take(fields: Fields, rows: np.ndarray) -> Fields:
   return {name: x[rows] for name, x in fields.items()}
 
 
-def _check_list(argument: str, texts: Sequence[str]) -> None:
+def _as_list(argument: str, texts: Sequence[str]) -> list[str]:
   if isinstance(texts, str):  # it is a sequence of strings, too: its letters
     raise UsageError(f'{argument}={texts!r} is one text; give a list, [{texts!r}].')
+  texts = list(texts)
+  if others := [text for text in texts if not isinstance(text, str)]:
+    raise UsageError(f'{argument} has the item {others[0]!r}, which must be a text.')
+  return texts
