@@ -33,20 +33,20 @@ def _from_torch() -> int:
   from uni_moe_jax.export import torch_file, torch_layout
   from uni_moe_jax.train import checkpoint, workdir
   from uni_moe_jax.train import run as train_run
-  config = cli.config_of(_CONFIG)
-  if (step := workdir.saved_step(_WORKDIR.value)) is not None:
+  config, folder, step = cli.config_of(_CONFIG), storage.path(_WORKDIR.value), workdir.saved_step(_WORKDIR.value)
+  if step is not None and (step or (folder / workdir.CONFIG_FILE).exists()):
     raise UsageError(f'workdir {_WORKDIR.value} already has a checkpoint of step {step}; choose another.')
   workdir.claim_workdir(_WORKDIR.value, config)
   state, remarks = torch_file.read(storage.path(_CHECKPOINT.value), config.model.modality_embedding)
   run = train_run.build(config)
   params, report = torch_layout.from_torch(state, run.spec.model.spec)
   workdir.claim_workdir(_WORKDIR.value, config, run.data.fingerprint, writes=False)
-  with checkpoint.Checkpoints(_WORKDIR.value, config.train.max_to_keep) as checkpoints:
-    checkpoints.save(0, run.state_from(params))
   with storage.path(_CHECKPOINT.value).open('rb') as file:
     origin = {'checkpoint': _CHECKPOINT.value, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()}
-  files.write_json(storage.path(_WORKDIR.value) / workdir.CONVERSION_FILE,
-                   {**origin, 'names': remarks, **dataclasses.asdict(report)})
+  storage.remove_folder(folder / workdir.CHECKPOINTS / '0')  # of a conversion that ended before it wrote the config
+  with checkpoint.Checkpoints(_WORKDIR.value, config.train.max_to_keep) as checkpoints:
+    checkpoints.save(0, run.state_from(params))
+  files.write_json(folder / workdir.CONVERSION_FILE, {**origin, 'names': remarks, **dataclasses.asdict(report)})
   workdir.copy_tokenizer(_WORKDIR.value, run.data.tokenizer_file)
   # Last: what was interrupted before leaves no run that would be trained from fresh parameters.
   workdir.claim_workdir(_WORKDIR.value, config, run.data.fingerprint, class_digests=run.class_digests)

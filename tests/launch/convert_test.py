@@ -19,6 +19,7 @@ from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.train.checkpoint import Checkpoints
+from uni_moe_jax.utils.errors import UsageError
 
 _SCRIPT = processes.ROOT / 'launch/convert.py'
 _MERGES = '#version: a test\nt h\nth e</w>\na n\nan d</w>\n'
@@ -117,14 +118,22 @@ def test_mistakes_end_in_one_sentence(files, tmp_path, capfd):
   assert '--checkpoint=FILE --config=FILE' in capfd.readouterr().err
 
 
-def test_a_conversion_that_ends_while_it_saves_leaves_no_run(files, tmp_path, monkeypatch, capfd):
+def test_a_conversion_that_ends_before_its_end_leaves_no_run_and_is_repeated(files, tmp_path, monkeypatch, capfd):
   def fail(*_):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
-  with monkeypatch.context() as patch:
-    patch.setattr(Checkpoints, 'save', fail)
-    assert in_process.run(_SCRIPT, *_arguments(files[0], tmp_path / 'run')) == 1
-  assert 'the disk is full' in capfd.readouterr().err
-  assert not (tmp_path / 'run/config.json').exists()
-  _run('convert', *_arguments(files[0], tmp_path / 'run'))
-  assert (tmp_path / 'run/config.json').exists()
+  arguments, folder = _arguments(files[0], tmp_path / 'run'), tmp_path / 'run/checkpoints/0'
+  for owner, name, steps in ((Checkpoints, 'save', []), (workdir_lib, 'copy_tokenizer', [0])):
+    with monkeypatch.context() as patch:
+      patch.setattr(owner, name, fail)
+      assert in_process.run(_SCRIPT, *arguments) == 1
+    assert 'the disk is full' in capfd.readouterr().err
+    assert not (tmp_path / 'run/config.json').exists()
+    assert workdir_lib.saved_steps(tmp_path / 'run') == steps
+  with pytest.raises(UsageError, match='has checkpoints, but no config.json'):
+    workdir_lib.claim_workdir(tmp_path / 'run', _config(files[0]), extends=True)  # by uni-moe train
+  (folder / 'manifest.json').unlink()  # which shows that the step is written again
+  _run('convert', *arguments)
+  assert (tmp_path / 'run/config.json').exists() and (folder / 'manifest.json').exists()
+  assert in_process.run(_SCRIPT, *arguments) == 2
+  assert 'already has a checkpoint of step 0; choose another' in capfd.readouterr().err

@@ -171,7 +171,8 @@ def claim_workdir(
     class_digests: of `warm_start.class_digests`, for runs that start from this one; recorded when it is created.
 
   Raises:
-    UsageError: it belongs to a run with another config or other data; names the fields. Or a field is wrong.
+    UsageError: it belongs to a run with another config or other data; names the fields. Or a field is wrong, or it
+      has checkpoints without a config, and `extends`.
   """
   path = storage.path(workdir) / CONFIG_FILE
   parse_config(config)
@@ -198,6 +199,9 @@ def claim_workdir(
       write_json(path, {**old, 'config': plain, 'extended': [*old['extended'], *([steps] if extended else [])]})
       if extended:
         print(f'{workdir} is extended from {steps} to {plain["train"]["steps"]} steps', flush=True)
+  elif extends and saved_steps(workdir):
+    raise UsageError(f'workdir {workdir} has checkpoints, but no {CONFIG_FILE}, for example because uni-moe convert was '
+                     'interrupted: repeat that command, copy the file back, or give another --workdir.')
   elif fingerprint is not None and writes:
     storage.make_folder(path.parent)
     write_json(path, {_PACKAGE: __version__, **new, 'class_digests': class_digests or {}, 'versions': versions()})
