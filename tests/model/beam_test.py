@@ -166,9 +166,10 @@ def test_a_step_does_not_sort_the_vocabulary():
 
 
 def test_parameters_on_several_devices_give_the_captions_of_one():
-  everywhere = jax.sharding.NamedSharding(jax.sharding.Mesh(jax.devices()[:2], 'data'), jax.sharding.PartitionSpec())
-  found = _program(_K, (), _SPEC)(jax.device_put(small_model.params(_SPEC), everywhere), _pixels(), _words(), _NEVER, 0.)
-  np.testing.assert_array_equal(found.tokens, _search(_K, _NEVER).tokens)
+  both = jax.sharding.NamedSharding(jax.sharding.Mesh(jax.devices()[:2], 'data'), jax.sharding.PartitionSpec())
+  values = jax.device_put(small_model.params(_SPEC), both)
+  captions = _program(_K, (), _SPEC)(values, _pixels(), _words(), _NEVER, 0.0)
+  np.testing.assert_array_equal(captions.tokens, _search(_K, _NEVER).tokens)
 
 
 def test_more_beams_find_better_captions():

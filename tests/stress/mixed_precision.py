@@ -98,8 +98,8 @@ def main(width: int, batch_size: int, seeds: int, bound: float) -> int:
           flush=True)
   excess = {name: means[name] / means['float32'] - 1 for name in variants}
   within = excess['bfloat16'] <= bound
-  print(f'the loss of bfloat16 is {excess["bfloat16"]:+.2%} from float32, {"not" if within else "MORE than"} {bound:.0%} '
-        f'above it; that of perturbed float32 is {excess["float32, perturbed"]:+.2%} from it')
+  print(f'the loss of bfloat16 is {excess["bfloat16"]:+.2%} from float32, {"not" if within else "MORE than"} '
+        f'{bound:.0%} above it; that of perturbed float32 is {excess["float32, perturbed"]:+.2%} from it')
   return 0 if within else 1
 
 

@@ -200,8 +200,8 @@ def claim_workdir(
       if extended:
         print(f'{workdir} is extended from {steps} to {plain["train"]["steps"]} steps', flush=True)
   elif extends and saved_steps(workdir):
-    raise UsageError(f'workdir {workdir} has checkpoints, but no {CONFIG_FILE}, for example because uni-moe convert was '
-                     'interrupted: repeat that command, copy the file back, or give another --workdir.')
+    raise UsageError(f'workdir {workdir} has checkpoints, but no {CONFIG_FILE}, for example because uni-moe convert '
+                     'was interrupted: repeat that command, copy the file back, or give another --workdir.')
   elif fingerprint is not None and writes:
     storage.make_folder(path.parent)
     write_json(path, {_PACKAGE: __version__, **new, 'class_digests': class_digests or {}, 'versions': versions()})
