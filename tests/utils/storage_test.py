@@ -101,8 +101,9 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, mo
 
   (tmp_path / 'file').write_bytes(b'old')
   monkeypatch.setattr(pathlib.Path, 'rename', fail)
-  with pytest.raises(OSError, match='No space left'):
+  with pytest.raises(OSError, match='No space left') as error:
     storage.write_bytes(tmp_path / 'file', b'new')
+  assert error.value.filename == str(tmp_path / 'file')
   assert (tmp_path / 'file').read_bytes() == b'old' and [p.name for p in tmp_path.iterdir()] == ['file']
 
 

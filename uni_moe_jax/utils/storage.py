@@ -226,7 +226,9 @@ def write_bytes(target: Path, content: bytes) -> None:
   try:
     temporary.write_bytes(content)
     temporary.rename(target)
-  except BaseException:
+  except BaseException as e:
+    if isinstance(e, OSError):  # a full disk names no file, other errors the temporary one
+      e.filename = str(target)
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
     raise
