@@ -14,7 +14,7 @@ import sys
 from absl import flags
 
 from uni_moe_jax.parallel import distributed, shared_folder
-from uni_moe_jax.utils import cli, heap, storage
+from uni_moe_jax.utils import cli, files, heap, storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import PREEMPTED
 
@@ -50,6 +50,8 @@ def main() -> int:
     distributed.initialize(cluster)
     buckets = {START: _WORKDIR.value} if storage.is_remote(_WORKDIR.value) else {}
     with HangDetector(config.train.hang_timeout, buckets) as detector, detector.phase(START):  # a disk may hang
+      if cluster is None and not _COMPILE_ONLY.value:
+        files.check_writable(_WORKDIR.value, '--workdir')
       shared_folder.check(cluster, _WORKDIR.value, create=True)
       workdir.claim_workdir(_WORKDIR.value, config, extends=True)
       workdir.check_versions(_WORKDIR.value, _ALLOW_VERSION_MISMATCH.value, writes=False)

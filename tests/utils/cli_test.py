@@ -41,6 +41,7 @@ def _train(tmp_path, *arguments: str, config: str = 'configs/quickstart.py') -> 
     (['--config=configs/small.py', '--config.seed=3'], 'error: --config is given twice; give it once.'),
     (['--config.model.num_heads=3'], 'config.model.width=128 must be a multiple of config.model.num_heads=3; try 120'),
     (['--config.data.dir=/not/there'], 'Data directory /not/there does not exist. Run: uni-moe prepare-data'),
+    (['--workdir=/dev/null/run'], '--workdir=/dev/null/run: /dev/null is not a folder; give another.'),
     (['--stpes=3'], 'stpes'),
     (['steps=3'], "unexpected argument 'steps=3'"),
 ])

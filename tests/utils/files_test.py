@@ -32,6 +32,22 @@ def test_folders_that_are_renamed_differ_from_those_that_are_refused_or_copied(t
   assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_written_is_refused_and_none_is_made(tmp_path, monkeypatch):
+  new = tmp_path / 'not/there/yet'
+  files.check_writable(str(tmp_path), '--workdir')
+  files.check_writable(str(new), '--workdir')
+  files.check_writable('gs://bucket/run', '--workdir')  # no request is sent
+  monkeypatch.setattr(os, 'access', lambda path, mode: path != tmp_path)  # as on a read-only file system
+  files.check_writable('/', '--workdir')
+  for folder in (tmp_path, new):
+    with pytest.raises(UsageError, match=f'--workdir={folder}: {tmp_path} cannot be written .*; give a folder'):
+      files.check_writable(str(folder), '--workdir')
+  (tmp_path / 'not').symlink_to('gone')
+  with pytest.raises(UsageError, match=f'--workdir={new}: {tmp_path}/not is not a folder'):
+    files.check_writable(str(new), '--workdir')
+  assert os.listdir(tmp_path) == ['not']
+
+
 def test_output_goes_through_a_link_and_other_files_are_replaced(tmp_path):
   target, link = tmp_path / 'target', tmp_path / 'link'  # a link, as /dev/stdout is
   target.write_text('old')

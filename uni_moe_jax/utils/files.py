@@ -67,6 +67,19 @@ def check_renames_folders(folder: pathlib.Path, name: str) -> None:
                      'folder of a local disk, and copy it when it is complete.')
 
 
+def check_writable(path: str, name: str) -> None:
+  """Raise UsageError if `path`, a folder of flag `name` that may be missing, cannot be written. Nothing is written."""
+  if storage.is_remote(path):
+    return
+  folder = storage.path(path).absolute()
+  existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+  if not existing.is_dir():
+    raise UsageError(f'{name}={path}: {existing} is not a folder; give another.')
+  if not os.access(existing, os.W_OK | os.X_OK):  # which no user has on a read-only file system
+    raise UsageError(f'{name}={path}: {existing} cannot be written (no permission, or a read-only file system); give a '
+                     'folder where you may write.')
+
+
 def check_local(path: str, name: str) -> None:
   """Raise UsageError if `path`, the value of flag or field `name`, is a URL: 'gs://b/x' would create a folder 'gs:'."""
   if '://' in path:
