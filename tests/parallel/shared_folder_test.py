@@ -54,11 +54,13 @@ def test_a_folder_must_show_every_process_what_process_0_writes_there(tmp_path):
     lines = [line.removeprefix('> ') for line in output.splitlines() if line.startswith('> ')]
     host = socket.gethostname()[:64]
     own = 'its own output has the reason'
+    give = '. Give a folder where it may write'
+    reachable = '. Check that its disk is reachable; the same command continues'
     assert lines[0] == 'one folder: passes'
     assert lines[1].startswith(
         f'two folders: UsageError: workdir {[a, b][i]} is not shared: what process 0 ({host}) writes there does not '
         f'appear for process 1 ({host}) within 1 s. ')
-    missing = own if i else 'No such file or directory'
+    missing = own if i else f'No such file or directory{give}'
     assert lines[2] == f'a missing folder: UsageError: process 0 cannot write in workdir {a}/missing: {missing}.'
     assert lines[3:] == ['a folder that lags behind: passes', *(
         f'a store: {error}: process 0 cannot write in workdir {folder}: {own if i else reason}.'
@@ -67,8 +69,9 @@ def test_a_folder_must_show_every_process_what_process_0_writes_there(tmp_path):
              'and delete objects in this bucket'),
             ('RunError', 'gs://bucket/run', 'the store does not answer, or only with errors, also to repeated '
              'requests. Check the network; the same command continues'),
-            ('UsageError', 'gs://bucket/run', 'bucket/run'),
-            ('RunError', a, 'No space left on device'), ('UsageError', a, 'Permission denied'),
-            ('UsageError', a, 'Read-only file system'), ('UsageError', a, 'File name too long'),
-            ('RunError', a, 'Stale file handle'), ('RunError', a, 'Connection timed out')))]
+            ('UsageError', 'gs://bucket/run', f'bucket/run{give}'),
+            ('RunError', a, 'No space left on device. Free some space; the same command continues'),
+            ('UsageError', a, f'Permission denied{give}'), ('UsageError', a, f'Read-only file system{give}'),
+            ('UsageError', a, f'File name too long{give}'), ('RunError', a, f'Stale file handle{reachable}'),
+            ('RunError', a, f'Connection timed out{reachable}')))]
   assert sorted(p.name for p in a.rglob('*')) == ['late', 'new'] and not list(b.iterdir())

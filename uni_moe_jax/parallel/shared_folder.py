@@ -56,7 +56,10 @@ def check(cluster: Cluster | None, workdir: str | os.PathLike[str], create: bool
         else:
           raise
         token = _UNAVAILABLE if passes else _NOT_WRITTEN
-        reason = in_store or f'{workdir}: {getattr(e, "strerror", None) or e}.'
+        fix = ('Give a folder where it may write.' if not passes else
+               f'{"Free some space" if disk_is_full(e) else "Check that its disk is reachable"}; the same command '
+               'continues.')
+        reason = in_store or f'{workdir}: {getattr(e, "strerror", None) or e}. {fix}'
     token = multihost.broadcast_bytes_from_primary(token)  # also waits until the file is written
     if token in (_NOT_WRITTEN, _UNAVAILABLE):
       error = UsageError if token == _NOT_WRITTEN else RunError
