@@ -25,7 +25,7 @@ def _run(folder: pathlib.Path, *steps: int, init: str = '', content: str = 'of a
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / 'arrays').write_text(content)
     (checkpoint / '_CHECKPOINT_METADATA').write_text('{}')
-    manifest.write(checkpoint, checkpoint, {}, {})
+    manifest.write(checkpoint, checkpoint, {}, {}, {})
     (checkpoint / 'commit_success.txt').write_text(f'Checkpoint commit was successful to {checkpoint}')
   return folder
 

@@ -288,7 +288,7 @@ def checkpoint(draw, folder: pathlib.Path) -> Case:
   (unnamed / 'default').mkdir(parents=True)
   (unnamed / 'default/array').write_bytes(bytes(range(200)))
   (unnamed / '_CHECKPOINT_METADATA').write_text(json.dumps({'init_timestamp_nsecs': 1}))
-  manifest.write(unnamed, step, {'loss/total': 1.5}, {'params': 3})
+  manifest.write(unnamed, step, {'loss/total': 1.5}, {'params': 3}, {})
   unnamed.rename(step)
   (step / 'commit_success.txt').write_text(f'Checkpoint commit was successful to {step}')
   path = step / draw(st.sampled_from(('manifest.json', '_CHECKPOINT_METADATA', 'commit_success.txt', 'default/array')))
