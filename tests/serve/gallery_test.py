@@ -163,5 +163,5 @@ def test_a_file_that_ends_workers_is_refused_and_the_others_are_encoded(tmp_path
   items, batches = asyncio.run(encode(b'c'))
   assert items == ['a.png', 'b.png', 'd.png'] and sorted(batches[0]) == ['a', 'b', 'c', 'd']
   assert sorted(batches[1:]) == [['a'], ['b'], ['c'], ['c'], ['d']]  # alone: no other answer is lost
-  assert notes == [f'{files[2]}: 3 workers ended while they read it; remove it, give a smaller file, or raise '
+  assert notes == [f'{files[2]}: 3 workers ended while reading it; remove it, give a smaller file, or raise '
                    '--timeout.']

@@ -90,16 +90,16 @@ def test_a_token_file_of_windows_is_read_without_its_mark_or_refused(tmp_path):
     file.write_text('sécret\n', encoding=encoding)
     assert server.read_token(str(file)) == 'sécret'
   file.write_text('secret\n', encoding='utf-16')
-  with pytest.raises(UsageError, match='^--token_file=.*token is not UTF-8, but perhaps UTF-16; save it as UTF-8.$'):
+  with pytest.raises(UsageError, match='^--token_file=.*token is not UTF-8 \\(perhaps UTF-16\\); save it as UTF-8.$'):
     server.read_token(str(file))
 
 
 def test_a_blank_token_is_no_open_service(monkeypatch, tmp_path):
   monkeypatch.setenv('UNI_MOE_TOKEN', '\n')
-  with pytest.raises(UsageError, match='^UNI_MOE_TOKEN is empty; write the token into it'):
+  with pytest.raises(UsageError, match='^UNI_MOE_TOKEN is empty; put the token in it'):
     server.read_token(None)
   (tmp_path / 'token').touch()
-  with pytest.raises(UsageError, match='^--token_file=.*token is empty; write the token into it'):
+  with pytest.raises(UsageError, match='^--token_file=.*token is empty; put the token in it'):
     server.read_token(str(tmp_path / 'token'))
 
 

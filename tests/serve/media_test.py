@@ -85,9 +85,9 @@ def test_a_decompression_bomb_is_refused_by_its_header():
   header = struct.pack('>IIBBBBB', 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0)
   content = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(b'\0' * 100)) + chunk(b'IEND', b'')
   bomb = b'\x89PNG\r\n\x1a\n' + content
-  with pytest.raises(Refused, match='more than 178,956,970 pixels, and at most 10,000 pixels are accepted'):
+  with pytest.raises(Refused, match='more than 178,956,970 pixels, but at most 10,000 are accepted'):
     media.read_image(bomb, _LIMITS)  # Pillow's own bound
-  with pytest.raises(Refused, match='101 × 100 pixels, and at most 10,000 pixels are accepted; make it smaller'):
+  with pytest.raises(Refused, match='101 × 100 pixels, but at most 10,000 are accepted; make it smaller'):
     media.read_image(_file(Image.new('RGB', (101, 100))), _LIMITS)
 
 
@@ -115,8 +115,8 @@ def test_a_task_with_a_stride_takes_frames_from_the_first_one_at_thirty_a_second
 
 
 @pytest.mark.parametrize('num_frames, size, rate, message', [
-    (22, 32, 30, '22 frames, and at most 20'), (20, 32, 5, 'is 4 s long, and at most 2 s'),
-    (2, 112, 10, '112 × 112 pixels, and at most 10,000')])
+    (22, 32, 30, '22 frames, but at most 20'), (20, 32, 5, 'is 4 s long, but at most 2 s'),
+    (2, 112, 10, '112 × 112 pixels, but at most 10,000')])
 def test_a_long_or_large_video_is_refused(num_frames, size, rate, message):
   with pytest.raises(Refused, match=message):
     media.video_pixels(_video(num_frames, size, rate), 3, 16, 3, _LIMITS)
@@ -126,7 +126,7 @@ def test_frames_that_a_file_does_not_declare_are_counted_before_any_is_decoded(m
   shown = media.video_pixels(_video(12, fragments=True), 3, 16, 3, _LIMITS)
   np.testing.assert_array_equal(shown, media.video_pixels(_video(12), 3, 16, 3, _LIMITS))
   monkeypatch.setattr(video, '_decode_all', lambda *_: pytest.fail('decoded'))
-  with pytest.raises(Refused, match='has 21 or more frames, and at most 20 are accepted; shorten it'):
+  with pytest.raises(Refused, match='has 21 or more frames, but at most 20 are accepted; shorten it'):
     media.video_pixels(_video(25, 32, 30, fragments=True), 3, 16, 3, _LIMITS)
 
 

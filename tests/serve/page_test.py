@@ -282,7 +282,7 @@ def test_a_service_that_has_ended_is_reported(open_page):
   page.route('**/classify', lambda route: route.abort())
   _draw(page)
   page.wait_for_selector('#error:visible')
-  assert 'The service does not answer' in page.get_by_role('alert').inner_text()
+  assert 'The service is not responding' in page.get_by_role('alert').inner_text()
   open_page.errors.clear()
 
 
@@ -299,7 +299,7 @@ def test_a_caption_that_is_cut_off_is_reported(open_page, end):
   page.get_by_role('button', name='Examples').click()
   page.wait_for_selector('#caption.draft')
   page.wait_for_selector('#error:visible')
-  assert 'The service does not answer' in page.get_by_role('alert').inner_text()
+  assert 'The service is not responding' in page.get_by_role('alert').inner_text()
   assert page.locator('#live').inner_text() == ''
 
 

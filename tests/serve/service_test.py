@@ -167,7 +167,7 @@ def test_a_text_with_a_mask_is_read_as_a_whole_or_refused(service, model, before
   for number in (longest + 1, 20):
     status, content, _ = service.request('POST', '/fill', dict(task='text', text=text(number)))
     assert status == 422 and json.loads(content) == {
-        'error': f'The text has {2 * number + 2} tokens, and the model reads at most {length}; shorten it.'}
+        'error': f'The text has {2 * number + 2} tokens, but the model reads at most {length}; shorten it.'}
 
 
 def test_features_of_inputs_and_texts_are_normalized_and_equal_the_program(service, model):
@@ -208,23 +208,23 @@ _IMAGE = served.png(np.zeros((4, 4), np.uint8))
     ('/classify', dict(task='pair', example=0), 422, ['give names']),
     ('/classify', dict(task='shape'), 422, ["Task 'shape' reads an image; give image or example"]),
     ('/classify', dict(task='shape', example=0, image=_IMAGE), 422, ['not several']),
-    ('/classify', dict(task='shape', example=9999), 422, ['example=9999 is no image']),
+    ('/classify', dict(task='shape', example=9999), 422, ['example=9999 is not an image of this model; give one of 0']),
     ('/classify', dict(task='shape', example=-1), 422, ["Field 'example' should be greater than or equal to 0"]),
     ('/classify', dict(task='motion', image=_IMAGE), 422, ['reads a video; give the file as video']),
     ('/classify', dict(task='motion', video=_IMAGE), 422, ['The video is not a readable file']),
     ('/classify', dict(task='shape', image='###'), 422, ['image is not base64']),
     ('/classify', dict(task='shape', image='QUJD'), 422, ['The image is not a readable file']),
     ('/classify', dict(task='shape', image=served.png(np.zeros((301, 300), np.uint8))), 422,
-     ['300 × 301 pixels, and at most 90,000']),
+     ['300 × 301 pixels, but at most 90,000']),
     ('/classify', dict(task='shape', image=served.png(np.zeros((1, 90000), np.uint8))), 422, ['crop it']),
-    ('/classify', dict(task='shape', example=0, names=['a'] * 21), 422, ['21 entries, and at most 20']),
+    ('/classify', dict(task='shape', example=0, names=['a'] * 21), 422, ['21 entries, but at most 20']),
     ('/classify', dict(task='shape', example=0, names=['a', ' ']), 422, ['names[1] is empty']),
-    ('/classify', dict(task='shape', example=0, names=['b' * 61]), 422, ['names[0] has 61 characters, and at most 60']),
+    ('/classify', dict(task='shape', example=0, names=['b' * 61]), 422, ['names[0] has 61 characters, but at most 60']),
     ('/classify', dict(task='shape', example=0, names=['\ud800']), 422, ['half of a surrogate pair']),
     ('/classify', dict(task='shape', example=0, names='a'), 422, ["Field 'names' should be a valid list."]),
-    ('/classify', dict(task='shape', example=0, texts={'a': 'b'}), 422, ['unknown entry']),
+    ('/classify', dict(task='shape', example=0, texts={'a': 'b'}), 422, ["entry 'a'; task 'shape' reads: no texts"]),
     ('/classify', dict(task='package', texts={'\ud800': ' '}), 422, ["texts.'\\ud800' is empty"]),
-    ('/classify', dict(task='package'), 422, ["reads the texts text; texts has a missing or unknown entry 'text'"]),
+    ('/classify', dict(task='package'), 422, ["texts has no entry 'text'; task 'package' reads: text."]),
     ('/classify', dict(task='shape', example=0, path='/etc/passwd'), 422, ["Field 'path' is unknown"]),
     ('/classify', dict(example=0), 422, ["Field 'task' is missing"]),
     ('/classify', [], 422, ['The body should be a valid dictionary']),
@@ -234,10 +234,10 @@ _IMAGE = served.png(np.zeros((4, 4), np.uint8))
     ('/caption', dict(task='shape', example=0, stream=True), 422, ["does not caption; choices: caption"]),
     ('/caption', dict(task='caption', image='QUJD', stream=True), 422, ['The image is not a readable file']),
     ('/search', dict(task='pair'), 422, ['Give either text']),
-    ('/search', dict(task='pair', example=0, candidates='none'), 422, ["candidates='none' is no list"]),
+    ('/search', dict(task='pair', example=0, candidates='none'), 422, ["candidates='none' is not a list"]),
     ('/search', dict(task='package', text='a'), 422, ['does not search']),
-    ('/fill', dict(task='text', text='no mask'), 422, ['0 times [mask]']),
-    ('/fill', dict(task='text', text='[mask]' * 9), 422, ['9 times [mask], and 1 to 8']),
+    ('/fill', dict(task='text', text='no mask'), 422, ['text has [mask] 0 times']),
+    ('/fill', dict(task='text', text='[mask]' * 9), 422, ['[mask] 9 times, but 1 to 8']),
     ('/embed', dict(task='pair'), 422, ['Give either names']),
     ('/none', {}, 404, ["POST '/none' does not exist"]),
 ])
@@ -351,7 +351,7 @@ def test_the_front_never_imports_jax():
     (['--model=a', '--max_batch=6'], '--max_batch=6 is no power of two'),
     (['--model=a', '--timeout=inf'], '--timeout=inf is not finite; give a number, such as 10.'),
     (['--model=a', '--max_seconds=nan'], '--max_seconds=nan is not finite; give a number, such as 60.'),
-    (['--model=a', '--gallery=tests/serve'], 'has no file that ends in one of .png'),
+    (['--model=a', '--gallery=tests/serve'], 'has no file ending in any of .png'),
     (['--model=a', '--token_file=tests/nothing'], 'tests/nothing: No such file'),
     (['--model=a', '--host=300.0.0.1'], '--host=300.0.0.1 --port=8000 cannot be used')])
 def test_wrong_flags_end_in_one_sentence(flags, message):

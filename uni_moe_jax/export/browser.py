@@ -30,7 +30,7 @@ _FILES = {
     'dist/ort-wasm-simd-threaded.mjs': 'onnxruntime/ort-wasm-simd-threaded.js',
     'dist/ort-wasm-simd-threaded.wasm': 'onnxruntime/ort-wasm-simd-threaded.wasm',
     'package.json': 'onnxruntime/package.json'}
-_FOOTER = '<a href="docs" id="docs">API</a> <span id="where">Everything stays between this page and the service.</span>'
+_FOOTER = '<a href="docs" id="docs">API</a> <span id="where">Your input goes only to this service.</span>'
 
 
 def check_tokenizer(tokenizer: Tokenizer, file: pathlib.Path) -> None:
@@ -70,7 +70,7 @@ def write(folder: pathlib.Path) -> None:
       (folder / written).write_bytes(file.read())
   shutil.copyfile(pathlib.Path(__file__).with_name('browser.js'), folder / 'browser.js')
   page = _PAGE.read_text().replace('<script>', _scripts(folder), 1)
-  (folder / 'index.html').write_text(page.replace(_FOOTER, 'Everything stays in this page.'))
+  (folder / 'index.html').write_text(page.replace(_FOOTER, 'Your input never leaves this page.'))
 
 
 def _scripts(folder: pathlib.Path) -> str:

@@ -28,20 +28,20 @@ from uni_moe_jax.serve.worker import Item, media_of
 PAGE = pathlib.Path(__file__).with_name('page.html')
 _MAX_TOP = 100
 _Texts = Annotated[list[str], pydantic.FailFast()]  # an error for each of a million entries would fill the memory
-_SUMMARY = 'Bodies and answers are JSON. Errors are {"error": "one sentence"}.'
+_SUMMARY = 'Requests and responses are JSON. Errors are {"error": "one sentence"}.'
 
 
 class _Body(pydantic.BaseModel):
   model_config = pydantic.ConfigDict(extra='forbid', strict=True)
-  task: str = pydantic.Field(description='Name of a task, see GET /model.')
+  task: str = pydantic.Field(description='Name of a task; see GET /model.')
 
 
 class Input(_Body):
-  """What a task reads. Exactly one of image, video and example, unless it reads text alone."""
+  """Input of a task: exactly one of image, video and example, unless the task reads only text."""
   image: str = pydantic.Field('', description='Base64 of a PNG, JPEG, WebP, GIF or BMP file.')
   video: str = pydantic.Field('', description='Base64 of an mp4, webm or gif file.')
-  example: int | None = pydantic.Field(None, ge=0, description='Index of an example of the model, see GET /model.')
-  texts: dict[str, str] = pydantic.Field({}, description="Texts of the columns of the task's template.")
+  example: int | None = pydantic.Field(None, ge=0, description="Index of one of the model's examples; see GET /model.")
+  texts: dict[str, str] = pydantic.Field({}, description="Text for each column of the task's template.")
   top: int = pydantic.Field(5, ge=1, le=_MAX_TOP, description='Number of answers.')
 
   def item(self, limits: Limits) -> Item:
@@ -56,20 +56,20 @@ class Input(_Body):
 
 class Classify(Input):
   """An input, and names instead of the task's target set."""
-  names: _Texts = pydantic.Field([], description="Possible answers; none: the entries of the task's target set.")
+  names: _Texts = pydantic.Field([], description="Possible answers; default: the entries of the task's target set.")
 
 
 class Caption(Input):
   """An image or video."""
-  stream: bool = pydantic.Field(False, description='Server-sent events: words of greedy search while the caption is '
-                                                   'searched, then the caption.')
+  stream: bool = pydantic.Field(False, description='Server-sent events: words from greedy search while the caption '
+                                                   'is computed, then the caption.')
 
 
 class Search(Input):
   """A text, or an image or video with the texts to rank."""
-  text: str = pydantic.Field('', description='Ranks the gallery.')
-  names: _Texts = pydantic.Field([], description='Texts to rank by an image or video.')
-  candidates: str = pydantic.Field('', description="Instead of names: a target set, or 'gallery', see GET /model; "
+  text: str = pydantic.Field('', description='Text to rank the gallery by.')
+  names: _Texts = pydantic.Field([], description='Texts to rank by similarity to an image or video.')
+  candidates: str = pydantic.Field('', description="Instead of names: a target set or 'gallery' (see GET /model), "
                                                 'without texts that are too long for the task.')
 
 
@@ -99,9 +99,9 @@ def create(supervisor: Supervisor, service: Service, gallery: Gallery, limits: L
 
   @app.exception_handler(HTTPException)
   async def http_error(request: fastapi.Request, error: HTTPException) -> Response:
-    known = {404: f'{request.method} {request.url.path[:60]!r} does not exist; GET /docs lists what does.',
-             405: f'{request.method} is not for {request.url.path[:60]!r}; GET /docs lists what is.',
-             400: 'The body is not JSON; send an object, as GET /docs describes.'}
+    known = {404: f'{request.method} {request.url.path[:60]!r} does not exist; GET /docs lists the endpoints.',
+             405: f'{request.method} is not allowed for {request.url.path[:60]!r}; GET /docs lists the methods.',
+             400: 'The body is not JSON; send an object as described in GET /docs.'}
     return refusal(Refused(error.status_code, known.get(error.status_code, f'{error.detail}.')), error.headers)
 
   @app.get('/', include_in_schema=False)
@@ -116,7 +116,7 @@ def create(supervisor: Supervisor, service: Service, gallery: Gallery, limits: L
   @app.get('/healthz', summary='Whether the service is ready: 200 or 503')
   async def healthz() -> dict[str, str]:
     if not supervisor.ready:
-      raise Refused(503, 'The worker is starting; wait some seconds.')
+      raise Refused(503, 'The worker is starting; wait a few seconds.')
     return {'status': 'ready'}
 
   @app.get('/metrics', summary='Metrics for Prometheus')
@@ -134,13 +134,13 @@ def create(supervisor: Supervisor, service: Service, gallery: Gallery, limits: L
       raise Refused(404, f'There is no example {index}; GET /model lists the examples.')
     return Response(facts.examples[index]['png'], media_type='image/png')
 
-  @app.get('/gallery/{index}', summary='PNG of an item of the gallery')
+  @app.get('/gallery/{index}', summary='PNG of a gallery item')
   async def gallery_item(index: int) -> Response:
     if not (item := gallery.item(index)):
       raise Refused(404, f'The gallery has no item {index}, or it is not encoded yet.')
     return Response(item.png, media_type='image/png')
 
-  @app.post('/classify', summary='Most likely entries of a set, or of names, for an image, video or text')
+  @app.post('/classify', summary='Most likely entries of a target set, or of names, for an image, video or text')
   async def classify(body: Classify) -> dict[str, Any]:
     names = limits.check_texts(body.names, 'names')
     return await service.classify(body.task, body.item(limits), names)
@@ -153,7 +153,7 @@ def create(supervisor: Supervisor, service: Service, gallery: Gallery, limits: L
     first = await anext(events)  # what is refused gets its own status
     return StreamingResponse(_server_sent(first, events), media_type='text/event-stream')
 
-  @app.post('/search', summary='The gallery by text, or texts by image or video')
+  @app.post('/search', summary='Search the gallery by text, or texts by image or video')
   async def search(body: Search) -> dict[str, Any]:
     item = body.item(limits)
     if bool(body.text) == bool(item.size or item.example >= 0):
@@ -162,11 +162,11 @@ def create(supervisor: Supervisor, service: Service, gallery: Gallery, limits: L
     names = limits.check_texts(body.names, 'names')
     return await service.search(body.task, item, text, names, body.candidates)
 
-  @app.post('/fill', summary='Most likely words of every mask')
+  @app.post('/fill', summary='Most likely words for every mask')
   async def fill(body: Fill) -> dict[str, Any]:
     return await service.fill(body.task, Item(text=limits.check_text(body.text, 'text'), top=body.top))
 
-  @app.post('/embed', summary='Normalized features of an input, or of texts')
+  @app.post('/embed', summary='Normalized features of an input or of texts')
   async def embed(body: Embed) -> dict[str, Any]:
     item = body.item(limits)
     has_input = bool(item.size or item.example >= 0 or item.texts)
@@ -215,8 +215,8 @@ def policy(page: str) -> str:
 def sentence(error: dict[str, Any]) -> str:
   """One sentence for an error of pydantic."""
   field = '.'.join(str(part)[:60] for part in error['loc'][1:])  # the first is 'body' or 'path'
-  known = {'missing': 'is missing; give it', 'extra_forbidden': 'is unknown; GET /docs lists the fields',
-           'json_invalid': 'is not JSON; send an object, as GET /docs describes'}
+  known = {'missing': 'is missing; add it', 'extra_forbidden': 'is unknown; GET /docs lists the fields',
+           'json_invalid': 'is not JSON; send an object as described in GET /docs'}
   problem = known.get(error['type'], (error['msg'][:1].lower() + error['msg'][1:]).replace('input should', 'should'))
   name = f'Field {field!r}' if field and error['type'] != 'json_invalid' else 'The body'
   return f'{name} {problem}.'
@@ -257,6 +257,6 @@ def _documentation(schema: dict[str, Any]) -> str:
             f'<dd>{html.escape(p.get("description", ""))}</dd>'
             for field, p in schema['components']['schemas'][name]['properties'].items()), '</dl>']
   return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width='
-          f'device-width"><title>API</title><style>{style}</style></head><body><main><h1>API of the service</h1>'
+          f'device-width"><title>API</title><style>{style}</style></head><body><main><h1>Service API</h1>'
           f'<p>{html.escape(_SUMMARY)} The schema is <a href="openapi.json">openapi.json</a>.</p>{"".join(parts)}'
           '</main></body></html>')

@@ -51,8 +51,8 @@ class Batcher:
       async with asyncio.timeout(self._limits.timeout):
         output = await future
     except TimeoutError:
-      raise Refused(503, f'No answer within {self._limits.timeout:g} s, because others wait or the worker starts; send '
-                         'the request again later, or raise --timeout.') from None
+      raise Refused(503, f'No answer within {self._limits.timeout:g} s: other requests are ahead or the worker is '
+                         'starting; send the request again later, or raise --timeout.') from None
     if isinstance(output, Refused):
       raise output
     return output

@@ -36,10 +36,10 @@ def files_of(folder: str) -> list[pathlib.Path]:
   """Images and videos in a folder, sorted. Raises UsageError: there are none, or too many."""
   files = sorted(p for p in storage.path(folder).rglob('*') if p.suffix.lower() in MEDIA_SUFFIXES and p.is_file())
   if not files:
-    raise UsageError(f'--gallery={folder} has no file that ends in one of {", ".join(MEDIA_SUFFIXES)}; give a folder '
-                     'of images and videos.')
+    raise UsageError(f'--gallery={folder} has no file ending in any of {", ".join(MEDIA_SUFFIXES)}; give a folder '
+                     'of images or videos.')
   if len(files) > _MAX_FILES:
-    raise UsageError(f'--gallery={folder} has {len(files):,} images and videos, and at most {_MAX_FILES:,} are '
+    raise UsageError(f'--gallery={folder} has {len(files):,} images and videos, but at most {_MAX_FILES:,} are '
                      'searched; give a smaller folder.')
   return files
 
@@ -148,7 +148,7 @@ async def _output(batcher: Batcher, task: str, item: Item) -> dict[str, Any]:
       if e.status != 503:
         raise
       if item.ended >= _MAX_ENDED:  # all but the first with it alone: the next one would end, too
-        raise Refused(422, f'{item.ended} workers ended while they read it; remove it, give a smaller file, or raise '
+        raise Refused(422, f'{item.ended} workers ended while reading it; remove it, give a smaller file, or raise '
                            '--timeout.') from None
       await asyncio.sleep(_PAUSE)
 

@@ -35,12 +35,12 @@ class Metrics:
     options = {'namespace': 'unimoe', 'registry': self.registry}
     self.requests = prometheus_client.Counter('requests', 'Answered requests.', ['path', 'status'], **options)
     self.seconds = prometheus_client.Histogram(
-        'request_seconds', 'Seconds until the end of an answer.', ['path'], **options)
+        'request_seconds', 'Seconds until a response is complete.', ['path'], **options)
     self.batch = prometheus_client.Histogram(
-        'batch_size', 'Requests of a batch.', ['program'], buckets=[2**i for i in range(9)], **options)
-    self.active = prometheus_client.Gauge('active_requests', 'Requests that wait or run.', **options)
-    self.waiting = prometheus_client.Gauge('waiting_items', 'Inputs that wait for a batch.', **options)
-    self.restarts = prometheus_client.Gauge('worker_restarts', 'Starts of the worker after the first.', **options)
+        'batch_size', 'Requests per batch.', ['program'], buckets=[2**i for i in range(9)], **options)
+    self.active = prometheus_client.Gauge('active_requests', 'Requests waiting or running.', **options)
+    self.waiting = prometheus_client.Gauge('waiting_items', 'Inputs waiting for a batch.', **options)
+    self.restarts = prometheus_client.Gauge('worker_restarts', 'Worker starts after the first.', **options)
 
   def text(self) -> bytes:
     """In the text format of Prometheus."""
@@ -86,7 +86,7 @@ class Guard:
       traceback.print_exc(file=sys.stderr)
       if status[0]:
         raise
-      await refusal(Refused(500, 'The service failed; its log has the reason.'))(scope, receive, send_with_headers)
+      await refusal(Refused(500, 'The service failed; see its log for the reason.'))(scope, receive, send_with_headers)
     finally:
       self._held -= len(body)
       self.active -= queued
@@ -105,10 +105,10 @@ class Guard:
     if self._token and scope['path'] not in _OPEN and not hmac.compare_digest(given, b'Bearer ' + self._token):
       raise Refused(401, 'The token is missing or wrong; send the header "Authorization: Bearer TOKEN".')
     if queued and self.draining:
-      raise Refused(503, 'The service is shutting down; send the request to another one.')
+      raise Refused(503, 'The service is shutting down; send the request to another instance.')
     if queued and self.active > self._limits.max_queue:
-      raise Refused(429, f'{self.active - 1} requests wait or run, and at most {self._limits.max_queue} are accepted; '
-                         'send it again in a second.')
+      raise Refused(429, f'{self.active - 1} requests are waiting or running, and at most {self._limits.max_queue} are '
+                         'accepted; send this one again in a second.')
     if scope['method'] == 'POST':
       if headers.get(b'content-type', b'').partition(b';')[0].strip().lower() != _JSON:
         raise Refused(415, 'The body must be JSON; send the header "Content-Type: application/json".')
@@ -132,14 +132,14 @@ class Guard:
           if size > self._limits.max_body_bytes:
             raise self._too_large(size)
           if self._held > _MAX_HELD:
-            raise Refused(429, f'The requests in progress have {self._held >> 20} MiB together, and at most '
-                               f'{_MAX_HELD >> 20} MiB are accepted; send it again in a second.')
+            raise Refused(429, f'The requests in progress total {self._held >> 20} MiB, but at most '
+                               f'{_MAX_HELD >> 20} MiB are accepted; send this one again in a second.')
           if not message.get('more_body'):
             break
       body = b''.join(chunks)
       packed = body.translate(None, _BETWEEN)
       if (n := sum(map(packed.count, (b'[', b'{', b'":')))) > _MAX_PARTS:
-        raise Refused(422, f'The body has {n:,} lists, objects and fields, and at most {_MAX_PARTS:,} are accepted; '
+        raise Refused(422, f'The body has {n:,} lists, objects and fields, but at most {_MAX_PARTS:,} are accepted; '
                            'send what GET /docs describes.')
       return body
     except BaseException as e:
@@ -149,7 +149,7 @@ class Guard:
       raise
 
   def _too_large(self, size: int) -> Refused:
-    return Refused(413, f'The body has {size:,} bytes or more, and at most {self._limits.max_body_bytes:,} are '
+    return Refused(413, f'The body has {size:,} bytes or more, but at most {self._limits.max_body_bytes:,} are '
                         'accepted; send a smaller file.')
 
 

@@ -30,16 +30,16 @@ def _bound(default: int | float, help_string: str, at_least: int = 1) -> int | f
 @dataclasses.dataclass(frozen=True)
 class Limits:
   """What the service accepts. Every field is a flag of uni-moe serve. Raises UsageError: one is not finite."""
-  max_body_bytes: int = _bound(8 * 2**20, 'Bytes of a request; more are answered with 413.')
-  max_pixels: int = _bound(2**24, 'Pixels of an image or of a frame, by its header, before it is decoded.')
-  max_frames: int = _bound(1000, 'Frames of a video.')
-  max_seconds: float = _bound(60, 'Seconds of a video.')
-  max_names: int = _bound(1000, 'Names or texts of a request.')
-  max_characters: int = _bound(2000, 'Characters of a name or text.')
-  max_queue: int = _bound(256, 'Requests that wait or run; more are answered with 429.')
-  max_batch: int = _bound(32, 'Requests that one program call answers; a power of two.')
-  batch_wait_ms: float = _bound(3, 'Milliseconds that a request waits for others of its kind.', at_least=0)
-  timeout: float = _bound(10, 'Seconds until a request is answered with 503, and a busy worker is replaced.')
+  max_body_bytes: int = _bound(8 * 2**20, 'Bytes per request; larger ones get status 413.')
+  max_pixels: int = _bound(2**24, 'Pixels per image or frame, checked in the header before decoding.')
+  max_frames: int = _bound(1000, 'Frames per video.')
+  max_seconds: float = _bound(60, 'Seconds per video.')
+  max_names: int = _bound(1000, 'Names or texts per request.')
+  max_characters: int = _bound(2000, 'Characters per name or text.')
+  max_queue: int = _bound(256, 'Requests waiting or running; further ones get status 429.')
+  max_batch: int = _bound(32, 'Requests per program call; a power of two.')
+  batch_wait_ms: float = _bound(3, 'Milliseconds that a request waits for others to join its batch.', at_least=0)
+  timeout: float = _bound(10, 'Seconds until a request gets status 503 and a busy worker is replaced.')
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -49,19 +49,19 @@ class Limits:
   def check_text(self, text: str, field: str) -> str:
     """Returns the text. Raises Refused: it is empty, too long or not valid Unicode."""
     if not text.strip():
-      raise Refused(422, f'{field} is empty; give a text.')
+      raise Refused(422, f'{field} is empty; give some text.')
     if len(text) > self.max_characters:
-      raise Refused(422, f'{field} has {len(text):,} characters, and at most {self.max_characters:,} are accepted; '
+      raise Refused(422, f'{field} has {len(text):,} characters, but at most {self.max_characters:,} are accepted; '
                          'shorten it.')
     try:
       text.encode()
     except UnicodeEncodeError:
-      raise Refused(422, f'{field} has half of a surrogate pair, which is no character; remove it.') from None
+      raise Refused(422, f'{field} has half of a surrogate pair, which is not a character; remove it.') from None
     return text
 
   def check_texts(self, texts: list[str], field: str) -> list[str]:
     """Returns the texts. Raises Refused: there are too many, or one is wrong."""
     if len(texts) > self.max_names:
-      raise Refused(422, f'{field} has {len(texts):,} entries, and at most {self.max_names:,} are accepted; give '
+      raise Refused(422, f'{field} has {len(texts):,} entries, but at most {self.max_names:,} are accepted; give '
                          'fewer.')
     return [self.check_text(text, f'{field}[{i}]') for i, text in enumerate(texts)]

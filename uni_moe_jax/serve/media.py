@@ -22,8 +22,8 @@ def read_image(data: bytes, limits: Limits) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
   except Image.DecompressionBombError:
     bound = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow's own
-    raise Refused(422, f'The image has more than {bound:,} pixels, and at most {min(limits.max_pixels, bound):,} '
-                       'pixels are accepted; make it smaller.') from None
+    raise Refused(422, f'The image has more than {bound:,} pixels, but at most {min(limits.max_pixels, bound):,} '
+                       'are accepted; make it smaller.') from None
   except Exception:  # Pillow documents no closed set of errors for damaged files
     raise Refused(422, f'The image is not a readable file; send one of {", ".join(_FORMATS)}.') from None
   _check_pixels('The image', image.width, image.height, limits)
@@ -32,7 +32,7 @@ def read_image(data: bytes, limits: Limits) -> Image.Image:
     image = media.eight_bits(ImageOps.exif_transpose(image))
     return (media.on_white(image) if image.has_transparency_data else image).convert('RGB')
   except Exception:
-    raise Refused(422, 'The image is damaged: its header is right and its content is not; send it again.') from None
+    raise Refused(422, 'The image is damaged: its header is valid but its content is not; send it again.') from None
 
 
 def image_pixels(data: bytes, size: int, channels: int, crop: str, limits: Limits) -> np.ndarray:
@@ -43,7 +43,7 @@ def image_pixels(data: bytes, size: int, channels: int, crop: str, limits: Limit
   if min(image.size) != short:
     width, height = (short * side // min(image.size) for side in image.size)
     if width * height > limits.max_pixels:
-      raise Refused(422, f'The image is {image.width} × {image.height} pixels, too long for its width; crop it.')
+      raise Refused(422, f'The image is {image.width} × {image.height} pixels, which is too elongated; crop it.')
     # First across, as in evaluation: Pillow itself begins with the height of a high image, and rounds in between.
     for sides in ((width, image.height), (width, height)):
       image = image.resize(sides, Image.Resampling.BICUBIC)
@@ -63,10 +63,10 @@ def video_pixels(
   def choose(count: int, fps: float) -> np.ndarray:
     if count > limits.max_frames:
       or_more = ' or more' if count == limits.max_frames + 1 else ''  # no further ones are counted
-      raise Refused(422, f'The video has {count:,}{or_more} frames, and at most {limits.max_frames:,} are accepted; '
+      raise Refused(422, f'The video has {count:,}{or_more} frames, but at most {limits.max_frames:,} are accepted; '
                          'shorten it.')
     if count / fps > limits.max_seconds:
-      raise Refused(422, f'The video is {count / fps:.0f} s long, and at most {limits.max_seconds:g} s are accepted; '
+      raise Refused(422, f'The video is {count / fps:.0f} s long, but at most {limits.max_seconds:g} s are accepted; '
                          'shorten it.')
     return (video.stride_views(count, frame_stride, fps, num_frames, 1) if frame_stride else
             video.segment_frames(count, video.view_offsets(1, num_frames)))[0]
@@ -75,7 +75,7 @@ def video_pixels(
     _check_pixels('The video', *_frame_size(data), limits)
     frames = video.sample_frames(data, choose, limits.max_frames)
   except UsageError as e:  # no PyAV
-    raise Refused(422, f'This service reads no videos: {e}') from None
+    raise Refused(422, f'This service cannot read videos: {e}') from None
   except (video.CorruptVideo, OSError) as e:
     if isinstance(e.__cause__, Refused):
       raise e.__cause__ from None
@@ -111,5 +111,5 @@ def _frame_size(data: bytes) -> tuple[int, int]:
 
 def _check_pixels(what: str, width: int, height: int, limits: Limits) -> None:
   if width * height > limits.max_pixels:
-    raise Refused(422, f'{what} is {width:,} × {height:,} pixels, and at most {limits.max_pixels:,} pixels are '
-                       'accepted; make it smaller.')
+    raise Refused(422, f'{what} is {width:,} × {height:,} pixels, but at most {limits.max_pixels:,} are accepted; '
+                       'make it smaller.')

@@ -132,9 +132,9 @@ def read_token(file: str | None) -> str:
     try:
       text = storage.path(file).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError:
-      raise UsageError(f'{source} is not UTF-8, but perhaps UTF-16; save it as UTF-8.') from None
+      raise UsageError(f'{source} is not UTF-8 (perhaps UTF-16); save it as UTF-8.') from None
   if (file is not None or text) and not text.strip():
-    raise UsageError(f'{source} is empty; write the token into it.')
+    raise UsageError(f'{source} is empty; put the token in it.')
   return text.strip()
 
 
@@ -149,7 +149,7 @@ def bind(host: str, port: int) -> socket.socket:
     bound.listen()  # at once: two that only bind share an address, and the later one fails when its model is loaded
     return bound
   except OSError as e:
-    raise UsageError(f'--host={host} --port={port} cannot be used: {e.strerror}; give another one.') from None
+    raise UsageError(f'--host={host} --port={port} cannot be used: {e.strerror}; give others.') from None
 
 
 async def encode(
@@ -198,10 +198,10 @@ async def serve(
       await asyncio.sleep(0.01)
     if serving.done():
       return await serving
-    print(f'Open http://{f"[{host}]" if ":" in host else host}:{bound.getsockname()[1]} (Ctrl-C ends the service)',
+    print(f'Open http://{f"[{host}]" if ":" in host else host}:{bound.getsockname()[1]} (Ctrl-C stops the service)',
           flush=True)
     if host not in _LOOPBACK and not token:
-      print('note: everyone who reaches this port can use the model; --token_file requires a token.',
+      print('note: anyone who can reach this port can use the model; --token_file requires a token.',
             file=sys.stderr, flush=True)
     await asyncio.wait([stopping, supervisor.failure], return_when=asyncio.FIRST_COMPLETED)
     guard.draining = True

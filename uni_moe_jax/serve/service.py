@@ -52,10 +52,10 @@ class Service:
     self._check_inputs(task, entry, item)
     if not names:
       if entry['target'] == 'pair':
-        raise Refused(422, f'Task {task!r} compares with texts and has no set of its own; give names.')
+        raise Refused(422, f'Task {task!r} compares inputs with texts and has no target set; give names.')
       [best] = (await self._batcher.submit(task, 'classify', item))['best']
       return self._answer(task, best, self._manifest['target_sets'][entry['target_set']]['condition'])
-    self.task(task, lambda t: 'encode_text' in t['programs'], 'encode names, its answers are fixed')
+    self.task(task, lambda t: 'encode_text' in t['programs'], 'encode names: its answers are fixed')
     output, texts = await asyncio.gather(self._batcher.submit(task, 'encode', item), self.texts(task, names))
     logits = self._facts.scales[task] * (texts @ output['features'])
     p = np.exp(logits - logits.max())
@@ -87,7 +87,7 @@ class Service:
     """The most likely words of every mask."""
     self.task(task, is_filler, 'fill masks')
     if not 1 <= (n := item.text.count(MASK)) <= MAX_MASKS:
-      raise Refused(422, f'text has {n} times {MASK}, and 1 to {MAX_MASKS} are accepted; change their number.')
+      raise Refused(422, f'text has {MASK} {n} times, but 1 to {MAX_MASKS} are accepted; add or remove some.')
     best = (await self._batcher.submit(task, 'classify', item))['best']
     return {'task': task, 'masks': [_entries(words) for words in best], 'conditions': self._conditions(task, None)}
 
@@ -108,8 +108,7 @@ class Service:
     if text:
       gallery = [g for g in self.gallery.items if task in g.features]
       if not gallery:
-        raise Refused(422, f'Nothing in the gallery is {_MEDIA[media_of(entry)]}, which task {task!r} reads; choose '
-                           'another task.')
+        raise Refused(422, f'Task {task!r} searches {media_of(entry)}s, but the gallery has none; choose another task.')
       [query] = await self.texts(task, [text])
       scores = np.stack([g.features[task] for g in gallery]) @ query
       results = [{'gallery': gallery[i].index, 'name': gallery[i].name, 'score': float(scores[i])}
@@ -151,7 +150,7 @@ class Service:
       else:
         self._features[keys[text]] = output['features']
     # Concurrent requests may have removed others of these: they are taken before the cache is shortened.
-    removed = Refused(503, 'Too many texts are encoded at once; send the request again in a second.')
+    removed = Refused(503, 'Too many texts are being encoded at once; send the request again in a second.')
     encoded = {text: self._features.get(key, failed.get(text, removed)) for text, key in keys.items()}
     for key in keys.values():
       if key in self._features:
@@ -162,7 +161,8 @@ class Service:
 
   def _candidates(self, name: str) -> list[str]:
     if name not in (known := self.candidates()):
-      raise Refused(422, f'candidates={name[:60]!r} is no list of texts; {nearest(name[:60], known)}. Or give names.')
+      raise Refused(
+          422, f'candidates={name[:60]!r} is not a list of texts; {nearest(name[:60], known)}. Or give names.')
     return (list(dict.fromkeys(g.text for g in self.gallery.items if g.text)) if name == GALLERY_TEXTS
             else self._manifest['target_sets'][name]['texts'])
 
@@ -176,14 +176,15 @@ class Service:
       examples = self._facts.examples
       fitting = [i for i, e in enumerate(examples) if e['num_frames'] == frames]
       if item.example not in fitting:
-        raise Refused(422, f'example={item.example} is no {media} of this model; give one of '
-                           f'{", ".join(map(str, fitting)) or "none: it has no examples, so send a file"}.')
+        raise Refused(422, f'example={item.example} is not {_MEDIA[media]} of this model; '
+                           + (f'give one of {", ".join(map(str, fitting))}.' if fitting else
+                              'it has none, so send a file.'))
     elif item.size and bool(item.video) != (media == 'video'):
       raise Refused(422, f'Task {task!r} reads {_MEDIA[media]}; give the file as {media}.')
     columns = columns_of(entry)
     if wrong := sorted(set(columns) ^ set(item.texts)):
-      raise Refused(422, f'Task {task!r} reads the texts {", ".join(columns) or "none"}; texts has a missing or '
-                         f'unknown entry {wrong[0][:60]!r}.')
+      raise Refused(422, f'texts has {"no" if wrong[0] in columns else "an unknown"} entry {wrong[0][:60]!r}; task '
+                         f'{task!r} reads: {", ".join(columns) or "no texts"}.')
 
   def _captioned(self, task: str, output: Answer) -> Answer:
     return {'task': task, **output, 'conditions': self._conditions(task, None)}

@@ -160,7 +160,7 @@ class Supervisor:
     self._idle.clear()
     for future, _ in self._jobs.values():
       if not future.done():
-        future.set_exception(Refused(503, 'The worker stopped while it computed this answer; send the request again.'))
+        future.set_exception(Refused(503, 'The worker stopped while computing this answer; send the request again.'))
     error = RunError(f'the worker ended with exit code {self._process.exitcode} before it was ready.')
     if not loaded.done():
       loaded.set_exception(error)

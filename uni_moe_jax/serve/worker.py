@@ -243,7 +243,7 @@ class _Worker:
       filled = (self._texts.masked(item.text, sys.maxsize)  # uncut: a text too long is refused, and loses no mask
                 if entry['readout'] == 'masked' else self._texts.fill(task, **item.texts))
       if (n := filled['text'].shape[1]) > length:
-        raise Refused(422, f'The text has {n} tokens, and the model reads at most {length}; shorten it.')
+        raise Refused(422, f'The text has {n} tokens, but the model reads at most {length}; shorten it.')
       padding = [(0, 0), (0, length - n)]
       fields |= {'text': np.pad(filled['text'], padding, constant_values=self._manifest['tokenizer']['pad']),
                  'text_valid': np.pad(filled['text_valid'], padding)}
@@ -255,13 +255,13 @@ class _Worker:
     try:
       _ = self._texts.tokenizer
     except ValueError as e:  # CLIP's vocabulary
-      raise Refused(422, f'Texts cannot be given: {e}') from None
+      raise Refused(422, f'This service cannot read texts: {e}') from None
 
   def _tokens(self, text: str, length: int) -> dict[str, np.ndarray]:
     self._check_tokenizer()
     if (n := len(self._texts.tokenizer.encode(text)) + 1) > length:
-      raise Refused(422, f'{shorten(text)} has {n} tokens with the end, and the model reads at most {length}; shorten '
-                         'it.')
+      raise Refused(422, f'{shorten(text)} has {n} tokens with the end token, but the model reads at most {length}; '
+                         'shorten it.')
     return self._texts.tokens([text], length)
 
   def _read_pixels(self, entry: dict[str, Any], item: Item) -> np.ndarray:
@@ -329,7 +329,7 @@ class _Worker:
         try:
           self._warm(task, program, size)
         except Exception as e:  # such as too little memory
-          print(f'note: no batches of {size} or more: {e}', file=sys.stderr, flush=True)
+          print(f'note: batches stay below {size}: {e}', file=sys.stderr, flush=True)
           return
 
   def _blank(self, task: str, program: str, size: int) -> dict[str, np.ndarray]:
