@@ -89,6 +89,9 @@ def test_attributes_are_embedded_as_the_sum_of_their_rows():
   rows = ((1, 0, 0, 1, 1, 0, 0, 0), (0, 1, 0, 1, 0, 1, 0, 0))
   h = routers.AttributeEmbedding(2).apply({'params': values}, rows)
   np.testing.assert_array_equal(h, [[11001.5, 11000.5], [101010.5, 101009.5]])
+  for wrong, got in ((rows[0], '1'), ((rows[0], (1, 0)), r'\(1, 0\) of 2')):
+    with pytest.raises(UsageError, match=f'attribute bits of a condition must be .* zeros and ones, got {got}'):
+      routers.AttributeEmbedding(2).apply({'params': values}, wrong)
 
 
 def test_a_name_is_its_row_of_the_table_and_an_unknown_name_an_error():

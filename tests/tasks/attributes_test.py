@@ -6,6 +6,7 @@ import pytest
 
 from uni_moe_jax.tasks import attributes
 from uni_moe_jax.tasks.attributes import Condition
+from uni_moe_jax.utils.errors import UsageError
 
 _TASK_BITS = (1, 0, 0, 1)  # visual in, text out
 
@@ -52,3 +53,11 @@ def test_rows_of_unequal_length_have_no_union():
 
 def test_a_condition_is_printed_as_its_bits_task_and_modality():
   assert str(Condition((1, 0, 0, 1, 1, 0, 0, 0), 'caption', 'visual')) == '10011000 (caption, visual)'
+
+
+@pytest.mark.parametrize('bits, message', [
+    ((1, 0, 0, 1, 1, 0, 0), r'8 zeros and ones, got \(1, 0, 0, 1, 1, 0, 0\) of 7'), ((1,) * 9, '1\\) of 9'),
+    ((2,) * 8, r'got \(2, '), ([1] * 8, r'got \[1, ')])
+def test_a_condition_has_eight_bits(bits, message):
+  with pytest.raises(UsageError, match=f'attribute bits of a condition must be a tuple of .*{message}'):
+    Condition(bits, 'caption', 'visual')

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from uni_moe_jax.moe.layers import LayerNorm, param
 from uni_moe_jax.moe.precision import EXACT
-from uni_moe_jax.tasks.attributes import NUM_ATTRIBUTES, Condition
+from uni_moe_jax.tasks.attributes import NUM_ATTRIBUTES, Condition, check_bits
 from uni_moe_jax.tasks.router_names import CONDITION_ROUTERS, DENSE, DISPATCHED
 from uni_moe_jax.utils.errors import UsageError
 
@@ -100,6 +100,8 @@ class AttributeEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, inputs: tuple[RouterInput, ...]) -> jax.Array:
+    for row in inputs:
+      check_bits(row)
     kernel = param(self, 'kernel', nn.initializers.xavier_uniform(), {'attribute': NUM_ATTRIBUTES, 'embed': self.width})
     bias = param(self, 'bias', nn.initializers.zeros, {'embed': self.width})
     return jnp.matmul(jnp.asarray(inputs, jnp.float32), kernel, precision=EXACT) + bias[None]

@@ -9,6 +9,9 @@ meaning  input visual  input text    target visual target text   visual  text  t
 """
 
 import dataclasses
+from collections.abc import Hashable
+
+from uni_moe_jax.utils.errors import UsageError
 
 NUM_ATTRIBUTES = 8
 
@@ -36,12 +39,22 @@ def to_string(row: Bits) -> str:
   return ''.join(map(str, row))
 
 
+def check_bits(row: Hashable) -> None:
+  """Raises UsageError unless a row is a tuple of eight bits."""
+  if not isinstance(row, tuple) or len(row) != NUM_ATTRIBUTES or not set(row) <= {0, 1}:
+    got = f'{row!r} of {len(row)}' if isinstance(row, tuple) else repr(row)
+    raise UsageError(f'attribute bits of a condition must be a tuple of {NUM_ATTRIBUTES} zeros and ones, got {got}.')
+
+
 @dataclasses.dataclass(frozen=True)
 class Condition:
   """The input of data-independent routers; one per array of a sequence."""
   bits: Bits  # attribute routing
   task: str  # name that the task router embeds: of task types or of target sets
   modality: str  # 'visual' or 'text' (modality routing)
+
+  def __post_init__(self):
+    check_bits(self.bits)
 
   @property
   def is_target(self) -> bool:
