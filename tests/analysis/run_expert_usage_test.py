@@ -101,7 +101,7 @@ def test_a_run_is_read_on_one_device_if_its_mesh_does_not_fit_and_other_data_is_
   workdir.claim_workdir(tmp_path, c, 'of the version before')
   assert len(run_expert_usage.measure_expert_usage(c, tmp_path, None, True, 1, 0)) == 2
   notes = capsys.readouterr().err
-  assert 'does not fit here (devices: 8); one device is used' in notes and 'was trained on other data' in notes
+  assert 'does not fit here (devices: 8); one device is used' in notes and 'was trained on different data' in notes
 
 
 @pytest.mark.parametrize('router, advice', [

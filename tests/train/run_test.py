@@ -55,7 +55,7 @@ def test_other_data_than_that_of_training_is_noted(tmp_path, capsys, is_other):
   capsys.readouterr()
   train_run.build_to_read(_config(), tmp_path)
   note = capsys.readouterr().err
-  assert note.startswith(f'note: {tmp_path} was trained on other data') if is_other else note == ''
+  assert note.startswith(f'note: {tmp_path} was trained on different data') if is_other else note == ''
 
 
 @pytest.mark.parametrize('mesh, batch_size, shape', [
