@@ -138,7 +138,7 @@ class _Supervisor:
   async def run(self, task, program, items, on_part=None):
     self.batches.append([item.image.decode() for item in items])
     if self._fatal in [item.image for item in items] or len(self.batches) <= self._restarts:
-      raise Refused(503, 'The worker stopped while it computed this answer; send the request again.')
+      raise Refused(503, 'The worker stopped while computing this answer; send the request again.')
     return [{'features': np.ones(2, np.float32), 'png': b'png'} for _ in items]
 
 

@@ -44,7 +44,7 @@ def test_a_worker_answers_with_parts_and_reports_its_batch_sizes():
   _run(check)
 
 
-@pytest.mark.parametrize('text, message', [('sleep', 'took longer than 2 s'), ('crash', 'stopped while it computed')])
+@pytest.mark.parametrize('text, message', [('sleep', 'took longer than 2 s'), ('crash', 'stopped while computing')])
 def test_a_worker_that_hangs_or_dies_is_replaced(capfd, text, message):
   async def check(started):
     await started.start()
