@@ -21,11 +21,15 @@ _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory to make, or, with --output, to read.', required=True)
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'PyTorch file to read (torch or DeepSpeed layout).')
 _OUTPUT = flags.DEFINE_string('output', None, 'PyTorch file to write, in the published layout; must not exist.')
+_BEST = flags.DEFINE_bool(
+    'best', False, 'With --output: the checkpoint with the best config.train.best_metric, not the newest.')
 
 
 def main() -> int:
   if (_CHECKPOINT.value is None) != (_CONFIG.value is None) or (_CHECKPOINT.value is None) == (_OUTPUT.value is None):
     raise UsageError('use either --checkpoint=FILE --config=FILE (from PyTorch) or --output=FILE (to PyTorch).')
+  if _BEST.value and _OUTPUT.value is None:
+    raise UsageError('--best is for --output=FILE (to PyTorch): a PyTorch file has one checkpoint.')
   return _from_torch() if _CHECKPOINT.value else _to_torch()
 
 
@@ -60,17 +64,14 @@ def _from_torch() -> int:
 
 def _to_torch() -> int:
   from uni_moe_jax.export import torch_file, torch_layout
-  from uni_moe_jax.train import checkpoint, workdir
-  from uni_moe_jax.train import run as train_run
+  from uni_moe_jax.train import trained_run, workdir
   config = workdir.load_config(_WORKDIR.value)
   if storage.path(_OUTPUT.value).exists():
     raise UsageError(f'--output={_OUTPUT.value} exists; choose another file or remove it.')
-  with checkpoint.Checkpoints(_WORKDIR.value, max_to_keep=None) as checkpoints:
-    run = train_run.build_to_read(config, _WORKDIR.value)
-    params, _ = train_run.read_params(run, checkpoints)
+  run, params, step = trained_run.read(_WORKDIR.value, config, _BEST.value)
   state, report = torch_layout.to_torch(params, run.spec.model.spec)
   torch_file.write(storage.path(_OUTPUT.value), state)
-  print(report)
+  print(f'{_OUTPUT.value}: step {step}, {report}')
   return 0
 
 

@@ -18,6 +18,8 @@ from uni_moe_jax.utils.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of uni-moe train.', required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to write, which must not exist.', required=True)
+_BEST = flags.DEFINE_bool(
+    'best', False, 'Export the checkpoint with the best config.train.best_metric, not the newest.')
 _TASKS = flags.DEFINE_list('tasks', [], 'Tasks of the run to export; all by default.')
 _BAKE_TARGETS = flags.DEFINE_bool(
     'bake_targets', False, 'Store encoded target sets: only their entries are answers; only retrieval encodes texts.')
@@ -48,11 +50,8 @@ def main() -> int:
     hub.check_push(_PUSH_TO_HUB.value, _OUTPUT.value)
   from uni_moe_jax.eval import suite
   from uni_moe_jax.export import artifact, contents
-  from uni_moe_jax.train import checkpoint, loop
-  from uni_moe_jax.train import run as train_run
-  with checkpoint.Checkpoints(workdir, max_to_keep=None) as checkpoints:
-    run = train_run.build_to_read(config, workdir)
-    params, step = train_run.read_params(run, checkpoints)
+  from uni_moe_jax.train import checkpoint, loop, trained_run
+  run, params, step = trained_run.read(workdir, config, _BEST.value)
   formats = [flag.name for flag in (_TORCH, _SAVED_MODEL, _ONNX, _BROWSER) if flag.value]
   artifact.prepare(formats, _DTYPE.value or run.spec.model.spec.dtype, run.data)
   exported = contents.make_contents(

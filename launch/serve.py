@@ -21,6 +21,8 @@ from uni_moe_jax.utils.errors import UsageError
 
 _MODEL = flags.DEFINE_string('model', None, 'Folder of uni-moe export, or hf:OWNER/NAME@REVISION.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory to export first, once per checkpoint and config.')
+_BEST = flags.DEFINE_bool(
+    'best', False, 'With --workdir: the checkpoint with the best config.train.best_metric, not the newest.')
 _EXPORT_ONLY = flags.DEFINE_bool('export_only', False, 'With --workdir: end after the export, so that a start is fast.')
 _GALLERY = flags.DEFINE_string('gallery', None, 'Folder of images and videos to search; default: the examples.')
 _HOST = flags.DEFINE_string('host', '127.0.0.1', "Address to listen on; 0.0.0.0: all of this machine's.")
@@ -37,6 +39,8 @@ def main() -> int:
   heap.share_arena()
   if (_MODEL.value is None) == (_WORKDIR.value is None):
     raise UsageError('give either --model=FOLDER of uni-moe export or --workdir=RUN of uni-moe train.')
+  if _BEST.value and _WORKDIR.value is None:
+    raise UsageError('--best is for --workdir=RUN: an exported folder has one checkpoint.')
   limits = Limits(**{name: flag.value for name, flag in _LIMITS.items()})
   if limits.max_batch & (limits.max_batch - 1):
     raise UsageError(f'--max_batch={limits.max_batch} is no power of two; give 1, 2, 4, 8, 16, 32 or 64.')
@@ -58,15 +62,15 @@ def main() -> int:
 
 
 def _exported(workdir: pathlib.Path) -> pathlib.Path:
-  """The export of a run's newest checkpoint, in its work directory; makes it unless it exists."""
+  """The export of a run's newest or best checkpoint, in its work directory; makes it unless it exists."""
   from uni_moe_jax.serve import exported
   from uni_moe_jax.train import checkpoint_choice
   from uni_moe_jax.train.workdir import load_config
   config = load_config(workdir)
-  checkpoints = checkpoint_choice.newest_intact(workdir, config)
+  checkpoints = checkpoint_choice.intact(workdir, config, _BEST.value)
   return exported.make(workdir / 'served', checkpoints, config.to_json(sort_keys=True), [
       sys.executable, str(pathlib.Path(__file__).with_name('export.py')), f'--workdir={workdir}',
-      f'--num_examples={_NUM_EXAMPLES}'])
+      f'--num_examples={_NUM_EXAMPLES}', f'--best={_BEST.value}'])
 
 
 if __name__ == '__main__':

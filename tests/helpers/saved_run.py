@@ -34,6 +34,17 @@ def save(
   return params
 
 
+def save_best_and_newest(folder: Folder, config: ml_collections.ConfigDict) -> Any:
+  """Save parameters as step 2, the best by loss/total, and twice them as step 4, the newest. Return them."""
+  config.train.best_metric = 'loss/total'
+  params = save(folder, config, step=2)
+  run = train_run.build(config, jax.devices()[:1])
+  with Checkpoints(folder, 2) as checkpoints:
+    checkpoints.add_metrics(2, {'loss/total': 1.})
+    checkpoints.save(4, run.state_from(jax.tree.map(lambda x: 2 * x, params)), {'loss/total': 2.})
+  return params
+
+
 def load(config: ml_collections.ConfigDict, folder: Folder) -> tuple[train_run.Run, Predictor, Any]:
   """Return (run, predictor, parameters) of a work directory, on one device."""
   run = train_run.build(config, jax.devices()[:1])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import in_process, processes, small_model, tiny
+from tests.helpers import in_process, processes, saved_run, small_model, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import presets, schema
 from uni_moe_jax.export import torch_layout
@@ -137,3 +137,11 @@ def test_a_conversion_that_ends_before_its_end_leaves_no_run_and_is_repeated(fil
   assert (tmp_path / 'run/config.json').exists() and (folder / 'manifest.json').exists()
   assert in_process.run(_SCRIPT, *arguments) == 2
   assert 'already has a checkpoint of step 0; choose another' in capfd.readouterr().err
+
+
+def test_best_converts_the_best_checkpoint_of_a_run(files, tmp_path, capfd):
+  saved_run.save_best_and_newest(tmp_path / 'run', _config(files[0]))
+  _run('convert', f'--workdir={tmp_path / "run"}', f'--output={tmp_path / "best.pth"}', '--best')
+  assert f'{tmp_path}/best.pth: step 2, ' in capfd.readouterr().out
+  assert in_process.run(_SCRIPT, *_arguments(files[0], tmp_path / 'a'), '--best') == 2
+  assert '--best is for --output=FILE' in capfd.readouterr().err

@@ -5,8 +5,10 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -15,8 +17,10 @@ import pytest
 from tests.helpers import in_process, processes, saved_run, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.eval import suite
+from uni_moe_jax.export import artifact, contents
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import workdir as workdir_lib
+from uni_moe_jax.train.checkpoint import Checkpoints
 
 _ROOT = processes.ROOT
 _RUN = 'runs/quickstart'
@@ -67,14 +71,14 @@ def _root_folder(tmp_path_factory):
   return folder
 
 
-def _write_evaluation(root: pathlib.Path, step: int) -> None:
+def _write_evaluation(run: pathlib.Path, step: int) -> None:
   row = dict(evaluator='shapes', metric='top-1', value=0.625, chance=1 / 3, baselines={}, standard_error=0.1, count=24,
              step=step, higher_is_better=True)
-  model = workdir_lib.model_fingerprint(root / _RUN, '', step)
+  model = workdir_lib.model_fingerprint(run, '', step)
   evaluators = {name: {**fields, 'model_fingerprint': model}
-                for name, fields in workdir_lib.load_config(root / _RUN).evaluators.to_dict().items()}
+                for name, fields in workdir_lib.load_config(run).evaluators.to_dict().items()}
   for name, content in ((suite.EVALUATION_FILE, [row]), (suite.EVALUATORS_FILE, evaluators)):
-    (root / _RUN / name).write_text(json.dumps(content))
+    (run / name).write_text(json.dumps(content))
 
 
 @pytest.mark.nightly
@@ -82,7 +86,7 @@ def test_the_guides_five_commands_print_captions_in_a_fresh_environment(root, tm
   assert _commands().count('\n') == 5
   if (why := _cannot_install(tmp_path / 'probe')) and not os.environ.get('CI'):
     pytest.skip(f'no packages can be installed: {why[-300:]}')
-  _write_evaluation(root, step=2)
+  _write_evaluation(root / _RUN, step=2)
   in_process.write_command(root / 'bin/uni-moe', XLA_FLAGS='--xla_backend_optimization_level=0')
   (root / 'bin/python').symlink_to(sys.executable)  # not every machine has this name
   env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'XLA_FLAGS')}
@@ -112,7 +116,7 @@ def test_the_guides_five_commands_print_captions_in_a_fresh_environment(root, tm
 
 @pytest.mark.slow
 def test_options_reduce_the_export(root, tmp_path):
-  _write_evaluation(root, step=1)
+  _write_evaluation(root / _RUN, step=1)
   done = _export(f'--workdir={root / _RUN}', f'--output={tmp_path}/out', '--tasks=shape', '--bake_targets',
                  '--dtype=bfloat16', '--torch')
   assert done.returncode == 0 and 'a dense model, ' in done.stdout and ', 1 tasks' in done.stdout, done.stderr
@@ -122,3 +126,36 @@ def test_options_reduce_the_export(root, tmp_path):
   assert manifest['model']['dtype'] == 'bfloat16' and manifest['trained']['dtype'] == 'float32'
   assert not manifest['examples'] and (tmp_path / 'out/model.pth').stat().st_size > 0
   assert 'shapes' in manifest['evaluators'] and '0.625' in card and 'was not evaluated' not in card
+
+
+def test_best_exports_the_best_checkpoint_with_its_scores_and_without_it_a_note_names_both(
+    tmp_path, monkeypatch, capfd):
+  c, workdir, exports = tiny.config('package', data_dir=tiny.data_dir()), tmp_path / 'run', []
+  c.model.num_layers = 1
+  c.evaluators.package = config_lib.evaluator('classification', 'package', split='train')
+  params = saved_run.save_best_and_newest(workdir, c)
+  _write_evaluation(workdir, step=2)
+  monkeypatch.setattr(contents, 'make_contents', lambda _, params, *more, **options: types.SimpleNamespace(
+      params=params, summary=lambda: 'a model'))
+  monkeypatch.setattr(artifact, 'write', lambda *given: exports.append(given) or 'weights')
+
+  def exported(*best):
+    """((step, steps of the scores, factors of a parameter), output) of an export."""
+    arguments = f'--workdir={workdir}', f'--output={tmp_path / "out"}', *best
+    assert in_process.run(_ROOT / 'launch/export.py', *arguments) == 0
+    _, made, provenance, rows, *_ = exports.pop()
+    new, old = (jax.tree.leaves(tree)[0] for tree in (made.params, params))
+    return (provenance['step'], [row['step'] for row in rows], np.unique(new / old).tolist()), capfd.readouterr()
+
+  read, output = exported()
+  assert read == (4, [], [2]) and f'{tmp_path}/out: step 4, ' in output.out
+  assert 'newest checkpoint, of step 4; the best by config.train.best_metric is that of step 2, which --best reads' in (
+      output.err)
+  read, output = exported('--best')
+  assert read == (2, [2], [1]) and f'{tmp_path}/out: step 2, ' in output.out and '--best' not in output.err
+  with Checkpoints(workdir, 2) as checkpoints:
+    checkpoints.add_metrics(4, {'loss/total': 0.})
+  damaged = shutil.copytree(workdir / 'checkpoints/4', workdir / 'checkpoints/6')
+  saved_run.flip_bit(damaged / saved_run.largest_file(damaged))
+  read, output = exported()  # the newest intact one is the best
+  assert read == (4, [], [2]) and '--best' not in output.err

@@ -5,6 +5,7 @@ import os
 import pathlib
 import time
 import types
+from collections.abc import Sequence
 
 import pytest
 
@@ -15,17 +16,20 @@ from uni_moe_jax.train import manifest
 from uni_moe_jax.train.workdir import load_config, model_fingerprint
 
 
-def _run(folder: pathlib.Path, *steps: int, init: str = '', content: str = 'of a model', seed: int = 0) -> pathlib.Path:
-  """Writes the work directory of a run with checkpoints of one file."""
+def _run(folder: pathlib.Path, *steps: int, init: str = '', content: str = 'of a model', seed: int = 0,
+         losses: Sequence[float] = ()) -> pathlib.Path:
+  """Writes the work directory of a run with checkpoints of one file. losses: by step."""
   folder.mkdir(exist_ok=True)
+  train = {'init': init, 'best_metric': '' if init else 'loss/total'}
   (folder / 'config.json').write_text(
-      json.dumps({'uni_moe_jax': __version__, 'config': {'seed': seed, 'train': {'init': init}}}))
+      json.dumps({'uni_moe_jax': __version__, 'config': {'seed': seed, 'train': train}}))
+  metrics = {step: {'loss/total': loss} for step, loss in zip(steps, losses, strict=False)}
   for step in steps:
     checkpoint = folder / 'checkpoints' / str(step)
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / 'arrays').write_text(content)
     (checkpoint / '_CHECKPOINT_METADATA').write_text('{}')
-    manifest.write(checkpoint, checkpoint, {}, {}, {})
+    manifest.write(checkpoint, checkpoint, metrics.get(step, {}), {}, {})
     (checkpoint / 'commit_success.txt').write_text(f'Checkpoint commit was successful to {checkpoint}')
   return folder
 
@@ -34,9 +38,10 @@ def _run(folder: pathlib.Path, *steps: int, init: str = '', content: str = 'of a
 def _export(monkeypatch):
   """Starts the service with a stand-in for the export; returns the step that is served, and whether it exported.
 
-  reads: the step that the export reads. code: its exit code, which is returned. other: what another start exports.
+  reads: the step that the export reads. more: arguments. code: its exit code, which is returned. other: what another
+  start exports.
   """
-  def start(workdir, reads=None, code=0, init='', other=None):
+  def start(workdir, reads=None, *more, code=0, init='', other=None):
     exports, served = [], []
 
     def write(output, step, fingerprint):
@@ -48,6 +53,7 @@ def _export(monkeypatch):
     def run(command, **_):
       [output] = [pathlib.Path(a.removeprefix('--output=')) for a in command if a.startswith('--output=')]
       exports.append(output)
+      assert f'--best={"--best" in more}' in command
       write(output, reads, model_fingerprint(workdir, init, reads))
       if other is not None:
         digest = model_fingerprint(workdir, init, other)
@@ -59,7 +65,7 @@ def _export(monkeypatch):
       patch.setattr(exported.signals, 'start', run)
       patch.setattr(exported, 'make', lambda *given: served.append(make(*given)) or served[0])
       try:
-        started = in_process.run(processes.ROOT / 'launch/serve.py', f'--workdir={workdir}', '--export_only')
+        started = in_process.run(processes.ROOT / 'launch/serve.py', f'--workdir={workdir}', '--export_only', *more)
       except SystemExit as stopped:
         started = stopped.code
     assert started == code and not any(output.parent.exists() for output in exports)
@@ -100,6 +106,35 @@ def test_while_the_newest_checkpoint_is_damaged_the_one_before_it_is_exported_on
   assert export(_run(run, 5), 5) == (5, _EXPORTED) and export(run) == (5, _KEPT)
   (run / 'checkpoints/5/arrays').write_text('of a MODEL')  # it is not read where there is an export
   assert export(run) == (5, _KEPT)
+
+
+def test_the_best_checkpoint_is_exported_beside_the_newest(tmp_path, export):
+  run = _run(tmp_path / 'run', 3, 5, 7, losses=(2, 1, 3))
+  assert export(run, 7) == (7, _EXPORTED)
+  assert export(run, 5, '--best') == (5, _EXPORTED) and export(run, None, '--best') == (5, _KEPT)
+  assert export(run) == (7, _KEPT)
+  zero_shot = _run(tmp_path / 'zero_shot', init=str(_run(tmp_path / 'parent', 3, 5, losses=(1, 2))))
+  assert export(zero_shot, 3, '--best', init=str(tmp_path / 'parent')) == (3, _EXPORTED)
+  assert export(zero_shot, None, '--best') == (3, _KEPT)
+
+
+def test_instead_of_the_best_checkpoint_that_is_damaged_no_other_is_served(tmp_path, export):
+  run = _run(tmp_path / 'run', 3, losses=(2,))
+  assert export(run, 3, '--best') == (3, _EXPORTED)
+  _run(run, 5, 7, losses=(1, 3))
+  (run / 'checkpoints/5/arrays').write_text('of no model')
+  assert export(run, 5, '--best', code=1) == 1  # the export reports it
+
+
+def test_while_the_newest_checkpoint_is_the_best_and_damaged_the_best_before_it_is_exported_once(tmp_path, export):
+  run = _run(tmp_path / 'run', 3, 5, 7, losses=(2, 3, 1))
+  (run / 'checkpoints/7/arrays').write_text('of no model')
+  assert export(run, 3, '--best') == (3, _EXPORTED) and export(run, None, '--best') == (3, _KEPT)
+
+
+def test_an_exported_folder_has_no_best_checkpoint():
+  done = in_process.python('launch/serve.py', '--model=exported', '--best')
+  assert done.returncode == 2 and '--best is for --workdir=RUN' in done.stderr
 
 
 def test_an_export_that_was_killed_stops_no_other_and_is_removed_after_a_day(tmp_path, export):

@@ -133,7 +133,8 @@ def test_it_and_its_export_name_the_step_that_they_read_and_the_export_has_the_r
   assert in_process.run(ROOT / 'launch/evaluate.py', *arguments) == 0
   assert in_process.run(ROOT / 'launch/export.py', workdir_flag, output) == 0
   [(_, _, provenance, rows, *_)] = exports
-  assert provenance['step'] == 2 and f'{tmp_path / "out"}: step 2, ' in capfd.readouterr().out
+  printed = capfd.readouterr()
+  assert provenance['step'] == 2 and f'{tmp_path / "out"}: step 2, ' in printed.out and '--best' not in printed.err
   assert {(row['evaluator'], row['step']) for row in rows} == {('package', 2)}
   monkeypatch.setitem(sys.modules, 'torch', None)  # not installed, which is reported before the export
   monkeypatch.setattr(contents, 'make_contents', lambda *_, **_options: pytest.fail('it is exported'))

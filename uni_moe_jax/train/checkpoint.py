@@ -15,9 +15,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from uni_moe_jax.config.metric_names import lower_is_better
 from uni_moe_jax.parallel import array_sums, distributed, multihost
-from uni_moe_jax.train import manifest
+from uni_moe_jax.train import checkpoint_choice, manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_step, saved_steps, unfinished_folders, write_config
 from uni_moe_jax.utils import errors, files, heap, orbax_s3, storage
 from uni_moe_jax.utils.errors import RunError, UsageError
@@ -334,9 +333,7 @@ class Checkpoints:
 
   def _best_of(self, steps: Sequence[int]) -> int | None:
     """The step with the best value; of equal values the later one."""
-    name, sign = self._best_metric, 1 if lower_is_better(self._best_metric) else -1
-    known = [s for s in steps if name and name in self._metrics.get(s, {})]
-    return min(known, key=lambda s: (sign * self._metrics[s][name], -s), default=None)
+    return checkpoint_choice.best_of({s: self._metrics.get(s, {}) for s in steps}, self._best_metric)
 
   def _write_manifest(self) -> None:
     """Called by Orbax in its thread and one process, when all is written, before the step is named or committed."""

@@ -1,34 +1,55 @@
-"""Which checkpoint of a run is read. This module imports nothing slow."""
+"""Which checkpoint of a run is read: the newest, or the best. This module imports nothing slow."""
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import ml_collections
 
+from uni_moe_jax.config.metric_names import lower_is_better
 from uni_moe_jax.train import manifest
-from uni_moe_jax.train.workdir import CHECKPOINTS, saved_step, saved_steps
+from uni_moe_jax.train.workdir import CHECKPOINTS, load_config, saved_step, saved_steps
 from uni_moe_jax.utils import storage
 
 
-def newest_intact(
-    workdir: str | os.PathLike[str], config: ml_collections.ConfigDict) -> Iterator[tuple[int, str]]:
-  """Step and digest of a run's newest checkpoint and, only if it is damaged, of those before it.
+def best_of(metrics: Mapping[int, Mapping[str, float]], name: str) -> int | None:
+  """The step with the best value of a metric, of equal values the later one; None if no step has it."""
+  sign = 1 if lower_is_better(name) else -1
+  known = [step for step, values in metrics.items() if name and name in values]
+  return min(known, key=lambda step: (sign * metrics[step][name], -step), default=None)
 
-  Each is verified, which reads it, when the next one is requested.
+
+def best_step(workdir: str | os.PathLike[str], config: ml_collections.ConfigDict, newest: int) -> int | None:
+  """The step with the best `train.best_metric`, up to the newest intact one; None: none has it. See `intact`."""
+  folder, metric = _source(workdir, config)
+  return _best(folder, [step for step in saved_steps(folder.parent) if step <= newest], metric)
+
+
+def intact(workdir: str | os.PathLike[str], config: ml_collections.ConfigDict, best: bool) -> Iterator[tuple[int, str]]:
+  """Step and digest of a run's newest or best checkpoint and, only if the newest is damaged, of those before it.
+
+  The newest is verified, which reads it, when the next one is requested.
 
   Args:
     workdir, config: of the run; if it trains nothing, the checkpoints are those of the run in `train.init`.
+    best: whether that with the best `train.best_metric` is meant.
   """
-  folder = _folder(workdir, config)
-  for step in reversed(saved_steps(folder.parent)):
-    checkpoint = folder / str(step)
-    yield step, manifest.fingerprint(checkpoint)
-    if not (damage := manifest.damage(checkpoint)):
+  folder, metric = _source(workdir, config)
+  steps = saved_steps(folder.parent)
+  while steps and (step := _best(folder, steps, metric) if best else steps[-1]) is not None:
+    yield step, manifest.fingerprint(folder / str(step))
+    newest = folder / str(steps.pop())
+    if not (damage := manifest.damage(newest)):
       return
-    print(f'warning: {checkpoint} is damaged: {damage}.', file=sys.stderr, flush=True)
+    print(f'warning: {newest} is damaged: {damage}.', file=sys.stderr, flush=True)
 
 
-def _folder(workdir: str | os.PathLike[str], config: ml_collections.ConfigDict) -> storage.Path:
-  init = config.train.init
-  return storage.path(init if init and saved_step(workdir) is None else workdir) / CHECKPOINTS
+def _best(folder: storage.Path, steps: Collection[int], metric: str) -> int | None:
+  return best_of({step: manifest.metrics(folder / str(step)) for step in steps}, metric)
+
+
+def _source(workdir: str | os.PathLike[str], config: ml_collections.ConfigDict) -> tuple[storage.Path, str]:
+  """(folder of the checkpoints, metric of the best one) of a run."""
+  if config.train.init and saved_step(workdir) is None:
+    workdir, config = config.train.init, load_config(config.train.init)
+  return storage.path(workdir) / CHECKPOINTS, config.train.best_metric

@@ -143,8 +143,10 @@ def target_set_arrays(data: Data, plan: Plan) -> TargetSets:
   return {name: {'buckets': s.buckets, 'order': s.order} for name, s in sets}
 
 
-def find_step(config: ml_collections.ConfigDict, plan: Plan, checkpoints: Checkpoints, workdir: str, best: bool) -> int:
-  """The step of the parameters to evaluate; best: that with the best `train.best_metric` instead of the newest.
+def find_step(
+    config: ml_collections.ConfigDict, plan: Plan, checkpoints: Checkpoints, workdir: str | os.PathLike[str],
+    best: bool) -> int:
+  """The step of the parameters to read; best: that with the best `train.best_metric` instead of the newest.
 
   Of a plan without training, which is evaluated zero-shot, it is that of the run in `train.init`.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from uni_moe_jax.data.pipeline.templates import fill_template
 from uni_moe_jax.eval.batches import Fields
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.model.heads import normalize
+from uni_moe_jax.train import checkpoint_choice
 from uni_moe_jax.train import run as run_lib
 from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.train.checkpoint import Checkpoints
@@ -26,6 +28,23 @@ from uni_moe_jax.utils.suggest import nearest
 
 _NAMES = 'names'  # the target set of names that a caller gives
 _ROWS_AT_ONCE = 128  # that the model reads
+
+
+def read(workdir: str | os.PathLike[str], config: Any, best: bool) -> tuple[run_lib.Run, Any, int]:
+  """(run, parameters, step) of the newest checkpoint of a work directory, with a note if another one is the best.
+
+  Args:
+    workdir, config: of the run.
+    best: whether to read the checkpoint with the best `train.best_metric` instead.
+  """
+  with Checkpoints(workdir, None, config.train.best_metric) as checkpoints:
+    run = run_lib.build_to_read(config, workdir)
+    chosen = run_lib.find_step(config, run.plan, checkpoints, workdir, best) if best else None
+    params, step = run_lib.read_params(run, checkpoints, chosen)
+  if (better := checkpoint_choice.best_step(workdir, config, step)) not in (None, step):
+    print(f'note: this is the newest checkpoint, of step {step}; the best by config.train.best_metric is that of step '
+          f'{better}, which --best reads.', file=sys.stderr, flush=True)
+  return run, params, step
 
 
 class TrainedRun:
