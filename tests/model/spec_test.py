@@ -10,6 +10,7 @@ from uni_moe_jax import config
 from uni_moe_jax.config import schema
 from uni_moe_jax.model.spec import ModelSpec, Stack
 from uni_moe_jax.tasks import attributes, task_types
+from uni_moe_jax.utils.errors import UsageError
 
 _BOTH = ('attention', 'mlp')
 
@@ -23,6 +24,23 @@ def _chosen(spec: ModelSpec) -> list[int]:
     ('every_2', 4, [0, 2]), ('every_4', 9, [0, 4, 8]), ('none', 5, []), ((1, 4), 5, [1, 4]), ((), 5, [])])
 def test_placement_chooses_layers(placement, layers, expected):
   assert _chosen(small_model.spec(num_layers=layers, placement=placement)) == expected
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(posemb='sincos'), r"model\.posemb='sincos' is unknown; did you mean 'sincos2d'"),
+    (dict(sublayers=('mlp', 'atention')), r"moe\.sublayers='atention' is unknown"),
+    (dict(dtype='float16'), r"model\.dtype='float16' is unknown"),
+    (dict(variant='B16'), r"model\.variant='B16' is unknown"),
+    (dict(variant='B/16'), r"model\.variant='B/16' sets config\.model\.num_layers=3 to another value; leave it out"),
+    (dict(placement=(0, 3)), r'moe\.placement=\(0, 3\) has an index outside 0…2')])
+def test_a_value_that_nothing_would_read_is_an_error_as_of_configs(changes, message):
+  with pytest.raises(UsageError, match=message):
+    small_model.spec(**changes)
+
+
+def test_a_variant_sets_the_sizes():
+  large = ModelSpec(variant='L/16', vocab_size=9, spe_id=0)
+  assert (large.num_layers, large.width, large.num_heads, large.mlp_dim) == (24, 1024, 16, 4096)
 
 
 def test_only_the_named_sublayers_have_experts_and_none_of_a_dense_model():

@@ -145,6 +145,12 @@ class MoeConfig:
   z_loss_weight: float = field(0.0, 'Token routers: weight of the z-loss of gate logits.', at_least=0, off=0)
 
 
+def check_placement(placement: str | tuple[int, ...], num_layers: int) -> None:
+  """Raise UsageError for the index of a layer that a model does not have."""
+  fields.fail_if(isinstance(placement, tuple) and any(not 0 <= i < num_layers for i in placement),
+                 f'moe.placement={placement} has an index outside 0…{num_layers - 1}.')
+
+
 def layers_with_experts(placement: str | tuple[int, ...], num_layers: int) -> Sequence[int]:
   """Return the layers with experts. 'every_2' is indices 0, 2, 4, … as published."""
   if not isinstance(placement, str):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from uni_moe_jax.config.fields import check_choice, check_not_negative, check_pattern, fail_if, short
 from uni_moe_jax.config.metric_names import metric_names
-from uni_moe_jax.config.schema import FREEZE, Config
+from uni_moe_jax.config.schema import FREEZE, Config, check_placement
 from uni_moe_jax.config.task_schema import TaskConfig
 from uni_moe_jax.tasks.router_names import DENSE, DISPATCHED
 from uni_moe_jax.tasks.task_types import TaskType
@@ -65,7 +65,7 @@ def _check_model(c: Config) -> None:
 
 
 def _check_moe(c: Config) -> None:
-  moe, last = c.moe, c.model.num_layers - 1
+  moe = c.moe
   for name in TOKEN_ROUTER_FIELDS if moe.router not in DISPATCHED else ():
     fail_if(value := getattr(moe, name),
             f"moe.{name}={value} needs config.moe.router='token' or 'context'; {moe.router!r} routes no tokens. Set it "
@@ -74,8 +74,7 @@ def _check_moe(c: Config) -> None:
   fail_if(moe.experts_per_condition and not moe.top_k <= moe.experts_per_condition <= moe.num_experts,
           f'moe.experts_per_condition={moe.experts_per_condition} must be in config.moe.top_k={moe.top_k}…config.moe.'
           f'num_experts={moe.num_experts}, or 0 for all.')
-  fail_if(isinstance(moe.placement, tuple) and any(not 0 <= i <= last for i in moe.placement),
-          f'moe.placement={moe.placement} has an index outside 0…{last}.')
+  check_placement(moe.placement, c.model.num_layers)
 
 
 def _check_train(c: Config) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from uni_moe_jax.config.schema import Config, ModelConfig, MoeConfig, layers_with_experts
+from uni_moe_jax.config.fields import check_choice, fail_if
+from uni_moe_jax.config.schema import VARIANTS, Config, ModelConfig, MoeConfig, check_placement, layers_with_experts
 from uni_moe_jax.moe import products, routers
 from uni_moe_jax.tasks.attributes import Condition, to_string
 from uni_moe_jax.utils.errors import UsageError
@@ -43,6 +44,20 @@ class ModelSpec(ModelConfig, MoeConfig):
   kernels: tuple[tuple[Any, int], ...] = ()
 
   def __post_init__(self):
+    """Sets the sizes of `variant`. Raises UsageError for a value that nothing would read, as of configs."""
+    for section, cls in (('model', ModelConfig), ('moe', MoeConfig)):
+      for field in dataclasses.fields(cls):
+        value = getattr(self, field.name)
+        for x in value if isinstance(value, tuple) else (value,):
+          # Exports have backends of `gmm` that configs lack; `dispatch` checks them all.
+          if isinstance(x, str) and field.metadata['choices'] and field.name != 'gmm':
+            check_choice(f'{section}.{field.name}', x, field.metadata['choices'])
+    for name, size in VARIANTS.get(self.variant, {}).items():
+      fail_if((given := getattr(self, name)) not in (size, getattr(ModelConfig, name)),
+              f'model.variant={self.variant!r} sets config.model.{name}={given} to another value; leave it out, or set '
+              "config.model.variant=''.")
+      object.__setattr__(self, name, size)
+    check_placement(self.placement, self.num_layers)
     object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
 
   @classmethod
