@@ -88,4 +88,4 @@ def test_the_report_has_a_section_with_the_matrices_only_if_they_were_measured(c
     assert text in section, text
   assert section.count('signed matrix') == 3
   (tmp_path / interference_file.FILE).write_text('{"tasks": ["a"]}')
-  assert 'interference.json does not hold what this page expects' in html.write_report(tmp_path).read_text()
+  assert 'interference.json has unexpected content' in html.write_report(tmp_path).read_text()

@@ -104,7 +104,7 @@ def test_the_first_table_has_at_most_twelve_rows(workdir):
   (workdir / 'evaluation.json').write_text(json.dumps(rows))
   first, rest = re.search('id="evaluation">(.*?)<details>(.*?)</details>', _page(workdir)).groups()
   assert re.findall('<td class="">(e[0-9]+)</td>', first) == [f'e{i}' for i in range(12)]
-  assert '>All 14 metrics, with 2 more evaluators<' in rest and '>e13</td>' in rest
+  assert '>All 14 metrics, including 2 more evaluators<' in rest and '>e13</td>' in rest
 
 
 def test_there_is_a_panel_per_metric_with_its_strongest_baseline_as_a_dashed_line(page):
@@ -158,7 +158,7 @@ def test_a_broken_file_is_reported_and_costs_only_its_section(workdir, name, con
   if (name, content) == ('run.json', '{"x": {"y": 3}}'):
     return  # any object is a run's facts
   assert page.count('class="absent"') == 1
-  assert re.search(f'{name} (could not be read|does not hold what this page expects)', page)
+  assert re.search(f'{name} (could not be read|has unexpected content)', page)
 
 
 def test_a_line_cut_off_by_a_kill_is_counted_and_a_repeated_step_counts_once(workdir):
@@ -168,7 +168,7 @@ def test_a_line_cut_off_by_a_kill_is_counted_and_a_repeated_step_counts_once(wor
   content, bad = curves.read((workdir / 'metrics.jsonl').read_text())
   assert content['loss/total'] == ([1, 2, 3, 4, 5], [8., 7., 6., 40., 50.])
   assert bad == 1
-  assert 'Unreadable lines of metrics.jsonl that were skipped: 1' in _page(workdir)
+  assert 'Unreadable lines skipped in metrics.jsonl: 1' in _page(workdir)
 
 
 def test_losses_that_are_not_finite_do_not_break_the_page(tmp_path):
@@ -209,7 +209,7 @@ def test_curves_of_a_run_without_losses_are_refused_in_one_sentence(tmp_path):
   (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "grad_norm": 7.0}\n')
   done = _launch(f'--workdir={tmp_path}', f'--output={tmp_path}/curves.png')
   assert done.returncode == 2
-  assert 'no curve is named loss/… or accuracy/… or eval/…; there are grad_norm' in done.stderr
+  assert 'no curve is named loss/… or accuracy/… or eval/…; the run has grad_norm.' in done.stderr
 
 
 @pytest.mark.parametrize('arguments, message', [

@@ -18,7 +18,7 @@ def read(text: str) -> tuple[Curves, int]:
   """As `metric_curves.read`, but raises UsageError if no line contains a metric."""
   curves, bad = metric_curves.read(text)
   if not curves:
-    raise UsageError(f'no line of it contains a metric, {bad} are unreadable')
+    raise UsageError(f'no line contains a metric; unreadable lines: {bad}')
   return curves, bad
 
 
@@ -32,7 +32,7 @@ def draw(path: str | os.PathLike[str], curves: Curves, groups: Sequence[str], ti
   names = [name for group in groups for name in sorted(curves) if name.startswith(f'{group}/')]
   if not names:
     wanted = ' or '.join(f'{group}/…' for group in groups)
-    raise UsageError(f'no curve is named {wanted}; there are {", ".join(sorted(curves))}')
+    raise UsageError(f'no curve is named {wanted}; the run has {", ".join(sorted(curves))}.')
   rows = math.ceil(len(names) / _COLUMNS)
   sheet = figure.Figure(figsize=(_PANEL[0] * _COLUMNS, _PANEL[1] * rows + 0.4), layout='constrained')
   sheet.suptitle(title, fontsize=9)

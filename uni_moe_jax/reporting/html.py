@@ -24,8 +24,8 @@ from uni_moe_jax.utils.errors import MissingFileError, UsageError
 _OWN_PANELS = ('loss/total', 'learning_rate', 'grad_norm', 'steps_per_second', 'input_wait_share', 'images_per_second',
                'tokens_per_second', 'mfu')
 _GROUP_TITLES = {'run': 'The run', 'loss': 'Loss by task', 'accuracy': 'Accuracy by task',
-                 'eval': 'Evaluations along the way',
-                 'interference': 'Interference along the way: Δ of a step on the second task for the loss of the first'}
+                 'eval': 'Evaluations during training',
+                 'interference': "Interference during training: Δ of the first task's loss by a step on the second"}
 _VERDICTS = {metrics.BETTER: ('better', '▲'), metrics.LEVEL: ('level', '='), metrics.WORSE: ('worse', '▼')}
 _NOTE = '<p class="quiet">{}</p>'
 
@@ -82,14 +82,14 @@ def write_report(workdir: str | os.PathLike[str]) -> storage.Path:
   """
   workdir = storage.path(workdir)
   if not workdir.is_dir():
-    raise MissingFileError(f'workdir {os.fspath(workdir)!r} is not a folder: give the one that training or evaluation '
-                           'wrote to.')
-  evaluation = _Source(workdir / 'evaluation.json', 'written by an evaluation')
-  curves = _Source(workdir / 'metrics.jsonl', 'written by training', reporting_curves.read)
-  samples = _Source(workdir / 'samples.json', 'written by an evaluation')
-  experts = _Source(workdir / expert_usage_file.FILE, 'written for models that have experts')
-  run = _Source(workdir / 'run.json', 'written when training starts')
-  interference = _Source(workdir / interference_file.FILE, 'written by a measurement')
+    raise MissingFileError(f'workdir {os.fspath(workdir)!r} is not a folder; give the folder that training or '
+                           'evaluation wrote to.')
+  evaluation = _Source(workdir / 'evaluation.json', 'evaluation writes it')
+  curves = _Source(workdir / 'metrics.jsonl', 'training writes it', reporting_curves.read)
+  samples = _Source(workdir / 'samples.json', 'evaluation writes it')
+  experts = _Source(workdir / expert_usage_file.FILE, 'only models with experts have one')
+  run = _Source(workdir / 'run.json', 'training writes it at the start')
+  interference = _Source(workdir / interference_file.FILE, 'uni-moe interference writes it')
   references = evaluation.render(_strongest_baselines, otherwise={})
   sections = {
       'Evaluation': evaluation.render(_evaluation),
@@ -113,7 +113,7 @@ def write_report(workdir: str | os.PathLike[str]) -> storage.Path:
 
 def _read_json(text: str) -> Any:
   if not (content := json.loads(text)):
-    raise UsageError('it is empty')
+    raise UsageError('it has no content')
   return content
 
 
@@ -125,7 +125,7 @@ class _Source:
     try:
       self.content = read(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
-      self.absence, self.exists = f'There is no {self.name} in this workdir; it is {origin}.', False
+      self.absence, self.exists = f'There is no {self.name} in this workdir; {origin}.', False
     except ValueError as error:  # not JSON, not UTF-8
       self.absence = f'{self.name} could not be read ({error}).'
 
@@ -136,7 +136,7 @@ class _Source:
       try:
         return draw(self.content)
       except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        absence = f'{self.name} does not hold what this page expects ({type(error).__name__}: {error}).'
+        absence = f'{self.name} has unexpected content ({type(error).__name__}: {error}).'
     return f'<p class="absent">{escape(absence)}</p>' if otherwise is None else otherwise
 
 
@@ -170,7 +170,7 @@ def _evaluation(rows: Sequence[Mapping[str, Any]]) -> str:
   css = {'evaluator': '', 'metric': '', 'model': 'number', 'strongest baseline': '', 'verdict': 'mark'}
   lines, hidden = headline.first_lines(rows)
   main = [[*map(escape, line.cells[:-1]), f'<span class="{line.verdict}">{line.cells[-1]}</span>'] for line in lines]
-  more = f', with {hidden} more evaluators' if hidden else ''
+  more = f', including {hidden} more evaluators' if hidden else ''
   return f'{_table(css, main)}<details><summary>All {len(rows)} metrics{more}</summary>{_all_metrics(rows)}</details>'
 
 
@@ -179,10 +179,10 @@ def _all_metrics(rows: Sequence[Mapping[str, Any]]) -> str:
   columns = {'evaluator': '', 'metric': '', 'value ± s.e.': 'number', '': '', 'chance': 'mark', 'baselines': '',
              'examples': 'number', 'step': 'number'}
   return _NOTE.format(
-      'A baseline is the score of a simple predictor on the same examples, or on a part of them, with a wider margin. '
+      'A baseline is the score of a simple predictor on the same examples, or on some of them with a wider margin. '
       f'<span class="better">▲</span> the model is better by at least {margin} standard errors, '
       '<span class="level">=</span> closer than that, <span class="worse">▼</span> worse; without a standard error, '
-      'any difference counts. Each bar has its own scale; ticks are chance and baselines.'
+      'any difference counts. Each bar has its own scale; tick marks show chance and baselines.'
   ) + _table(columns, map(_score, rows), 'scores')
 
 
@@ -215,10 +215,10 @@ def _curves(curves: reporting_curves.Curves, bad_lines: int, references: Mapping
     return figures.line_panel(title, steps, values, metrics.format_number(values[-1]), detail, references.get(name),
                               smoothed=group != 'eval')
 
-  parts = [_NOTE.format('Against steps. The strong line averages a window that grows with the step; the faint one is '
+  parts = [_NOTE.format('By step. The bold line averages a window that grows with the step; the faint one shows '
                         'every point. Dashed: the strongest baseline.')]
   if bad_lines:
-    parts.append(f'<p class="absent">Unreadable lines of metrics.jsonl that were skipped: {bad_lines}.</p>')
+    parts.append(f'<p class="absent">Unreadable lines skipped in metrics.jsonl: {bad_lines}.</p>')
   groups = {group: [] for group in _GROUP_TITLES}
   groups['run'] += [name for name in _OWN_PANELS if name in curves]
   for name in sorted(set(curves) - set(_OWN_PANELS)):
@@ -257,14 +257,14 @@ def _card(card: Mapping[str, Any]) -> str:
 
 def _experts(experts: Mapping[str, Any]) -> str:
   coefficients = np.asarray(experts['coefficients'], np.float64)  # [L, router, A, E]
-  parts = [_NOTE.format('How much each condition uses each expert of a layer (no noise, exact routing); columns are '
-                        'experts, a fuller color is a larger share. Hover for numbers.')]
+  parts = [_NOTE.format('How much each condition uses each expert of a layer (no noise, exact routing). Columns are '
+                        'experts; a stronger color is a larger share. Hover for numbers.')]
   for index, router in enumerate(experts['sublayers']):
     figure = figures.heat_map(expert_usage_file.labels(experts), experts['layers'], coefficients[:, index])
     parts.append(f'<h3>{escape(router)} router</h3><div class="wide">{figure}</div>')
 
   effective = expert_usage_file.mean_effective(experts)
-  columns = {'condition': '', 'of': '', **{escape(router): 'number' for router in experts['sublayers']}}
+  columns = {'condition': '', 'used by': '', **{escape(router): 'number' for router in experts['sublayers']}}
   rows = [[escape(condition), escape(expert_usage_file.users(experts, a)) or '—',
            *(f'{number:.2f}' for number in effective[:, a])]
           for a, condition in enumerate(experts['conditions'])]
@@ -276,7 +276,7 @@ def _experts(experts: Mapping[str, Any]) -> str:
       f'layer {layer}: {overlap[i, j]:.2f}' for layer, overlap in zip(experts['layers'], by_layer))
             for j, b in enumerate(tasks)] for i, a in enumerate(tasks)]
   figure = figures.signed_map(tasks, experts['mean_task_overlap'], [True] * len(tasks), notes)
-  parts.append('<h3>Overlap of two tasks: 1 for the same usage, 0 without a common expert</h3>'
+  parts.append('<h3>Overlap of two tasks: 1 for equal usage, 0 without shared experts</h3>'
                f'<div class="wide">{figure}</div>')
   return ''.join(parts)
 
@@ -285,9 +285,9 @@ def _interference(content: Mapping[str, Any]) -> str:
   tasks = content['tasks']
   parts = [_NOTE.format(
       f'I(i, j) at {escape(content["checkpoint"])}, over <code>{escape(content["parameters"])}</code>, '
-      f'{int(content["num_batches"])} batches per task: what a short step on the task of the column takes from the '
-      'loss of the task of the row, relative to a step on the row’s own task. Below 0 it hurts. Hover for 95 % '
-      f'intervals and for the mean of ratios. {interference_file.NO_BASE_LEGEND}.')]
+      f'{int(content["num_batches"])} batches per task: how much a short step on the column’s task reduces the '
+      'loss of the row’s task, relative to a step on the row’s own task. Below 0, it hurts. Hover for 95 % '
+      f'intervals and the mean of ratios. {interference_file.NO_BASE_LEGEND}.')]
   for subset in content['subsets']:
     sure, short = interference_file.has_base(subset), interference_file.summary(subset)
     names = interference_file.labels(subset, tasks)
