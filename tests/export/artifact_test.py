@@ -246,7 +246,7 @@ def test_a_folder_that_lacks_a_file_is_refused(exported):
 def test_another_format_is_refused(exported, tmp_path):
   manifest = (exported[0] / 'manifest.json').read_text()
   (tmp_path / 'manifest.json').write_text(manifest.replace('"format": 3', '"format": 4'))
-  with pytest.raises(ValueError, match=r'has format 4, and this loader reads format 3: use the load\.py of that'):
+  with pytest.raises(ValueError, match=r'has format 4, but this loader reads format 3: use the load\.py of that'):
     shipped.module(exported[0]).Model(tmp_path)
 
 

@@ -241,7 +241,8 @@ def test_a_tokenizer_to_which_the_page_would_give_other_ids_is_refused(tmp_path,
   model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
   setattr(getattr(model, part), field, value)
   (tmp_path / 'x.model').write_bytes(model.SerializeToString())
-  with pytest.raises(UsageError, match=f'--browser: the tokenizer .*x.model has {message}.*, for which .*; use --onnx'):
+  problem = f'--browser: the tokenizer .*x.model has {message}.*, so the page .*; use --onnx'
+  with pytest.raises(UsageError, match=problem):
     artifact.prepare(['browser'], 'float32', _data(tmp_path / 'x.model'))
 
 
@@ -264,13 +265,13 @@ def test_the_runtime_is_fetched_once_and_has_the_digest_of_its_version(tmp_path,
   _npm(tmp_path, b'', monkeypatch, code=1)
   assert browser._archive() == archive
   archive.write_bytes(b'changed')
-  with pytest.raises(RunError, match='is not onnxruntime-web@.* as it was published: its digest is sha512-'):
+  with pytest.raises(RunError, match='differs from the published onnxruntime-web@.*: its digest is sha512-'):
     browser._archive()
 
 
 def test_an_npm_that_is_missing_or_fails_is_one_sentence(tmp_path, monkeypatch):
   _npm(tmp_path, b'another package', monkeypatch)
-  with pytest.raises(RunError, match='is not onnxruntime-web@'):
+  with pytest.raises(RunError, match='differs from the published onnxruntime-web@'):
     browser._archive()
   _npm(tmp_path, b'', monkeypatch, code=1)
   with pytest.raises(RunError, match='npm cannot fetch onnxruntime-web@.*: E404; check the network'):

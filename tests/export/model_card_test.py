@@ -53,7 +53,7 @@ _DENSE = small_model.spec('dense')
 _EVERY_2 = small_model.spec('attribute', placement='every_2')
 _MLP = small_model.spec('modality', sublayers=('mlp',))
 _CONTEXT = small_model.spec('context')
-_PROMISE = "captions may differ from those of training's evaluator; with `--dtype=float32` they equal those of the"
+_PROMISE = "captions may differ from the training evaluator's; with `--dtype=float32`, they equal the float32 trained"
 
 
 @pytest.mark.parametrize('trained, names, options, parts, absent', [
@@ -65,12 +65,12 @@ _PROMISE = "captions may differ from those of training's evaluator; with `--dtyp
       'A projection that had experts has 2 kernels; '], []),
     (_CONTEXT, ['image_classification'], dict(exported=_CONTEXT),
      ['Trained with router context, 4 experts, 2 per token, in all layers: attention and mlp. '
-      'Its router (context) is by token'], []),
+      'Its router (context) routes each token'], []),
     *((spec, ['image_classification'], {}, ['A dense model: it never had experts.'], ['merged', 'router'])
       for spec in (_DENSE, small_model.spec('attribute', placement='none'))),
     (_DENSE, ['image_caption'], {},
      ['pip install jax flatbuffers sentencepiece\n', 'is lowered for CPU, NVIDIA GPU and TPU; its outputs were '
-      'compared with those of the trained model on CPU only'], [_PROMISE]),
+      'compared with the trained model on CPU only'], [_PROMISE]),
     (_DENSE, ['image_caption'], dict(type='clip', file='tokenizer.txt.gz'),
      ['pip install jax flatbuffers\n', 'with the merges of `tokenizer.txt.gz` and end each with id 3.'], []),
     (small_model.spec('dense', dtype=np.dtype('bfloat16')), ['image_caption'], {}, [_PROMISE], []),
@@ -95,9 +95,9 @@ def test_metrics_are_those_of_the_exported_tasks():
   model = small_model.spec('dense'), 'image_caption'
   rows = [_row('captions'), _row('classes')]
   card = _card(*model, rows=rows, evaluators=[_evaluation('captions')])
-  assert "Of the trained model at this step, by training's evaluators:" in card
+  assert "The trained model's scores at this step, by the evaluators of training:" in card
   assert '| captions | exact_match | ' in card and 'classes' not in card and 'allows only' not in card
-  assert 'The run has no evaluator of these tasks.' in _card(*model, rows=rows)
+  assert 'The run has no evaluator for these tasks.' in _card(*model, rows=rows)
   assert 'This step was not evaluated.' in _card(*model, evaluators=[_evaluation('captions')])
 
 
@@ -121,9 +121,9 @@ def test_differences_from_the_evaluators_protocol_are_reported():
       _evaluation('wide', beam_size=4, length_penalty=1.0), _evaluation('short', max_len=3),
       _evaluation('best', rerank_by='pair')])
   assert '`named` allows only captions that are texts of set `names`; these programs allow any words.' in card
-  assert ('`wide` searches captions with beam size 4 and length penalty 1.0; `caption` of `my_image_caption` with beam '
-          'size 1 and length penalty 0.0.') in card
-  assert '`short` stops captions after 3 tokens; `caption` of `my_image_caption` after ' in card
+  assert ('`wide` searches captions with beam size 4 and length penalty 1.0; `caption` of `my_image_caption`, with '
+          'beam size 1 and length penalty 0.0.') in card
+  assert '`short` stops captions after 3 tokens; `caption` of `my_image_caption`, after ' in card
   assert '`best` reranks captions by task `pair`; these programs do not.' in card
   assert '`open`' not in card and card.count('`named`') == card.count('`wide`') == 1
   published = [_evaluation('split', detokenize=False)]
@@ -133,7 +133,7 @@ def test_differences_from_the_evaluators_protocol_are_reported():
   card = _card(trained, videos, rows=[_row('videos'), _row('once')], evaluators=[
       _evaluation('videos', videos, type='classification', num_views=4, num_crops=3),
       _evaluation('once', videos, type='classification')])
-  assert '`videos` averages the probabilities of 4 views × 3 crops of a video; `classify` takes one.' in card
+  assert '`videos` averages the probabilities of 4 views × 3 crops of a video; `classify` uses one.' in card
   assert '`once`' not in card
   fast = small_model.spec('dense', dtype=np.dtype('bfloat16'))
   assert 'with products in bfloat16 (here float32, so answers may differ)' in _card(
@@ -153,4 +153,4 @@ def test_weights_are_listed_by_part_the_heaviest_first():
   sizes = {'programs/a': 2_000_000, 'programs/b': 1_500_000, 'params.safetensors': 6_000_000, 'load.py': 9_000,
            'texts.py': 11_000}
   weights = model_card.weights({name: ('', size) for name, size in sizes.items()})
-  assert weights == 'params.safetensors 6.00 MB, programs 3.50 MB, others 0.02 MB, together 9.52 MB'
+  assert weights == 'params.safetensors 6.00 MB, programs 3.50 MB, others 0.02 MB, total 9.52 MB'

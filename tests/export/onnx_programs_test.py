@@ -133,7 +133,7 @@ def test_captions_that_are_searched_on_the_host_equal_the_program(monkeypatch):
 
 
 def test_other_types_of_products_are_reported_before_anything_is_converted():
-  with pytest.raises(ValueError, match=r'--onnx needs products in float32, and this export has bfloat16: .*float32\.'):
+  with pytest.raises(ValueError, match=r'--onnx needs products in float32, but this export has bfloat16, .*float32\.'):
     onnx_programs.check_dtype(jnp.dtype('bfloat16'))
 
 

@@ -29,7 +29,7 @@ def test_routers_by_token_are_exported_and_products_can_be_bfloat16(tmp_path, ro
   assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves(exported.params))  # on any device they can be read
   artifact.write(tmp_path / 'model', exported, {'name': 'mine', 'jax': 'any'}, [])
   card = (tmp_path / 'model/README.md').read_text()
-  assert (f'Its router ({router}) is by token' in card) == (router != 'attribute')
+  assert (f'Its router ({router}) routes each token' in card) == (router != 'attribute')
   assert f'products in {dtype}' in card and 'was not evaluated' in card
 
   model = shipped.module(tmp_path / 'model').Model(tmp_path / 'model')

@@ -50,7 +50,7 @@ def test_task_types_of_one_published_group_share_a_scale():
 @pytest.mark.parametrize('chosen, message', [
     ([_task('text_mlm'), _task('text_classification')],
      r"'text_mlm' \(1/τ = 2.718\) and 'text_classification' \(7.389\) would both be 'text_mlm'.*--tasks"),
-    ([_task('mine')], r"no temperature group for config.tasks.a_mine.type='mine'; it has those of image_.*--tasks")])
+    ([_task('mine')], r"no temperature group for config.tasks.a_mine.type='mine'; it has groups for image_.*--tasks")])
 def test_groups_without_a_published_equivalent_are_refused(chosen, message):
   with pytest.raises(LayoutError, match=message):
     _scales(chosen, {'text_mlm': 1.0, 'text_classification': 2.0, 'mine': 3.0})
@@ -69,6 +69,6 @@ def test_frame_differences_are_dropped_without_video_tasks():
   jax.tree.map(np.testing.assert_array_equal, *(
       torch_dense.state(s, small_model.params(s), [images]) for s in (spec, plain)))
   videos = ExportedTask(_task('video_classification', 'downstream'), num_frames=3)
-  with pytest.raises(LayoutError, match="and the inputs of task 'a_video_classification' are videos; .*--tasks"):
+  with pytest.raises(LayoutError, match="but task 'a_video_classification' reads videos; .*--tasks"):
     torch_dense.state(spec, small_model.params(spec), [images, videos])
   assert torch_dense.state(plain, small_model.params(plain), [images, videos])

@@ -107,13 +107,13 @@ _KEY = 'fused_encoder.layers.2.linear1.experts.deepspeed_experts.1.weight'
 
 
 @pytest.mark.parametrize('key, value, message', [
-    (_KEY, None, f'the checkpoint lacks {_KEY}: the model is attribute, 3 layers, 4 experts'),
+    (_KEY, None, f'the checkpoint lacks {_KEY}: the model has router attribute, 3 layers, 4 experts'),
     ('head.weight', np.zeros(3), 'it has head.weight, which the model does not have'),
-    (_KEY, np.zeros((25, 16)), f'{_KEY} has shape (25, 16), the model needs (24, 16): set config.model.mlp_dim'),
-    ('token_embed.embeddings.weight', np.zeros((9, 16)), 'another vocabulary (config.tokenizer)'),
+    (_KEY, np.zeros((25, 16)), f'{_KEY} has shape (25, 16), but the model needs (24, 16): set config.model.mlp_dim'),
+    ('token_embed.embeddings.weight', np.zeros((9, 16)), 'a different vocabulary (config.tokenizer)'),
     ('token_embed.embeddings.weight', np.zeros((23, 8)), 'the model needs (23, 16): set config.model.width'),
     ('fused_encoder.layers.0.self_attn.dense.experts.deepspeed_experts.0.weight', np.zeros((32, 8)),
-     'has shape (32, 8), the model needs (16, 16)'),  # the same size but another shape
+     'has shape (32, 8), but the model needs (16, 16)'),  # the same size but another shape
     ('video_embed.embeddings.weight', np.zeros((16, 4, 2, 2)), 'the model needs (16, 1, 4, 4)'),
     (_KEY, np.full((24, 16), np.nan), f'{_KEY} has values that are not finite'),
     ('fused_encoder.layers.9.linear2.gate.wg.weight', np.zeros((4, 16)), 'layers.9.linear2.gate.wg.weight, which'),

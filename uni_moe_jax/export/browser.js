@@ -97,7 +97,7 @@ globalThis.backend = (() => {
   }
   const tokenizer = once(async () => {
     const entry = (await named()).tokenizer;
-    if (entry.type !== 'sentencepiece') throw new Error('This page cannot read texts in the vocabulary of CLIP; choose a task without texts.');
+    if (entry.type !== 'sentencepiece') throw new Error(`This page cannot tokenize texts with CLIP's vocabulary; choose a task without texts.`);
     return tokenizerOf(await bytes(entry.file));
   });
   const clipPieces = once(async () => JSON.parse(new TextDecoder().decode(await bytes((await named()).tokenizer.pieces))));
@@ -121,7 +121,7 @@ globalThis.backend = (() => {
     ...(position && {position: {dims: [1, position.length], data: Int32Array.from(position)}})});
   async function tokens(text, length) {
     const row = [...(await tokenizer()).encode(text), (await named()).tokenizer.eot];
-    if (row.length > length) throw new Error(`“${text.slice(0, 40)}” has ${row.length} tokens with the end, and the model reads at most ${length}; shorten it.`);
+    if (row.length > length) throw new Error(`“${text.slice(0, 40)}” has ${row.length} tokens with the end token, but the model reads at most ${length}; shorten it.`);
     return rowOf(row);
   }
   async function filled(entry, texts) {  // a template, truncated as in training
@@ -144,7 +144,7 @@ globalThis.backend = (() => {
       if (i) { position.push(row.length); row.push(spe); }
       row.push(...encode(part));
     });
-    if (row.push(eot) > entry.max_len) throw new Error(`The text has ${row.length} tokens, and the model reads at most ${entry.max_len}; shorten it.`);
+    if (row.push(eot) > entry.max_len) throw new Error(`The text has ${row.length} tokens, but the model reads at most ${entry.max_len}; shorten it.`);
     return rowOf(row, position);
   }
 
@@ -280,7 +280,7 @@ globalThis.backend = (() => {
   }
   async function inputsOf(body) {
     const entry = (await named()).tasks[body.task];
-    if (body.video) throw new Error('This page reads no video files; choose an example, or use the service.');
+    if (body.video) throw new Error('This page cannot read video files; choose an example or use the service.');
     const inputs = entry.template_parts.length && entry.readout !== 'masked' ? await filled(entry, body.texts) : {};
     if (body.image) inputs.pixels = await imagePixels(body.image, entry);
     if (body.example !== undefined) inputs.pixels = (await examples()).list[body.example].pixels;

@@ -47,7 +47,7 @@ def check_tokenizer(tokenizer: Tokenizer, file: pathlib.Path) -> None:
       'remove_extra_whitespaces=false': not normalizer.remove_extra_whitespaces,
       'escape_whitespaces=false': not normalizer.escape_whitespaces}
   if settings := [name for name, is_set in others.items() if is_set]:
-    raise UsageError(f'--browser: the tokenizer {file} has {", ".join(settings)}, for which the page would give other '
+    raise UsageError(f'--browser: the tokenizer {file} has {", ".join(settings)}, so the page would give other '
                      'tokens; use --onnx or uni-moe serve, or train with a tokenizer of this package.')
 
 
@@ -86,13 +86,13 @@ def _archive() -> pathlib.Path:
   cached = pathlib.Path(os.path.expanduser('~/.cache/uni_moe_jax')) / f'{_RUNTIME}.tgz'
   if not cached.exists():
     if shutil.which('npm') is None:
-      raise UsageError('--browser needs npm to fetch onnxruntime-web, and npm is not installed; install Node.js.')
+      raise UsageError('--browser needs npm to fetch onnxruntime-web, but npm is not installed; install Node.js.')
     cached.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached.parent) as temporary:
       done = subprocess.run(['npm', 'pack', '--silent', _RUNTIME], cwd=temporary, capture_output=True, text=True)
       if done.returncode:
-        raise RunError(f'npm cannot fetch {_RUNTIME}: {done.stderr.strip()[-200:]}; check the network and the registry '
-                       'of npm, and start the command again.')
+        raise RunError(f'npm cannot fetch {_RUNTIME}: {done.stderr.strip()[-200:]}; check the network and the npm '
+                       'registry, and run the command again.')
       [fetched] = pathlib.Path(temporary).glob('*.tgz')
       _check(fetched)
       fetched.replace(cached)
@@ -103,5 +103,5 @@ def _archive() -> pathlib.Path:
 def _check(archive: pathlib.Path) -> None:
   digest = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
   if f'sha512-{digest}' != _INTEGRITY:
-    raise RunError(f'{archive} is not {_RUNTIME} as it was published: its digest is sha512-{digest}; delete it, check '
-                   'the registry of npm, and start the command again.')
+    raise RunError(f'{archive} differs from the published {_RUNTIME}: its digest is sha512-{digest}; delete it, check '
+                   'the npm registry, and run the command again.')

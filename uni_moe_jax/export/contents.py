@@ -55,7 +55,7 @@ class Contents:
     elif self.spec.router == routers.DENSE:
       model = 'a dense model'
     else:
-      model = f'with its {self.spec.router} router and its experts'
+      model = f'with its {self.spec.router} router and experts'
     return f'{model}, {sum(np.size(x) for x in jax.tree.leaves(self.params)):,} parameters, {len(self.tasks)} tasks'
 
 

@@ -61,7 +61,7 @@ class Model:
     self.folder = pathlib.Path(folder)
     match = re.match(rb'\{\s*"format": (\d+)', (self.folder / 'manifest.json').read_bytes())
     if match and int(match[1]) != FORMAT:
-      raise ValueError(f'{self.folder} has format {int(match[1])}, and this loader reads format {FORMAT}: use the '
+      raise ValueError(f'{self.folder} has format {int(match[1])}, but this loader reads format {FORMAT}: use the '
                        'load.py of that folder, or export the model again.')
     self.manifest = verify(self.folder)
     self._programs = {}

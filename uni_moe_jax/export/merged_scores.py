@@ -41,7 +41,7 @@ def evaluate(
   difference, metric = largest_difference(
       suite.evaluate(plan, data, predictor, rows[0]['step'], folder / FOLDER), rows)
   files.write_json(folder / suite.MERGED_FILE, {'largest_difference': difference, 'metric': metric})
-  return f'merged: no score differs by more than {difference:.1g}, that of {metric}'
+  return f'merged: the largest difference of a score is {difference:.1g}, in {metric}'
 
 
 def largest_difference(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> tuple[float, str]:

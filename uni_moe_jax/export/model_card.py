@@ -16,28 +16,28 @@ _PIPELINES = {
 
 _EXPERTS = {
     'never': 'A dense model: it never had experts.',
-    'dense': 'Its experts are merged permanently: the result is a plain dense model without routers and experts.',
-    'kernels': 'Its experts are merged permanently: it has no routers and no experts. A projection that had experts '
+    'dense': 'Its experts are merged permanently: the result is a plain dense model without routers or experts.',
+    'kernels': 'Its experts are merged permanently: it has no routers or experts. A projection that had experts '
                'has {num_experts} kernels; conditions with equal routing coefficients share one. The programs fix '
-               'which kernel a condition uses ("conditions" below).',
-    'router': 'Its router ({router}) is by token, so its experts cannot be merged: **router and experts are part of '
-              'these programs**, and a token costs as much as in training.',
+               'which kernel a condition uses (see "conditions" below).',
+    'router': 'Its router ({router}) routes each token, so its experts cannot be merged: **these programs contain the '
+              'router and the experts**, and a token costs as much as in training.',
 }
 
 # What a file that is not always there is for.
 _ADDED = {
-    'config.json': ' `config.json`, the tokenizer and `checkpoints/` (parameters with all experts) are a run from '
-                   "which another one starts: `config.train.init` is this folder's address.",
-    'saved_model/saved_model.pb': ' `saved_model/` is for TensorFlow and its Serving: signatures TASK.PROGRAM.',
+    'config.json': ' `config.json`, the tokenizer and `checkpoints/` (parameters with all experts) are a run that '
+                   "another run can start from: set `config.train.init` to this folder's address.",
+    'saved_model/saved_model.pb': ' `saved_model/` is for TensorFlow and TensorFlow Serving (signatures TASK.PROGRAM).',
     'onnx_model.py': ' `onnx_model.py` runs the ONNX models, which read `params.safetensors` beside them.',
     'index.html': ' `index.html` runs them in a browser; any static web server can serve this folder.'}
-_CLIP = (' `texts.py` decodes captions and does not tokenize: tokenize your texts with the merges of `{file}` and end '
+_CLIP = (' `texts.py` decodes captions but does not tokenize: tokenize your texts with the merges of `{file}` and end '
          'each with id {eot}.')
 _PRODUCTS = {
     'float32': 'Matrix products are full float32 on every platform; an export with `--dtype=bfloat16` is faster.',
-    'bfloat16': 'Matrix products of layers are bfloat16, all others full float32 on every platform. If two words '
-                "are nearly equally likely, captions may differ from those of training's evaluator; with "
-                '`--dtype=float32` they equal those of the trained model in float32, token for token.',
+    'bfloat16': 'Matrix products of layers are bfloat16; all others are full float32 on every platform. If two words '
+                "are almost equally likely, captions may differ from the training evaluator's; with "
+                "`--dtype=float32`, they equal the float32 trained model's, token for token.",
 }
 
 
@@ -54,10 +54,10 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
       f'    pip install jax flatbuffers{" sentencepiece" * (tokenizer["type"] == "sentencepiece")}',
       '    python example.py',
       '',
-      '`load.py` loads and runs the model, `texts.py` tokenizes and detokenizes; their first lines show how to use '
+      '`load.py` loads and runs the model; `texts.py` tokenizes and detokenizes. Their first lines show how to use '
       'them. `load.py` verifies every other file of this folder against `SHA256SUMS`. Each program takes any batch '
-      'size and is lowered for CPU, NVIDIA GPU and TPU; its outputs were compared with those of the trained model on '
-      f'CPU only. JAX supports a serialized program for at least six months; these are by JAX {origin["jax"]}. '
+      'size and is lowered for CPU, NVIDIA GPU and TPU; its outputs were compared with the trained model on '
+      f'CPU only. JAX supports serialized programs for at least six months; JAX {origin["jax"]} wrote these. '
       + _PRODUCTS[model['dtype']],
       '',
       '## Architecture',
@@ -85,12 +85,12 @@ def card(manifest: dict[str, Any], evaluation: list[dict[str, Any]], sums: dict[
       *[f'* {key}: {value}' for key, value in origin.items() if not isinstance(value, dict)],
       *[f'* {key}: ' + ', '.join(f'{k} {v}' for k, v in value.items())
         for key, value in origin.items() if isinstance(value, dict) and key != 'config'],
-      '* config: in `manifest.json`',
+      '* config: see `manifest.json`',
       '',
       '## Files',
       '',
-      '`params.safetensors` (for the programs) and `orbax/` (for JAX code) contain the same parameters, '
-      '`target_sets.safetensors` the normalized features of the target sets.'
+      '`params.safetensors` (for the programs) and `orbax/` (for JAX code) contain the same parameters; '
+      '`target_sets.safetensors` contains the normalized features of the target sets.'
       + ''.join(text for file, text in _ADDED.items() if file in sums),
       '',
       f'Weights: {weights(sums)}.',
@@ -113,7 +113,7 @@ def weights(sums: dict[str, tuple[str, int]]) -> str:
     parts[name.partition('/')[0]] += size
   total = parts.total()
   large = {name: size for name, size in parts.most_common() if 100 * size >= total}
-  rows = {**large, 'others': total - sum(large.values()), 'together': total}
+  rows = {**large, 'others': total - sum(large.values()), 'total': total}
   return ', '.join(f'{name} {size / 1e6:.2f} MB' for name, size in rows.items() if size)
 
 
@@ -144,16 +144,16 @@ def _metrics(manifest: dict[str, Any], evaluation: list[dict[str, Any]]) -> list
     return ['This step was not evaluated.']
   rows = [row for row in evaluation if row['evaluator'] in manifest['evaluators']]
   if not rows:
-    return ['The run has no evaluator of these tasks.']
+    return ['The run has no evaluator for these tasks.']
   then, now = manifest['trained']['dtype'], manifest['model']['dtype']
   other = '' if then == now else f' with products in {then} (here {now}, so answers may differ)'
   remarks = [remark for name, e in manifest['evaluators'].items()
              for remark in _protocol_remarks(name, e, manifest['tasks'][e['task']], manifest['tokenizer'])]
-  return [f"Of the trained model at this step{other}, by training's evaluators:", '',
+  return [f"The trained model's scores at this step{other}, by the evaluators of training:", '',
           '| evaluator | metric | value | ± s.e. | examples | chance | baselines |', '| --- ' * 7 + '|',
           *map(_metric, rows), '',
-          f'+ better than it by at least {metrics.SIGNIFICANT:.0f} standard errors, = level, - worse; without a '
-          'standard error: better, equal, worse.', *(['', *remarks] if remarks else [])]
+          f'+: the model is better by at least {metrics.SIGNIFICANT:.0f} standard errors, =: closer than that, -: '
+          'worse; without a standard error, any difference counts.', *(['', *remarks] if remarks else [])]
 
 
 def _metric(row: dict[str, Any]) -> str:
@@ -178,17 +178,17 @@ def _protocol_remarks(name: str, evaluator: dict[str, Any], task: dict[str, Any]
   evaluated, exported = (
       f'beam size {p["beam_size"]} and length penalty {p["length_penalty"]}' for p in (evaluator, task))
   if evaluator['type'] == 'caption' and evaluated != exported:
-    remarks.append(f'`{name}` searches captions with {evaluated}; `caption` of `{evaluator["task"]}` with {exported}.')
+    remarks.append(f'`{name}` searches captions with {evaluated}; `caption` of `{evaluator["task"]}`, with {exported}.')
   if evaluator['rerank_by']:
     remarks.append(f'`{name}` reranks captions by task `{evaluator["rerank_by"]}`; these programs do not.')
   if evaluator['type'] == 'caption' and tokenizer['type'] == 'clip' and not evaluator['detokenize']:
     remarks.append(f"`{name}` leaves words as the vocabulary splits them (\"dog 's\"); `texts.py` joins them.")
   if evaluator['max_len'] not in (0, task['max_len']):
-    remarks.append(f'`{name}` stops captions after {evaluator["max_len"]} tokens; `caption` of `{evaluator["task"]}` '
+    remarks.append(f'`{name}` stops captions after {evaluator["max_len"]} tokens; `caption` of `{evaluator["task"]}`, '
                    f'after {task["max_len"]}.')
   if evaluator['num_views'] * evaluator['num_crops'] > 1:
     remarks.append(f'`{name}` averages the probabilities of {evaluator["num_views"]} views × {evaluator["num_crops"]} '
-                   'crops of a video; `classify` takes one.')
+                   'crops of a video; `classify` uses one.')
   return remarks
 
 
@@ -204,7 +204,7 @@ def _task(name: str, task: dict[str, Any], target_sets: dict[str, Any]) -> list[
     shown = ', '.join(texts[:_MOST_SHOWN]) + (', …' if len(texts) > _MOST_SHOWN else '')
     lines.append(f'* answers: target set `{task["target_set"]}`, {size} entries' + (f': {shown}' if texts else ''))
   if task['template']:
-    lines.append(f'* template of its texts: `{task["template"]}`; `position` is the index of `<spe>`')
+    lines.append(f'* text template: `{task["template"]}`; `position` is the index of `<spe>`')
   if task['max_len']:
     lines.append(f'* text tokens in training: {task["max_len"]}')
   lines += [f'* `{program}`: {", ".join(f"{k} {v}" for k, v in p["inputs"].items())}'

@@ -31,7 +31,7 @@ _OPSET = 21
 _BATCHES = 1, 3
 _TOLERANCE = 1e-5  # of the largest output
 # A search is a loop whose state has a symbolic batch, of which jax2onnx has none.
-_NOT_CONVERTED = {'caption': 'jax2onnx has no loop over a symbolic batch; search with prefill and step'}
+_NOT_CONVERTED = {'caption': 'jax2onnx does not support loops over a symbolic batch; search with prefill and step'}
 _SIZES = {'s': 4, 'm': 2, 'v': 5, 'c': 5}  # of inputs to compare outputs
 
 Files = dict[str, dict[str, dict[str, Any]]]
@@ -64,7 +64,7 @@ def write(
     job = pathlib.Path(name, 'job')
     job.write_bytes(pickle.dumps((dataclasses.replace(spec, gmm=gmm.EVERY_EXPERT), tasks, files, spe, eot, cases)))
     if code := environments.run(python(), __spec__.name, str(folder), str(job)):
-      raise RunError(f'the conversion to ONNX ended with code {code}, see above; nothing was exported.')
+      raise RunError(f'the conversion to ONNX ended with exit code {code} (see above); nothing was exported.')
     converted = json.loads(job.with_suffix('.json').read_text())
     if all('reason' in entry for entries in converted.values() for entry in entries.values()):
       raise RunError('no program could be converted to ONNX, for the reasons above; nothing was exported.')
@@ -96,8 +96,8 @@ def _cases(program: Program, folder: pathlib.Path, file: str, vocab_size: int) -
 def check_dtype(dtype: Any) -> None:
   """Raises UsageError for products that onnxruntime has not on CPUs."""
   if np.dtype(dtype) != np.float32:
-    raise UsageError(f'--onnx needs products in float32, and this export has {np.dtype(dtype).name}: onnxruntime has '
-                     'no others on CPUs; add --dtype=float32.')
+    raise UsageError(f'--onnx needs products in float32, but this export has {np.dtype(dtype).name}, which onnxruntime '
+                     'does not support on CPUs; add --dtype=float32.')
 
 
 def python() -> str:
@@ -138,7 +138,7 @@ def _try(folder: pathlib.Path, program: Program, params: dict[str, np.ndarray], 
     return {'reason': f'{type(e).__name__}: {str(e).strip().partition(chr(10))[0][:200]}'}
   if not difference <= _TOLERANCE:
     (folder / file).unlink()
-    return {'reason': f'its outputs differ by {difference:.1e} of the largest'}
+    return {'reason': f'its outputs differ by {difference:.1e} of the largest value'}
   return {'file': file, 'inputs': inputs, 'outputs': outputs, 'difference': difference}
 
 

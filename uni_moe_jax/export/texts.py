@@ -34,7 +34,7 @@ class Texts:
   def tokenizer(self):
     """The SentencePiece processor."""
     if self._entry['type'] != 'sentencepiece':
-      raise ValueError("this model uses CLIP's vocabulary, and this file does not tokenize with it: tokenize your "
+      raise ValueError("this model uses CLIP's vocabulary, which this file cannot tokenize with: tokenize your "
                        f'texts with the merges of {self._entry["file"]} and end each with id {self._entry["eot"]}.')
     import sentencepiece
     return sentencepiece.SentencePieceProcessor(model_file=str(self._model.folder / self._entry['file']))

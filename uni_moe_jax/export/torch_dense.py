@@ -30,13 +30,13 @@ def state(spec: ModelSpec, params: Any, tasks: Sequence[ExportedTask]) -> dict[s
       inputs = ', '.join(router_input_name(condition) for condition, _ in spec.kernels)
       contents = f'{len(spec.kernels)} conditions ({inputs})'
     raise LayoutError(
-        f'--torch: the published dense layout has one kernel per projection, and this export has {contents}; choose '
+        f'--torch: the published dense layout has one kernel per projection, but this export has {contents}; choose '
         'tasks of one condition with --tasks and add --bake_targets. `uni-moe convert --output` writes the layout '
         'with experts.')
   of_videos = [e.task.name for e in tasks if e.num_frames > 1]
   if spec.frame_differences and of_videos:
-    raise LayoutError('--torch: the published layout does not support config.model.frame_differences, and the inputs '
-                      f'of task {of_videos[0]!r} are videos; choose tasks of images with --tasks.')
+    raise LayoutError('--torch: the published layout does not support config.model.frame_differences, but task '
+                      f'{of_videos[0]!r} reads videos; choose image tasks with --tasks.')
   groups = _groups(spec, params, [e.task for e in tasks])
   renamed = params | {LOG_SCALE + published: params[LOG_SCALE + own] for published, own in groups.items()}
   plain = dataclasses.replace(spec, temperature_groups=tuple(groups), frame_differences=False)
@@ -53,7 +53,7 @@ def _groups(spec: ModelSpec, params: Any, tasks: Sequence[TaskSpec]) -> dict[str
     published = own if own in PUBLISHED_TEMPERATURES else PUBLISHED_GROUPS.get(task.type.name)
     if published is None:
       raise LayoutError(f'--torch: the published layout has no temperature group for config.tasks.{task.name}.type='
-                        f'{task.type.name!r}; it has those of {", ".join(PUBLISHED_GROUPS)}. Leave the task out with '
+                        f'{task.type.name!r}; it has groups for {", ".join(PUBLISHED_GROUPS)}. Leave the task out with '
                         '--tasks.')
     other = groups.setdefault(published, own)
     scales = [float(np.exp(params[LOG_SCALE + name])) for name in (other, own)]

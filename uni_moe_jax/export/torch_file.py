@@ -110,7 +110,7 @@ def _load(path: pathlib.Path) -> Any:
     refused = _refused(path, str(e))
     if not refused:
       raise _damaged(path, e) from None
-    raise LayoutError(f'{path} needs {", ".join(refused)}, which could execute code: refused, and nothing was '
+    raise LayoutError(f'{path} needs {", ".join(refused)}, which could execute code: refused; nothing was '
                       'executed. Save only the state dict: torch.save({"model": model.state_dict()}, FILE).') from None
   except Exception as e:  # pylint: disable=broad-except; a damaged file can raise anything
     raise _damaged(path, e) from None
@@ -169,7 +169,7 @@ def _renamed(arrays: dict[str, np.ndarray], keep_visual_type: bool) -> tuple[dic
     if name != key:
       remarks[key] = f'older name of {name}'
     if name in out:
-      raise LayoutError(f'{key} and another key are both {name}.')
+      raise LayoutError(f'{key} and another key both map to {name}.')
     out[name] = value.reshape(-1) if name.endswith(('.gamma_1', '.gamma_2')) else value  # [1, 1, D] there
   if not keep_visual_type and {PATCH_BIAS, VISUAL_TYPE} <= set(out):
     out[PATCH_BIAS] = out[PATCH_BIAS] + out.pop(VISUAL_TYPE)[0]

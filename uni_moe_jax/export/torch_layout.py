@@ -224,7 +224,7 @@ def from_torch(state: State, spec: ModelSpec) -> tuple[Any, Report]:
     value = _resized(value, e, torch_shape, spec, report)
     # Check before the transform: a reshape would accept other shapes of the same size.
     if value.shape != torch_shape:
-      raise LayoutError(f'{e.key} has shape {value.shape}, the model needs {torch_shape}: '
+      raise LayoutError(f'{e.key} has shape {value.shape}, but the model needs {torch_shape}: '
                         f'{_size_fix(e.key, value.shape, torch_shape)}.')
     leaves[e.path][e.index] = e.transform.to_jax(value, spec)
     report.consumed[e.key] = e.path
@@ -281,7 +281,7 @@ def _has_fixed_positions(table: np.ndarray, spec: ModelSpec) -> bool:
   if (known := fits(spec.posemb_scale * factor)) or not fits(measured):
     return known
   raise LayoutError(f'{_SPATIAL} has the fixed positions of {side * spec.patch_size} px, scaled by {measured:.6g}, '
-                    f'which are not those of config.model.posemb_scale={spec.posemb_scale:.6g} at image_size='
+                    f'which config.model.posemb_scale={spec.posemb_scale:.6g} does not give at image_size='
                     f'{spec.image_size}: set config.model.posemb_scale={measured / factor:.6g}.')
 
 
@@ -321,21 +321,21 @@ def _mismatch(missing: list[str], unknown: list[str], spec: ModelSpec) -> str:
   problems = [f'the checkpoint lacks {first_few(missing, 1)}'] if missing else []
   if unknown:
     problems.append(f'it has {first_few(unknown, 1)}, which the model does not have')
-  return (f'{"; ".join(problems)}: the model is {spec.router}, {spec.num_layers} layers, {spec.num_experts} experts, '
-          f'placement {spec.placement!r} (config.moe.router, config.model.num_layers, config.moe.num_experts, '
-          f'config.moe.placement), with {spec.num_deep_prompts} prompts a layer (config.model.num_deep_prompts, '
+  return (f'{"; ".join(problems)}: the model has router {spec.router}, {spec.num_layers} layers, {spec.num_experts} '
+          f'experts, placement {spec.placement!r} (config.moe.router, config.model.num_layers, config.moe.num_experts, '
+          f'config.moe.placement), with {spec.num_deep_prompts} prompts per layer (config.model.num_deep_prompts, '
           'prompt_sharing, spe_bias; a task with linear_head=True).')
 
 
 _SIZES = (
-    (r'token_embed\.embeddings\.weight', 'the tokenizer has another vocabulary (config.tokenizer)'),
-    (r'position_embeddings', 'set config.model.max_text_len to the number of its rows'),
+    (r'token_embed\.embeddings\.weight', 'the tokenizer has a different vocabulary (config.tokenizer)'),
+    (r'position_embeddings', 'set config.model.max_text_len to its number of rows'),
     (r'spatial|video_embed\.embeddings\.weight', 'set config.model.image_size, patch_size and channels'),
     (r'temporal', 'set config.model.max_num_frames'),
     (r'gate', 'set config.moe.num_experts'),
     (r'linear[12]\.', 'set config.model.mlp_dim'),
-    (r'prompt_embedding', 'set config.model.num_deep_prompts to the number of its rows'),
-    (r'fc_prompt', 'the task with linear_head=True has another number of classes'),
+    (r'prompt_embedding', 'set config.model.num_deep_prompts to its number of rows'),
+    (r'fc_prompt', 'the task with linear_head=True has a different number of classes'),
 )
 
 
