@@ -10,7 +10,7 @@ from tests.data import own_files
 from tests.stress import preparation
 from uni_moe_jax.data.files import file_dataset, prepare
 from uni_moe_jax.data.mirror import Mirror
-from uni_moe_jax.data.preparation import input_shards, workers
+from uni_moe_jax.data.preparation import input_shards, scan, workers
 from uni_moe_jax.data.preparation.scan import Scan
 from uni_moe_jax.data.preparation.write import Write
 from uni_moe_jax.utils import locks
@@ -127,11 +127,15 @@ def test_a_wrong_input_leaves_what_is_done(source, tmp_path, monkeypatch):
   assert not list((tmp_path / 'own/y').iterdir())  # nothing was done
 
 
-def test_other_options_or_rows_are_not_taken_from_an_interrupted_one(source, tmp_path, monkeypatch):
-  with pytest.raises(_Killed):
-    _run(source, tmp_path, monkeypatch, 9)
-  rows = own_files.read_jsonl(source / 'data.jsonl')
-  own_files.write_jsonl(source / 'data.jsonl', [{**row, 'captions': ['new']} for row in rows])
+@pytest.mark.parametrize('change', ['rules', 'rows'])
+def test_other_rules_or_rows_are_not_taken_from_an_interrupted_one(source, tmp_path, monkeypatch, change):
+  with monkeypatch.context() as patch, pytest.raises(_Killed):
+    if change == 'rules':  # of an older version
+      patch.setattr(scan, '_RULES', 0)
+    _run(source, tmp_path, patch, 9)
+  if change == 'rows':
+    rows = own_files.read_jsonl(source / 'data.jsonl')
+    own_files.write_jsonl(source / 'data.jsonl', [{**row, 'captions': ['new']} for row in rows])
   assert _run(source, tmp_path, monkeypatch) == [Scan] * 7 + [Write] * 4
 
 

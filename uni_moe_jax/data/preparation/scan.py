@@ -31,7 +31,7 @@ MAX_CLASSES = 10_000  # of a field; a field of more values is text
 MAX_LOCATIONS = 5  # per reason
 MANIFEST = 'manifest.json'  # written last
 _ROWS, _LABELS, _CONTENT = 'rows.npy', 'labels.npy', 'content'
-_RULES = 3  # how rows are read; another number makes scans again that an older version left
+_RULES = 4  # raised when the same input becomes other rows: scans that an older version left are made again
 # Digests of 64 bits: of a billion rows, with a probability of 3 %, two are taken for equal that are not.
 RECORD = np.dtype([
     ('key', 'u8'),  # equal for duplicates
