@@ -285,7 +285,7 @@ def test_candidates_have_distinct_tokens_and_too_many_are_refused():
   texts, folded = np.array(['a', 'b', 'a', 'c', 'b', 'B']), np.array([0, 1, 0, 2, 1, 1])
   draw = lambda number, rows=folded, seed=0: evaluators._distinct(texts, rows, number, np.random.default_rng(seed))
   assert sorted(folded[draw(3)]) == [0, 1, 2]
-  with pytest.raises(ValueError, match='needs 4 distinct texts, the split has 3; lower its num_examples'):
+  with pytest.raises(ValueError, match='needs 4 distinct texts, but the split has 3; lower its num_examples'):
     draw(4)
   for seed in range(20):  # only a second text with the same tokens is replaced
     by_text = draw(2, np.array([0, 1, 0, 2, 1, 3]), seed)

@@ -98,7 +98,7 @@ def test_a_damaged_result_is_computed_again_and_a_folder_without_rights_is_no_er
   (tmp_path / 'file').write_text('')
   capsys.readouterr()
   assert repr(_classified(_colors(0), _colors(100, 12), tmp_path / 'file').classes(np.arange(12))) == repr(first)
-  assert 'e: baselines cannot be kept' in capsys.readouterr().out
+  assert 'e: baselines cannot be saved' in capsys.readouterr().out
 
 
 def test_samples_are_bounded_by_counts(tmp_path, monkeypatch):

@@ -280,7 +280,7 @@ def _distinct(texts: np.ndarray, rows: np.ndarray, number: int, rng: np.random.G
   drawn = order[rng.permutation(first)]
   _, first = np.unique(rows[drawn], return_index=True)
   if len(first) < number:
-    raise UsageError(f'the evaluator needs {number} distinct texts, the split has {len(first)}; lower its '
+    raise UsageError(f'the evaluator needs {number} distinct texts, but the split has {len(first)}; lower its '
                      'num_examples.')
   return np.sort(drawn[np.sort(first)[:number]])
 

@@ -83,7 +83,7 @@ class FileBaselines:
     """
     task, (max_trained, max_evaluated) = self.evaluation.task, _NUM_EXAMPLES[self._media]
     if len(ids) > max_evaluated:
-      print(f'{self.evaluation.name}: no baseline of more than {max_evaluated:,} {self._media}s; for one, set '
+      print(f'{self.evaluation.name}: no baseline for more than {max_evaluated:,} {self._media}s; to get one, set '
             f'config.evaluators[{self.evaluation.name!r}].num_examples={max_evaluated}.', flush=True)
       return None
 
@@ -192,7 +192,7 @@ class FileBaselines:
       temporary.write_text(json.dumps(result))
       temporary.replace(path)
     except OSError as e:
-      print(f'{name}: baselines cannot be kept ({e}); the next evaluation computes them again.', flush=True)
+      print(f'{name}: baselines cannot be saved ({e}); the next evaluation computes them again.', flush=True)
     return result
 
   def _digest(self, purpose: str, ids: np.ndarray) -> str:

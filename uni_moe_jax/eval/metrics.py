@@ -310,7 +310,7 @@ def with_references(
     UsageError: there are no examples, an example has no reference, or lengths differ.
   """
   if len(predictions) != len(references):
-    raise UsageError(f'{len(predictions)} predictions for {len(references)} references: there must be as many of each.')
+    raise UsageError(f'{len(predictions)} predictions for {len(references)} references: the numbers must be equal.')
   several = [[one] if isinstance(one, str) else list(one) for one in references]
   if not all(several):
     raise UsageError(f'example {several.index([])} has no reference: drop it before scoring.')
