@@ -1,14 +1,14 @@
 """Measure speed and print each figure with its budget.
 
   uni-moe benchmark             all suites but gpu; long
-  uni-moe benchmark --quick     the same at reduced sizes, in minutes: does everything run?
+  uni-moe benchmark --quick     the same at reduced sizes, in minutes, to check that everything runs
   uni-moe benchmark --suites=routers,decoding --output=benchmark.json
 
 Suites: routers, mixed, published, decoding, input, files, compile. `mixed`, `input` and `compile` take tasks and data
 from --config (default: the quickstart); the others create their own. Everything runs on the first device. If only
 routers, mixed or published run, they use the heap settings of uni-moe train, which are faster.
-`gpu` runs only if it is named: base/16 in bfloat16 and our kernels on one NVIDIA GPU, in less than half an hour. The
-exit code is 1 if a part of it failed.
+`gpu` runs only if named: base/16 in bfloat16 and our kernels on one NVIDIA GPU, in less than half an hour. The exit
+code is 1 if part of it failed.
 """
 
 from absl import flags
@@ -20,7 +20,7 @@ from uni_moe_jax.utils.exit_codes import ERROR, FINISHED
 _CONFIG = cli.define_config(default='quickstart')
 _SUITES = flags.DEFINE_list('suites', [], f'Some of {", ".join(settings.SUITES)}, gpu; default: all but gpu.')
 _QUICK = flags.DEFINE_bool(
-    'quick', False, 'Reduced sizes and rounds, to see whether everything runs; no budget is judged.')
+    'quick', False, 'Reduced sizes and rounds, to check that everything runs; budgets are not checked.')
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of matrix products.')
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
 

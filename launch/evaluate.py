@@ -7,8 +7,8 @@ The second command evaluates a run zero-shot on another task, in a work director
 
 Runs the evaluators of the config on the newest checkpoint (averaged parameters if the run has them), prints the main
 metric of each and writes evaluation.json with all of them, evaluation_examples.npz with the scores of single examples,
-samples.json and, for routers by condition, experts.json and experts.png. A step is not evaluated twice by the same
-evaluators and data without --force. All devices take part; on several hosts run it everywhere with --distributed=auto.
+samples.json and, for routers by condition, experts.json and experts.png. A step is not evaluated again with the same
+evaluators and data unless --force is given. Uses all devices; on several hosts, run it on each with --distributed=auto.
 """
 
 from absl import flags
@@ -27,7 +27,7 @@ _FORCE = flags.DEFINE_bool('force', False, 'Repeat a finished evaluation.')
 _MERGED = flags.DEFINE_bool(
     'merged', False, 'Also merge the experts permanently, evaluate that model in WORKDIR/merged and compare.')
 _CLUSTER = distributed.define_flags()
-_DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder of the prepared data, if not that of training.')
+_DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder of the prepared data; default: the one of training.')
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
   from uni_moe_jax.train import workdir as workdir_lib
   workdir, cluster = _WORKDIR.value, _CLUSTER()
   if _MERGED.value and cluster is not None:
-    raise UsageError('--merged evaluates in one process: run it once, without --distributed.')
+    raise UsageError('--merged evaluates in one process; run it once, without --distributed.')
   writes = distributed.initialize(cluster)
   shared_folder.check(cluster, workdir, create=_CONFIG.present)
   # Mistakes are reported before the slow libraries below are imported.
@@ -46,8 +46,8 @@ def main() -> int:
     config = workdir_lib.load_config(workdir)
   plan = make_plan(config)
   if _MERGED.value and config.moe.router not in MERGED:
-    raise UsageError(f'--merged: config.moe.router={config.moe.router!r} has no experts that merge; those of '
-                     f'{", ".join(MERGED)} do.')
+    raise UsageError(f'--merged: experts of config.moe.router={config.moe.router!r} cannot be merged; those of '
+                     f'{", ".join(MERGED)} can.')
   from uni_moe_jax.eval import headline, suite
   from uni_moe_jax.train import checkpoint
   from uni_moe_jax.train import run as train_run
@@ -57,7 +57,7 @@ def main() -> int:
     model = workdir_lib.model_fingerprint(workdir, config.train.init, step)
     old = [] if _FORCE.value else suite.finished_rows(workdir, plan, step, config, model)
     if rows := old:
-      print(f'step {step} is already evaluated; --force repeats it.')
+      print(f'step {step} is already evaluated; --force evaluates it again.')
     if not old or _MERGED.value:
       from uni_moe_jax.analysis import run_expert_usage
       from uni_moe_jax.export import merged_scores

@@ -2,8 +2,8 @@
 
   uni-moe experts --workdir=runs/quickstart
 
-Measures for every layer and router how much a condition uses each expert, the effective number of experts, and the
-overlap of two tasks (uni_moe_jax/analysis/expert_usage.py). Writes experts.json and experts.png; with --step or
+Measures, for every layer and router, how much each condition uses each expert, the effective number of experts, and
+the overlap of task pairs (uni_moe_jax/analysis/expert_usage.py). Writes experts.json and experts.png; with --step or
 --at_init, the names of the files include the checkpoint. Before training:
 
   uni-moe experts --at_init --config=quickstart --workdir=runs/quickstart
@@ -16,7 +16,7 @@ from uni_moe_jax.utils import cli
 
 _RUN = measured_run.define_flags()
 _NUM_BATCHES = flags.DEFINE_integer(
-    'num_batches', 4, 'Batches on which token and context routers are measured; others need none.', lower_bound=1)
+    'num_batches', 4, 'Batches for measuring token and context routers; others need none.', lower_bound=1)
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the batches, independent of training.', lower_bound=0)
 
 

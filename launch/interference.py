@@ -18,7 +18,7 @@ from uni_moe_jax.utils.errors import UsageError
 _RUN = measured_run.define_flags()
 _PARAMETERS = flags.DEFINE_string(
     'parameters', r'ffn_out/kernel$',
-    'Regular expression of the measured parameters, such as encoder/blocks/block0/ffn_out/kernel.')
+    'Regular expression for the measured parameters, such as encoder/blocks/block0/ffn_out/kernel.')
 _LAYERS = flags.DEFINE_list('layers', None, 'Indices of layers; default: 3,7,11,…, or all if there are at most 7.')
 _NUM_BATCHES = flags.DEFINE_integer('num_batches', 16, 'Batches per task; each takes two gradients.', lower_bound=2)
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of batches and resampling, independent of training.', lower_bound=0)

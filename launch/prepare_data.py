@@ -22,12 +22,12 @@ from uni_moe_jax.utils.errors import UsageError
 _DATA_DIR = flags.DEFINE_string('data_dir', DataConfig().dir, 'Folder of prepared data, also gs://… or s3://….')
 _CACHE_DIR = flags.DEFINE_string('cache_dir', DataConfig().cache_dir, 'Local folder for data on its way to a bucket.')
 _INPUT = flags.DEFINE_string(
-    'input', None, 'Folder or file of your own data, also gs://…, or {00000..01242}.tar; none: the embedded data.')
+    'input', None, 'Folder or file of your own data, also gs://…, or {00000..01242}.tar; default: the embedded data.')
 _NAME = flags.DEFINE_string('name', None, 'Name of your dataset: lower-case letters, digits, underscores.')
 _TFDS = flags.DEFINE_string('tfds', None, 'TFDS dataset NAME[/CONFIG][:VERSION], written as array records.')
 _VERSION = flags.DEFINE_string('version', '1.0.0', 'Version of your dataset; runs read the newest one.')
 _GIF = flags.DEFINE_enum('gif', 'image', ['image', 'video'], 'Media type of .gif files in a folder by class.')
-_ALLOW_OUTSIDE = flags.DEFINE_bool('allow_outside', False, 'Packs files outside of --input that a .jsonl names.')
+_ALLOW_OUTSIDE = flags.DEFINE_bool('allow_outside', False, 'Also pack files outside of --input that a .jsonl names.')
 _TEST_FRACTION = flags.DEFINE_float(
     'test_fraction', 0.1, 'Fraction that becomes the test split if the data names no splits.', 0, 1)
 _MAX_CORRUPT_FRACTION = flags.DEFINE_float(
@@ -42,7 +42,7 @@ def main() -> int:
   config = DataConfig(dir=str(storage.path(_DATA_DIR.value, '--data_dir')), cache_dir=_CACHE_DIR.value)
   directory = mirror.open_folder(config)
   if (_INPUT.value is None) != (_NAME.value is None):
-    raise UsageError('--input and --name belong together: the path of your data, and its name.')
+    raise UsageError('--input and --name go together; give the path of your data and a name for it.')
   if _TFDS.value is not None:
     from uni_moe_jax.data.files import tfds_prepare
     print(tfds_prepare.prepare(_TFDS.value, directory))

@@ -11,18 +11,18 @@ from uni_moe_jax.utils import cli, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that training or evaluation wrote to.', required=True)
-_OUTPUT = flags.DEFINE_string('output', None, 'Also draw losses, accuracies and evaluations to it (.png or .svg).')
+_OUTPUT = flags.DEFINE_string('output', None, 'Also draw losses, accuracies and evaluations to this .png or .svg file.')
 
 
 def main() -> int:
   if _OUTPUT.value and not _OUTPUT.value.endswith(('.png', '.svg')):
-    raise UsageError(f'--output={_OUTPUT.value}: its name must end in .png or .svg. report.html is always written, '
-                     'into the work directory.')
+    raise UsageError(f'--output={_OUTPUT.value}: its name must end in .png or .svg. report.html is always written '
+                     'to the work directory.')
   print(html.write_report(_WORKDIR.value))
   if _OUTPUT.value:
     metrics = storage.path(_WORKDIR.value) / 'metrics.jsonl'
     if not metrics.exists():
-      raise UsageError(f'{metrics} is not there: this run has logged nothing yet.')
+      raise UsageError(f'{metrics} does not exist: this run has not logged anything yet.')
     curves.draw(_OUTPUT.value, curves.read(metrics.read_text())[0], ('loss', 'accuracy', 'eval'), _WORKDIR.value)
     print(_OUTPUT.value)
   return 0

@@ -10,7 +10,7 @@ them and measures interference and expert usage; seed 0 of all variants comes fi
 to tasks: `prompts` and `finetune` train on ten examples of every class, or on one example in a hundred; `finetune-all`
 trains on all examples; `zero-shot` evaluates the run as it is.
 
-Every cell of the grid is a work directory that the other launch scripts make. Rerun the same command to continue, also
+Every cell of the grid is a work directory that the other commands make. Rerun the same command to continue, also
 with more variants, seeds or measurements: finished stages are skipped, failed ones are retried. Writes results.json,
 results.md and figures about all cells of the work directory to `results/`; --redraw needs results.json alone.
 
@@ -27,8 +27,8 @@ from uni_moe_jax.utils import cli, exit_codes, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _SWEEP = flags.DEFINE_enum('sweep', None, ['routers', 'adaptation'], 'What to compare.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of the sweep, with those of its cells.')
-_REDRAW = flags.DEFINE_string('redraw', None, 'Instead of a sweep: a results.json whose page and figures to write.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of the sweep; contains those of its cells.')
+_REDRAW = flags.DEFINE_string('redraw', None, 'Instead of a sweep: rewrite the page and figures of this results.json.')
 _NUM_SEEDS = flags.DEFINE_string('num_seeds', '', 'Seeds per variant or recipe, counted from 0, with exceptions: '
                                  '3,dense=5; default: 1 for routers, 3 for adaptation.')
 _OVERRIDE = flags.DEFINE_multi_string('override', [], 'Field of every config, such as --override=train.steps=20')
