@@ -82,6 +82,8 @@ def test_numbers_of_the_toolkit_with_its_own_tokenizer():
     (['greek small letter alpha x'], ['greek small letter alpha tonos'], .2 ** .25),
     # All n-grams right, 8 words against 12: exp(1 - 12/8). A mean of sentences would differ.
     (['a b c d e f', 'g h'], ['a b c d e f', 'g h i j k l'], math.exp(1 - 12 / 8)),
+    # No 4-gram is right, or there is none. The toolkit: (1/4 · 1e-15)^(1/4) = 0.00013 and (1e-15 / 1e-9)^(1/4) = 0.032.
+    (['a b c d'], ['a b c e'], 0.), (['a b c'], ['a b c'], 0.),
     # Unequally many references.
     (['a b c d', 'e f g h'], [['x y', 'a b c d'], 'e f g h'], 1.),
     # Four words on each side, not three and a full stop.

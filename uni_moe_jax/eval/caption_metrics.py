@@ -1,7 +1,8 @@
 """BLEU-4, ROUGE-L and CIDEr-D of captions, as the COCO caption toolkit counts them, without Java.
 
-Texts are split by `treebank.words`, as there. The numbers are the toolkit's but for texts without words: it takes the
-number of bigrams for the length of a caption, which is always one less than the number of words, but not for those.
+Texts are split by `treebank.words`, as there. The numbers are the toolkit's but for a BLEU-4 of 0, see `bleu4`, and for
+texts without words: it takes the number of bigrams for the length of a caption, which is always one less than the
+number of words, but not for those.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _SIGMA = 6.0  # words: by how much a caption may be too long or too short before
 def bleu4(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
   """Returns corpus BLEU-4 in [0, 1] (Papineni et al., 2002), against the length of the closest reference.
 
-  Arguments and errors as in `rouge_l`.
+  Where no 4-gram matches it is 0; the toolkit, which adds 1e-15 to the matches and 1e-9 to the n-grams, returns less
+  than 0.0002 there, or at most 0.032 if no prediction has four words. Arguments and errors as in `rouge_l`.
   """
   import sacrebleu  # Costs time to load, and only captioning needs it.
 
