@@ -43,7 +43,7 @@ def main() -> int:
     raise UsageError('--best is for --workdir=RUN: an exported folder has one checkpoint.')
   limits = Limits(**{name: flag.value for name, flag in _LIMITS.items()})
   if limits.max_batch & (limits.max_batch - 1):
-    raise UsageError(f'--max_batch={limits.max_batch} is no power of two; give 1, 2, 4, 8, 16, 32 or 64.')
+    raise UsageError(f'--max_batch={limits.max_batch} is not a power of two; give 1, 2, 4, 8, 16, 32 or 64.')
   try:
     from uni_moe_jax.serve import gallery, server
   except ModuleNotFoundError as e:
@@ -54,7 +54,7 @@ def main() -> int:
   model, workdir = _MODEL.value, _WORKDIR.value
   folder = _exported(storage.path(workdir, '--workdir')) if model is None else storage.path(model, '--model')
   if not (folder / 'SHA256SUMS').is_file():
-    raise UsageError(f'{folder} is no folder of uni-moe export, or it is incomplete; export the model again.')
+    raise UsageError(f'{folder} is not a folder of uni-moe export, or it is incomplete; export the model again.')
   if _EXPORT_ONLY.value:
     return exit_codes.FINISHED
   asyncio.run(server.serve(folder, limits, bound, _HOST.value, token, gallery_files))

@@ -347,8 +347,8 @@ def test_the_front_never_imports_jax():
 
 @pytest.mark.parametrize('flags, message', [
     ([], 'give either --model=FOLDER'), (['--model=a', '--workdir=b'], 'give either --model=FOLDER'),
-    (['--model=tests'], 'tests is no folder of uni-moe export'),
-    (['--model=a', '--max_batch=6'], '--max_batch=6 is no power of two'),
+    (['--model=tests'], 'tests is not a folder of uni-moe export'),
+    (['--model=a', '--max_batch=6'], '--max_batch=6 is not a power of two'),
     (['--model=a', '--timeout=inf'], '--timeout=inf is not finite; give a number, such as 10.'),
     (['--model=a', '--max_seconds=nan'], '--max_seconds=nan is not finite; give a number, such as 60.'),
     (['--model=a', '--gallery=tests/serve'], 'has no file ending in any of .png'),
