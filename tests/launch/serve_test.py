@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import time
 import types
 from collections.abc import Sequence
@@ -106,6 +107,22 @@ def test_while_the_newest_checkpoint_is_damaged_the_one_before_it_is_exported_on
   assert export(_run(run, 5), 5) == (5, _EXPORTED) and export(run) == (5, _KEPT)
   (run / 'checkpoints/5/arrays').write_text('of a MODEL')  # it is not read where there is an export
   assert export(run) == (5, _KEPT)
+
+
+def test_a_checkpoint_that_its_run_deletes_while_it_is_verified_is_not_damaged(tmp_path, export, monkeypatch, capfd):
+  run, damage = _run(tmp_path / 'run', 3), manifest.damage
+  assert export(run, 3) == (3, _EXPORTED)
+  _run(run, 5)
+
+  def trained_on(folder):
+    if folder.name == '5' and folder.exists():
+      shutil.rmtree(folder)
+      _run(run, 7)
+    return damage(folder)
+
+  monkeypatch.setattr(manifest, 'damage', trained_on)
+  assert export(run, 7) == (7, _EXPORTED)
+  assert 'damaged' not in capfd.readouterr().err
 
 
 def test_the_best_checkpoint_is_exported_beside_the_newest(tmp_path, export):

@@ -131,8 +131,8 @@ def _exported_task(task: TaskSpec, plan: Plan, data: Data, sets: Sets, bake_targ
       text_condition = spec.condition
   media, num_frames = 'text', 0
   if task.type.visual:
+    num_frames = _inputs(task, plan, data, 1)['pixels'].shape[1]  # first: its error names a source without any
     media = _media(data.records(task.source, _split(task, plan)))
-    num_frames = _inputs(task, plan, data, 1)['pixels'].shape[1]
   search = next(((e.beam_size, e.length_penalty) for e in plan.evaluations if e.task == task and e.type == 'caption'),
                 (1, 0.0))
   return ExportedTask(task, num_frames, set_size, text_condition, *search, media)

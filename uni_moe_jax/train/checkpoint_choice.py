@@ -35,11 +35,15 @@ def intact(workdir: str | os.PathLike[str], config: ml_collections.ConfigDict, b
     best: whether that with the best `train.best_metric` is meant.
   """
   folder, metric = _source(workdir, config)
-  steps = saved_steps(folder.parent)
+  listed = saved_steps(folder.parent)
+  steps = [*listed]
   while steps and (step := _best(folder, steps, metric) if best else steps[-1]) is not None:
     yield step, manifest.fingerprint(folder / str(step))
     newest = folder / str(steps.pop())
     if not (damage := manifest.damage(newest)):
+      return
+    if saved_steps(folder.parent) != listed:  # its run trains on, and has deleted what was verified
+      yield from intact(workdir, config, best)
       return
     print(f'warning: {newest} is damaged: {damage}.', file=sys.stderr, flush=True)
 
