@@ -207,7 +207,7 @@ def test_a_model_with_merged_experts_has_the_scores_of_the_trained_one(finished)
     spec, conditions = run.spec.model.spec, run.plan.conditions
     sentence = merged_scores.evaluate(spec, params, conditions, run.data, run.plan, workdir)
     report = json.loads((workdir / suite.MERGED_FILE).read_text())
-    assert sentence.endswith(f'that of {report["metric"]}')
+    assert sentence.endswith(f'in {report["metric"]}')
     return report['largest_difference']
 
   assert merged(params) < 1e-5
