@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.data import own_files
-from tests.helpers import in_process, processes, saved_run, tiny
+from tests.helpers import fast_compile, in_process, processes, saved_run, tiny
 from uni_moe_jax.utils import cli, shipped
 
 _PAGES = {page.stem: page for page in (processes.ROOT / 'docs/tutorials').glob('*.md')}
@@ -62,8 +62,9 @@ def _run_page(page: str) -> None:
 
 @pytest.fixture(name='home')
 def _home(tmp_path, monkeypatch):
-  """An empty working directory, and home of data and tokenizers."""
+  """An empty working directory, and home of data and tokenizers; one device, which divides every batch."""
   monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.setenv('XLA_FLAGS', fast_compile.environment_flags(1))  # of the processes that it starts
   monkeypatch.chdir(tmp_path)
   return tmp_path
 

@@ -38,12 +38,15 @@ def test_a_saved_run_with_num_frames_for_images_continues_and_is_evaluated_and_a
   c.tasks.color = config_lib.task('image_classification', 'own:colors', batch_size=8, target_set='colors',
                                   label_column='color', num_frames=2)
 
-  def num_examples(build, training):
-    run = build(c, workdir=tmp_path / 'run', devices=jax.devices()[:1])
+  def num_examples(build, training, name='run'):
+    run = build(c, workdir=tmp_path / name, devices=jax.devices()[:1])
     return run.data.examples(run.plan.tasks[0], training=training).size
 
   with pytest.raises(UsageError, match="num_frames=2: source 'own:colors' has images, and it is for videos"):
     num_examples(train_run.build, training=True)
+  (tmp_path / 'ended').mkdir()
+  (tmp_path / 'ended/config.json').touch()  # of a run that ended before its first checkpoint, or trains nothing
+  assert num_examples(train_run.build, True, 'ended') > 10
   with Checkpoints(tmp_path / 'run', max_to_keep=1) as checkpoints:
     checkpoints.save(1, {'params': {'a': np.zeros(1)}})
   assert num_examples(train_run.build, True) == num_examples(train_run.build_to_read, False) > 10

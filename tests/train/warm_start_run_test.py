@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests.helpers import saved_run, tiny
+from uni_moe_jax import config as config_lib
 from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
 from uni_moe_jax.model.embedders import sincos_table
 from uni_moe_jax.train import finetuning, loop, trained_run, workdir
@@ -140,14 +141,19 @@ def test_a_linear_head_of_other_classes_starts_at_zero(tmp_path, capsys):
   classes = tiny.CLASSES
   trained = saved_run.save(tmp_path, tuned(*classes), step=2)['linear_head']['kernel']
 
-  def started(*texts):
+  def started(*texts, batch_size=4):
     c = tuned(*texts)
-    c.train.init = str(tmp_path)
+    c.train.init, c.tasks.shape.batch_size = str(tmp_path), batch_size
+    c.evaluators.shape = config_lib.evaluator('classification', 'shape', split='train')
+    c.model.extra_temperature_groups = () if batch_size else ('image_classification',)
     return np.asarray(train_run.read_init(train_run.build(c, jax.devices()[:1]))[0]['linear_head']['kernel'])
 
   assert np.abs(trained).max() > 0
   np.testing.assert_array_equal(started(*classes), trained)  # more examples of the same task
+  np.testing.assert_array_equal(started(*classes, batch_size=0), trained)  # evaluated
   np.testing.assert_array_equal(started(*classes[::-1]), 0 * trained)
+  with pytest.raises(UsageError, match='linear_head/bias of that run is for other classes .* which trains nothing'):
+    started(*classes[::-1], batch_size=0)
   np.testing.assert_array_equal(started(*classes, 'cat'), np.zeros((len(trained), 4)))
   np.testing.assert_array_equal(started(), trained)  # the same classes, from the records
   assert 'fresh: nothing' in capsys.readouterr().out.splitlines()[-1]

@@ -46,7 +46,7 @@ def test_computed_parameters_stay_fresh_in_any_shape():
 def _classes(keys=None, sizes=None, **entries):
   """Classes of a model with label prompts of each set, two by default, and a head of set a.
 
-  keys: what records call them; None: a run of an older version, which has no digests.
+  keys: what records call them, and their names if these differ; None: a run of an older version, without digests.
   """
   c, size = small_config.config(), {name: 2 for name in entries} | (sizes or {})
   for name, texts in entries.items():
@@ -54,7 +54,9 @@ def _classes(keys=None, sizes=None, **entries):
   c.tasks.shape.update(dict(target_set='a', linear_head=True))
   head = {'kernel': np.zeros((4, size['a'])), 'bias': np.zeros(size['a']), 'similarity_weight': np.ones(())}
   prompts = {f'label_{name}': np.zeros((n, 4)) for name, n in size.items()}
-  digests = warm_start.class_digests(c, keys) if keys else {}
+  pair = lambda key: key if isinstance(key, tuple) else (key, key)
+  pairs = {name: [*map(pair, of_set)] for name, of_set in (keys or {}).items()}
+  digests = warm_start.class_digests(c, pairs)
   return warm_start.classes(c, digests, {'linear_head': head, 'embed': {'prompts': prompts}})
 
 
@@ -71,7 +73,7 @@ def test_heads_and_label_prompts_of_other_classes_stay_fresh():
   assert warm_start.of_other_classes(_classes(a=('cat',), c=('dog',)), {}) == set()  # all are new
 
 
-_BAR, _CAT = dict(a=('bar', 'disc')), dict(a=('cat', 'disc'))
+_BAR, _CAT, _NUMBERS = dict(a=('bar', 'disc')), dict(a=('cat', 'disc')), dict(a=('0', '1'))
 
 
 @pytest.mark.parametrize('new, old, fresh', [
@@ -79,6 +81,9 @@ _BAR, _CAT = dict(a=('bar', 'disc')), dict(a=('cat', 'disc'))
     (dict(keys=_CAT), dict(keys=_BAR), _OF_A),  # prepared again, with one class replaced
     (dict(keys=dict(a=('disc', 'bar'))), dict(keys=_BAR), _OF_A),  # in another order
     (dict(keys=_BAR, a=('bar', 'disc')), dict(keys=_BAR), set()),  # spelled in another way
+    (dict(keys=dict(a=(('0', 'cat'), ('1', 'dog')))), dict(keys=dict(a=(('0', 'bar'), ('1', 'disc')))), _OF_A),
+    (dict(keys=_NUMBERS), dict(keys=_NUMBERS), set()),
+    (dict(keys=_NUMBERS, a='own:others/label'), dict(keys=_NUMBERS), _OF_A),  # of other things
     (dict(keys=_CAT), dict(), set()),  # an old run: its classes are unknown
     (dict(keys=_BAR, a=('bar', 'disc')), dict(), _OF_A),
     (dict(keys=dict(a=('bar', 'disc', 'cat')), sizes=dict(a=3)), dict(), _OF_A)])  # but not their number

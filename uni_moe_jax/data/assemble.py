@@ -99,7 +99,7 @@ class Data(Sources):
       config, plan: of the run.
       tokenizer_copy: read in place of the tokenizer file that the config names, of which it is a copy; ignored if the
         config names none.
-      is_new: whether the run has no checkpoint; of one that has, fields without effect are accepted.
+      is_new: whether the run has no work directory; of one that has, fields without effect are accepted.
 
     Raises:
       MissingFileError: data is not prepared. UsageError: the config does not fit it.

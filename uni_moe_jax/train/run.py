@@ -31,6 +31,7 @@ from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.forward import StepSpec, TargetSets
 from uni_moe_jax.train.step import Step, TrainState, forward_flops, init_state
 from uni_moe_jax.train.used_params import expert_sublayer, unit_axes
+from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path, path_of
 
@@ -112,7 +113,9 @@ class Run:
   @property
   def class_digests(self) -> dict[str, str]:
     """See `warm_start.class_digests`."""
-    return warm_start.class_digests(self.config, self.data.entry_keys)
+    return warm_start.class_digests(self.config, {
+        name: tuple(zip(keys, self.data.target_sets[name].names, strict=False))
+        for name, keys in self.data.entry_keys.items()})
 
   def parameter_counts(self) -> dict[str, int]:
     """{'total', 'active'}: of E experts, K are active for a token, by merging or by dispatch."""
@@ -199,6 +202,9 @@ def read_init(run: Run, step: int | None = None) -> tuple[Any, int]:
     computed = warm_start.of_other_classes(
         warm_start.classes(run.config, run.class_digests, run.shapes.params),
         warm_start.classes(old_config, workdir_lib.class_digests(init), checkpoints.param_shapes(step)))
+    if computed and not run.plan.tasks:
+      raise UsageError(f'config.train.init={init!r}: {sorted(computed)[0]} of that run is for other classes than those '
+                       'of this run, which trains nothing; give the target set the same classes, or train.')
     if model.posemb == old.posemb == 'frozen' and moved:
       computed.add('embed/spatial')
     added, dropped = warm_start.compare_models(run.shapes.params, checkpoints.param_shapes(step), init, computed)
@@ -257,6 +263,7 @@ def build(
   config = schema.apply_choices(config)
   # A run that trains nothing has its parameters from the other one each time.
   has_started = workdir is not None and plan.tasks and workdir_lib.saved_step(workdir) is not None
+  is_new = not has_started and (workdir is None or not (storage.path(workdir) / workdir_lib.CONFIG_FILE).exists())
   if config.train.init and not has_started:
     _check_router(config, plan, workdir_lib.load_config(config.train.init))
   mesh = sharding.make_mesh({axis: config.mesh[axis] for axis in sharding.AXES}, devices)
@@ -264,7 +271,7 @@ def build(
   check_kernels(config, mesh.devices.flat[0])
   shards = sharding.batch_shards(mesh.shape)
   if data is None:
-    data = Data(config, plan, workdir_lib.tokenizer_copy(workdir) if has_started else None, not has_started)
+    data = Data(config, plan, workdir_lib.tokenizer_copy(workdir) if has_started else None, is_new)
   model = UniPerceiver(_model_spec(config, plan, data), shards, mesh if mesh.size > 1 else None)
   boxed = jax.eval_shape(functools.partial(boxed_params, model), jax.random.key(0))
   params = nn.unbox(boxed)

@@ -48,7 +48,7 @@ def compare_models(
 class Classes(NamedTuple):
   """Classes whose rows a parameter has, in order."""
   entries: Any  # of the target set in the config
-  digest: str | None  # of what records call them; None in runs of older versions
+  digest: str | None  # of their keys and names; None if they are numbers, or in runs of older versions
   size: int
 
 
@@ -59,10 +59,15 @@ def _target_sets(config: Any) -> dict[str, str]:
   return sets | {f'linear_head/{name}': t.target_set for t in config.tasks.values() if t.linear_head for name in head}
 
 
-def class_digests(config: Any, entry_keys: Mapping[str, Sequence[str]]) -> dict[str, str]:
-  """Target set with label prompts or a linear head → digest of its classes; entry_keys: as of `Data`."""
-  return {name: hashlib.sha256('\0'.join(entry_keys[name]).encode()).hexdigest()[:16]
-          for name in sorted({*_target_sets(config).values()} & {*entry_keys})}
+def class_digests(config: Any, entries: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, str]:
+  """Target set with label prompts or a linear head → digest of its classes, except for those that are numbers alone.
+
+  entries: target set → what records call each entry, and its name.
+  """
+  named = {name: pairs for name, pairs in entries.items()
+           if not all(key.isdecimal() and text == key for key, text in pairs)}
+  return {name: hashlib.sha256(repr([*named[name]]).encode()).hexdigest()[:16]
+          for name in sorted({*_target_sets(config).values()} & {*named})}
 
 
 def classes(config: Any, digests: Mapping[str, str], params: Any) -> dict[str, Classes]:

@@ -67,12 +67,21 @@ def check_renames_folders(folder: pathlib.Path, name: str) -> None:
                      'folder of a local disk, and copy it when it is complete.')
 
 
+def _exists(path: storage.Path) -> bool:
+  """Whether something is there. Raises OSError where nobody knows, as on a mount that is broken for now."""
+  try:
+    path.lstat()
+  except (FileNotFoundError, NotADirectoryError):
+    return False
+  return True
+
+
 def check_writable(path: str, name: str) -> None:
   """Raise UsageError if `path`, a folder of flag `name` that may be missing, cannot be written. Nothing is written."""
   if storage.is_remote(path):
     return
   folder = storage.path(path).absolute()
-  existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+  existing = next(parent for parent in (folder, *folder.parents) if _exists(parent))
   if not existing.is_dir():
     raise UsageError(f'{name}={path}: {existing} is not a folder; give another.')
   if not os.access(existing, os.W_OK | os.X_OK):  # which no user has on a read-only file system
