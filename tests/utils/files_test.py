@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import pathlib
 from unittest import mock
 
 import pytest
@@ -45,7 +44,7 @@ def test_a_folder_that_cannot_be_written_is_refused_and_none_is_made(tmp_path, m
     with pytest.raises(UsageError, match=f'--workdir={folder}: {tmp_path} cannot be written .*; give a folder'):
       files.check_writable(str(folder), '--workdir')
   with monkeypatch.context() as patch:
-    patch.setattr(pathlib.Path, 'lstat', mock.Mock(side_effect=OSError(errno.ENOTCONN, 'not connected')))
+    patch.setattr(os, 'lstat', mock.Mock(side_effect=OSError(errno.ENOTCONN, 'not connected')))
     with pytest.raises(OSError, match='not connected'):  # code 1: a mount may come back
       files.check_writable(str(new), '--workdir')
   (tmp_path / 'not').symlink_to('gone')

@@ -70,7 +70,7 @@ def check_renames_folders(folder: pathlib.Path, name: str) -> None:
 def _exists(path: storage.Path) -> bool:
   """Whether something is there. Raises OSError where nobody knows, as on a mount that is broken for now."""
   try:
-    path.lstat()
+    os.lstat(path)
   except (FileNotFoundError, NotADirectoryError):
     return False
   return True
