@@ -218,6 +218,13 @@ _VALIDATION = _evaluator('mlm', 'text', split='validation', during_training=True
      r'config\.tasks: .*(shape|package).* both have linear_head=True'),
     ({'tasks.total': config.task('image_classification', 'glyphs', batch_size=8, target_set='classes')},
      r'config\.tasks\.total: loss/total in the log is the sum of all tasks; choose another name'),
+    *(({f'{field}.a/b': value}, rf"config\.{field}: the name 'a/b' becomes part of names of files and parameters; use "
+       r"letters, digits, '_' and '-'\.")
+      for field, value in (('tasks', config.task('text_mlm', 'paragraphs', batch_size=8, target_set='vocabulary')),
+                           ('target_sets', config.target_set('vocabulary', family='words')), ('task_types', _TAG))),
+    ({'tasks.shape.temperature': 'a#'}, r"config\.tasks\.shape\.temperature: the name 'a#' becomes part of names"),
+    ({'model.extra_temperature_groups': ('a', '')}, r"config\.model\.extra_temperature_groups: the name '' becomes"),
+    ({'target_sets.Größe :2-3': config.target_set('vocabulary', family='words')}, None),
     ({'tasks.name.caption_templates': ()},
      r"config\.tasks\.name\.caption_templates is empty; give at least one template, for example \('{caption}',\)"),
     ({'tasks.name.caption_templates': ('{name}', 'a {name')},

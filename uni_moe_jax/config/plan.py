@@ -166,9 +166,6 @@ def make_plan(c: ml_collections.ConfigDict) -> Plan:
                               'linear head.')
   every = [_task_spec(name, t, types, sets, config) for name, t in config.tasks.items()]
   tasks, probes = tuple(t for t in every if t.batch_size), tuple(t for t in every if not t.batch_size)
-  for group in config.model.extra_temperature_groups:
-    fail_if(',' in group, f'model.extra_temperature_groups={(group,)!r} has a comma in a name; write several names as '
-                          f'"{tuple(group.split(","))!r}".')
   temperatures = tuple(sorted({t.temperature for t in tasks} | set(config.model.extra_temperature_groups)))
   used = set(sets) if config.train.encode_all_sets else {t.target_set for t in tasks}
   for t in probes:

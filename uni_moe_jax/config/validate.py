@@ -1,6 +1,7 @@
 """Checks across fields, and of a config against a mesh; `fields.py` checks types and bounds."""
 
 import math
+import re
 from collections.abc import Mapping
 
 from uni_moe_jax.config.fields import check_choice, check_not_negative, check_pattern, fail_if, short
@@ -13,11 +14,13 @@ from uni_moe_jax.tasks.task_types import TaskType
 TOKEN_ROUTER_FIELDS = (
     'experts_per_condition', 'capacity_factor', 'balance_loss_weight', 'importance_loss_weight', 'z_loss_weight')
 
+_NAME = r'[\w .:-]+'  # as of columns, after which `presets.own` names tasks
 _OF_IMAGES = ('crop', 'random_flip', 'randaugment', 'random_erasing')  # fields of tasks on sources in files
 
 
 def check_sections(c: Config) -> None:
-  """Raise UsageError if fields of the sections of a config contradict each other."""
+  """Raise UsageError if names cannot be used or fields of the sections of a config contradict each other."""
+  _check_names(c)
   _check_model(c)
   _check_moe(c)
   fail_if(c.tokenizer.type == 'clip' and not c.tokenizer.merges_path,
@@ -36,6 +39,21 @@ def _check_multiple(name: str, value: int, divisor_name: str, divisor: int, unit
   """unit: whose multiples fit, if not those of `divisor`."""
   fail_if(value % divisor, f'{name}={value} must be a multiple of {divisor_name}; try '
                            f'{nearest_multiple(value, unit or divisor)}.')
+
+
+def _check_names(c: Config) -> None:
+  groups = c.model.extra_temperature_groups
+  for group in groups:
+    fail_if(',' in group, f'model.extra_temperature_groups={(group,)!r} has a comma in a name; write several names as '
+                          f'"{tuple(group.split(","))!r}".')
+  of_tasks = {f'tasks.{name}.temperature': (t.temperature,) for name, t in c.tasks.items() if t.temperature}
+  named = {'tasks': c.tasks, 'target_sets': c.target_sets, 'task_types': c.task_types,
+           'model.extra_temperature_groups': groups, **of_tasks}
+  for field, names in named.items():
+    for name in names:
+      fail_if(not re.fullmatch(_NAME, name),
+              f"{field}: the name {name!r} becomes part of names of files and parameters; use letters, digits, '_' and "
+              "'-'.")
 
 
 def _check_model(c: Config) -> None:
