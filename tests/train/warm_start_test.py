@@ -55,8 +55,8 @@ def _classes(keys=None, sizes=None, **entries):
   head = {'kernel': np.zeros((4, size['a'])), 'bias': np.zeros(size['a']), 'similarity_weight': np.ones(())}
   prompts = {f'label_{name}': np.zeros((n, 4)) for name, n in size.items()}
   pair = lambda key: key if isinstance(key, tuple) else (key, key)
-  pairs = {name: [*map(pair, of_set)] for name, of_set in (keys or {}).items()}
-  digests = warm_start.class_digests(c, pairs)
+  of_sets = {name: [*zip(*map(pair, of_set), strict=True)] for name, of_set in (keys or {}).items()}
+  digests = warm_start.class_digests(c, *({name: x[i] for name, x in of_sets.items()} for i in (0, 1)))
   return warm_start.classes(c, digests, {'linear_head': head, 'embed': {'prompts': prompts}})
 
 

@@ -8,7 +8,7 @@ import ml_collections
 
 from uni_moe_jax.config.metric_names import lower_is_better
 from uni_moe_jax.train import manifest
-from uni_moe_jax.train.workdir import CHECKPOINTS, load_config, saved_step, saved_steps
+from uni_moe_jax.train.workdir import CHECKPOINTS, load_config, saved_steps, trained_in
 from uni_moe_jax.utils import storage
 
 
@@ -54,6 +54,6 @@ def _best(folder: storage.Path, steps: Collection[int], metric: str) -> int | No
 
 def _source(workdir: str | os.PathLike[str], config: ml_collections.ConfigDict) -> tuple[storage.Path, str]:
   """(folder of the checkpoints, metric of the best one) of a run."""
-  if config.train.init and saved_step(workdir) is None:
-    workdir, config = config.train.init, load_config(config.train.init)
-  return storage.path(workdir) / CHECKPOINTS, config.train.best_metric
+  source = trained_in(workdir, config.train.init)
+  metric = (config if source == workdir else load_config(source)).train.best_metric
+  return storage.path(source) / CHECKPOINTS, metric

@@ -113,9 +113,8 @@ class Run:
   @property
   def class_digests(self) -> dict[str, str]:
     """See `warm_start.class_digests`."""
-    return warm_start.class_digests(self.config, {
-        name: tuple(zip(keys, self.data.target_sets[name].names, strict=False))
-        for name, keys in self.data.entry_keys.items()})
+    names = {name: target.names for name, target in self.data.target_sets.items()}
+    return warm_start.class_digests(self.config, self.data.entry_keys, names)
 
   def parameter_counts(self) -> dict[str, int]:
     """{'total', 'active'}: of E experts, K are active for a token, by merging or by dispatch."""
@@ -199,15 +198,16 @@ def read_init(run: Run, step: int | None = None) -> tuple[Any, int]:
     old_config = workdir_lib.load_config(init)
     model, old = run.config.model, old_config.model
     moved = (model.image_size, model.posemb_scale) != (old.image_size, old.posemb_scale)
+    old_shapes = checkpoints.param_shapes(step)
     computed = warm_start.of_other_classes(
         warm_start.classes(run.config, run.class_digests, run.shapes.params),
-        warm_start.classes(old_config, workdir_lib.class_digests(init), checkpoints.param_shapes(step)))
+        warm_start.classes(old_config, workdir_lib.class_digests(init), old_shapes))
     if computed and not run.plan.tasks:
       raise UsageError(f'config.train.init={init!r}: {sorted(computed)[0]} of that run is for other classes than those '
                        'of this run, which trains nothing; give the target set the same classes, or train.')
     if model.posemb == old.posemb == 'frozen' and moved:
       computed.add('embed/spatial')
-    added, dropped = warm_start.compare_models(run.shapes.params, checkpoints.param_shapes(step), init, computed)
+    added, dropped = warm_start.compare_models(run.shapes.params, old_shapes, init, computed)
 
     def select(params, fresh):
       return {path: x for path, x in flatten_dict(params).items() if ('/'.join(path) in added) == fresh}

@@ -59,15 +59,18 @@ def _target_sets(config: Any) -> dict[str, str]:
   return sets | {f'linear_head/{name}': t.target_set for t in config.tasks.values() if t.linear_head for name in head}
 
 
-def class_digests(config: Any, entries: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, str]:
+def class_digests(
+    config: Any, keys: Mapping[str, Sequence[str]], names: Mapping[str, Sequence[str]]) -> dict[str, str]:
   """Target set with label prompts or a linear head → digest of its classes, except for those that are numbers alone.
 
-  entries: target set → what records call each entry, and its name.
+  keys, names: target set → what records call its entries, and their names.
   """
-  named = {name: pairs for name, pairs in entries.items()
-           if not all(key.isdecimal() and text == key for key, text in pairs)}
-  return {name: hashlib.sha256(repr([*named[name]]).encode()).hexdigest()[:16]
-          for name in sorted({*_target_sets(config).values()} & {*named})}
+  digests = {}
+  for target_set in sorted({*_target_sets(config).values()} & {*keys}):
+    pairs = [*zip(keys[target_set], names[target_set], strict=True)]
+    if not all(key.isdecimal() and name == key for key, name in pairs):
+      digests[target_set] = hashlib.sha256(repr(pairs).encode()).hexdigest()[:16]
+  return digests
 
 
 def classes(config: Any, digests: Mapping[str, str], params: Any) -> dict[str, Classes]:

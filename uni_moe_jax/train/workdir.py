@@ -69,10 +69,14 @@ def saved_step(workdir: str | os.PathLike[str]) -> int | None:
   return max(saved_steps(workdir), default=None)
 
 
+def trained_in(workdir: str | os.PathLike[str], init: str) -> str | os.PathLike[str]:
+  """The work directory whose checkpoints a run has: of one that trains nothing, the run in `init`, its `train.init`."""
+  return init if init and saved_step(workdir) is None else workdir
+
+
 def model_fingerprint(workdir: str | os.PathLike[str], init: str, step: int) -> str:
-  """Digest of a run's checkpoint; of one that trains nothing, of that of the run in `init`, its `train.init`."""
-  source = init if init and saved_step(workdir) is None else workdir
-  return manifest.fingerprint(storage.path(source) / CHECKPOINTS / str(step))
+  """Digest of a checkpoint of a run; see `trained_in`."""
+  return manifest.fingerprint(storage.path(trained_in(workdir, init)) / CHECKPOINTS / str(step))
 
 
 def is_finished(workdir: str | os.PathLike[str], steps: int) -> bool:
@@ -311,7 +315,7 @@ def provenance(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
   return {'name': storage.path(workdir).resolve().name, **origin, 'step': step, 'seed': config['seed'],
           'trained by commit': ', '.join([*trained.get('earlier_commits', []), trained.get('commit', 'unknown')]),
           'data (fingerprint)': stored['data'],
-          **({_CLASSES: digests} if (digests := stored.get('class_digests')) else {}),
+          **({_CLASSES: stored['class_digests']} if stored['class_digests'] else {}),
           'versions in training': stored['versions'], 'config': config}
 
 
