@@ -4,18 +4,19 @@ import importlib.util
 import pathlib
 import re
 import shlex
+import signal
 import sys
 
 import pytest
 
 from tests.data import own_files
-from tests.helpers import fast_compile, in_process, processes, saved_run, tiny
+from tests.helpers import fast_compile, in_process, processes, saved_run, served, tiny
 from uni_moe_jax.utils import cli, shipped
 
 _PAGES = {page.stem: page for page in (processes.ROOT / 'docs/tutorials').glob('*.md')}
 _BLOCK = re.compile(r'(?:^\*\*Needs (.+?)\.\*\*\n\n)?^```(bash|python)\n(.*?)^```', re.MULTILINE | re.DOTALL)
 _NEEDS = ('a GPU', 'Slurm', 'a pod and the datasets', 'the datasets', "the authors' checkpoint",
-          'a Google Cloud project', 'a GKE cluster', 'quota for TPUs')
+          'a Google Cloud project', 'a GKE cluster', 'quota for TPUs', 'Docker')
 # tests/launch/installed_test.py installs the package.
 _INSTALLS = ('pip install', 'python -m venv', '. ')
 _STEPS = ['train.steps=2', 'train.log_every=1']
@@ -40,12 +41,24 @@ def _run(line: str) -> None:
   program, *arguments = shlex.split(line, comments=True)
   if program == 'uni-moe':
     command, *arguments = arguments
-    small = _SMALL.get(command, lambda _: [])(arguments)
-    assert in_process.run(shipped.scripts()[command], *arguments, *small) == 0, line
+    if command == 'serve':
+      _serve(*arguments)
+    else:
+      small = _SMALL.get(command, lambda _: [])(arguments)
+      assert in_process.run(shipped.scripts()[command], *arguments, *small) == 0, line
   elif program == 'python':
     processes.run([sys.executable, *arguments], folder=pathlib.Path.cwd())
   else:
     processes.run([str(processes.ROOT / program), *arguments])
+
+
+def _serve(*arguments: str) -> None:
+  """Serves until the page opens, then until Ctrl-C."""
+  command = [sys.executable, str(shipped.scripts()['serve']), *arguments, '--port=0']
+  with served.started(command, pathlib.Path.cwd(), processes.environment(1)) as service:
+    assert service.request('GET', '/')[0] == 200
+    service.process.send_signal(signal.SIGINT)
+    assert service.process.wait(served.START_TIMEOUT) == 0, service.output
 
 
 def _run_page(page: str) -> None:
