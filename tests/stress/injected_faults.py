@@ -64,12 +64,12 @@ def _late_manifest() -> None:
   from uni_moe_jax.train import manifest
   original = manifest.write
 
-  def write(folder, final, metrics, sums):
+  def write(folder, final, *contents):
     del folder
     def later():
       time.sleep(_MANIFEST_DELAY)
       with contextlib.suppress(FileNotFoundError):  # it was deleted for a newer one
-        original(final, final, metrics, sums)
+        original(final, final, *contents)
     threading.Thread(target=later).start()
 
   manifest.write = write
