@@ -182,6 +182,7 @@ def test_processes_of_which_one_has_another_checkpoint_to_start_from_are_refused
               '--num_processes=2']
     each = [[*common, f'--process_id={i}', f'--config.train.init={tmp_path / init}']
             for i, init in enumerate(('init0', second))]
-    for code, output in processes.together(*each, devices=4):
-      assert code == expected, output
+    ended = processes.together(*each, devices=4)
+    for code, output in ended:
+      assert code == expected, ended
       assert ('error: process 1 of 2 has another checkpoint in config.train.init=' in output) == bool(code), output
