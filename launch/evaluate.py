@@ -41,7 +41,7 @@ def main() -> int:
   # Mistakes are reported before the slow libraries below are imported.
   if _CONFIG.present:
     config = cli.config_of(_CONFIG)
-    workdir_lib.claim_workdir(workdir, config)
+    workdir_lib.claim_workdir(workdir, config, cluster=cluster)
   else:
     config = workdir_lib.load_config(workdir)
   plan = make_plan(config)

@@ -53,7 +53,7 @@ def main() -> int:
       if cluster is None and not _COMPILE_ONLY.value:
         files.check_writable(_WORKDIR.value, '--workdir')
       shared_folder.check(cluster, _WORKDIR.value, create=True)
-      workdir.claim_workdir(_WORKDIR.value, config, extends=True)
+      workdir.claim_workdir(_WORKDIR.value, config, extends=True, cluster=cluster)
       workdir.check_versions(_WORKDIR.value, _ALLOW_VERSION_MISMATCH.value, writes=False)
       npz_records.check_directory(config.data.dir)
       separately = separately and not workdir.is_finished(_WORKDIR.value, config.train.steps)

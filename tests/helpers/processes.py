@@ -37,10 +37,16 @@ def run(command: Sequence[str], devices: int = 4, folder: pathlib.Path = ROOT) -
   return output
 
 
-def together(*commands: Sequence[str], devices: int = 1, timeout: float = 240) -> list[tuple[int, str]]:
-  """Run commands at the same time. Return (exit code, output) of each; those that run after `timeout` s are killed."""
+def together(
+    *commands: Sequence[str], devices: int = 1, timeout: float = 240,
+    folders: Sequence[pathlib.Path] | None = None) -> list[tuple[int, str]]:
+  """Run commands at the same time. Return (exit code, output) of each; those that run after `timeout` s are killed.
+
+  folders: where each runs; default: all in the repository's root.
+  """
   pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-  running = [subprocess.Popen(c, cwd=ROOT, env=environment(devices), **pipes) for c in commands]
+  running = [subprocess.Popen(c, cwd=folder, env=environment(devices), **pipes)
+             for c, folder in zip(commands, folders or [ROOT] * len(commands), strict=True)]
   try:
     outputs = [p.communicate(timeout=timeout)[0] for p in running]
     return [(p.returncode, output) for p, output in zip(running, outputs, strict=True)]

@@ -169,20 +169,36 @@ def test_processes_of_which_one_has_another_validation_label_are_refused(tmp_pat
 
 
 @pytest.mark.slow
-def test_processes_of_which_one_has_another_checkpoint_to_start_from_are_refused(tmp_path):
+def test_processes_of_which_one_has_another_config_are_refused_before_they_write_anything(tmp_path):
+  common = [sys.executable, 'launch/train.py', _config(tmp_path), f'--workdir={tmp_path / "run"}',
+            f'--coordinator_address={processes.free_address()}', '--num_processes=2']
+  each = [[*common, f'--process_id={i}', f'--config.train.init={tmp_path / f"init{i}"}'] for i in range(2)]
+  ended = processes.together(*each, devices=4)
+  for code, output in ended:
+    assert code == 2, ended
+    assert 'error: process 1 of 2 has another config than process 0 (train.init: ' in output, output
+  assert list((tmp_path / 'run').iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('shift, expected', [(1, 2), (0, 0)])
+def test_processes_of_which_one_has_another_checkpoint_to_start_from_are_refused(tmp_path, shift, expected):
+  """Each has its own copy of that run, at the same address."""
   config = _config(tmp_path)
   get_config = runpy.run_path(str(tmp_path / 'config.py'))['get_config']
-  for i in range(2):
-    shift = lambda state, by=i: state.replace(params=jax.tree.map(lambda x: x + by, state.params))
-    saved_run.save(tmp_path / f'init{i}', get_config(), 1, devices=8, change=shift)
-  shutil.copytree(tmp_path / 'init0', tmp_path / 'copy')
-  for second, expected in (('init1', 2), ('copy', 0)):
-    common = [sys.executable, 'launch/train.py', config, '--config.train.steps=1', '--config.train.evaluate_every=0',
-              f'--workdir={tmp_path / second}_run', f'--coordinator_address={processes.free_address()}',
-              '--num_processes=2']
-    each = [[*common, f'--process_id={i}', f'--config.train.init={tmp_path / init}']
-            for i, init in enumerate(('init0', second))]
-    ended = processes.together(*each, devices=4)
-    for code, output in ended:
-      assert code == expected, ended
-      assert ('error: process 1 of 2 has another checkpoint in config.train.init=' in output) == bool(code), output
+  folders = [tmp_path / f'host{i}' for i in range(2)]
+  save = lambda folder, shift: saved_run.save(folder / 'init', get_config(), 1, devices=8, change=lambda state: (
+      state.replace(params=jax.tree.map(lambda x: x + shift, state.params))))
+  save(folders[0], 0)
+  if shift:
+    save(folders[1], shift)
+  else:
+    shutil.copytree(*folders)
+  common = [sys.executable, processes.ROOT / 'launch/train.py', config, '--config.train.steps=1',
+            '--config.train.evaluate_every=0', '--config.train.init=init', f'--workdir={tmp_path / "run"}',
+            f'--coordinator_address={processes.free_address()}', '--num_processes=2']
+  each = [[*common, f'--process_id={i}'] for i in range(2)]
+  ended = processes.together(*each, devices=4, folders=folders)
+  for code, output in ended:
+    assert code == expected, ended
+    assert ('error: process 1 of 2 has another checkpoint in config.train.init=' in output) == bool(code), output

@@ -18,8 +18,7 @@ from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 OFF, AUTO = 'off', 'auto'
-# Seconds in which other processes that fail the same way read what this one sent last, and in which they end.
-_OTHERS_READ, _OTHERS_END = 1.0, 5.0
+_GRACE = 5.0  # seconds in which other processes that fail the same way have ended
 _ADDRESS = re.compile(r'[\w.\-\[\]:]+:\d+')
 flags.disclaim_key_flags()  # --help of a script lists the flags that it defines through this module
 
@@ -93,16 +92,14 @@ def _leave(code: int) -> None:
   """Ends this process, which has failed and said why, without JAX's shutdown barrier.
 
   A process that fails alone, for want of a folder for example, would wait there up to 300 s for the others, and they
-  for it. Without it they end at their next collective, see `multihost.exit_with_peers`. Where all fail, since they
-  compared something, others may still be in that collective: without a pause its connection would be reset, and they
-  would report a process that has died. And JAX would abort those that still run when its coordination service ends,
-  which is in the primary process: that one is the last.
+  for it. Without it they end at their next collective, see `multihost.exit_with_peers`. Where all fail, JAX would
+  abort those that still run when its coordination service ends, which is in the primary process: that one is the last.
   """
   sys.stdout.flush()
   sys.stderr.flush()
   import jax  # pylint: disable=g-import-not-at-top
-  if jax.process_count() > 1:
-    time.sleep(_OTHERS_END if is_primary() else _OTHERS_READ)
+  if is_primary() and jax.process_count() > 1:
+    time.sleep(_GRACE)
   os._exit(code)
 
 

@@ -65,6 +65,14 @@ def gather_bytes(content: bytes) -> list[bytes]:
   return [bytes(row) for row in multihost_utils.process_allgather(np.frombuffer(content, np.uint8))]
 
 
+def gather_texts(text: str) -> list[str]:
+  """The texts of every process, in order; they may differ in length."""
+  content = text.encode()
+  lengths = [int.from_bytes(length) for length in gather_bytes(len(content).to_bytes(8))]
+  rows = gather_bytes(content.ljust(max(lengths)))
+  return [row[:length].decode() for row, length in zip(rows, lengths, strict=True)]
+
+
 def sums_over_processes(numbers: Sequence[int]) -> list[int]:
   """The sums of numbers of 64 bits over all processes, which must call this together, with as many."""
   own = np.array(numbers, np.int64)
