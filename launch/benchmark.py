@@ -5,8 +5,8 @@
   uni-moe benchmark --suites=routers,decoding --output=benchmark.json
 
 Suites: routers, mixed, published, decoding, input, files, compile. `mixed`, `input` and `compile` take tasks and data
-from --config (default: the quickstart); the others create their own. Everything runs on the first device. If only
-routers, mixed or published run, they use the heap settings of uni-moe train, which are faster.
+from --config (default: the quickstart); the others create their own. Everything runs on the first device, and each of
+several suites in a process of its own.
 `gpu` runs only if named: base/16 in bfloat16 and our kernels on one NVIDIA GPU, in less than half an hour. The exit
 code is 1 if part of it failed.
 """
@@ -14,7 +14,7 @@ code is 1 if part of it failed.
 from absl import flags
 
 from uni_moe_jax.tools.bench import settings
-from uni_moe_jax.utils import cli, files, heap
+from uni_moe_jax.utils import cli, files
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED
 
 _CONFIG = cli.define_config(default='quickstart')
@@ -30,8 +30,6 @@ def main() -> int:
   from uni_moe_jax.data.pipeline import npz_records
   # Usage errors come before the slow imports below.
   names = settings.choose(_SUITES.value)
-  if set(names) <= set(settings.TRAINING):
-    heap.share_arena()  # before threads start
   if _OUTPUT.value:
     files.check_folder_of(_OUTPUT.value, '--output')
   config = cli.config_of(_CONFIG)
@@ -42,6 +40,8 @@ def main() -> int:
     settings.set_quick_xla_flags()
   if settings.GPU in names:
     settings.share_gpu_memory()
+  if len(names) == 1:  # each of several has a process of its own
+    settings.prepare_heap(names[0])
   from uni_moe_jax.tools.bench import results_table, suites
   sizes = settings.QUICK if _QUICK.value else settings.FULL
   header, rows = suites.measure(names, sizes, config, _DTYPE.value)

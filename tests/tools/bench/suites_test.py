@@ -1,8 +1,10 @@
 """Suites are chosen by name. Every suite runs at the smallest sizes and returns its rows; no time is judged."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
+import re
 from unittest import mock
 
 import jax
@@ -48,7 +50,9 @@ def _measure(suite: str, dtype: str):
   with mock.patch.multiple(in_flight, num_in_flight=lambda: 1, num_together=lambda *_: 1):  # few batches are skipped
     header, rows = suites.measure((suite,), _SIZES, _config(), dtype)
   assert header['dtype of products'] == dtype
-  return {r.name: r for r in rows if r.suite == suite}
+  rate, *own = rows
+  assert {r.suite for r in rows} == {suite} and rate.name == 'GEMM 16 x 16 x 16'
+  return {r.name: r for r in own}
 
 
 _slow, _nightly = (functools.partial(pytest.param, marks=m) for m in (pytest.mark.slow, pytest.mark.nightly))
@@ -99,11 +103,11 @@ def test_every_router_is_compared_with_dense_in_both_modes_and_has_a_budget():
 
 @pytest.mark.nightly
 def test_the_recorded_seconds_are_scaled_by_the_peak():
-  # At twice the recorded rate the published code would take half: 1.6 s.
+  # At twice the recorded rate the published code would take half: 1.55 s.
   context = dataclasses.replace(_context(), peak=2 * 195e9)
   rows = {r.name: r for r in training_steps.published(context)}
   seconds = rows['train step, all names 4 tokens'].figure.value
-  assert rows["all names 4 tokens / the published code's"].figure.value == pytest.approx(seconds / 1.6)
+  assert rows["all names 4 tokens / the published code's"].figure.value == pytest.approx(seconds / 1.55)
 
 
 def test_tasks_without_images_and_videos_have_no_rate_of_the_pipeline():
@@ -132,11 +136,25 @@ def test_the_rows_of_a_suite_are_printed_when_it_ends_and_survive_a_failure_of_t
     raise RuntimeError('out of memory')
 
   row = results_table.Row('routers', 'dense train step', timing.Estimate(0.25), 's', note='on random data')
-  with mock.patch.dict(suites.SUITE_FUNCTIONS, routers=lambda _: [row], decoding=fail):
+  threads = lambda number, _, prepare, arguments: concurrent.futures.ThreadPoolExecutor(
+      number, initializer=lambda: prepared.append((prepare, *arguments)))
+  prepared = []
+  with mock.patch.dict(suites.SUITE_FUNCTIONS, routers=lambda _: [row], decoding=fail), mock.patch.object(
+      concurrent.futures, 'ProcessPoolExecutor', threads):
     with pytest.raises(RuntimeError, match='out of memory'):
       suites.measure(('routers', 'decoding'), _SIZES, _config(), 'float32')
+  assert prepared == [(settings.prepare_heap, 'routers'), (settings.prepare_heap, 'decoding')]
   out, err = capsys.readouterr()
-  assert not out and 'routers  dense train step   0.250  s' in err and '[1] on random data' in err
+  assert not out and re.search('routers +dense train step +0.250 +s', err) and '[2] on random data' in err
+
+
+@pytest.mark.slow
+def test_each_of_several_suites_runs_in_a_process_of_its_own():
+  header, rows = suites.measure(('decoding', 'decoding'), _SIZES, _config(), 'float32')
+  assert header['dtype of products'] == 'float32'
+  names = ['GEMM 16 x 16 x 16', *_measure('decoding', 'float32')]
+  assert [r.name for r in rows] == 2 * names
+  assert rows[0].figure != rows[len(names)].figure  # measured anew
 
 
 @pytest.mark.nightly

@@ -4,10 +4,10 @@ import dataclasses
 import importlib.metadata
 import os
 
+from uni_moe_jax.utils import heap
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
-# `compile` is last: a CPU process that has compiled much is slower afterwards.
 SUITES = ('routers', 'mixed', 'published', 'decoding', 'input', 'files', 'compile')
 FROM_CONFIG = ('mixed', 'input', 'compile')  # they read the config's own data
 TRAINING = ('routers', 'mixed', 'published')  # they take training steps
@@ -89,6 +89,13 @@ def set_quick_xla_flags() -> None:
   """Set XLA_FLAGS to `quick_xla_options`; call it before JAX is imported."""
   flags = ' '.join(f'--{name}={str(value).lower()}' for name, value in quick_xla_options().items())
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'.strip()
+
+
+def prepare_heap(suite: str) -> None:
+  """Use the heap as `uni-moe train` does, if a suite takes training steps; call it before threads start."""
+  heap.keep_memory()
+  if suite in TRAINING:
+    heap.share_arena()
 
 
 def share_gpu_memory() -> None:

@@ -1,22 +1,21 @@
 """Runs the suites of the benchmark, after a description of the machine and the rate of its matrix products."""
 
+import concurrent.futures
 import contextlib
 import importlib.metadata
+import multiprocessing
 import platform
 import sys
 import time
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
-from uni_moe_jax.tools.bench import caption_rate, gpu, input_rate, settings, training_steps
+from uni_moe_jax.tools.bench import caption_rate, gpu, input_rate, product_rate, settings, training_steps
 from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.results_table import Row, render
 from uni_moe_jax.tools.bench.settings import Sizes
-from uni_moe_jax.tools.bench.timing import interleaved
 from uni_moe_jax.train.loop import commit
 from uni_moe_jax.utils import cli, cores
 from uni_moe_jax.utils.errors import UsageError
@@ -26,8 +25,6 @@ SUITE_FUNCTIONS = {
     'decoding': caption_rate.caption_rate, 'input': input_rate.input_rate, 'files': input_rate.file_rate,
     'compile': training_steps.compile_time, settings.GPU: gpu.on_gpu}
 _PACKAGES = ('uni-moe-jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy', 'tensorflow-cpu', 'tensorflow')
-# A call queues products up to this work, or this number: a small one alone would time its dispatch.
-_FLOPS_PER_CALL, _MAX_PER_CALL = 2e10, 100
 
 
 def measure(
@@ -35,28 +32,41 @@ def measure(
     dtype: str) -> tuple[dict[str, str], list[Row]]:
   """Run suites on the first device and return (header, rows); progress and the rows of each suite go to stderr.
 
+  Each of several runs in a process of its own: its steps would be slower after those of another suite.
+
   Args:
-    names: of `settings.SUITES`, or `gpu`. config: whose tasks and data some suites take. dtype: of matrix products.
+    names: of `settings.SUITES`, or `gpu`; at least one.
+    sizes: of their cases.
+    config: whose tasks and data some suites take.
+    dtype: of matrix products.
 
   Raises:
     UsageError: `gpu` without a GPU.
   """
-  devices = jax.devices()[:1]
-  if settings.GPU in names and devices[0].platform != 'gpu':
-    raise UsageError(f"--suites=gpu needs an NVIDIA GPU and JAX for it (pip install -e '.[cuda]'), and JAX has devices "
-                     f'of type {devices[0].platform}; name other suites.')
-  header = _header(devices, dtype)
-  peak, rows = _gemm(sizes, devices[0])
-  context = Context(sizes, config, dtype, peak, devices)
+  if len(names) == 1:
+    return _measure(names[0], sizes, config, dtype)
+  spawn, rows = multiprocessing.get_context('spawn'), []
   for name in names:
-    start = time.perf_counter()
-    print(f'{name} …', end=' ', file=sys.stderr, flush=True)
-    own = SUITE_FUNCTIONS[name](context)
-    print(f'{time.perf_counter() - start:.0f} s', file=sys.stderr, flush=True)
-    if own:  # a failure of a later suite must not lose them
-      print(render(own, {}, sizes.reduced), file=sys.stderr, flush=True)
+    with concurrent.futures.ProcessPoolExecutor(1, spawn, settings.prepare_heap, (name,)) as process:
+      header, own = process.submit(_measure, name, sizes, config, dtype).result()
     rows += own
   return header, rows
+
+
+def _measure(
+    name: str, sizes: Sizes, config: ml_collections.ConfigDict, dtype: str) -> tuple[dict[str, str], list[Row]]:
+  """`measure` of one suite, in this process."""
+  devices = jax.devices()[:1]
+  if name == settings.GPU and devices[0].platform != 'gpu':
+    raise UsageError(f"--suites=gpu needs an NVIDIA GPU and JAX for it (pip install -e '.[cuda]'), and JAX has devices "
+                     f'of type {devices[0].platform}; name other suites.')
+  start = time.perf_counter()
+  print(f'{name} …', end=' ', file=sys.stderr, flush=True)
+  peak, rows = product_rate.peak(name, sizes, devices[0])
+  rows += SUITE_FUNCTIONS[name](Context(sizes, config, dtype, peak, devices))
+  print(f'{time.perf_counter() - start:.0f} s', file=sys.stderr, flush=True)
+  print(render(rows, {}, sizes.reduced), file=sys.stderr, flush=True)  # a failure of a later suite must not lose them
+  return _header(devices, dtype), rows
 
 
 def _header(devices: Sequence[jax.Device], dtype: str) -> dict[str, str]:
@@ -76,27 +86,3 @@ def _header(devices: Sequence[jax.Device], dtype: str) -> dict[str, str]:
       'budgets': 'set for float32 on two CPU cores; those of gpu for bfloat16 on an H100',
       'compilation cache': jax.config.jax_compilation_cache_dir or cache,
   }
-
-
-def _gemm(sizes: Sizes, device: jax.Device) -> tuple[float, list[Row]]:
-  """Measure float32 products at JAX's default precision, n x n x n and in the shapes of a layer.
-
-  Returns (FLOP/s of the n x n x n product's fastest round, rows).
-  """
-  tokens = sizes.batch_size * ((sizes.image_size // sizes.patch_size) ** 2 + 1)
-  n, D, F = sizes.gemm, sizes.width, sizes.mlp_dim
-  shapes = [(n, n, n), (tokens, D, 3 * D), (tokens, D, D), (tokens, D, F), (tokens, F, D)]
-  rng = np.random.default_rng(0)
-  product, calls, work = jax.jit(jnp.matmul), {}, {}
-  for M, K, N in shapes:
-    a, b = (jax.device_put(rng.normal(size=s).astype(np.float32), device) for s in ((M, K), (K, N)))
-    name = f'GEMM {M} x {K} x {N}'
-    times = min(_MAX_PER_CALL, max(1, int(_FLOPS_PER_CALL / (2 * M * K * N))))
-    work[name] = 2.0 * M * K * N * times
-    calls[name] = lambda a=a, b=b, times=times: [product(a, b) for _ in range(times)][-1]
-  seconds = interleaved(calls, sizes.rounds)
-  peak = next(iter(work.values())) / next(iter(seconds.seconds.values())).min()
-  note = 'float32 at the default matmul precision'
-  rows = [Row('machine', name, seconds.figure(work[name] / 1e9 / s), 'GFLOP/s', note=note)
-          for name, s in seconds.seconds.items()]
-  return float(peak), rows

@@ -15,6 +15,7 @@ from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.config.validate import TOKEN_ROUTER_FIELDS
 from uni_moe_jax.moe import products
 from uni_moe_jax.tasks.router_names import DENSE, DISPATCHED, ROUTERS
+from uni_moe_jax.tools.bench import product_rate
 from uni_moe_jax.tools.bench.cases import RECORDED_PEAK, Context, RepeatedStep
 from uni_moe_jax.tools.bench.results_table import Budget, Row
 from uni_moe_jax.tools.bench.timing import Estimate, Rounds, estimate, interleaved
@@ -60,6 +61,7 @@ def routers(context: Context) -> list[Row]:
     rows.append(Row('routers', f'context / token, {mode}', ratio, 'x', _CONTEXT, note))
   rows += [Row('routers', f'{name}: drop rate', Estimate(100 * float(step.metrics['router/drop_rate'])), '%', note=note)
            for name, step in steps.items() if 'router/drop_rate' in step.metrics]
+  rows += product_rate.of_layer('routers', s, context.devices[0])
   return rows + [_share_of_peak(context, steps[DENSE], train)]
 
 
