@@ -5,15 +5,15 @@
   uni-moe benchmark --suites=routers,decoding --output=benchmark.json
 
 Suites: routers, mixed, published, decoding, input, files, compile. `mixed`, `input` and `compile` take tasks and data
-from --config (default: the quickstart); the others create their own. Everything runs on the first device, and each of
-several suites in a process of its own.
+from --config (default: the quickstart); the others create their own. Everything runs on the first device, and each
+suite in a process of its own.
 `gpu` runs only if named: base/16 in bfloat16 and our kernels on one NVIDIA GPU, in less than half an hour. The exit
 code is 1 if part of it failed.
 """
 
 from absl import flags
 
-from uni_moe_jax.tools.bench import settings
+from uni_moe_jax.tools.bench import settings, suite_process
 from uni_moe_jax.utils import cli, files
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED
 
@@ -40,11 +40,12 @@ def main() -> int:
     settings.set_quick_xla_flags()
   if settings.GPU in names:
     settings.share_gpu_memory()
-  if len(names) == 1:  # each of several has a process of its own
-    settings.prepare_heap(names[0])
-  from uni_moe_jax.tools.bench import results_table, suites
   sizes = settings.QUICK if _QUICK.value else settings.FULL
-  header, rows = suites.measure(names, sizes, config, _DTYPE.value)
+  rows = []
+  for name in names:
+    header, own = suite_process.measure(name, sizes, config, _DTYPE.value)
+    rows += own
+  from uni_moe_jax.tools.bench import results_table
   print(results_table.render(rows, header, sizes.reduced))
   if _OUTPUT.value:
     files.write_output(_OUTPUT.value, results_table.as_json(rows, header, sizes.reduced))

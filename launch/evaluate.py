@@ -32,6 +32,7 @@ _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder of the prepared data; 
 
 def main() -> int:
   from uni_moe_jax.config.plan import make_plan
+  from uni_moe_jax.train import same_config
   from uni_moe_jax.train import workdir as workdir_lib
   workdir, cluster = _WORKDIR.value, _CLUSTER()
   if _MERGED.value and cluster is not None:
@@ -39,11 +40,10 @@ def main() -> int:
   writes = distributed.initialize(cluster)
   shared_folder.check(cluster, workdir, create=_CONFIG.present)
   # Mistakes are reported before the slow libraries below are imported.
+  config = cli.config_of(_CONFIG) if _CONFIG.present else workdir_lib.load_config(workdir)
+  same_config.check(config, cluster)
   if _CONFIG.present:
-    config = cli.config_of(_CONFIG)
-    workdir_lib.claim_workdir(workdir, config, cluster=cluster)
-  else:
-    config = workdir_lib.load_config(workdir)
+    workdir_lib.claim_workdir(workdir, config)
   plan = make_plan(config)
   if _MERGED.value and config.moe.router not in MERGED:
     raise UsageError(f'--merged: experts of config.moe.router={config.moe.router!r} cannot be merged; those of '

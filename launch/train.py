@@ -38,7 +38,7 @@ def main() -> int:
   with cli.exit_on_signals(PREEMPTED), contextlib.ExitStack() as stack:  # signals: until the loop handles them
     from uni_moe_jax.config.plan import make_plan
     from uni_moe_jax.data.pipeline import npz_records
-    from uni_moe_jax.train import workdir
+    from uni_moe_jax.train import same_config, workdir
     from uni_moe_jax.train.hang_detection import START, HangDetector
     # Mistakes are reported before the slow libraries below are imported.
     config = cli.config_of(_CONFIG)
@@ -53,7 +53,8 @@ def main() -> int:
       if cluster is None and not _COMPILE_ONLY.value:
         files.check_writable(_WORKDIR.value, '--workdir')
       shared_folder.check(cluster, _WORKDIR.value, create=True)
-      workdir.claim_workdir(_WORKDIR.value, config, extends=True, cluster=cluster)
+      same_config.check(config, cluster)
+      workdir.claim_workdir(_WORKDIR.value, config, extends=True)
       workdir.check_versions(_WORKDIR.value, _ALLOW_VERSION_MISMATCH.value, writes=False)
       npz_records.check_directory(config.data.dir)
       separately = separately and not workdir.is_finished(_WORKDIR.value, config.train.steps)

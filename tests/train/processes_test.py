@@ -169,14 +169,15 @@ def test_processes_of_which_one_has_another_validation_label_are_refused(tmp_pat
 
 
 @pytest.mark.slow
-def test_processes_of_which_one_has_another_config_are_refused_before_they_write_anything(tmp_path):
-  common = [sys.executable, 'launch/train.py', _config(tmp_path), f'--workdir={tmp_path / "run"}',
+@pytest.mark.parametrize('script', ['train', 'evaluate'])
+def test_processes_of_which_one_has_another_config_are_refused_before_they_write_anything(tmp_path, script):
+  common = [sys.executable, f'launch/{script}.py', _config(tmp_path), f'--workdir={tmp_path / "run"}',
             f'--coordinator_address={processes.free_address()}', '--num_processes=2']
-  each = [[*common, f'--process_id={i}', f'--config.train.init={tmp_path / f"init{i}"}'] for i in range(2)]
+  each = [[*common, f'--process_id={i}', f'--config.seed={i}'] for i in range(2)]
   ended = processes.together(*each, devices=4)
   for code, output in ended:
     assert code == 2, ended
-    assert 'error: process 1 of 2 has another config than process 0 (train.init: ' in output, output
+    assert 'error: process 1 of 2 has another config than process 0 (seed: 0 → 1)' in output, output
   assert list((tmp_path / 'run').iterdir()) == []
 
 

@@ -2,13 +2,12 @@
 
 import json
 import shlex
-import sys
 
 import numpy as np
 import pytest
 
 import uni_moe_jax
-from tests.helpers import processes, tiny
+from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.train import workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
@@ -276,35 +275,3 @@ def test_an_allowed_mismatch_records_the_installed_versions(tmp_path, capsys):
   content = _content(tmp_path)
   assert content['versions'] == workdir.versions() and content['earlier_versions'][0]['jax'] == '0.9.1'
   workdir.claim_workdir(tmp_path, tiny.config('shape', data_dir='/somewhere'), 'print')
-
-
-_CLAIMS = """
-import sys
-from tests.helpers import tiny
-from uni_moe_jax.parallel import distributed, multihost
-from uni_moe_jax.train import workdir
-from uni_moe_jax.utils.errors import UsageError
-address, i, folder = sys.argv[1:]
-cluster = distributed.Cluster(address, 3, int(i))
-distributed.initialize(cluster)
-for values in ({}, {'data.dir': f'/host{i}'}, {'train.steps': 6 + int(i) // 2}, {'mesh.data': 1 + min(int(i), 1)}):
-  c = tiny.config('shape', data_dir='/somewhere')
-  c.update_from_flattened_dict(values)
-  try:
-    workdir.claim_workdir(folder, c, 'print', writes=False, cluster=cluster)
-    print('> passes', file=sys.stderr)
-  except UsageError as e:
-    print(f'> {e}', file=sys.stderr)
-print('>', multihost.gather_texts('é' * int(i) + 'x '), file=sys.stderr)
-"""
-
-
-def test_the_processes_of_a_run_have_one_config_but_for_where_their_data_is(tmp_path):
-  command = [sys.executable, '-c', _CLAIMS, processes.free_address()]
-  for code, output in processes.together(*([*command, str(i), str(tmp_path)] for i in range(3))):
-    assert code == 0, output
-    assert [line.removeprefix('> ') for line in output.splitlines() if line.startswith('> ')] == [
-        'passes', 'passes',
-        'process 2 of 3 has another config than process 0 (train.steps: 6 → 7). Start the same command in all.',
-        'process 1, 2 of 3 has another config than process 0 (mesh.data: 1 → 2). Start the same command in all.',
-        "['x ', 'éx ', 'ééx ']"]

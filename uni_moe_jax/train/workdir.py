@@ -19,7 +19,6 @@ from uni_moe_jax import __version__
 from uni_moe_jax.config.fields import with_floats
 from uni_moe_jax.config.schema import PATHS, Config, apply_choices, base, parse_config
 from uni_moe_jax.data.pipeline import class_names
-from uni_moe_jax.parallel.distributed import Cluster
 from uni_moe_jax.train import manifest
 from uni_moe_jax.utils import hub, storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError, first_few
@@ -45,8 +44,6 @@ MAY_CHANGE = (
     'train.interference_parameters', 'train.deterministic', 'data.dir', 'data.cache_dir', 'data.cache_gb',
     'data.max_corrupt_fraction', 'preflight', 'mesh', 'model.attention_impl', 'moe.gmm', 'evaluators',
     'tokenizer.merges_path')
-# Of these, what may differ between the hosts of a run: each may have its data in a folder of its own.
-_OF_HOST = tuple(field for field in map('.'.join, PATHS) if field in MAY_CHANGE)
 _NO_PROTOCOL = ('batch_size', 'baselines', 'during_training')  # fields of an evaluator that change no score
 _OTHER_DATA = ('a source was prepared again or has a newer version (the newest is read), the data directory or '
                'tokenizer file has changed, or an older version of this package trained the tokenizer.')
@@ -111,17 +108,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], ignored: tuple[str, ..
           if a.get(name, _ABSENT) != b.get(name, _ABSENT) and not name.startswith(ignored)]
 
 
-def _check_same(config: dict[str, Any]) -> None:
-  """Raises UsageError in every process of a run if one has another config; the processes call this together."""
-  from uni_moe_jax.parallel import multihost  # pylint: disable=g-import-not-at-top
-  with multihost.exit_with_peers():
-    first, *others = map(json.loads, multihost.gather_texts(json.dumps(config)))
-  changed = {str(i): fields for i, other in enumerate(others, 1) if (fields := differences(first, other, _OF_HOST))}
-  if changed:
-    raise UsageError(f'process {", ".join(changed)} of {1 + len(others)} has another config than process 0 '
-                     f'({first_few(next(iter(changed.values())), separator="; ")}). Start the same command in all.')
-
-
 def _extends(workdir: str | os.PathLike[str], old: dict[str, Any], new: dict[str, Any]) -> bool:
   """Whether a config continues the run of another to more steps, and differs in nothing else.
 
@@ -174,8 +160,7 @@ def _check_best(
 def claim_workdir(
     workdir: str | os.PathLike[str], config: ml_collections.ConfigDict, fingerprint: str | None = None,
     writes: bool = True, inputs: str | None = None, extends: bool = False,
-    evaluations: Mapping[str, str] | None = None, class_digests: Mapping[str, str] | None = None,
-    cluster: Cluster | None = None) -> None:
+    evaluations: Mapping[str, str] | None = None, class_digests: Mapping[str, str] | None = None) -> None:
   """Creates a work directory for this run, or checks that it is this run's.
 
   Args:
@@ -188,18 +173,15 @@ def claim_workdir(
       constant, else with one whose `optim.decay_steps` says where the schedule ends.
     evaluations: digests of the data of evaluators that run during training, by name; None: not compared.
     class_digests: of `warm_start.class_digests`, for runs that start from this one; recorded when it is created.
-    cluster: the processes of the run, which then call this together; None: their configs are not compared.
 
   Raises:
     UsageError: it belongs to a run with another config or other data; names the fields. Or a field is wrong, or it
-      has checkpoints without a config, and `extends`. Or processes have different configs; in every process.
+      has checkpoints without a config, and `extends`.
   """
   path = storage.path(workdir) / CONFIG_FILE
   parse_config(config)
   plain = json.loads(json.dumps(apply_choices(config).to_dict()))  # as JSON stores it: tuples become lists
   new = {'config': plain, 'data': fingerprint, 'inputs': inputs}
-  if cluster is not None:
-    _check_same(plain)
   if path.exists():
     old = _read(path)
     extended = extends and _extends(workdir, old['config'], plain)

@@ -14,7 +14,7 @@ import pytest
 from tests.helpers import in_process, processes
 from uni_moe_jax.parallel import peaks
 from uni_moe_jax.tasks import router_names
-from uni_moe_jax.tools.bench import gpu, gpu_sections, settings, suites
+from uni_moe_jax.tools.bench import gpu, gpu_sections, settings, suite_process, suites
 from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.results_table import FAILED
 from uni_moe_jax.tools.bench.timing import Estimate, Rounds
@@ -40,7 +40,7 @@ def _rows(section: str, number: int | None = None):
 def test_without_a_gpu_one_sentence_names_what_is_missing():
   message = '--suites=gpu needs an NVIDIA GPU .* devices of type cpu; name other suites'
   with mock.patch.dict(suites.SUITE_FUNCTIONS, gpu=lambda _: []), pytest.raises(UsageError, match=message):
-    suites.measure(('gpu',), _SIZES, None, 'bfloat16')
+    suites.measure('gpu', _SIZES, None, 'bfloat16')
 
 
 @pytest.mark.parametrize('device, tflops', [
@@ -172,7 +172,7 @@ def test_a_process_that_reaches_its_limit_or_crashes_leaves_a_row():
 def test_the_exit_code_and_the_json_report_what_failed(missing, code, tmp_path, monkeypatch):
   row = gpu_sections.row('token', None, '', note='out of memory', missing=missing)
   monkeypatch.setenv('XLA_PYTHON_CLIENT_PREALLOCATE', '')  # which the script sets
-  monkeypatch.setattr(suites, 'measure', lambda *_: ({}, [row]))
+  monkeypatch.setattr(suite_process, 'measure', lambda *_: ({}, [row]))
   output = tmp_path / 'gpu.json'
   assert in_process.run(processes.ROOT / 'launch/benchmark.py', '--suites=gpu', f'--output={output}') == code
   assert [r['note'] for r in json.loads(output.read_text())['rows']] == ['out of memory']

@@ -1,6 +1,5 @@
 """Suites are chosen by name. Every suite runs at the smallest sizes and returns its rows; no time is judged."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -48,7 +47,7 @@ def _context() -> cases.Context:
 @functools.cache
 def _measure(suite: str, dtype: str):
   with mock.patch.multiple(in_flight, num_in_flight=lambda: 1, num_together=lambda *_: 1):  # few batches are skipped
-    header, rows = suites.measure((suite,), _SIZES, _config(), dtype)
+    header, rows = suites.measure(suite, _SIZES, _config(), dtype)
   assert header['dtype of products'] == dtype
   rate, *own = rows
   assert {r.suite for r in rows} == {suite} and rate.name == 'GEMM 16 x 16 x 16'
@@ -131,30 +130,12 @@ def test_every_router_takes_a_config_of_token_routing_and_token_routers_keep_its
   assert c.moe.capacity_factor == 1.5
 
 
-def test_the_rows_of_a_suite_are_printed_when_it_ends_and_survive_a_failure_of_the_next(capsys):
-  def fail(_):
-    raise RuntimeError('out of memory')
-
+def test_the_rows_of_a_suite_are_printed_when_it_ends_so_that_they_survive_a_failure_of_the_next(capsys):
   row = results_table.Row('routers', 'dense train step', timing.Estimate(0.25), 's', note='on random data')
-  threads = lambda number, _, prepare, arguments: concurrent.futures.ThreadPoolExecutor(
-      number, initializer=lambda: prepared.append((prepare, *arguments)))
-  prepared = []
-  with mock.patch.dict(suites.SUITE_FUNCTIONS, routers=lambda _: [row], decoding=fail), mock.patch.object(
-      concurrent.futures, 'ProcessPoolExecutor', threads):
-    with pytest.raises(RuntimeError, match='out of memory'):
-      suites.measure(('routers', 'decoding'), _SIZES, _config(), 'float32')
-  assert prepared == [(settings.prepare_heap, 'routers'), (settings.prepare_heap, 'decoding')]
+  with mock.patch.dict(suites.SUITE_FUNCTIONS, routers=lambda _: [row]):
+    suites.measure('routers', _SIZES, _config(), 'float32')
   out, err = capsys.readouterr()
   assert not out and re.search('routers +dense train step +0.250 +s', err) and '[2] on random data' in err
-
-
-@pytest.mark.slow
-def test_each_of_several_suites_runs_in_a_process_of_its_own():
-  header, rows = suites.measure(('decoding', 'decoding'), _SIZES, _config(), 'float32')
-  assert header['dtype of products'] == 'float32'
-  names = ['GEMM 16 x 16 x 16', *_measure('decoding', 'float32')]
-  assert [r.name for r in rows] == 2 * names
-  assert rows[0].figure != rows[len(names)].figure  # measured anew
 
 
 @pytest.mark.nightly

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 
 import jax
 
-from uni_moe_jax.tools.bench import gpu_sections, settings
+from uni_moe_jax.tools.bench import gpu_sections, settings, suite_process
 from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.gpu_sections import NotAvailableError, row
 from uni_moe_jax.tools.bench.results_table import FAILED, Row
@@ -68,6 +68,7 @@ def in_process(section: str, sizes: GpuSizes, minutes: float) -> list[Row]:
 
 
 def _send_rows(section: str, sizes: GpuSizes, sender: Connection) -> None:
+  suite_process.end_with_parent()
   context = Context(sizes, None, 'bfloat16', 0., jax.devices()[:1])
   for measurement in gpu_sections.SECTIONS[section](context):
     for r in attempt(*measurement):

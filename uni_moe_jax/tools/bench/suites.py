@@ -1,9 +1,7 @@
 """Runs the suites of the benchmark, after a description of the machine and the rate of its matrix products."""
 
-import concurrent.futures
 import contextlib
 import importlib.metadata
-import multiprocessing
 import platform
 import sys
 import time
@@ -28,34 +26,18 @@ _PACKAGES = ('uni-moe-jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy', 'tensorfl
 
 
 def measure(
-    names: Sequence[str], sizes: Sizes, config: ml_collections.ConfigDict,
-    dtype: str) -> tuple[dict[str, str], list[Row]]:
-  """Run suites on the first device and return (header, rows); progress and the rows of each suite go to stderr.
-
-  Each of several runs in a process of its own: its steps would be slower after those of another suite.
+    name: str, sizes: Sizes, config: ml_collections.ConfigDict, dtype: str) -> tuple[dict[str, str], list[Row]]:
+  """Run a suite on the first device and return (header, rows); progress and its rows go to stderr.
 
   Args:
-    names: of `settings.SUITES`, or `gpu`; at least one.
-    sizes: of their cases.
+    name: of `settings.SUITES`, or `gpu`.
+    sizes: of its cases.
     config: whose tasks and data some suites take.
     dtype: of matrix products.
 
   Raises:
     UsageError: `gpu` without a GPU.
   """
-  if len(names) == 1:
-    return _measure(names[0], sizes, config, dtype)
-  spawn, rows = multiprocessing.get_context('spawn'), []
-  for name in names:
-    with concurrent.futures.ProcessPoolExecutor(1, spawn, settings.prepare_heap, (name,)) as process:
-      header, own = process.submit(_measure, name, sizes, config, dtype).result()
-    rows += own
-  return header, rows
-
-
-def _measure(
-    name: str, sizes: Sizes, config: ml_collections.ConfigDict, dtype: str) -> tuple[dict[str, str], list[Row]]:
-  """`measure` of one suite, in this process."""
   devices = jax.devices()[:1]
   if name == settings.GPU and devices[0].platform != 'gpu':
     raise UsageError(f"--suites=gpu needs an NVIDIA GPU and JAX for it (pip install -e '.[cuda]'), and JAX has devices "
