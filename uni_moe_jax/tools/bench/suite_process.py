@@ -1,4 +1,4 @@
-"""Runs a suite in a process of its own: its steps would be slower after those of another suite.
+"""Runs a suite in a process of its own, in which nothing that another suite left in memory slows it down.
 
 This module imports nothing slow, so that the new process is prepared before it imports JAX.
 """
