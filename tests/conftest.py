@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import signal
 import sys
 
 from absl import flags
@@ -14,6 +15,9 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 if 'jax' in sys.modules or 'tensorflow' in sys.modules:
   raise RuntimeError('jax or tensorflow was imported before tests/conftest.py could configure it.')
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell's background jobs; programs would inherit it
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 if os.environ['JAX_PLATFORMS'] == 'cpu':
