@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 from uni_moe_jax.utils.exit_codes import PREEMPTED
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_PRCTL = getattr(ctypes.CDLL(None), 'prctl', None) if sys.platform == 'linux' else None
 
 
 @contextlib.contextmanager
@@ -34,7 +36,8 @@ def start(command: Sequence[Any], number: signal.Signals = signal.SIGTERM, **opt
   with warnings.catch_warnings():
     # Of JAX, since `preexec_fn` forks; the child makes one system call and becomes another program.
     warnings.filterwarnings('ignore', r'os\.fork\(\) was called', RuntimeWarning)
-    return subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent(number), **options)
+    return subprocess.Popen(command, start_new_session=True, **options,
+                            preexec_fn=functools.partial(end_with_parent, os.getpid(), number))
 
 
 def wait(child: subprocess.Popen) -> int:
@@ -49,14 +52,12 @@ def wait(child: subprocess.Popen) -> int:
   return PREEMPTED if received and code <= 0 else code
 
 
-def _end_with_parent(number: signal.Signals) -> Callable[[], None]:
-  """Return the `preexec_fn` of a child that gets a signal when this process dies, even by SIGKILL. Linux only."""
-  prctl, parent = getattr(ctypes.CDLL(None), 'prctl', None) if sys.platform == 'linux' else None, os.getpid()
+def end_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
+  """Let this process get a signal when the one that has started it, of this number, dies, even by SIGKILL. Linux only.
 
-  def set_signal() -> None:
-    if prctl is not None:
-      prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-      if os.getppid() != parent:  # it has died already
-        os._exit(PREEMPTED)
-
-  return set_signal
+  The function for `preexec_fn`, too: a process that was forked makes one system call here.
+  """
+  if _PRCTL is not None:
+    _PRCTL(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:  # it has died already
+      os._exit(PREEMPTED)

@@ -6,6 +6,7 @@ no other section. What fails is a row with its message.
 
 import dataclasses
 import multiprocessing
+import signal
 import sys
 import time
 import traceback
@@ -13,11 +14,12 @@ from multiprocessing.connection import Connection
 
 import jax
 
-from uni_moe_jax.tools.bench import gpu_sections, settings, suite_process
+from uni_moe_jax.tools.bench import gpu_sections, settings
 from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.gpu_sections import NotAvailableError, row
 from uni_moe_jax.tools.bench.results_table import FAILED, Row
 from uni_moe_jax.tools.bench.settings import GpuSizes
+from uni_moe_jax.utils import signals
 
 _MINUTES = {'models': 12, 'attention': 2, 'grouped products': 7, 'captions': 3}
 _DIGEST_MINUTES = 2  # of each of two processes
@@ -68,7 +70,7 @@ def in_process(section: str, sizes: GpuSizes, minutes: float) -> list[Row]:
 
 
 def _send_rows(section: str, sizes: GpuSizes, sender: Connection) -> None:
-  suite_process.end_with_parent()
+  signals.end_with_parent(multiprocessing.parent_process().pid, signal.SIGKILL)
   context = Context(sizes, None, 'bfloat16', 0., jax.devices()[:1])
   for measurement in gpu_sections.SECTIONS[section](context):
     for r in attempt(*measurement):

@@ -4,18 +4,16 @@ This module imports nothing slow, so that the new process is prepared before it 
 """
 
 import multiprocessing
-import os
 import signal
-import threading
-from multiprocessing import connection
+from multiprocessing.connection import Connection
 from typing import Any
 
 import ml_collections
 
 from uni_moe_jax.tools.bench import settings
 from uni_moe_jax.tools.bench.settings import Sizes
+from uni_moe_jax.utils import signals
 from uni_moe_jax.utils.errors import RunError, UsageError
-from uni_moe_jax.utils.exit_codes import ERROR
 
 
 def measure(
@@ -45,21 +43,12 @@ def measure(
   return result
 
 
-def _send(sender: connection.Connection, name: str, *arguments: Any) -> None:
+def _send(sender: Connection, name: str, *arguments: Any) -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's Ctrl-C, which ends the other process, and it this one
   settings.prepare_heap(name)
-  end_with_parent()
+  signals.end_with_parent(multiprocessing.parent_process().pid, signal.SIGKILL)
   from uni_moe_jax.tools.bench import suites  # pylint: disable=g-import-not-at-top
   try:
     sender.send(suites.measure(name, *arguments))
   except UsageError as e:
     sender.send(e)
-
-
-def end_with_parent() -> None:
-  """End this process when the one that has started it ends, however that is."""
-  def wait():
-    connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(ERROR)
-
-  threading.Thread(target=wait, daemon=True).start()
