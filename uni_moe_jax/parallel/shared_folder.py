@@ -16,7 +16,6 @@ _NOT_WRITTEN, _UNAVAILABLE = bytes(16), bytes([1] * 16)  # in place of a token: 
 _PASSING = {errno.EIO, errno.ESTALE, errno.EBUSY, errno.ENOLCK, errno.ENFILE, errno.ENOMEM, errno.ENOTCONN,
             errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
 _TIMEOUT = 30.0  # seconds until a file of another process must be visible; a mounted bucket needs some
-_HOST_BYTES = 64
 
 
 def check(cluster: Cluster | None, workdir: str | os.PathLike[str], create: bool, timeout: float = _TIMEOUT) -> None:
@@ -64,13 +63,11 @@ def check(cluster: Cluster | None, workdir: str | os.PathLike[str], create: bool
     if token in (_NOT_WRITTEN, _UNAVAILABLE):
       error = UsageError if token == _NOT_WRITTEN else RunError
       raise error(f'process 0 cannot write in workdir {reason}')
-    sees = bytes([_appears(path(token), timeout)])
-    host = socket.gethostname().encode()[:_HOST_BYTES].ljust(_HOST_BYTES)
-    facts = multihost.gather_bytes(sees + host)
+    facts = multihost.gather_texts(f'{_appears(path(token), timeout):d}{socket.gethostname()}')
     if jax.process_index() == 0:
       path(token).unlink()
-  names = [f'process {i} ({fact[1:].decode(errors="replace").strip()})' for i, fact in enumerate(facts)]
-  blind = [name for name, fact in zip(names, facts, strict=True) if not fact[0]]
+  names = [f'process {i} ({fact[1:]})' for i, fact in enumerate(facts)]
+  blind = [name for name, fact in zip(names, facts, strict=True) if fact[0] == '0']
   if blind:
     raise UsageError(
         f'workdir {workdir} is not shared: what {names[0]} writes there does not appear for '
