@@ -52,7 +52,8 @@ _ERRORS = (
     (r'NoSuchBucket|bucket does not exist', 'the bucket does not exist. Check its name, or create it'),
     (r'^(Client(Connector|OS|Payload)|EndpointConnection|(Server|Socket|Connection|Connect|Read|FS)Timeout|'
      r'ServerDisconnected|IncompleteRead|ConnectionClosed|Proxy)\w*: |HttpError: .*, (408|429|5\d\d)$|'
-     r'\((SlowDown|ServiceUnavailable|InternalError|429|5\d\d)\) when|(UNAVAILABLE|DEADLINE_EXCEEDED): .*(gs|s3|https?)://',
+     r'\((SlowDown|ServiceUnavailable|InternalError|429|5\d\d)\) when|'
+     r'(UNAVAILABLE|DEADLINE_EXCEEDED): .*(gs|s3|https?)://',
      _NO_ANSWER := 'the store does not answer, or only with errors, also to repeated requests. Check the network; the '
      'same command continues'))
 
