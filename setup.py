@@ -60,7 +60,7 @@ setuptools.setup(
     license='Apache-2.0',
     packages=[*setuptools.find_packages(include=['uni_moe_jax', 'uni_moe_jax.*']), *_SHIPPED],
     package_dir=_SHIPPED,
-    entry_points={'console_scripts': ['uni-moe = uni_moe_jax.utils.command:main']},
+    entry_points={'console_scripts': ['uni-moe = uni_moe_jax.cli.command:main']},
     package_data={'uni_moe_jax.export': ['browser.js'], 'uni_moe_jax.serve': ['page.html']},
     python_requires='>=3.11',
     install_requires=[

@@ -25,18 +25,18 @@ import ml_collections
 
 from uni_moe_jax import config
 from uni_moe_jax.config import benchmarks, presets
-from uni_moe_jax.train import finetuning
+from uni_moe_jax.train import adaptation
 from uni_moe_jax.utils.errors import UsageError
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Images of 224 pixels in patches of 16 and CLIP's vocabulary; or the model of the run."""
   a = config.arguments(arg, __file__, dict(task='imagenet1k', run='', image_size=0, mode='finetune', data=''),
-                       dict(task=benchmarks.DOWNSTREAM, mode=finetuning.MODES, data=('few', 'all')))
+                       dict(task=benchmarks.DOWNSTREAM, mode=adaptation.MODES, data=('few', 'all')))
   if a.mode != 'finetune' and not a.run:
     raise UsageError(f'benchmark:{arg}: mode={a.mode} adapts a run; give run=RUN.')
   if a.run:
-    c, plan = finetuning.start_from(a.run, f'benchmark:{arg}')
+    c, plan = adaptation.start_from(a.run, f'benchmark:{arg}')
   else:
     c = config.base()
     presets.published(c)
@@ -51,16 +51,16 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     for t in c.tasks.values():  # a run has its own temperature groups and text length
       t.temperature = t.temperature if t.temperature in plan.temperatures else ''
       t.max_len = min(t.max_len, c.model.max_text_len)
-    finetuning.share_temperatures(c, plan)
+    adaptation.share_temperatures(c, plan)
   if a.mode == 'finetune':
     benchmarks.finetuning(c, a.task)
   elif a.mode == 'prompts' and a.task in benchmarks.PROMPT_TUNING:
     benchmarks.prompt_tuning(c, a.task)
   else:
-    finetuning.MODES[a.mode](c)
+    adaptation.MODES[a.mode](c)
     c.tasks[a.task].linear_head = a.mode == 'prompts'  # GLUE and VQA choose among classes
     if a.mode == 'zero_shot':
       benchmarks.zero_shot(c, a.task)
   if a.data == 'few' or not a.data and a.mode == 'prompts':
-    c.tasks[a.task].train_fraction = finetuning.TRAIN_FRACTION
+    c.tasks[a.task].train_fraction = adaptation.TRAIN_FRACTION
   return c

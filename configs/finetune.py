@@ -11,6 +11,6 @@ Arguments:
 200 steps. docs/results/adaptation.md compares it with configs/prompt_tune.py and configs/zero_shot.py.
 """
 
-from uni_moe_jax.train import finetuning
+from uni_moe_jax.train import adaptation
 
-get_config = finetuning.finetune  # model, tokenizer and data are those of the run
+get_config = adaptation.finetune  # model, tokenizer and data are those of the run

@@ -23,16 +23,16 @@ import ml_collections
 
 from uni_moe_jax import config
 from uni_moe_jax.config import presets
-from uni_moe_jax.data.files import file_dataset
-from uni_moe_jax.train import finetuning
-from uni_moe_jax.utils import storage
+from uni_moe_jax.data.shards import file_dataset
+from uni_moe_jax.io import storage
+from uni_moe_jax.train import adaptation
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """2 layers, width 128, 8 experts, images of 64 pixels in patches of 16; or the model of the run."""
   a = config.arguments(
-      arg, __file__, dict(sources='', run='', mode='finetune', devices=1), dict(mode=finetuning.MODES),
+      arg, __file__, dict(sources='', run='', mode='finetune', devices=1), dict(mode=adaptation.MODES),
       required=('sources',))
   if not a.devices:
     raise UsageError(f'own:{arg}: devices=0 must be at least 1, the number of devices that share each batch.')
@@ -52,7 +52,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
       # config.data.dir is set later
       raise MissingFileError(f'{e}; or name it in another data directory: sources=DIRECTORY/own/{p.name}.') from e
   if a.run:
-    c, plan = finetuning.start_from(a.run, f'own:{arg}')
+    c, plan = adaptation.start_from(a.run, f'own:{arg}')
   else:
     c = config.base()
     presets.small(c)
@@ -68,6 +68,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
           "'caption' or 'captions') or a field with at least two classes; texts need a field 'text' or such a class "
           'field. Rename the fields, and prepare the data again.')
   if a.run:
-    finetuning.share_temperatures(c, plan)
-    finetuning.MODES[a.mode](c)
+    adaptation.share_temperatures(c, plan)
+    adaptation.MODES[a.mode](c)
   return c

@@ -11,6 +11,6 @@ Arguments:
 Every other parameter stays bit-identical. 200 steps. docs/results/adaptation.md has the scores.
 """
 
-from uni_moe_jax.train import finetuning
+from uni_moe_jax.train import adaptation
 
-get_config = finetuning.prompt_tune  # model, tokenizer and data are those of the run; the prompts are new
+get_config = adaptation.prompt_tune  # model, tokenizer and data are those of the run; the prompts are new

@@ -13,7 +13,7 @@ docs/results/adaptation.md has the scores.
 import ml_collections
 
 from uni_moe_jax import config
-from uni_moe_jax.train import finetuning
+from uni_moe_jax.train import adaptation
 
 
 def digit_question(c: ml_collections.ConfigDict) -> None:
@@ -39,4 +39,4 @@ def _digit_words(c: ml_collections.ConfigDict) -> None:
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Model, tokenizer and data are those of the run."""
-  return finetuning.zero_shot(arg, {'digit_question': digit_question, 'digit_word': digit_word})
+  return adaptation.zero_shot(arg, {'digit_question': digit_question, 'digit_word': digit_word})

@@ -13,8 +13,9 @@ code is 1 if part of it failed.
 
 from absl import flags
 
+from uni_moe_jax.cli import boundary as cli
+from uni_moe_jax.io import files
 from uni_moe_jax.tools.bench import settings, suite_process
-from uni_moe_jax.utils import cli, files
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED
 
 _CONFIG = cli.define_config(default='quickstart')
@@ -27,7 +28,7 @@ _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write.')
 
 def main() -> int:
   from uni_moe_jax.config.plan import make_plan
-  from uni_moe_jax.data.pipeline import npz_records
+  from uni_moe_jax.data.examples import npz_records
   # Usage errors come before the slow imports below.
   names = settings.choose(_SUITES.value)
   if _OUTPUT.value:

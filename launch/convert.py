@@ -14,7 +14,8 @@ import hashlib
 
 from absl import flags
 
-from uni_moe_jax.utils import cli, files, storage
+from uni_moe_jax.cli import boundary as cli
+from uni_moe_jax.io import files, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _CONFIG = cli.define_config()
@@ -34,7 +35,7 @@ def main() -> int:
 
 
 def _from_torch() -> int:
-  from uni_moe_jax.export import torch_file, torch_layout
+  from uni_moe_jax.convert import torch_file, torch_layout
   from uni_moe_jax.train import checkpoint, workdir
   from uni_moe_jax.train import run as train_run
   config, folder, step = cli.config_of(_CONFIG), storage.path(_WORKDIR.value), workdir.saved_step(_WORKDIR.value)
@@ -56,14 +57,13 @@ def _from_torch() -> int:
   workdir.claim_workdir(_WORKDIR.value, config, run.data.fingerprint, class_digests=run.class_digests)
   for remark in sorted({r for r in remarks.values() if not r.startswith('older name')}):
     print(remark)
-  if remarks:
-    print(f'{len(remarks)} names of an older layout, see {workdir.CONVERSION_FILE}')
+  print(f'{len(remarks)} names of an older layout, see {workdir.CONVERSION_FILE}\n' if remarks else '', end='')
   print(f'{report}\n{torch_layout.taken_from_config(run.spec.model.spec)}')
   return 0
 
 
 def _to_torch() -> int:
-  from uni_moe_jax.export import torch_file, torch_layout
+  from uni_moe_jax.convert import torch_file, torch_layout
   from uni_moe_jax.train import trained_run, workdir
   config = workdir.load_config(_WORKDIR.value)
   if storage.path(_OUTPUT.value).exists():

@@ -13,9 +13,9 @@ evaluators and data unless --force is given. Uses all devices; on several hosts,
 
 from absl import flags
 
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.parallel import distributed, shared_folder
 from uni_moe_jax.tasks.router_names import MERGED
-from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 _CONFIG = cli.define_config()

@@ -12,7 +12,7 @@ the overlap of task pairs (uni_moe_jax/analysis/expert_usage.py). Writes experts
 from absl import flags
 
 from uni_moe_jax.analysis import measured_run
-from uni_moe_jax.utils import cli
+from uni_moe_jax.cli import boundary as cli
 
 _RUN = measured_run.define_flags()
 _NUM_BATCHES = flags.DEFINE_integer(

@@ -13,7 +13,8 @@ import functools
 
 from absl import flags
 
-from uni_moe_jax.utils import cli, hub, storage
+from uni_moe_jax.cli import boundary as cli
+from uni_moe_jax.io import hub, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of uni-moe train.', required=True)

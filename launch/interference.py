@@ -12,7 +12,7 @@ parameters and for each layer and projection in it. Writes interference.json and
 from absl import flags
 
 from uni_moe_jax.analysis import measured_run
-from uni_moe_jax.utils import cli
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.utils.errors import UsageError
 
 _RUN = measured_run.define_flags()

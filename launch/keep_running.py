@@ -12,8 +12,8 @@ import sys
 
 from absl import app, flags
 
+from uni_moe_jax.cli import output
 from uni_moe_jax.train import restarts
-from uni_moe_jax.utils import output
 from uni_moe_jax.utils.errors import UsageError
 
 _MAX_RESTARTS = flags.DEFINE_integer(

@@ -10,7 +10,7 @@ install_environment test
 code=0
 install_libtpu || echo 'libtpu could not be installed: its tests are skipped.' >&2
 ./launch/test.sh -m nightly || code=$?
-PYTHONPATH="$libtpu:$PYTHONPATH" ./launch/test.sh tests/tools/preflight tests/docs_tutorials_test.py \
+PYTHONPATH="$libtpu:$PYTHONPATH" ./launch/test.sh tests/preflight tests/docs_tutorials_test.py \
   -k 'libtpu or rented' -m nightly || code=$?
 # tokamax beside the environment, with what it brings.
 tokamax="$PWD/.pytest_cache/tokamax"

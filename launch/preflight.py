@@ -15,7 +15,8 @@ import time
 from absl import flags
 from ml_collections import config_flags
 
-from uni_moe_jax.utils import cli, files
+from uni_moe_jax.cli import boundary as cli
+from uni_moe_jax.io import files
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string(
@@ -31,7 +32,7 @@ flags.mark_flag_as_required('config')
 def main() -> int:
   started = time.monotonic()  # before the slow imports below: --time_budget is the wall time of the command
   from uni_moe_jax.config.plan import make_plan
-  from uni_moe_jax.tools.preflight import topology
+  from uni_moe_jax.preflight import topology
   # Usage errors come before the slow imports.
   target = topology.parse(_TOPOLOGY.value)
   config = cli.config_of(_CONFIG)
@@ -39,7 +40,7 @@ def main() -> int:
   if _OUTPUT.value:
     files.check_folder_of(_OUTPUT.value, '--output')
   topology.prepare_environment(target)
-  from uni_moe_jax.tools.preflight import findings, preflight
+  from uni_moe_jax.preflight import findings, preflight
   name = config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])  # with its argument
   memory = None if _DEVICE_MEMORY.value is None else _DEVICE_MEMORY.value * topology.GIB
   report = lambda message: print(f'{message} …', file=sys.stderr, flush=True)

@@ -14,9 +14,11 @@ import shlex
 
 from absl import flags
 
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.config.schema import DataConfig
-from uni_moe_jax.data import mirror
-from uni_moe_jax.utils import cli, cores, storage
+from uni_moe_jax.data.shards import mirror
+from uni_moe_jax.io import storage
+from uni_moe_jax.utils import cores
 from uni_moe_jax.utils.errors import UsageError
 
 _DATA_DIR = flags.DEFINE_string('data_dir', DataConfig().dir, 'Folder of prepared data, also gs://… or s3://….')
@@ -44,11 +46,11 @@ def main() -> int:
   if (_INPUT.value is None) != (_NAME.value is None):
     raise UsageError('--input and --name go together; give the path of your data and a name for it.')
   if _TFDS.value is not None:
-    from uni_moe_jax.data.files import tfds_prepare
+    from uni_moe_jax.data.prepare import tfds_prepare
     print(tfds_prepare.prepare(_TFDS.value, directory))
   elif _INPUT.value is not None:
-    from uni_moe_jax.data.files import prepare
-    from uni_moe_jax.data.preparation import input_shards, summary
+    from uni_moe_jax.data.formats import input_shards
+    from uni_moe_jax.data.prepare import prepare, summary
     with input_shards.opened(_INPUT.value, _CACHE_DIR.value) as source:
       prepared = prepare.prepare(
           source, directory, _NAME.value, _VERSION.value, _GIF.value, _TEST_FRACTION.value, _MAX_CORRUPT_FRACTION.value,

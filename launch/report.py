@@ -6,8 +6,9 @@
 
 from absl import flags
 
+from uni_moe_jax.cli import boundary as cli
+from uni_moe_jax.io import storage
 from uni_moe_jax.reporting import curves, html
-from uni_moe_jax.utils import cli, storage
 from uni_moe_jax.utils.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder that training or evaluation wrote to.', required=True)

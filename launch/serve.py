@@ -15,8 +15,10 @@ import sys
 
 from absl import flags
 
+from uni_moe_jax.cli import boundary as cli
+from uni_moe_jax.io import storage
 from uni_moe_jax.serve.limits import Limits
-from uni_moe_jax.utils import cli, exit_codes, heap, storage
+from uni_moe_jax.utils import exit_codes, heap
 from uni_moe_jax.utils.errors import UsageError
 
 _MODEL = flags.DEFINE_string('model', None, 'Folder of uni-moe export, or hf:OWNER/NAME@REVISION.')

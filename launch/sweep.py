@@ -1,7 +1,6 @@
 """Train and evaluate a grid of runs, and compare them.
 
   uni-moe sweep --sweep=routers --workdir=runs/routers
-  uni-moe sweep --sweep=routers --workdir=runs/routers --variants=dense,dense_wide --num_seeds=3,dense=5  # more runs
   uni-moe sweep --sweep=adaptation --run=runs/quickstart --workdir=runs/adaptation
   uni-moe sweep --redraw=runs/routers/results/results.json                            # the page and figures beside it
 
@@ -23,7 +22,9 @@ import sys
 
 from absl import flags
 
-from uni_moe_jax.utils import cli, exit_codes, storage
+from uni_moe_jax.cli import boundary as cli
+from uni_moe_jax.io import storage
+from uni_moe_jax.utils import exit_codes
 from uni_moe_jax.utils.errors import UsageError
 
 _SWEEP = flags.DEFINE_enum('sweep', None, ['routers', 'adaptation'], 'What to compare.')
@@ -52,8 +53,7 @@ def main() -> int:
   from uni_moe_jax.analysis.sweep import grid, runner
   if _REDRAW.value:
     from uni_moe_jax.analysis.sweep.results import redraw
-    print(redraw(storage.absolute(_REDRAW.value)))
-    return exit_codes.FINISHED
+    return print(redraw(storage.absolute(_REDRAW.value))) or exit_codes.FINISHED
   if missing := [flag.name for flag in (_SWEEP, _WORKDIR) if not flag.value]:
     raise UsageError(f'--{missing[0]} is missing; uni-moe help sweep describes it.')
   folder = storage.absolute(_WORKDIR.value)

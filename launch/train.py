@@ -13,8 +13,10 @@ import sys
 
 from absl import flags
 
+from uni_moe_jax.cli import boundary as cli
+from uni_moe_jax.io import files, storage
 from uni_moe_jax.parallel import distributed, shared_folder
-from uni_moe_jax.utils import cli, files, heap, storage
+from uni_moe_jax.utils import heap
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import PREEMPTED
 
@@ -37,7 +39,7 @@ def main() -> int:
     heap.share_arena()
   with cli.exit_on_signals(PREEMPTED), contextlib.ExitStack() as stack:  # signals: until the loop handles them
     from uni_moe_jax.config.plan import make_plan
-    from uni_moe_jax.data.pipeline import npz_records
+    from uni_moe_jax.data.examples import npz_records
     from uni_moe_jax.train import same_config, workdir
     from uni_moe_jax.train.hang_detection import START, HangDetector
     # Mistakes are reported before the slow libraries below are imported.

@@ -18,7 +18,7 @@ from tests.helpers.processes import ROOT
 from uni_moe_jax import config
 from uni_moe_jax.config import validate
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.files import prepare
+from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.router_names import ROUTERS

@@ -9,9 +9,10 @@ import pytest
 from absl import flags
 
 from tests.helpers import in_process, own_data, processes
+from uni_moe_jax.cli import boundary as cli
+from uni_moe_jax.cli import shipped
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.train import workdir
-from uni_moe_jax.utils import cli, shipped
 
 _ROOT = processes.ROOT
 # Programs whose arguments are not checked, and why.

@@ -11,7 +11,8 @@ import pytest
 
 from tests.data import own_files
 from tests.helpers import fast_compile, in_process, processes, saved_run, served, tiny
-from uni_moe_jax.utils import cli, shipped
+from uni_moe_jax.cli import boundary as cli
+from uni_moe_jax.cli import shipped
 
 _PAGES = {page.stem: page for page in (processes.ROOT / 'docs/tutorials').glob('*.md')}
 _BLOCK = re.compile(r'(?:^\*\*Needs (.+?)\.\*\*\n\n)?^```(bash|python)\n(.*?)^```', re.MULTILINE | re.DOTALL)

@@ -72,7 +72,7 @@ _ALLOWED_METHODS = {'clip', 'tell'}  # of arrays, of files
 _ALLOWED_LINES = re.compile(
     r"kind='stable'|bracket\|parenthesis|math\.floor|a picture of the small shape|\('yes', 'alike'\)|"
     r"label_column='colour'")
-_ALLOWED_CLIP = 'tests/data/pipeline/clip_tokenizer_test.py'  # tests of CLIP's tokenizer
+_ALLOWED_CLIP = 'tests/data/text/clip_tokenizer_test.py'  # tests of CLIP's tokenizer
 _PROSE = [
     *((re.compile(rf'(?<![\w/-])(?:{words})(?![\w/=-])', re.IGNORECASE), instead)
       for words, instead in _PROSE_WORDS.items()),

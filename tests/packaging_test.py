@@ -13,8 +13,8 @@ import yaml
 from packaging import metadata, specifiers, utils
 
 from tests.helpers.processes import ROOT
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.train import workdir
-from uni_moe_jax.utils import cli
 
 _STACKS = {'3.11': 'constraints.txt', '3.13': 'constraints-py313.txt'}
 
@@ -70,7 +70,7 @@ def test_the_wheel_has_the_package_its_commands_and_configs_and_nothing_else(arc
 
 def test_the_wheel_declares_the_command_and_the_license(archives):
   [points] = [content for name, content in archives[0].items() if name.endswith('/entry_points.txt')]
-  assert points.decode().split('\n')[:2] == ['[console_scripts]', 'uni-moe = uni_moe_jax.utils.command:main']
+  assert points.decode().split('\n')[:2] == ['[console_scripts]', 'uni-moe = uni_moe_jax.cli.command:main']
   assert any(name.endswith('/LICENSE') for name in archives[0])
 
 

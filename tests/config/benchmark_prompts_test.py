@@ -9,7 +9,7 @@ from tests.helpers.processes import ROOT
 from uni_moe_jax import config
 from uni_moe_jax.config import schema
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.tools.preflight import compiled_programs
+from uni_moe_jax.preflight import compiled_programs
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir
 from uni_moe_jax.utils.tree_paths import by_path

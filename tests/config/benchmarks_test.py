@@ -14,14 +14,14 @@ from tests.helpers.processes import ROOT
 from uni_moe_jax import config
 from uni_moe_jax.config import benchmarks, presets, schema
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data import assemble
-from uni_moe_jax.data.files import file_dataset
-from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
+from uni_moe_jax.data.batches import assemble
+from uni_moe_jax.data.batches.mixtures import evaluation_batches
+from uni_moe_jax.data.shards import file_dataset
 from uni_moe_jax.eval import suite
 from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.preflight import compiled_programs
 from uni_moe_jax.tasks.router_names import ROUTERS
-from uni_moe_jax.tools.preflight import compiled_programs
-from uni_moe_jax.train import finetuning, loop, optimizer, workdir
+from uni_moe_jax.train import adaptation, loop, optimizer, workdir
 from uni_moe_jax.train import run as train_run
 
 _EXAMPLES = synthetic_records.EXAMPLES
@@ -345,7 +345,7 @@ def test_a_benchmark_starts_from_a_run(trained, name, mode):
     assert (c.optim.learning_rate, c.optim.param_groups[-1][2], c.train.steps) == (rate, decay, steps)
   elif trains and name != 'coco_caption':  # for which nothing was published
     expected = config.base()
-    finetuning.train_prompts(expected)
+    adaptation.train_prompts(expected)
     assert (c.optim, c.train.steps) == (expected.optim, expected.train.steps)
     assert c.model.num_deep_prompts == expected.model.num_deep_prompts
   assert t.linear_head == (bool(trains) and trains != '.*' and name != 'coco_caption')

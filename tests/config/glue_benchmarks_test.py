@@ -7,8 +7,8 @@ import types
 import pytest
 
 from tests.helpers.processes import ROOT
-from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
-from uni_moe_jax.data.pipeline.templates import fill_template
+from uni_moe_jax.data.text.clip_tokenizer import ClipTokenizer
+from uni_moe_jax.data.text.templates import fill_template
 
 _BENCHMARK = ROOT / 'configs/benchmark.py'
 

@@ -7,9 +7,9 @@ import pytest
 
 from tests.helpers import small_config
 from uni_moe_jax import config
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.config import presets, schema
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 

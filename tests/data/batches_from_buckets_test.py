@@ -8,12 +8,12 @@ from tests.data import own_files
 from tests.helpers import object_stores, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.assemble import Data
+from uni_moe_jax.data.batches.assemble import Data
+from uni_moe_jax.data.batches.mixtures import BatchLayout, Mixture, evaluation_batches
 from uni_moe_jax.data.embedded import glyphs
-from uni_moe_jax.data.files import prepare
-from uni_moe_jax.data.mirror import Mirror
-from uni_moe_jax.data.pipeline import npz_records
-from uni_moe_jax.data.pipeline.mixtures import BatchLayout, Mixture, evaluation_batches
+from uni_moe_jax.data.examples import npz_records
+from uni_moe_jax.data.prepare import prepare
+from uni_moe_jax.data.shards.mirror import Mirror
 
 
 def _data(directory, cache) -> tuple[list[dict], str]:

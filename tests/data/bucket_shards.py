@@ -6,9 +6,9 @@ import types
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from uni_moe_jax.data.mirror import Mirror
-from uni_moe_jax.data.shards import Shards
-from uni_moe_jax.utils import storage
+from uni_moe_jax.data.shards.mirror import Mirror
+from uni_moe_jax.data.shards.record_files import Shards
+from uni_moe_jax.io import storage
 
 PER_SHARD, _BYTES = 5, 10_000
 

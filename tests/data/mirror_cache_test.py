@@ -16,13 +16,13 @@ from tests.data import own_files
 from tests.data.bucket_shards import object_in, open_shards, shard_name, upload_shards
 from tests.helpers import processes, tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.data import cache_files, mirror
-from uni_moe_jax.data.files import prepare
-from uni_moe_jax.data.mirror import Mirror
-from uni_moe_jax.data.pipeline import npz_records
-from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
+from uni_moe_jax.data.examples import npz_records
+from uni_moe_jax.data.prepare import prepare
+from uni_moe_jax.data.shards import cache_files, mirror
+from uni_moe_jax.data.shards.mirror import Mirror
+from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer
+from uni_moe_jax.io import storage
 from uni_moe_jax.train.loop import train
-from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import RunError, UsageError
 
 
@@ -188,8 +188,9 @@ def test_a_process_ends_without_the_files_that_may_wait(bucket, tmp_path):
   upload_shards(bucket, tmp_path / 'sender', 6)
   script = f'''
 import time
-from uni_moe_jax.data import cache_files, mirror
-from uni_moe_jax.utils import storage
+from uni_moe_jax.data.shards import mirror
+from uni_moe_jax.data.shards import cache_files
+from uni_moe_jax.io import storage
 mirror._NUM_FETCHES = 1
 data = mirror.Mirror({bucket!r}, {str(tmp_path / "receiver")!r})
 data.sync('x')
@@ -256,10 +257,10 @@ def test_two_processes_of_a_host_fetch_a_file_once(bucket, tmp_path):
   upload_shards(bucket, tmp_path / 'sender', 6)
   script = f'''
 import hashlib, types, sys
-from uni_moe_jax.data.files import prepare
-from uni_moe_jax.data.mirror import Mirror
-from uni_moe_jax.data.pipeline import npz_records
-from uni_moe_jax.data.shards import Shards
+from uni_moe_jax.data.prepare import prepare
+from uni_moe_jax.data.shards.mirror import Mirror
+from uni_moe_jax.data.examples import npz_records
+from uni_moe_jax.data.shards.record_files import Shards
 data = Mirror({bucket!r}, {str(tmp_path / "receiver")!r})
 data.sync('x')
 names = sorted(n for n in data._files)

@@ -7,8 +7,8 @@ import pytest
 
 from tests.helpers import tiny
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.data.pipeline.examples import subset
+from uni_moe_jax.data.batches.assemble import Data
+from uni_moe_jax.data.examples.examples import subset
 from uni_moe_jax.utils import splitmix
 from uni_moe_jax.utils.errors import UsageError
 

@@ -11,8 +11,8 @@ import pytest
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
+from uni_moe_jax.data.batches.assemble import Data
+from uni_moe_jax.data.batches.mixtures import evaluation_batches
 from uni_moe_jax.eval import suite
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.model.uni_perceiver import UniPerceiver

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from tests.helpers import small_model
-from uni_moe_jax.data.pipeline.examples import Examples
+from uni_moe_jax.data.examples.examples import Examples
 from uni_moe_jax.eval import batches, predictor
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.parallel import sharding

@@ -10,13 +10,13 @@ import pytest
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
+from uni_moe_jax.data.batches.assemble import Data
+from uni_moe_jax.data.text.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.eval import caption_metrics, evaluators, predictor, suite
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.suite import EVALUATORS
+from uni_moe_jax.io import files
 from uni_moe_jax.reporting import html as reporting_html
-from uni_moe_jax.utils import files
 
 
 @pytest.fixture(scope='module')

@@ -10,8 +10,8 @@ from tests.data import own_files
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.files import thumbnails
-from uni_moe_jax.data.files.file_dataset import FileDataset
+from uni_moe_jax.data.examples import thumbnails
+from uni_moe_jax.data.shards.file_dataset import FileDataset
 from uni_moe_jax.eval import baselines, file_baselines
 from uni_moe_jax.eval.file_baselines import FileBaselines
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import small_model, tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
+from uni_moe_jax.data.batches.mixtures import evaluation_batches
 from uni_moe_jax.eval import suite
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.train import run as train_run
@@ -82,11 +82,11 @@ def test_every_row_of_the_table_is_that_of_one_device_and_counts_each_example_on
 def test_one_device_in_the_mesh_computes_its_part_of_the_batch_alone():
   """What each of four batch shards multiplies: two of five examples, with three filled in."""
   from uni_moe_jax.eval import predictor as lib
-  from uni_moe_jax.model.sequences import Sequence
+  from uni_moe_jax.model.sequences import InputSequence
   run, predictor = _on('attribute', 'eight')
   [task] = [t for t in run.plan.tasks if t.name == 'shape']
   fields = next(evaluation_batches(run.data.examples(task, 'train'), np.arange(5), 5))[0]
-  sequence = Sequence.of_inputs(task.type, {k: v for k, v in fields.items() if k in lib.INPUTS})
+  sequence = InputSequence.of_inputs(task.type, {k: v for k, v in fields.items() if k in lib.INPUTS})
   hidden = run.spec.model.spec.mlp_dim // 2  # over `model`
   text = lib.encode.lower(run.spec.model, predictor._params, sequence).compile().as_text()
   tokens = (tiny.IMAGE_SIZE // 8) ** 2 + 1

@@ -8,8 +8,8 @@ import pytest
 from tests.data import own_files
 from tests.helpers import processes, saved_run, synthetic_records, tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.data.files import prepare
-from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
+from uni_moe_jax.data.batches.mixtures import evaluation_batches
+from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.eval import suite
 
 pytestmark = pytest.mark.nightly

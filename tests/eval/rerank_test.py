@@ -9,14 +9,14 @@ import pytest
 from tests.helpers import shipped, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
-from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
+from uni_moe_jax.data.batches.mixtures import evaluation_batches
+from uni_moe_jax.data.examples.examples import encode_texts, pad_tokens
 from uni_moe_jax.eval import suite
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.parallel import sharding
-from uni_moe_jax.train import finetuning
+from uni_moe_jax.train import adaptation
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.trained_run import TrainedRun
 
@@ -141,6 +141,6 @@ def test_a_task_that_is_not_trained_reranks_only_with_the_scale_of_one_that_is()
 
 def test_a_copied_captioning_task_is_evaluated_without_the_other_task():
   c = tiny.config('shape', data_dir=tiny.data_dir())
-  finetuning._copy_task(c, _config(), 'caption')
+  adaptation._copy_task(c, _config(), 'caption')
   assert c.evaluators.captions.rerank_by == '' and 'pair' not in c.tasks
   make_plan(c)

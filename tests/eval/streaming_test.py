@@ -9,8 +9,8 @@ import pytest
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.files.file_dataset import FileDataset
-from uni_moe_jax.data.pipeline.examples import Examples
+from uni_moe_jax.data.examples.examples import Examples
+from uni_moe_jax.data.shards.file_dataset import FileDataset
 from uni_moe_jax.eval import metrics, predictor
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.suite import EVALUATORS

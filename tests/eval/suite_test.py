@@ -20,8 +20,8 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.analysis import run_expert_usage
 from uni_moe_jax.config import metric_names
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.data.files import prepare
+from uni_moe_jax.data.batches.assemble import Data
+from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.eval import baselines, example_scores, samples, suite
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.export import merged_scores

@@ -18,16 +18,17 @@ import pytest
 from tests.helpers import hub_server, saved_run, shipped, tiny
 from tests.helpers.shipped import assert_close
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
+from uni_moe_jax.convert import torch_file, torch_layout
+from uni_moe_jax.data.examples.examples import encode_texts, pad_tokens
 from uni_moe_jax.eval.predictor import Predictor
-from uni_moe_jax.export import artifact, contents, loader, programs, torch_file, torch_layout
+from uni_moe_jax.export import artifact, contents, loader, programs
+from uni_moe_jax.io import hub
 from uni_moe_jax.model import decoding, merging
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
 from uni_moe_jax.train import checkpoint
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
-from uni_moe_jax.utils import hub
 from uni_moe_jax.utils.tree_paths import by_path
 
 _BATCHES = shipped.BATCHES

@@ -26,8 +26,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 from tests.helpers import own_environment, shipped, tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.data.pipeline.clip_tokenizer import SURPLUS_SPACES
-from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
+from uni_moe_jax.data.text.clip_tokenizer import SURPLUS_SPACES
+from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer
 from uni_moe_jax.export import artifact, browser, contents, onnx_programs, texts
 from uni_moe_jax.serve import media
 from uni_moe_jax.serve.limits import Limits

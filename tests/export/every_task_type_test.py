@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import shipped, tiny
 from tests.helpers.shipped import assert_close
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
+from uni_moe_jax.data.batches.mixtures import evaluation_batches
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents
 from uni_moe_jax.model.heads import normalize

@@ -13,7 +13,7 @@ from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.export import programs
 from uni_moe_jax.export.programs import ExportedTask
 from uni_moe_jax.model import decoding, heads
-from uni_moe_jax.model.sequences import Sequence
+from uni_moe_jax.model.sequences import InputSequence
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
 from uni_moe_jax.moe import gmm
 from uni_moe_jax.utils.tree_paths import by_path
@@ -53,7 +53,7 @@ def test_classify_equals_the_model(task_type, head):
   @small_model.jit
   def expected(values, fields, targets):
     def run(m):
-      sequence = Sequence.of_inputs(task.type, {**fields, 'id': jnp.zeros(3, jnp.uint32)})
+      sequence = InputSequence.of_inputs(task.type, {**fields, 'id': jnp.zeros(3, jnp.uint32)})
       features = m.features(m.encode(sequence).hidden)
       logits = heads.logits(features, targets, m.scale('group'))
       return jax.nn.log_softmax(m.with_head(features, logits) if head else logits)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import shipped, tiny
-from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
+from uni_moe_jax.data.batches.mixtures import evaluation_batches
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents
 from uni_moe_jax.model.heads import normalize

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model, tiny
-from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
-from uni_moe_jax.data.pipeline.templates import fill_template, template_parts
-from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
+from uni_moe_jax.data.text.clip_tokenizer import ClipTokenizer
+from uni_moe_jax.data.text.templates import fill_template, template_parts
+from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from uni_moe_jax.export import artifact, contents
 from uni_moe_jax.export.programs import ExportedTask
 from uni_moe_jax.export.texts import Texts

@@ -9,9 +9,9 @@ import pytest
 from tests.helpers import small_model
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.config.schema import PUBLISHED_GROUPS, PUBLISHED_TEMPERATURES
+from uni_moe_jax.convert.torch_layout import LayoutError
 from uni_moe_jax.export import torch_dense
 from uni_moe_jax.export.programs import ExportedTask
-from uni_moe_jax.export.torch_layout import LayoutError
 from uni_moe_jax.tasks import task_types
 
 

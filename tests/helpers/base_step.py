@@ -24,7 +24,7 @@ def main(router: str, capacity_factor: str, file: str) -> None:
   import jax
 
   from uni_moe_jax import config
-  from uni_moe_jax.tools.preflight import compiled_programs
+  from uni_moe_jax.preflight import compiled_programs
 
   c = config.base()
   c.tokenizer.vocab_size = VOCAB_SIZE

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 
 from tests.helpers import stand_in
-from uni_moe_jax.data.files.video import CorruptVideo
+from uni_moe_jax.data.formats.video import CorruptVideo
 
 
 class FakeReader:

@@ -5,8 +5,8 @@ import tensorflow as tf
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.files import file_dataset_examples
-from uni_moe_jax.data.pipeline import hashing
+from uni_moe_jax.data import hashing
+from uni_moe_jax.data.examples import file_dataset_examples
 
 SIDE = 16  # of their images
 

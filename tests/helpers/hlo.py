@@ -3,8 +3,8 @@
 import dataclasses
 import re
 
-from uni_moe_jax.tools.preflight import hlo
-from uni_moe_jax.tools.preflight.cost import COLLECTIVES
+from uni_moe_jax.preflight import hlo
+from uni_moe_jax.preflight.cost import COLLECTIVES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 
 from tests.helpers import processes
-from uni_moe_jax.utils import cli
+from uni_moe_jax.cli import boundary as cli
 
 
 @contextlib.contextmanager
@@ -56,6 +56,6 @@ def write_command(path: pathlib.Path, **variables: str) -> None:
   """Write an executable `uni-moe` of this working tree, as an installation would, with these environment variables."""
   path.parent.mkdir(parents=True, exist_ok=True)
   settings = ''.join(f'{k}={shlex.quote(v)} ' for k, v in {'PYTHONPATH': str(processes.ROOT), **variables}.items())
-  code = 'from uni_moe_jax.utils.command import main; main()'
+  code = 'from uni_moe_jax.cli.command import main; main()'
   path.write_text(f'#!/bin/sh\n{settings}exec {sys.executable} -c "{code}" "$@"\n')
   path.chmod(0o755)

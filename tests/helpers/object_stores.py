@@ -115,7 +115,7 @@ def use(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
   import fsspec  # not at the top: see conftest.py
   from etils import epath
 
-  from uni_moe_jax.utils import storage
+  from uni_moe_jax.io import storage
   for name, value in store.environment.items():
     monkeypatch.setenv(name, value)
   scheme = store.address.partition(':')[0]

@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 
-from uni_moe_jax.data.files import prepare
+from uni_moe_jax.data.prepare import prepare
 
 _SUMMARIES = {
     'pets': dict(columns={'image': 'image', 'captions': 'texts', 'breed': 'class'}, splits={'train': 9, 'test': 1},

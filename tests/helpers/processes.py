@@ -87,7 +87,7 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
 def printed(script: str, topology_name: str) -> str:
   """Return the output of a script, which must exit with 0. A process can load libtpu only once, for one `target`."""
   done = python('-c', f"""
-from uni_moe_jax.tools.preflight import topology
+from uni_moe_jax.preflight import topology
 target = topology.parse({topology_name!r})
 topology.prepare_environment(target)
 {script}""")

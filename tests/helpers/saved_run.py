@@ -11,12 +11,12 @@ import pytest
 
 from tests.helpers import small_model
 from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.io import storage
 from uni_moe_jax.train import manifest, workdir
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.metrics_log import TIMINGS
 from uni_moe_jax.train.step import TrainState
-from uni_moe_jax.utils import storage
 
 Folder = str | os.PathLike[str]
 

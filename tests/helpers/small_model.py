@@ -12,7 +12,7 @@ import numpy as np
 
 from tests.helpers import fast_compile
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.model.sequences import Layout, Sequence
+from uni_moe_jax.model.sequences import InputSequence, Layout
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import routers
@@ -81,7 +81,7 @@ def params(model_spec: ModelSpec) -> Any:
 
 
 def sequence(task_type: str | task_types.TaskType, batch: int = 2, seed: int = 0, words: int = WORDS,
-             **fields) -> Sequence:
+             **fields) -> InputSequence:
   """The input side of a task type; `fields` replace the random ones."""
   task_type = task_types.TASK_TYPES[task_type] if isinstance(task_type, str) else task_type
   rng = np.random.default_rng(seed)
@@ -97,15 +97,15 @@ def sequence(task_type: str | task_types.TaskType, batch: int = 2, seed: int = 0
     picks = 2 if task_type.readout == 'masked' else 1
     shuffled = rng.permuted(np.tile(np.arange(words), (batch, 1)), axis=1)
     made['positions'] = np.asarray(shuffled[:, :picks], np.int32)
-  return Sequence(layout=Layout.of_task_type(task_type), **{**jax.device_put(made), **fields})
+  return InputSequence(layout=Layout.of_task_type(task_type), **{**jax.device_put(made), **fields})
 
 
-def target(condition, batch: int = 2, seed: int = 0, words: int = WORDS) -> Sequence:
+def target(condition, batch: int = 2, seed: int = 0, words: int = WORDS) -> InputSequence:
   """Texts on the target side."""
   rng = np.random.default_rng(seed)
   made = dict(ids=np.arange(batch, dtype=np.uint32), text_valid=np.ones((batch, words), bool),
               text=np.asarray(rng.integers(2, VOCABULARY, (batch, words)), np.int32))
-  return Sequence(layout=Layout.of_text(condition), **jax.device_put(made))
+  return InputSequence(layout=Layout.of_text(condition), **jax.device_put(made))
 
 
 def encode(model_spec: ModelSpec, sequences, *, values=None, shards: int = 1, **options):

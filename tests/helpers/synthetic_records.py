@@ -11,8 +11,8 @@ import tensorflow_datasets as tfds
 
 from tests.data import own_files
 from tests.helpers import tiny
-from uni_moe_jax.data.files import file_dataset
-from uni_moe_jax.data.files.file_dataset import FileDataset
+from uni_moe_jax.data.shards import file_dataset
+from uni_moe_jax.data.shards.file_dataset import FileDataset
 
 EXAMPLES = 6
 

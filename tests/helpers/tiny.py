@@ -105,7 +105,7 @@ def columns() -> dict[str, tuple[dict[str, np.ndarray], dict[str, tuple[str, ...
 
 def records(source: str):
   """Return a source's records, in memory."""
-  from uni_moe_jax.data.pipeline.records import Records
+  from uni_moe_jax.data.examples.records import Records
   return Records(*map(dict, columns()[source]))
 
 
@@ -113,7 +113,7 @@ def records(source: str):
 def data_dir() -> str:
   """Return a folder of prepared data, made once per process and deleted at its end."""
   from uni_moe_jax.data.embedded import docstring_texts, glyph_videos, glyphs
-  from uni_moe_jax.data.pipeline import npz_records
+  from uni_moe_jax.data.examples import npz_records
   root, texts = _folder().name, docstring_texts._FOLDER
   folders = {'glyphs': glyphs._FOLDER, 'videos': glyph_videos._FOLDER, 'paragraphs': f'{texts}/paragraphs',
              'pairs': f'{texts}/pairs'}
@@ -131,7 +131,7 @@ def _folder() -> tempfile.TemporaryDirectory:
 @functools.cache
 def tokenizer_file() -> str:
   """Return a tokenizer file, trained on all the text once per process."""
-  from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
+  from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer
   texts = [t for values, _ in columns().values() for c in values.values() if c.dtype.kind == 'U' for t in c.tolist()]
   path = f'{_folder().name}/tiny.model'
   SentencePieceTokenizer.train(texts, path, 60)

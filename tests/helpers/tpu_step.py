@@ -9,11 +9,11 @@ CONDITIONS = 2  # images, and names
 
 
 def main(file: str) -> None:
-  from uni_moe_jax.tools.preflight import topology
+  from uni_moe_jax.preflight import topology
   v5e = topology.parse('v5e:2x2')
   topology.prepare_environment(v5e)
   from tests.helpers import tiny
-  from uni_moe_jax.tools.preflight import compiled_programs
+  from uni_moe_jax.preflight import compiled_programs
 
   c = tiny.config('shape')
   c.model.update(dict(num_layers=6, width=WIDTH, num_heads=2, mlp_dim=MLP_DIM, dtype='bfloat16', remat=True))

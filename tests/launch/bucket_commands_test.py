@@ -9,9 +9,9 @@ import pytest
 
 from tests.helpers import in_process, processes, saved_run
 from tests.helpers.stop_request import StopAfterThreeSteps
+from uni_moe_jax.io import storage
 from uni_moe_jax.train import loop, manifest
 from uni_moe_jax.train.checkpoint import Checkpoints
-from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED
 
 _LAUNCH = processes.ROOT / 'launch'

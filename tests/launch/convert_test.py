@@ -13,7 +13,7 @@ import torch
 from tests.helpers import in_process, processes, saved_run, small_model, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import presets, schema
-from uni_moe_jax.export import torch_layout
+from uni_moe_jax.convert import torch_layout
 from uni_moe_jax.model.uni_perceiver import init_params
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run

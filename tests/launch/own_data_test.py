@@ -11,10 +11,12 @@ import pytest
 from tests.data import own_files
 from tests.helpers import in_process, own_data, saved_run
 from tests.helpers.processes import ROOT
-from uni_moe_jax.data.files import prepare
+from uni_moe_jax.cli import boundary as cli
+from uni_moe_jax.cli import shipped
+from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.eval import headline, suite
+from uni_moe_jax.io import storage
 from uni_moe_jax.train import loop
-from uni_moe_jax.utils import cli, shipped, storage
 from uni_moe_jax.utils.errors import UsageError
 
 # A small model and few steps; commands and all other fields are those of the guide.

@@ -12,8 +12,9 @@ import tensorflow_datasets as tfds
 from tests.helpers import in_process
 from tests.helpers.processes import ROOT
 from tests.stress import injected_faults
-from uni_moe_jax.data.files import file_dataset
-from uni_moe_jax.utils import exit_codes, shipped
+from uni_moe_jax.cli import shipped
+from uni_moe_jax.data.shards import file_dataset
+from uni_moe_jax.utils import exit_codes
 
 _SIZES = {'train': 7, 'test': 3}
 _CLASSES = ('bad', 'good')

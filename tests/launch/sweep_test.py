@@ -13,9 +13,9 @@ import pytest
 
 from tests.helpers import in_process, stand_in, tiny
 from tests.helpers.processes import ROOT
-from uni_moe_jax.train import finetuning, workdir
+from uni_moe_jax.io import storage
+from uni_moe_jax.train import adaptation, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
-from uni_moe_jax.utils import storage
 
 # Appends its name and arguments to `log`; evaluate.py writes a score, which is better after prompt tuning. The script
 # exits with the code in the file that has its name; 'wait' there means: until a signal comes.
@@ -154,7 +154,7 @@ def test_a_failed_recipe_is_reported_and_a_rerun_repeats_no_finished_cell(root, 
 
   (root / 'train').unlink()
   for seed in (0, 1):  # what training would have left there
-    config = finetuning.prompt_tune(f'run={root}/run,task=digits')
+    config = adaptation.prompt_tune(f'run={root}/run,task=digits')
     config.seed = seed
     workdir.claim_workdir(out / f'digits-prompts-{seed}', config, 'print')
     _save(out / f'digits-prompts-{seed}', 1)

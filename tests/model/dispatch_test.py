@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import small_model
 from uni_moe_jax.config.schema import SUBLAYERS
-from uni_moe_jax.model.sequences import Sequence
+from uni_moe_jax.model.sequences import InputSequence
 from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
 from uni_moe_jax.model.sublayer import Sublayer
 from uni_moe_jax.moe import dispatch
@@ -191,7 +191,7 @@ def test_masked_positions_without_a_label_take_no_slot_and_are_not_counted():
       position=jnp.array([[2, 0, 0, 0], [1, 0, 0, 0]]), weight=jnp.array([[1., 0, 0, 0], [.5, 0, 0, 0]]))
 
   def usage(fields):
-    _, collected = small_model.run(spec, [Sequence.of_inputs(task_type, fields)], jax.random.key(0))
+    _, collected = small_model.run(spec, [InputSequence.of_inputs(task_type, fields)], jax.random.key(0))
     [out] = collected['tail']
     stats = [out['router_stats'][sublayer] for sublayer in ('attention', 'mlp')]
     return [float(x[0]) for of_sublayer in stats for x in (of_sublayer.tokens, of_sublayer.requested)]

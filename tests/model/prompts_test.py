@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import small_model
 from uni_moe_jax.model import decoding
 from uni_moe_jax.model.heads import normalize
-from uni_moe_jax.model.sequences import Sequence
+from uni_moe_jax.model.sequences import InputSequence
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, init_params
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.utils.tree_paths import by_path
@@ -182,7 +182,7 @@ def _buckets(seed: int = 0, lengths=((2, 3), (3, 4))):
 
 def _entries(spec, values, labelled: bool = True):
   """Features [V, D] of the set's entries, in their order."""
-  sequences = Sequence.of_buckets('names', task_types.families()['names'], _buckets(), _ORDER, labelled)
+  sequences = InputSequence.of_buckets('names', task_types.families()['names'], _buckets(), _ORDER, labelled)
   return np.concatenate([f[:, 0] for f in small_model.run(spec, sequences, values=values)[0]])[_ORDER]
 
 
@@ -204,7 +204,7 @@ def test_the_prompt_of_a_class_moves_the_feature_of_this_class_alone(entry):
 
 def test_a_label_prompt_follows_spe_in_every_row_of_its_entry():
   spec, values = _label_spec(), small_model.params(_label_spec())
-  actual = Sequence.of_buckets('names', task_types.families()['names'], _buckets(), _ORDER, True)
+  actual = InputSequence.of_buckets('names', task_types.families()['names'], _buckets(), _ORDER, True)
   _, collected = small_model.run(spec, actual, taps=True)
   table, prefix = values['embed']['prompts']['label_names'], values['embed']['prompts']['input']
   for sequence, entries in zip(collected['sequences'], ([1, 3], [4, 0, 2]), strict=True):
@@ -227,7 +227,7 @@ def test_fresh_label_prompts_are_zero_and_hardly_move_a_feature():
 def test_entries_of_one_text_have_one_feature_until_their_prompts_differ():
   texts = ({'text': np.array([[5, 6, 7]] * 3, np.int32), 'valid': np.ones((3, 3), bool)},)
   spec = _label_spec(3)
-  actual = Sequence.of_buckets('names', task_types.families()['names'], texts, np.arange(3), True)
+  actual = InputSequence.of_buckets('names', task_types.families()['names'], texts, np.arange(3), True)
   run = lambda v: np.asarray(small_model.run(spec, actual, values=v)[0][0][:, 0])
   values, zero = small_model.params(spec), np.zeros((3, 16), np.float32)
   same = run(_with_labels(values, zero))

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model
-from uni_moe_jax.data.pipeline import target_sets
+from uni_moe_jax.data.batches import target_sets
 from uni_moe_jax.model import uni_perceiver
 from uni_moe_jax.model.sequences import (
-    READ_NOTHING,
-    EmbeddedSequence,
-    Layout,
-    Sequence,
-    join_equal,
-    map_joined,
-    pad_to_join,
+  READ_NOTHING,
+  EmbeddedSequence,
+  InputSequence,
+  Layout,
+  join_equal,
+  map_joined,
+  pad_to_join,
 )
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.task_types import Segment, TaskType
@@ -198,7 +198,7 @@ def test_entries_in_buckets_have_the_features_and_gradients_of_entries_padded_to
     buckets, order = target_sets.bucket_by_length(entries, small_model.EOT)
 
     def loss(values):
-      sequences = Sequence.of_buckets('names', condition, buckets, order, False)
+      sequences = InputSequence.of_buckets('names', condition, buckets, order, False)
       features = jnp.concatenate([f[:, 0] for f in small_model.encode(spec, sequences, values=values)[0]])[order]
       return (direction * features).sum(), features
     grads, features = small_model.jit(jax.grad(loss, has_aux=True))(small_model.params(spec))
@@ -217,7 +217,7 @@ def test_a_pair_has_no_random_draw_in_common(router, changes):
   search = TaskType('search', (Segment('text'),), 'pair', 'cls', 'search')
   text, valid = jnp.tile(jnp.array([2, 3, 4]), (32, 1)), jnp.ones((32, 3), bool)
   fields = dict(id=jnp.arange(32, dtype=jnp.uint32), text=text, text_valid=valid, target=text, target_valid=valid)
-  sides = Sequence.of_inputs(search, fields), Sequence.of_pairs(search, fields)
+  sides = InputSequence.of_inputs(search, fields), InputSequence.of_pairs(search, fields)
   equal = lambda x, y: np.isclose(x, y, rtol=1e-3, atol=1e-3).all((1, 2)).mean()
   spec = small_model.spec(router, noise_std=4., **changes)
   (inputs, texts), _ = small_model.run(spec, sides)

@@ -75,7 +75,7 @@ import signal
 import sys
 import time
 from uni_moe_jax.parallel import distributed
-from uni_moe_jax.utils import cli
+from uni_moe_jax.cli import boundary as cli
 with cli.exit_on_signals(75):
   i = int(sys.argv[2])
   distributed.initialize(distributed.Cluster(sys.argv[1], 2, i))
@@ -106,7 +106,7 @@ _COMMAND = '''
 import sys
 import time
 from uni_moe_jax.parallel import distributed, multihost
-from uni_moe_jax.utils import cli
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.utils.errors import RunError, UsageError
 address, i, actions = sys.argv[1:]
 

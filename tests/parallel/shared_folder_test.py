@@ -8,7 +8,7 @@ from tests.helpers import processes
 _CHECKS = '''
 import errno, os, pathlib, sys, threading
 from uni_moe_jax.parallel import distributed, shared_folder
-from uni_moe_jax.utils import storage
+from uni_moe_jax.io import storage
 from uni_moe_jax.utils.errors import RunError, UsageError
 address, i, a, b = sys.argv[1:]
 cluster = distributed.Cluster(address, 2, int(i))

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from uni_moe_jax.data.pipeline import target_sets
+from uni_moe_jax.data.batches import target_sets
 
 
 @pytest.fixture(autouse=True)

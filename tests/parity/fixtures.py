@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.config.schema import PUBLISHED_TEMPERATURES
-from uni_moe_jax.export import torch_layout
+from uni_moe_jax.convert import torch_layout
 from uni_moe_jax.model.spec import ModelSpec
 
 _DEFAULT = pathlib.Path(__file__).resolve().parents[1] / 'golden'

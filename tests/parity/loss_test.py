@@ -10,7 +10,7 @@ from tests.helpers import small_model
 from tests.parity import fixtures
 from tests.parity.fixtures import Arrays, assert_close
 from tests.parity.problem import Problem, counted, input_and_target, problem
-from uni_moe_jax.export import torch_layout
+from uni_moe_jax.convert import torch_layout
 from uni_moe_jax.model import heads
 from uni_moe_jax.train import step
 from uni_moe_jax.train.forward import forward

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import small_model
 from tests.parity import fixtures
 from tests.parity.fixtures import Arrays, assert_close
-from uni_moe_jax.export import resize_positions, torch_layout
+from uni_moe_jax.convert import resize_positions, torch_layout
 from uni_moe_jax.model.embedders import sincos_table
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, init_params
 

@@ -14,7 +14,7 @@ from tests.parity.fixtures import Arrays, assert_close
 from tests.parity.problem import fields, sized, step_spec, target_sets, task_spec
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import presets
-from uni_moe_jax.export import torch_layout
+from uni_moe_jax.convert import torch_layout
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
 from uni_moe_jax.train import optimizer, step
 from uni_moe_jax.train.used_params import unit_axes

@@ -8,7 +8,7 @@ import numpy as np
 from tests.parity import fixtures
 from tests.parity.fixtures import Arrays
 from uni_moe_jax.config.plan import VOCABULARY, Plan, SetSpec, TaskSpec
-from uni_moe_jax.data.pipeline.target_sets import bucket_by_length
+from uni_moe_jax.data.batches.target_sets import bucket_by_length
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.train.forward import StepSpec

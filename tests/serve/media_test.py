@@ -9,7 +9,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from uni_moe_jax.data.files import image_transforms, video, video_pixels
+from uni_moe_jax.data.examples import image_transforms, video_pixels
+from uni_moe_jax.data.formats import video
 from uni_moe_jax.serve import media
 from uni_moe_jax.serve.limits import Limits, Refused
 

@@ -11,8 +11,8 @@ import pytest
 from tests.data import own_files
 from tests.helpers import small_model, tiny
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.data.files import prepare
+from uni_moe_jax.data.batches.assemble import Data
+from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.export import contents, description
 from uni_moe_jax.serve import media
 from uni_moe_jax.serve import worker as worker_lib

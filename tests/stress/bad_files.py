@@ -17,9 +17,11 @@ from PIL import Image
 from tests.data import own_files
 from tests.stress import bad_input
 from tests.stress.bad_input import JSON, ODD_STRINGS, UNREACHABLE, Case, corrupted, skipped
-from uni_moe_jax.data.files import file_dataset, media, prepare, video
-from uni_moe_jax.data.files.formats import LOCATION, MEDIA_TYPES
-from uni_moe_jax.data.files.npz_videos import NpzVideos
+from uni_moe_jax.data.formats import media, video
+from uni_moe_jax.data.formats.npz_videos import NpzVideos
+from uni_moe_jax.data.formats.rows import LOCATION, MEDIA_TYPES
+from uni_moe_jax.data.prepare import prepare
+from uni_moe_jax.data.shards import file_dataset
 from uni_moe_jax.utils import exit_codes
 
 _SIZE, _FRAMES = 24, 8

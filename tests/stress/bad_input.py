@@ -28,12 +28,13 @@ from tests.helpers.processes import ROOT
 from tests.helpers.same_examples import same_examples
 from uni_moe_jax import __version__
 from uni_moe_jax import config as config_lib
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.config import presets
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.pipeline import npz_records
+from uni_moe_jax.data.examples import npz_records
 from uni_moe_jax.train import manifest, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
-from uni_moe_jax.utils import cli, exit_codes
+from uni_moe_jax.utils import exit_codes
 
 REFUSED, FAILED, ACCEPTED = 'refused in one sentence (2)', 'failed in one sentence (1)', 'harmless: accepted (0)'
 SKIPPED = 'skipped: '  # and the reason

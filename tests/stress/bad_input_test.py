@@ -8,7 +8,7 @@ import pytest
 
 from tests.stress import bad_files, bad_input
 from tests.stress.bad_input import ACCEPTED, FAILED, REFUSED, SKIPPED, Case
-from uni_moe_jax.data.files import media
+from uni_moe_jax.data.formats import media
 from uni_moe_jax.utils.errors import RunError
 
 

@@ -16,11 +16,11 @@ from tests.helpers import processes, saved_run, tiny
 pytest.importorskip('aiohttp')
 from tests.stress.flaky_store import flaky  # noqa: E402
 from uni_moe_jax.data.embedded import glyphs  # noqa: E402
-from uni_moe_jax.data.files import prepare  # noqa: E402
-from uni_moe_jax.data.mirror import Mirror  # noqa: E402
-from uni_moe_jax.data.pipeline import npz_records  # noqa: E402
+from uni_moe_jax.data.examples import npz_records  # noqa: E402
+from uni_moe_jax.data.prepare import prepare  # noqa: E402
+from uni_moe_jax.data.shards.mirror import Mirror  # noqa: E402
+from uni_moe_jax.io import storage  # noqa: E402
 from uni_moe_jax.train.checkpoint import Checkpoints  # noqa: E402
-from uni_moe_jax.utils import storage  # noqa: E402
 
 _CONFIG = '''
 from tests.helpers import tiny

@@ -12,7 +12,7 @@ from tests.helpers import object_stores
 
 pytest.importorskip('aiohttp')
 from tests.stress.flaky_store import flaky  # noqa: E402
-from uni_moe_jax.utils import storage  # noqa: E402
+from uni_moe_jax.io import storage  # noqa: E402
 
 _CONTENT = np.random.default_rng(0).bytes(100_000)
 

@@ -41,7 +41,7 @@ def _flipped_bit() -> None:
 
 def _skipped_batch() -> None:
   """Skip one batch in a resumed run."""
-  from uni_moe_jax.data.pipeline.mixtures import Mixture
+  from uni_moe_jax.data.batches.mixtures import Mixture
   original = Mixture.iterate
   Mixture.iterate = lambda mixture, start, stop: original(mixture, start + (start > 0), stop + (start > 0))
 
@@ -87,14 +87,14 @@ def no_folder_renames(replace: Callable[[Any, str, Any], None] = setattr) -> Non
 
 def _fast_heartbeats() -> None:
   """Take over the lock of a dead process after two seconds; without it, each restart in a bucket waits a minute."""
-  from uni_moe_jax.utils import locks
+  from uni_moe_jax.io import locks
   original = locks.lock
   locks.lock = lambda folder, stack: original(folder, stack, period=0.5)
 
 
 def _constant_batch() -> None:
   """Yield the first batch at every step. Not a fault: the soak compares the speed of the data with it."""
-  from uni_moe_jax.data.pipeline.mixtures import Mixture
+  from uni_moe_jax.data.batches.mixtures import Mixture
   original = Mixture.iterate
 
   def iterate(mixture, start, stop):
@@ -125,12 +125,12 @@ def _memory_after_saves() -> None:
 
 def _stalled_start() -> None:
   """Never finish reading the data."""
-  from uni_moe_jax.data.assemble import Data
+  from uni_moe_jax.data.batches.assemble import Data
   Data.records = lambda *_: _disk_that_does_not_answer()
 
 
 def _before_sixth_batch(act: Callable[[], None]) -> None:
-  from uni_moe_jax.data.pipeline.mixtures import Mixture
+  from uni_moe_jax.data.batches.mixtures import Mixture
   original = Mixture.iterate
 
   def iterate(mixture, start, stop):

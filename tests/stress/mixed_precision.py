@@ -23,9 +23,9 @@ import numpy as np
 from absl import flags
 
 from uni_moe_jax import config
-from uni_moe_jax.train import finetuning
+from uni_moe_jax.cli import boundary as cli
+from uni_moe_jax.train import adaptation
 from uni_moe_jax.train import run as train_run
-from uni_moe_jax.utils import cli
 
 STEPS, LAST = 200, 20
 LAYER_SCALE = 1e-3
@@ -51,7 +51,7 @@ def lower_bound() -> float:
 def digits(dtype: str, width: int, batch_size: int, seed: int) -> ml_collections.ConfigDict:
   """The config of a run."""
   c = config.base()
-  finetuning.digits(c)
+  adaptation.digits(c)
   c.tasks.digits.update(dict(batch_size=batch_size, label_smoothing=SMOOTHING))
   c.tokenizer.update(dict(vocab_size=60, allow_smaller_vocab=True))
   c.model.update(dict(

@@ -13,9 +13,9 @@ import time
 
 from tests.stress import trainer as trainer_lib
 from tests.stress.trainer import Trainer, ending, metric_lines, newest_intact
+from uni_moe_jax.io import storage
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_steps, unfinished_folders
-from uni_moe_jax.utils import storage
 
 _POLL = 0.001  # seconds
 _MAX_SKIPPED_SAVES = 4  # before one is hit

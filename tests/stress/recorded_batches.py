@@ -40,8 +40,8 @@ def _record(path: str, last_step: int) -> None:
   """Record batches as the training loop takes them, which is later than they are made."""
   import jax
 
-  from uni_moe_jax.data.pipeline.lookahead import Lookahead
-  from uni_moe_jax.data.pipeline.mixtures import UNBATCHED_FIELDS, Mixture
+  from uni_moe_jax.data.batches.lookahead import Lookahead
+  from uni_moe_jax.data.batches.mixtures import UNBATCHED_FIELDS, Mixture
   iterate, take, made = Mixture.iterate, Lookahead.take, collections.deque()
 
   def recorded(mixture, start, stop):
@@ -68,7 +68,7 @@ def _shifted_shard() -> None:
   """If a batch has several shards, let the last one read one batch ahead."""
   import tensorflow as tf
 
-  from uni_moe_jax.data.pipeline.mixtures import Mixture
+  from uni_moe_jax.data.batches.mixtures import Mixture
   original = Mixture._task_fields
 
   def fields(mixture, task, counts, undamaged):

@@ -58,15 +58,15 @@ def get_config(arg: str = 'all_tasks') -> ml_collections.ConfigDict:
 
 def register() -> None:
   """Register the strings in memory as a source of this process."""
-  from uni_moe_jax.data import sources
-  from uni_moe_jax.data.pipeline import npz_records
+  from uni_moe_jax.data.batches import sources
+  from uni_moe_jax.data.examples import npz_records
   sources.SOURCES[SYNTHETIC] = lambda directory, split: npz_records.load(directory, SYNTHETIC, split)
 
 
 def prepare(folder: pathlib.Path) -> None:
   """Write the data of the run to a data directory."""
-  from uni_moe_jax.data.files import prepare as prepare_lib
-  from uni_moe_jax.data.pipeline import npz_records
+  from uni_moe_jax.data.examples import npz_records
+  from uni_moe_jax.data.prepare import prepare as prepare_lib
   rng = np.random.default_rng(0)
   with npz_records.atomic_folder(folder / SYNTHETIC) as destination:
     npz_records.save(destination, 'train', {'text': np.array([_sentence(rng) for _ in range(20)])}, {})
@@ -88,7 +88,7 @@ def prepare(folder: pathlib.Path) -> None:
 def _prepare_images(
     folder: pathlib.Path, name: str, count: int, rng: np.random.Generator, without_class: int | None = None) -> None:
   """Prepare images with captions and a class."""
-  from uni_moe_jax.data.files import prepare as prepare_lib
+  from uni_moe_jax.data.prepare import prepare as prepare_lib
   images, lines = _input_folder(folder, name), []
   for i in range(count):
     color, file = _color(i), f'{i}.png'

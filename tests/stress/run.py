@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
 
-from uni_moe_jax.utils import cli
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.suggest import nearest
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from tests.helpers import served
 from tests.helpers.same_examples import same_examples
-from uni_moe_jax.utils import cli
+from uni_moe_jax.cli import boundary as cli
 
 _TIMEOUT = 60.0  # seconds until a request counts as one that hangs
 _REFUSED = {200, 400, 404, 405, 408, 413, 415, 421, 422, 429}  # 503: the worker ended

@@ -30,15 +30,16 @@ import sentencepiece
 from absl import flags
 
 from tests.helpers import saved_run, served, shipped
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.data.pipeline.examples import encode_texts, example_ids, fill_captions, pad_tokens
-from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
+from uni_moe_jax.data.batches.mixtures import evaluation_batches
+from uni_moe_jax.data.examples.examples import encode_texts, example_ids, fill_captions, pad_tokens
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import contents, onnx_programs, texts
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
-from uni_moe_jax.utils import cli, templates
+from uni_moe_jax.utils import templates
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Trained run.', required=True)
 _MODEL = flags.DEFINE_string('model', None, 'Its exported folder.', required=True)

@@ -20,7 +20,7 @@ from absl import flags
 from PIL import Image
 
 from tests.helpers import served
-from uni_moe_jax.utils import cli
+from uni_moe_jax.cli import boundary as cli
 
 _MODEL = flags.DEFINE_string('model', None, 'Exported folder; default: a tiny one.')
 _TASK = flags.DEFINE_string('task', 'shape', 'Task that classifies or captions images.')

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from tests.helpers.processes import ROOT
+from uni_moe_jax.io import storage
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.metrics_log import TIMINGS
 from uni_moe_jax.train.workdir import CHECKPOINTS, saved_steps
-from uni_moe_jax.utils import storage
 
 CONFIG = ROOT / 'configs/small.py'
 TIMEOUT = 600.0  # seconds, of an undisturbed run

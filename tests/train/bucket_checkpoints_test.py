@@ -10,11 +10,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests.helpers import processes, saved_run
+from uni_moe_jax.io import storage
 from uni_moe_jax.parallel import multihost
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.workdir import load_config, saved_steps
-from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import RunError, UsageError
 
 pytest.importorskip('aiohttp')

@@ -14,10 +14,10 @@ import pytest
 
 from tests.helpers import saved_run
 from tests.stress import injected_faults
+from uni_moe_jax.io import storage
 from uni_moe_jax.train import checkpoint, manifest
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.workdir import saved_steps
-from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import RunError
 
 

@@ -21,17 +21,18 @@ from tests.helpers import in_process, processes, saved_run, tiny
 from tests.helpers.stop_request import StopAfterThreeSteps
 from tests.stress import injected_faults
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.data.pipeline import lookahead, mixtures
+from uni_moe_jax.cli import boundary as cli
+from uni_moe_jax.data.batches import lookahead, mixtures
+from uni_moe_jax.io import files, locks
 from uni_moe_jax.train import loop, metrics_log
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.workdir import claim_workdir, saved_step, saved_steps
-from uni_moe_jax.utils import cli, locks, signals
-from uni_moe_jax.utils.files import write_json
+from uni_moe_jax.utils import signals
 
 
 def _config():
   c = tiny.config('shape', 'package', data_dir=tiny.data_dir())
-  c.model.num_layers = 1  # what is tested is the loop: a small program compiles sooner
+  c.model.num_layers = 1  # compiles sooner
   c.train.update(dict(steps=6, ema_decay=0.9, checkpoint_every=4, max_to_keep=1, keep_every=4))
   return c
 
@@ -204,7 +205,7 @@ def test_run_json_lists_other_commits_that_trained_a_run_and_a_damaged_one_is_wr
   commits, file = [], tmp_path / 'run.json'
   for newest in ('abc', 'abc', 'def', 'abc'):
     monkeypatch.setattr(loop, 'commit', lambda newest=newest: newest)
-    write_json(file, facts := loop._run_facts(_run(), file))
+    files.write_json(file, facts := loop._run_facts(_run(), file))
     commits.append((facts.get('earlier_commits'), facts['commit']))
   assert commits == [(None, 'abc'), (None, 'abc'), (['abc'], 'def'), (['def'], 'abc')]
   file.write_text('{')
@@ -393,7 +394,6 @@ def test_a_real_signal_exits_75_and_the_same_command_ends_like_an_uninterrupted_
 
   def command(name):
     return [sys.executable, 'launch/train.py', config_flag, f'--workdir={tmp_path / name}']
-
   processes.run(command('uninterrupted'), devices=1)
   assert 'the same command continues' in processes.stop(command('stopped'), tmp_path / 'stopped', 20, devices=1)
   processes.run(command('stopped'), devices=1)

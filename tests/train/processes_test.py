@@ -12,8 +12,8 @@ import pytest
 
 from tests.helpers import in_process, process_step, processes, saved_run, tiny
 from uni_moe_jax.data.embedded import glyphs
-from uni_moe_jax.data.pipeline import npz_records
-from uni_moe_jax.utils import storage
+from uni_moe_jax.data.examples import npz_records
+from uni_moe_jax.io import storage
 
 
 @pytest.mark.slow

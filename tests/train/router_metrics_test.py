@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model, tiny
-from uni_moe_jax.data.pipeline.mixtures import BatchLayout
+from uni_moe_jax.data.batches.mixtures import BatchLayout
 from uni_moe_jax.moe.routers import RouterOutput
 from uni_moe_jax.moe.usage import Usage
 from uni_moe_jax.train import forward, router_metrics, step

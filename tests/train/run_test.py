@@ -10,7 +10,7 @@ import pytest
 from tests.data import own_files
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.data.files import prepare
+from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir
 from uni_moe_jax.train.checkpoint import Checkpoints

@@ -13,7 +13,7 @@ import pytest
 from tests.helpers import small_model, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.pipeline.mixtures import BatchLayout
+from uni_moe_jax.data.batches.mixtures import BatchLayout
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.train import forward, step
 from uni_moe_jax.train import run as train_run

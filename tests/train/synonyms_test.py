@@ -8,10 +8,10 @@ import numpy as np
 
 from tests.helpers import small_model
 from uni_moe_jax.config.plan import Plan, SetSpec
-from uni_moe_jax.data.pipeline import target_sets
+from uni_moe_jax.data.batches import target_sets
 from uni_moe_jax.eval import predictor
 from uni_moe_jax.model.heads import normalize
-from uni_moe_jax.model.sequences import Sequence
+from uni_moe_jax.model.sequences import InputSequence
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.train.forward import StepSpec, forward, sample_synonyms
@@ -66,7 +66,7 @@ def _tokens(rng, n):
 def _alone(model, params, row):
   """Normalized features of one text."""
   bucket = {'text': np.array([row], np.int32), 'valid': np.ones((1, len(row)), bool)}
-  [sequence] = Sequence.of_buckets('plain', _CONDITION, (bucket,), np.zeros(1, np.int32), False)
+  [sequence] = InputSequence.of_buckets('plain', _CONDITION, (bucket,), np.zeros(1, np.int32), False)
   return np.asarray(normalize(predictor.encode(model, params, sequence)[0, 0]))
 
 

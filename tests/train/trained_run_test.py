@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers import saved_run, tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
+from uni_moe_jax.data.batches.mixtures import evaluation_batches
 from uni_moe_jax.eval import predictor
 from uni_moe_jax.train import trained_run
 from uni_moe_jax.train.trained_run import TrainedRun

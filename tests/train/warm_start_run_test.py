@@ -11,9 +11,9 @@ import pytest
 
 from tests.helpers import saved_run, tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer
+from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer
 from uni_moe_jax.model.embedders import sincos_table
-from uni_moe_jax.train import finetuning, loop, trained_run, workdir
+from uni_moe_jax.train import adaptation, loop, trained_run, workdir
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.utils.errors import UsageError
@@ -127,7 +127,7 @@ def test_a_frozen_position_table_stays_frozen_and_is_computed_anew_at_another_im
   np.testing.assert_array_equal(spatial(side, 1.), saved)  # that of the run, which is another
   np.testing.assert_array_equal(spatial(2 * side, .5), sincos_table(2 * side // patch, width, .5))
   np.testing.assert_array_equal(spatial(side, .5), sincos_table(side // patch, width, .5))
-  tuned = finetuning.finetune(f'run={tmp_path},task=shape')
+  tuned = adaptation.finetune(f'run={tmp_path},task=shape')
   assert train_run.build(tuned, jax.devices()[:1]).spec.frozen == {'embed/spatial'}
 
 

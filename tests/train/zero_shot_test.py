@@ -16,7 +16,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.eval import suite
 from uni_moe_jax.export import artifact, contents
-from uni_moe_jax.train import finetuning, loop, workdir
+from uni_moe_jax.train import adaptation, loop, workdir
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.trained_run import TrainedRun
@@ -52,7 +52,7 @@ def _zero_shot(argument):
 
 def test_its_parameters_are_those_of_the_run(run, tmp_path, capsys):
   folder, _, trained = run
-  params = saved_run.load(finetuning.zero_shot(f'run={folder},task=package'), tmp_path)[2]
+  params = saved_run.load(adaptation.zero_shot(f'run={folder},task=package'), tmp_path)[2]
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), trained)
   assert f'starts from {folder}; fresh: nothing; dropped: nothing' in capsys.readouterr().out
 
@@ -105,7 +105,7 @@ def test_the_best_checkpoint_and_that_of_a_step_are_those_of_the_run(run, tmp_pa
   with Checkpoints(folder, 2) as checkpoints:
     checkpoints.save(5, trained.state_from(jax.tree.map(lambda x: 2 * x, run[2])), {'loss/total': 2.})
     checkpoints.add_metrics(2, {'loss/total': 1.})
-  zero_shot, new = finetuning.zero_shot(f'run={folder},task=package'), tmp_path / 'new'
+  zero_shot, new = adaptation.zero_shot(f'run={folder},task=package'), tmp_path / 'new'
   workdir.claim_workdir(new, zero_shot, trained.data.fingerprint)
   best = lambda: train_run.find_step(zero_shot, make_plan(zero_shot), None, str(new), best=True)
   with pytest.raises(UsageError, match=f'{folder} has no best checkpoint'):
@@ -162,6 +162,6 @@ def test_a_task_router_accepts_known_names_and_reports_unknown_ones(tmp_path):
 
 def test_a_config_that_trains_nothing_is_refused_by_training(run, tmp_path):
   with pytest.raises(ValueError, match='nothing to train'):
-    loop.train(finetuning.zero_shot(f'run={run[0]},task=package'), str(tmp_path / 'new'), jax.devices()[:1])
+    loop.train(adaptation.zero_shot(f'run={run[0]},task=package'), str(tmp_path / 'new'), jax.devices()[:1])
   assert not (tmp_path / 'new').exists()
   assert workdir.load_config(run[0]).tasks.package.batch_size > 0

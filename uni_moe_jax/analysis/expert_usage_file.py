@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.analysis import heat_map
-from uni_moe_jax.utils import storage
-from uni_moe_jax.utils.files import save_figure, write_json
+from uni_moe_jax.io import storage
+from uni_moe_jax.io.files import save_figure, write_json
 
 FILE = 'experts.json'  # of the newest checkpoint; the report shows it
 _CELL, _TASK_CELL, _LETTER = 0.21, 0.42, 0.07  # inches

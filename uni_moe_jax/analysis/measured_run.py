@@ -8,9 +8,9 @@ from collections.abc import Callable
 import ml_collections
 from absl import flags
 
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.train.workdir import claim_workdir, load_config
-from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 flags.disclaim_key_flags()  # --help of a script lists the flags that it defines through this module

@@ -13,7 +13,7 @@ import numpy as np
 
 from uni_moe_jax.analysis import expert_usage, expert_usage_file
 from uni_moe_jax.analysis.run_interference import file_stem, load_params
-from uni_moe_jax.model.sequences import Sequence
+from uni_moe_jax.model.sequences import InputSequence
 from uni_moe_jax.moe import precision, routers
 from uni_moe_jax.train.forward import Batch, StepSpec, TargetSets, sample_synonyms, sample_vocabularies, step_inputs
 from uni_moe_jax.train.run import Run, build_to_read
@@ -103,7 +103,7 @@ def step_sums(
   The key draws sampled vocabularies and synonyms. by_task, num_conditions: see `expert_usage.token_conditions`.
   """
   inputs = step_inputs(spec, batch, sample_synonyms(sets, key), sample_vocabularies(spec, batch, key))
-  leaves = jax.tree_util.tree_leaves_with_path(inputs, is_leaf=lambda x: isinstance(x, Sequence))
+  leaves = jax.tree_util.tree_leaves_with_path(inputs, is_leaf=lambda x: isinstance(x, InputSequence))
   names = [(path[0].name, path[1].key) for path, _ in leaves]
   target_sets = {s.name: s for s in spec.plan.sets}
   slices = expert_usage.token_slices(spec.plan.tasks, target_sets, by_task, names, spec.task_slices)

@@ -15,7 +15,7 @@ import jax
 
 from uni_moe_jax.analysis import param_subsets
 from uni_moe_jax.analysis.param_subsets import ParamSlice
-from uni_moe_jax.data.pipeline.mixtures import UNBATCHED_FIELDS
+from uni_moe_jax.data.batches.mixtures import UNBATCHED_FIELDS
 from uni_moe_jax.train.forward import Batch, StepSpec, TargetSets
 from uni_moe_jax.train.run import Run
 from uni_moe_jax.train.step import gradients

@@ -5,7 +5,7 @@ import types
 from collections.abc import Collection
 from typing import Any
 
-from uni_moe_jax.utils import shipped
+from uni_moe_jax.cli import shipped
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 

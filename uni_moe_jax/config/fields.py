@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import ml_collections
 from ml_collections import config_dict
 
-from uni_moe_jax.utils import storage, templates
+from uni_moe_jax.io import storage
+from uni_moe_jax.utils import templates
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 

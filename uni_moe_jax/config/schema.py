@@ -10,11 +10,11 @@ from typing import Any
 
 import ml_collections
 
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.config import fields
 from uni_moe_jax.config.fields import entries, field
 from uni_moe_jax.config.task_schema import EvaluatorConfig, TargetSetConfig, TaskConfig
 from uni_moe_jax.tasks.router_names import GMM_BACKENDS, ROUTERS
-from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 FREEZE = 'freeze'

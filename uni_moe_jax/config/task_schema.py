@@ -15,7 +15,7 @@ VOCABULARY = 'vocabulary'  # as a target set's entries: every word id
 class TaskConfig:
   """A task: an instance of a task type."""
   type: str = field(REQUIRED, 'Row of `task_types.TASK_TYPES` or of config.task_types.')
-  source: str = field(REQUIRED, "Data source (data/sources.py), 'own:NAME' for your own prepared data, or "
+  source: str = field(REQUIRED, "Data source (data/batches/sources.py), 'own:NAME' for your own prepared data, or "
                       "'tfds:NAME[/CONFIG]'.", path=True)
   split: str = field('train', 'Split of the source.')
   batch_size: int = field(REQUIRED, 'Examples per step, over devices and micro-steps; 0: only evaluated (zero-shot).')
@@ -88,7 +88,7 @@ class TargetSetConfig:
   """A target set: texts that serve as the answer space of tasks."""
   entries: str | tuple[str | tuple[str, ...], ...] = field(
       REQUIRED, "The texts; 'SOURCE/COLUMN' (the classes of a column: 'glyphs/class', 'own:pets/breed'); 'file:PATH' "
-      "(a file of class names, data/pipeline/class_names.py, relative to data.dir); or 'vocabulary' (every word id). A "
+      "(a file of class names, data/text/class_names.py, relative to data.dir); or 'vocabulary' (every word id). A "
       "tuple in place of a text is the source's name of the class, then its name and synonyms.", path=True)
   family: str = field(REQUIRED, "Target family: 'names', 'words' or one of config.target_families.")
   softmax: str = field('full', "full; or sampled (vocabulary only): in training, over the step's positives and a "

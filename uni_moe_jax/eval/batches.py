@@ -13,8 +13,8 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from uni_moe_jax.data.pipeline.examples import Examples
-from uni_moe_jax.data.pipeline.mixtures import BatchLayout, evaluation_batches
+from uni_moe_jax.data.batches.mixtures import BatchLayout, evaluation_batches
+from uni_moe_jax.data.examples.examples import Examples
 from uni_moe_jax.parallel import distributed, sharding
 
 Fields = dict[str, np.ndarray | jax.Array]

@@ -14,12 +14,12 @@ import numpy as np
 
 from uni_moe_jax.config.metric_names import RECALLS, is_measured, modality
 from uni_moe_jax.config.plan import Evaluation
-from uni_moe_jax.data.files.file_dataset import FileDataset
-from uni_moe_jax.data.files.file_dataset_features import text_columns
-from uni_moe_jax.data.pipeline import examples as examples_lib
-from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
-from uni_moe_jax.data.pipeline.records import Records
-from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
+from uni_moe_jax.data.batches.mixtures import evaluation_batches
+from uni_moe_jax.data.examples import examples as examples_lib
+from uni_moe_jax.data.examples.file_dataset_features import text_columns
+from uni_moe_jax.data.examples.records import Records
+from uni_moe_jax.data.shards.file_dataset import FileDataset
+from uni_moe_jax.data.text.tokenizer import Tokenizer
 from uni_moe_jax.eval import baselines, batches, caption_metrics, metrics, samples
 from uni_moe_jax.eval.batches import Fields
 from uni_moe_jax.eval.file_baselines import NEAREST, FileBaselines

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from uni_moe_jax.eval.metrics import Score
-from uni_moe_jax.utils import storage
+from uni_moe_jax.io import storage
 
 FILE = 'evaluation_examples.npz'  # of the step that evaluation.json has
 

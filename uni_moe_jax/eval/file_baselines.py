@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.config.plan import Evaluation
-from uni_moe_jax.data.files import thumbnails
-from uni_moe_jax.data.files.file_dataset import CorruptExample, FileDataset, Record
-from uni_moe_jax.data.files.file_dataset_examples import example_ids
-from uni_moe_jax.data.files.file_dataset_features import references
-from uni_moe_jax.data.pipeline.vqa_answers import normalize_answer
+from uni_moe_jax.data.examples import thumbnails
+from uni_moe_jax.data.examples.file_dataset_examples import example_ids
+from uni_moe_jax.data.examples.file_dataset_features import references
+from uni_moe_jax.data.shards.file_dataset import CorruptExample, FileDataset, Record
+from uni_moe_jax.data.text.vqa_answers import normalize_answer
 from uni_moe_jax.eval import baselines
-from uni_moe_jax.utils import storage, templates
+from uni_moe_jax.io import storage
+from uni_moe_jax.utils import templates
 from uni_moe_jax.utils.errors import UsageError
 
 NEAREST = 'nearest neighbor'

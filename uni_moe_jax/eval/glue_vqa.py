@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from uni_moe_jax.config.metric_names import is_measured
-from uni_moe_jax.data.pipeline.vqa_answers import normalize_answer
+from uni_moe_jax.data.text.vqa_answers import normalize_answer
 from uni_moe_jax.eval import evaluators, metrics
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.metrics import Score

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.config.metric_names import lower_is_better
-from uni_moe_jax.data.pipeline import vqa_answers
+from uni_moe_jax.data.text import vqa_answers
 from uni_moe_jax.utils.errors import UsageError
 
 # A value counts as different from a reference when it is at least this many standard errors away.
@@ -133,7 +133,7 @@ def vqa_score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> n
 
   Args:
     predictions: N answers.
-    answers: for each the annotators' answers, normalized like the predictions (`data/pipeline/vqa_answers.py`).
+    answers: for each the annotators' answers, normalized like the predictions (`data/text/vqa_answers.py`).
 
   Raises:
     UsageError: not as many of each, or a question without answers.

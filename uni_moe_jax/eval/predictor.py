@@ -15,14 +15,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from uni_moe_jax.config.plan import Plan, SetSpec, TaskSpec
-from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
-from uni_moe_jax.data.pipeline.target_sets import TargetSet
-from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
+from uni_moe_jax.data.batches.assemble import Data
+from uni_moe_jax.data.batches.target_sets import TargetSet
+from uni_moe_jax.data.examples.examples import encode_texts, pad_tokens
+from uni_moe_jax.data.text.tokenizer import Tokenizer
 from uni_moe_jax.eval.batches import Fields
 from uni_moe_jax.model import decoding, heads
 from uni_moe_jax.model.heads import normalize
-from uni_moe_jax.model.sequences import Sequence
+from uni_moe_jax.model.sequences import InputSequence
 from uni_moe_jax.model.trie import Trie
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import precision
@@ -69,12 +69,12 @@ class Predictor:
     """Features [B, R, D] of the readout of a task type's input, not normalized."""
     # Labels and paired texts are left out, so that each task type compiles once.
     fields = {k: v for k, v in fields.items() if k in INPUTS}
-    return encode(self._model, self._params, Sequence.of_inputs(task_type, fields))
+    return encode(self._model, self._params, InputSequence.of_inputs(task_type, fields))
 
   def pairs(self, task_type: TaskType, fields: Fields) -> jax.Array:
     """Features [B, D] of the paired texts, not normalized."""
     wanted = {k: fields[k] for k in ('id', 'target', 'target_valid')}
-    return encode(self._model, self._params, Sequence.of_pairs(task_type, wanted))[:, 0]
+    return encode(self._model, self._params, InputSequence.of_pairs(task_type, wanted))[:, 0]
 
   def texts(self, task: TaskSpec, texts: list[str]) -> jax.Array:
     """Features [N, D] of texts as the target side of a retrieval task encodes them, not normalized."""
@@ -164,14 +164,14 @@ class Predictor:
     return self._tries[name]
 
 
-def set_sequences(spec: SetSpec, target: TargetSet, eot: int) -> tuple[Sequence, ...]:
+def set_sequences(spec: SetSpec, target: TargetSet, eot: int) -> tuple[InputSequence, ...]:
   """The sequences of a target set, each some of the names of one length, or a part of a vocabulary.
 
   Those of one length have equal shapes, with padding at the end of the last one, and so one program.
   """
   if spec.is_vocabulary:
     words = np.array_split(np.arange(target.size, dtype=np.int32), -(-target.size // _ROWS_AT_ONCE))
-    return tuple(Sequence.of_words(spec.name, spec.condition, ids, eot) for ids in words)
+    return tuple(InputSequence.of_words(spec.name, spec.condition, ids, eot) for ids in words)
   parts, sizes = [], []
   for bucket in target.buckets:
     names = _names(bucket)
@@ -179,7 +179,7 @@ def set_sequences(spec: SetSpec, target: TargetSet, eot: int) -> tuple[Sequence,
     size = -(-n // -(-n // _ROWS_AT_ONCE))
     parts += [{k: x[start:start + size] for k, x in names.items()} for start in range(0, n, size)]
     sizes += [size] * (len(parts) - len(sizes))
-  sequences = Sequence.of_buckets(spec.name, spec.condition, tuple(parts), target.order, spec.label_prompts)
+  sequences = InputSequence.of_buckets(spec.name, spec.condition, tuple(parts), target.order, spec.label_prompts)
   return tuple(s.pad_batch(size) for s, size in zip(sequences, sizes, strict=True))
 
 
@@ -191,7 +191,7 @@ def _names(bucket: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   return {k: bucket[k][is_name] for k in ('text', 'valid')}
 
 
-def _without_padding(rows: np.ndarray, sequence: Sequence) -> np.ndarray:
+def _without_padding(rows: np.ndarray, sequence: InputSequence) -> np.ndarray:
   return rows if sequence.text_valid is None else rows[np.asarray(sequence.text_valid).any(axis=1)]
 
 

@@ -14,16 +14,17 @@ import jax
 import ml_collections
 
 from uni_moe_jax.config.plan import Evaluation, Plan
-from uni_moe_jax.data.assemble import Data, Sources
-from uni_moe_jax.data.pipeline.examples import Examples
+from uni_moe_jax.data.batches.assemble import Data, Sources
+from uni_moe_jax.data.examples.examples import Examples
 from uni_moe_jax.eval import baselines, evaluators, example_scores, glue_vqa, samples
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.io import storage
+from uni_moe_jax.io.files import read_json, write_json
 from uni_moe_jax.parallel import distributed, multihost, sharding
-from uni_moe_jax.utils import cores, storage
+from uni_moe_jax.utils import cores
 from uni_moe_jax.utils.errors import MissingFileError
-from uni_moe_jax.utils.files import read_json, write_json
 
 EVALUATION_FILE = 'evaluation.json'
 EVALUATORS_FILE = 'evaluators.json'  # those that made it

@@ -17,16 +17,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 from safetensors.numpy import save_file
 
-from uni_moe_jax.data import mirror
-from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.data.pipeline import npz_records
-from uni_moe_jax.data.pipeline.clip_tokenizer import SURPLUS_SPACES, ClipTokenizer
-from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
-from uni_moe_jax.export import browser, description, model_card, onnx_programs, saved_model, torch_dense, torch_file
+from uni_moe_jax.convert import torch_file
+from uni_moe_jax.data.batches.assemble import Data
+from uni_moe_jax.data.examples import npz_records
+from uni_moe_jax.data.shards import mirror
+from uni_moe_jax.data.text.clip_tokenizer import SURPLUS_SPACES, ClipTokenizer
+from uni_moe_jax.data.text.tokenizer import Tokenizer
+from uni_moe_jax.export import browser, description, model_card, onnx_programs, saved_model, torch_dense
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import programs
+from uni_moe_jax.io import storage
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-from uni_moe_jax.data.pipeline.clip_tokenizer import ClipTokenizer
-from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
+from uni_moe_jax.data.text.clip_tokenizer import ClipTokenizer
+from uni_moe_jax.data.text.tokenizer import Tokenizer
 from uni_moe_jax.utils.errors import RunError, UsageError
 
 _messages: Any = sentencepiece_model_pb2  # it makes its classes when it is imported

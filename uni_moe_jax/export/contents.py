@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from uni_moe_jax.config.plan import Evaluation, Plan, SetSpec, TaskSpec
-from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.data.files.file_dataset import FileDataset
-from uni_moe_jax.data.pipeline.mixtures import evaluation_batches
-from uni_moe_jax.data.pipeline.records import Records
-from uni_moe_jax.data.pipeline.target_sets import TargetSet
-from uni_moe_jax.data.pipeline.tokenizer import Tokenizer
+from uni_moe_jax.data.batches.assemble import Data
+from uni_moe_jax.data.batches.mixtures import evaluation_batches
+from uni_moe_jax.data.batches.target_sets import TargetSet
+from uni_moe_jax.data.examples.records import Records
+from uni_moe_jax.data.shards.file_dataset import FileDataset
+from uni_moe_jax.data.text.tokenizer import Tokenizer
 from uni_moe_jax.eval.predictor import INPUTS, Predictor
 from uni_moe_jax.export.merge import merged
 from uni_moe_jax.export.programs import ExportedTask

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from uni_moe_jax.data.pipeline.templates import template_parts
+from uni_moe_jax.data.text.templates import template_parts
 from uni_moe_jax.export import loader
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import ExportedTask

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from uni_moe_jax.config.plan import Plan
-from uni_moe_jax.data.assemble import Data
+from uni_moe_jax.data.batches.assemble import Data
 from uni_moe_jax.eval import suite
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export.merge import merged
+from uni_moe_jax.io import files, storage
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks.attributes import Condition
-from uni_moe_jax.utils import files, storage
 from uni_moe_jax.utils.errors import UsageError
 
 FOLDER = 'merged'  # in a work directory: the evaluation of the merged model

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from uni_moe_jax.cli import environments
 from uni_moe_jax.export import loader
 from uni_moe_jax.export.programs import ExportedTask, Program, flat, programs
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import gmm, precision
-from uni_moe_jax.utils import environments
 from uni_moe_jax.utils.errors import RunError, UsageError
 
 _PACKAGES = (

@@ -21,7 +21,7 @@ from flax import traverse_util
 
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.model import decoding, heads
-from uni_moe_jax.model.sequences import Layout, Sequence
+from uni_moe_jax.model.sequences import InputSequence, Layout
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
 from uni_moe_jax.moe import precision
 from uni_moe_jax.tasks.attributes import Condition
@@ -123,9 +123,9 @@ class _Programs:
     """Features [b, R, D], not normalized."""
     batch = next(iter(fields.values())).shape[0]
     return self._encoded(
-        params, Sequence.of_inputs(self._task_type, {**fields, 'id': jnp.zeros((batch,), jnp.uint32)}))
+        params, InputSequence.of_inputs(self._task_type, {**fields, 'id': jnp.zeros((batch,), jnp.uint32)}))
 
-  def _encoded(self, params: Arrays, sequence: Sequence) -> jax.Array:
+  def _encoded(self, params: Arrays, sequence: InputSequence) -> jax.Array:
     return self._apply(params, lambda m: m.features(m.encode(sequence).hidden))
 
   def _read(self, x: jax.Array) -> jax.Array:
@@ -154,7 +154,7 @@ class _Programs:
 
     def run(params, x):
       ids = jnp.zeros((x['text'].shape[0],), jnp.uint32)
-      sequence = Sequence(layout=layout, ids=ids, text=x['text'], text_valid=x['text_valid'])
+      sequence = InputSequence(layout=layout, ids=ids, text=x['text'], text_valid=x['text_valid'])
       return {'features': heads.normalize(self._encoded(params, sequence)[:, 0])}
     return run, _text(self._sizes('b s', True))
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.config.schema import PUBLISHED_GROUPS, PUBLISHED_TEMPERATURES
-from uni_moe_jax.export import torch_layout
+from uni_moe_jax.convert import torch_layout
+from uni_moe_jax.convert.torch_layout import LayoutError
 from uni_moe_jax.export.programs import ExportedTask
-from uni_moe_jax.export.torch_layout import LayoutError
 from uni_moe_jax.model.heads import LOG_SCALE
 from uni_moe_jax.model.spec import ModelSpec, router_input_name
 from uni_moe_jax.moe import routers

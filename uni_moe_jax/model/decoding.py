@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from uni_moe_jax.model import merging
 from uni_moe_jax.model.heads import normalize
-from uni_moe_jax.model.sequences import NO_WORD, READ_NOTHING, KVCache, Layout, Sequence, heads_first
+from uni_moe_jax.model.sequences import NO_WORD, READ_NOTHING, InputSequence, KVCache, Layout, heads_first
 from uni_moe_jax.model.trie import Trie, allowed, follow
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe.precision import EXACT
@@ -39,7 +39,7 @@ def step_layout(task_type: TaskType) -> Layout:
 def prefill(model: UniPerceiver, params, task_type: TaskType, pixels: jax.Array, max_len: int) -> KVCache:
   """The cache of images [B, T, H, W, C], with empty slots for `max_len` words."""
   B = pixels.shape[0]
-  image = Sequence(layout=prefill_layout(task_type), ids=jnp.arange(B, dtype=jnp.uint32), pixels=pixels)
+  image = InputSequence(layout=prefill_layout(task_type), ids=jnp.arange(B, dtype=jnp.uint32), pixels=pixels)
   collected = model.apply({'params': params}, image, keys=True, method='encode').collected
 
   def joined(out, which):  # the segments of an image, along tokens
@@ -71,7 +71,7 @@ def decode_step(
   if kv_cache.recent is not None:
     recent = jnp.where(word_valid, jnp.concatenate([word[:, None], kv_cache.recent[:, :-1]], axis=1), NO_WORD)
     before = jnp.stack([kv_cache.recent, recent], axis=1)
-  sequence = Sequence(
+  sequence = InputSequence(
       layout=step_layout(task_type), ids=jnp.arange(B, dtype=jnp.uint32),
       text=jnp.stack([word, jnp.full_like(word, spe)], axis=1),
       text_valid=jnp.concatenate([word_valid, jnp.ones((B, 1), bool)], axis=1), text_positions=jnp.stack([slot, t]),

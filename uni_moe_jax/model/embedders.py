@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from uni_moe_jax.model.prompts import TokenPrompts
-from uni_moe_jax.model.sequences import NO_WORD, Sequence
+from uni_moe_jax.model.sequences import NO_WORD, InputSequence
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.stem import conv_stem, stem_params
 from uni_moe_jax.moe import products
@@ -95,7 +95,7 @@ class Embed(nn.Module):
     return x
 
   def text(self, ids: jax.Array, positions: jax.Array, neighbors: jax.Array | None = None) -> jax.Array:
-    """ids [B, S], positions [B, S] and `Sequence.neighbors` [B, S, 2n] → [B, S, D]."""
+    """ids [B, S], positions [B, S] and `InputSequence.neighbors` [B, S, 2n] → [B, S, D]."""
     x = self.words(ids) + self.position[positions] + self.type[0][None, None]
     if neighbors is not None:
       words = jnp.where((neighbors == NO_WORD)[..., None], 0, self.words(jnp.maximum(neighbors, 0)))
@@ -113,7 +113,7 @@ class Embed(nn.Module):
       return self.norm(self.words(jnp.full((1, 1), s.spe_id)))
     return self.text(jnp.full((1, 1), s.prefix_word), jnp.zeros((1, 1), jnp.int32))
 
-  def front(self, prefix: jax.Array, sequence: Sequence) -> jax.Array:
+  def front(self, prefix: jax.Array, sequence: InputSequence) -> jax.Array:
     """Tokens before the data, [B, n, D]: the prefix `spe`, then prompts."""
     prefix = jnp.broadcast_to(prefix, (sequence.ids.shape[0], *prefix.shape[1:]))
     return jnp.concatenate([prefix, *self.prompts(sequence)], axis=1)

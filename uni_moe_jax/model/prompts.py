@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from uni_moe_jax.model.sequences import Sequence
+from uni_moe_jax.model.sequences import InputSequence
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe.layers import param
 
@@ -52,7 +52,7 @@ class TokenPrompts(nn.Module):
         name: param(self, f'label_{name}', nn.initializers.zeros, {'class': size, 'embed': spec.width})
         for name, size in spec.label_prompts}
 
-  def __call__(self, sequence: Sequence) -> list[jax.Array]:
+  def __call__(self, sequence: InputSequence) -> list[jax.Array]:
     """The tokens that follow `spe`, arrays [B, n, D]; none where the model has none for this sequence."""
     layout = sequence.layout
     tokens = [] if layout.label_set is None else [self.labels[layout.label_set][sequence.classes][:, None]]

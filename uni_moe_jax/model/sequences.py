@@ -88,7 +88,7 @@ class KVCache:
   words: Any  # [B, N, W, H], of decoded words
   valid: jax.Array | None  # bool [B, W], which words are decoded
   pools: Any  # of context routers: {sublayer: [B, D]}; {} without them
-  recent: jax.Array | None = None  # int32 [B, n], the last decoded words, newest first, see `Sequence.neighbors`
+  recent: jax.Array | None = None  # int32 [B, n], the last decoded words, newest first, see `InputSequence.neighbors`
 
   def of_layer(self, subtree: str, block: int) -> 'KVCache':
     """The cache of one block of the pattern, without `valid`, which is that of all."""
@@ -100,7 +100,7 @@ class KVCache:
 
 
 @flax.struct.dataclass
-class Sequence:
+class InputSequence:
   """One batch of sequences as raw inputs."""
   layout: Layout = flax.struct.field(pytree_node=False)
   ids: jax.Array  # uint32 [B] example ids
@@ -117,7 +117,7 @@ class Sequence:
   classes: jax.Array | None = None  # int32 [B], which entry of `layout.label_set` each sequence is
 
   @classmethod
-  def of_inputs(cls, task_type: TaskType, fields: Fields) -> 'Sequence':
+  def of_inputs(cls, task_type: TaskType, fields: Fields) -> 'InputSequence':
     """The input side of a batch; fields are flat ([B, …])."""
     return cls(
         layout=Layout.of_task_type(task_type), ids=fields['id'], pixels=fields.get('pixels'),
@@ -126,7 +126,7 @@ class Sequence:
         is_read=fields['weight'] > 0 if task_type.readout == 'masked' and 'weight' in fields else None)
 
   @classmethod
-  def of_pairs(cls, task_type: TaskType, fields: Fields) -> 'Sequence':
+  def of_pairs(cls, task_type: TaskType, fields: Fields) -> 'InputSequence':
     """The paired texts of a batch, on the target side; fields are flat.
 
     Their ids are not those of their inputs: draws that both have in common would tell a pair from its negatives.
@@ -135,7 +135,7 @@ class Sequence:
                text=fields['target'], text_valid=fields['target_valid'])
 
   @classmethod
-  def of_words(cls, name: str, condition: Condition, ids: jax.Array, eot: int) -> 'Sequence':
+  def of_words(cls, name: str, condition: Condition, ids: jax.Array, eot: int) -> 'InputSequence':
     """Rows [spe, v, eot] of a vocabulary set for the word ids [K]."""
     text = jnp.stack([ids, jnp.full_like(ids, eot)], axis=1)
     return cls(layout=Layout.of_text(condition), ids=_target_ids(name, ids), text=text)
@@ -143,7 +143,7 @@ class Sequence:
   @classmethod
   def of_buckets(
       cls, name: str, condition: Condition, buckets: tuple[Fields, ...], order: jax.Array, label_prompts: bool
-  ) -> tuple['Sequence', ...]:
+  ) -> tuple['InputSequence', ...]:
     """One sequence per length bucket of a target set of texts.
 
     Args:
@@ -193,7 +193,7 @@ class Sequence:
         before = jnp.concatenate([before, before], axis=1)
     return jnp.concatenate([before, jnp.full_like(before, NO_WORD) if after is None else after], axis=-1)
 
-  def pad_batch(self, multiple: int) -> 'Sequence':
+  def pad_batch(self, multiple: int) -> 'InputSequence':
     """Pads texts with examples without valid tokens, so that every device has equally many.
 
     A partitioner would move unevenly sharded rows, drawn numbers and all, at every step. Images come in batches that
@@ -224,7 +224,7 @@ class EmbeddedSequence:
   cache_valid: jax.Array | None = None  # bool [B, W], which words of its cache are decoded
   # S per segment, also where the encoder has removed `segments`.
   lengths: tuple[Any, ...] = flax.struct.field(pytree_node=False, default=())
-  is_read: jax.Array | None = None  # as in `Sequence`
+  is_read: jax.Array | None = None  # as in `InputSequence`
 
   def without_segments(self, cache: 'KVCache | None') -> 'EmbeddedSequence':
     """What stays the same in all layers, with the cache's mask."""

@@ -15,7 +15,7 @@ from uni_moe_jax.model.embedders import Embed
 from uni_moe_jax.model.encoder import Collected, Encoder
 from uni_moe_jax.model.heads import LinearHead, SimilarityHead
 from uni_moe_jax.model.prompts import prompt_table
-from uni_moe_jax.model.sequences import EmbeddedSequence, Layout, Sequence, join_equal, map_joined, pad_to_join
+from uni_moe_jax.model.sequences import EmbeddedSequence, InputSequence, Layout, join_equal, map_joined, pad_to_join
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.moe import routers
 from uni_moe_jax.moe.layers import param
@@ -46,7 +46,7 @@ class UniPerceiver(nn.Module):
     log_scale = nn.initializers.constant(math.log(1 / spec.temperature_init))
     self.log_scales = {name: param(self, heads.LOG_SCALE + name, log_scale, {}) for name in spec.temperature_groups}
 
-  def __call__(self, sequence: Sequence):
+  def __call__(self, sequence: InputSequence):
     """Uses every parameter; for `init`."""
     features = self.features(self.encode(sequence).hidden)
     if self.spec.head:
@@ -61,7 +61,7 @@ class UniPerceiver(nn.Module):
     Sequences (any pytree of them) of equal router inputs, prompts, masks and shapes are joined along the batch, unless
     keys or taps are collected or there is a cache; texts of nearly equal shapes, too. For the options see `Encoder`.
     """
-    sequences, structure = jax.tree.flatten(sequences, is_leaf=lambda x: isinstance(x, Sequence))
+    sequences, structure = jax.tree.flatten(sequences, is_leaf=lambda x: isinstance(x, InputSequence))
     embedded, caches = self._embed(sequences), tuple(s.kv_cache for s in sequences)
     if keys or taps or any(c is not None for c in caches):
       hidden, collected = self.encoder(embedded, caches, key=key, all_rows=all_rows, taps=taps, keys=keys)
@@ -88,7 +88,7 @@ class UniPerceiver(nn.Module):
     return (tuple(routers.router_input(self.spec.router, c) for c in layout.conditions), layout.masks, layout.readout,
             layout.readout_segment, self.spec.num_deep_prompts and prompt_table(self.spec, layout.is_target))
 
-  def _embed(self, sequences: list[Sequence]) -> tuple[EmbeddedSequence, ...]:
+  def _embed(self, sequences: list[InputSequence]) -> tuple[EmbeddedSequence, ...]:
     """Embeds raw sequences, the texts of all of them together: each one's gradient has the size of the word table."""
     prefix = self.embed.prefix() if any(s.layout.prefixed for s in sequences) else None
     texts = [(s.text, s.token_positions(), s.neighbors(self.spec.word_neighbors))
@@ -97,7 +97,7 @@ class UniPerceiver(nn.Module):
     embedded = iter(map_joined(embed, texts, self.shards))
     return tuple(self._segments(s, None if s.text is None else next(embedded), prefix) for s in sequences)
 
-  def _segments(self, s: Sequence, text: jax.Array | None, prefix: jax.Array | None) -> EmbeddedSequence:
+  def _segments(self, s: InputSequence, text: jax.Array | None, prefix: jax.Array | None) -> EmbeddedSequence:
     """A sequence with its embedded text [B, S, D]; prefix and prompts become the first tokens of segment 0."""
     layout = s.layout
     segments, valid = [], []
@@ -124,7 +124,8 @@ def boxed_params(model: UniPerceiver, key: jax.Array) -> Any:
   condition, spec = next(iter(task_types.families().values())), model.spec
   if spec.kernels:  # a merged model may lack this condition; all of its kernels have one shape
     model = model.clone(spec=dataclasses.replace(spec, kernels=((routers.router_input(spec.router, condition), 0),)))
-  text = Sequence(layout=Layout.of_text(condition), ids=jnp.zeros((1,), jnp.uint32), text=jnp.zeros((1, 2), jnp.int32))
+  ids, tokens = jnp.zeros((1,), jnp.uint32), jnp.zeros((1, 2), jnp.int32)
+  text = InputSequence(layout=Layout.of_text(condition), ids=ids, text=tokens)
   return model.init(key, text)['params']
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from uni_moe_jax.utils import cli
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.utils.errors import UsageError
 
 OFF, AUTO = 'off', 'auto'

@@ -15,8 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from uni_moe_jax.io import storage
 from uni_moe_jax.parallel import sharding
-from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import RunError, UsageError, chain
 from uni_moe_jax.utils.exit_codes import ERROR
 

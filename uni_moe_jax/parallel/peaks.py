@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from uni_moe_jax.parallel import sharding
 
 # FLOP/s of dense bfloat16 products with float32 sums, by JAX's `device_kind`. Data sheets of NVIDIA, most of
-# which give the rate with sparsity, twice this one, and of Google, whose source is in tools/preflight/topology.py.
+# which give the rate with sparsity, twice this one, and of Google, whose source is in preflight/topology.py.
 PEAKS = {
     r'NVIDIA A10': 125e12,  # A10 datasheet
     r'NVIDIA A100.*GB( PCIe)?': 312e12,  # A100 datasheet: the same for SXM and PCIe

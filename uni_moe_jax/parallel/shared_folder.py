@@ -7,8 +7,8 @@ import secrets
 import socket
 import time
 
+from uni_moe_jax.io import storage
 from uni_moe_jax.parallel.distributed import Cluster
-from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import RunError, UsageError, disk_is_full, first_few
 
 _NOT_WRITTEN, _UNAVAILABLE = bytes(16), bytes([1] * 16)  # in place of a token: a mistake of the user, or none

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from uni_moe_jax.analysis import metric_curves
 from uni_moe_jax.analysis.metric_curves import Curves
+from uni_moe_jax.io import storage
+from uni_moe_jax.io.files import save_figure
 from uni_moe_jax.reporting import figures
-from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
-from uni_moe_jax.utils.files import save_figure
 
 _COLUMNS, _PANEL = 4, (3.0, 2.1)  # panels in a row; inches
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from uni_moe_jax.analysis import expert_usage_file, interference_file
 from uni_moe_jax.eval import headline, metrics
+from uni_moe_jax.io import storage
 from uni_moe_jax.reporting import curves as reporting_curves
 from uni_moe_jax.reporting import figures
-from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 _OWN_PANELS = ('loss/total', 'learning_rate', 'grad_norm', 'steps_per_second', 'input_wait_share', 'images_per_second',

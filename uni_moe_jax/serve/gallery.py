@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from uni_moe_jax.data.files.formats import MEDIA_SUFFIXES, media_type_of
+from uni_moe_jax.data.formats.rows import MEDIA_SUFFIXES, media_type_of
+from uni_moe_jax.io import storage
 from uni_moe_jax.serve.batching import Batcher
 from uni_moe_jax.serve.limits import Limits, Refused
 from uni_moe_jax.serve.worker import Facts, Item, media_of
-from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
 
 _MAX_FILES = 5000

@@ -5,8 +5,8 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
-from uni_moe_jax.data.files import media, video
-from uni_moe_jax.data.files.video_pixels import to_channels
+from uni_moe_jax.data.examples.video_pixels import to_channels
+from uni_moe_jax.data.formats import media, video
 from uni_moe_jax.serve.limits import Limits, Refused
 from uni_moe_jax.utils.errors import UsageError
 

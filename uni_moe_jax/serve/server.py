@@ -14,6 +14,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from uni_moe_jax import __version__
+from uni_moe_jax.io import storage
 from uni_moe_jax.serve import app as app_lib
 from uni_moe_jax.serve.batching import Batcher
 from uni_moe_jax.serve.gallery import Gallery
@@ -21,7 +22,6 @@ from uni_moe_jax.serve.guard import Guard, Metrics
 from uni_moe_jax.serve.limits import Limits
 from uni_moe_jax.serve.service import Service
 from uni_moe_jax.serve.supervisor import Supervisor
-from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
 
 _LOOPBACK = ('127.0.0.1', 'localhost', '::1')

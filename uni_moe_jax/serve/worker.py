@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from uni_moe_jax.data.files.formats import shorten
+from uni_moe_jax.cli import output
+from uni_moe_jax.data.formats.rows import shorten
 from uni_moe_jax.serve.limits import Limits, Refused
-from uni_moe_jax.utils import output
 
 STREAM = 'stream'  # the program `caption`, with words of `prefill` and `step` while it runs
 _FIRST = ('classify', 'caption', STREAM, 'encode', 'encode_text')

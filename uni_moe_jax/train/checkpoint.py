@@ -15,10 +15,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from uni_moe_jax.io import files, orbax_s3, storage
 from uni_moe_jax.parallel import array_sums, distributed, multihost
 from uni_moe_jax.train import checkpoint_choice, manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_step, saved_steps, unfinished_folders, write_config
-from uni_moe_jax.utils import errors, files, heap, orbax_s3, storage
+from uni_moe_jax.utils import errors, heap
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.tree_paths import describe_arrays
 

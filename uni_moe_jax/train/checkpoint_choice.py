@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator, Mapping
 import ml_collections
 
 from uni_moe_jax.config.metric_names import lower_is_better
+from uni_moe_jax.io import storage
 from uni_moe_jax.train import manifest
 from uni_moe_jax.train.workdir import CHECKPOINTS, load_config, saved_steps, trained_in
-from uni_moe_jax.utils import storage
 
 
 def best_of(metrics: Mapping[int, Mapping[str, float]], name: str) -> int | None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from uni_moe_jax.config.plan import Plan, TaskSpec
 from uni_moe_jax.model import heads
 from uni_moe_jax.model.encoder import Collected
-from uni_moe_jax.model.sequences import Sequence, flat_fields, flatten, map_joined, take_rows
+from uni_moe_jax.model.sequences import InputSequence, flat_fields, flatten, map_joined, take_rows
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.train import losses
@@ -108,16 +108,16 @@ def step_inputs(spec: StepSpec, batch: Batch, target_sets: TargetSets, sampled: 
   for group, tasks in spec.plan.groups.items():
     if group in batch:
       task_type, fields = tasks[0].type, flat_fields(batch[group])
-      inputs[group] = Sequence.of_inputs(task_type, fields)
+      inputs[group] = InputSequence.of_inputs(task_type, fields)
       if task_type.target == 'pair':
-        pairs[group] = Sequence.of_pairs(task_type, fields)
+        pairs[group] = InputSequence.of_pairs(task_type, fields)
   for s in (s for s in spec.plan.sets if s.name in target_sets):
     if s.is_vocabulary:
       ids = sampled[s.name].ids if s.name in sampled else jnp.arange(spec.model.spec.vocab_size, dtype=jnp.int32)
-      sets[s.name] = (Sequence.of_words(s.name, s.condition, ids, spec.eot),)
+      sets[s.name] = (InputSequence.of_words(s.name, s.condition, ids, spec.eot),)
     else:
       arrays = target_sets[s.name]
-      sets[s.name] = Sequence.of_buckets(s.name, s.condition, arrays['buckets'], arrays['order'], s.label_prompts)
+      sets[s.name] = InputSequence.of_buckets(s.name, s.condition, arrays['buckets'], arrays['order'], s.label_prompts)
   return StepInputs(inputs, pairs, sets)
 
 
@@ -133,7 +133,8 @@ def forward(
   sequences = step_inputs(spec, batch, target_sets, sampled)
 
   def encode(model):
-    padded = jax.tree.map(lambda s: s.pad_batch(model.shards), sequences, is_leaf=lambda x: isinstance(x, Sequence))
+    is_leaf = lambda x: isinstance(x, InputSequence)
+    padded = jax.tree.map(lambda s: s.pad_batch(model.shards), sequences, is_leaf=is_leaf)
     encoded = model.encode(padded, key=key)
     hidden, structure = jax.tree.flatten(encoded.hidden)
     return structure.unflatten(map_joined(model.features, hidden, model.shards)), encoded.collected
@@ -216,6 +217,6 @@ def task_losses(
 def num_tokens(spec: StepSpec, batch: Batch, target_sets: TargetSets, sampled: Sampled) -> int:
   """Number of tokens that `forward` encodes, padding included."""
   inputs = step_inputs(spec, batch, target_sets, sampled)
-  sequences = jax.tree.leaves(inputs, is_leaf=lambda x: isinstance(x, Sequence))
+  sequences = jax.tree.leaves(inputs, is_leaf=lambda x: isinstance(x, InputSequence))
   num_frames = sum(math.prod(s.pixels.shape[:2]) for s in sequences if s.pixels is not None)
   return sum(s.text.size for s in sequences if s.text is not None) + num_frames * spec.model.spec.patches

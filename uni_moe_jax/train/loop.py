@@ -19,8 +19,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from uni_moe_jax.data.pipeline.lookahead import Lookahead
-from uni_moe_jax.data.pipeline.mixtures import Batch, batch_sizes
+from uni_moe_jax.cli import boundary as cli
+from uni_moe_jax.cli import output
+from uni_moe_jax.data.batches.lookahead import Lookahead
+from uni_moe_jax.data.batches.mixtures import Batch, batch_sizes
+from uni_moe_jax.io import locks, storage
+from uni_moe_jax.io.files import read_json, write_json
 from uni_moe_jax.moe import products
 from uni_moe_jax.parallel import distributed, multihost, peaks
 from uni_moe_jax.train.checkpoint import Checkpoints
@@ -31,10 +35,9 @@ from uni_moe_jax.train.run import Run, build, initial_state
 from uni_moe_jax.train.step import TrainState
 from uni_moe_jax.train.validation import Validation
 from uni_moe_jax.train.workdir import RUN_FILE, check_versions, claim_workdir, copy_tokenizer, is_finished
-from uni_moe_jax.utils import cli, locks, output, signals, storage
+from uni_moe_jax.utils import signals
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED, PREEMPTED
-from uni_moe_jax.utils.files import read_json, write_json
 
 _INITIAL_SHARE = 0.1  # of an average, above which a note says so
 _REPEATED = 1.0  # seconds: a shutdown signals every process, and those that started this one pass theirs on

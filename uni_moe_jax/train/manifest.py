@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from concurrent import futures
 from typing import Any
 
-from uni_moe_jax.utils import storage
+from uni_moe_jax.io import storage
 
 FILE = 'manifest.json'
 _METADATA, _COMMITTED = '_CHECKPOINT_METADATA', 'commit_success.txt'

@@ -8,7 +8,7 @@ import time
 import tensorflow as tf
 import tqdm
 
-from uni_moe_jax.utils import storage
+from uni_moe_jax.io import storage
 
 FILE = 'metrics.jsonl'
 # Metrics of time, which differ between equal runs.

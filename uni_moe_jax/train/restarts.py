@@ -6,8 +6,9 @@ import threading
 import time
 from collections.abc import Sequence
 
+from uni_moe_jax.io import storage
 from uni_moe_jax.train.workdir import saved_step
-from uni_moe_jax.utils import signals, storage
+from uni_moe_jax.utils import signals
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED, USAGE
 

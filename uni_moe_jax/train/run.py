@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 
 from uni_moe_jax.config import schema, validate
 from uni_moe_jax.config.plan import Plan, make_plan
-from uni_moe_jax.data.assemble import Data
-from uni_moe_jax.data.pipeline.mixtures import UNBATCHED_FIELDS, Batch, BatchLayout, Mixture
+from uni_moe_jax.data.batches.assemble import Data
+from uni_moe_jax.data.batches.mixtures import UNBATCHED_FIELDS, Batch, BatchLayout, Mixture
 from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.io import storage
 from uni_moe_jax.model import attention_kernels, flops
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, boxed_params, init_params
@@ -31,7 +32,6 @@ from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.forward import StepSpec, TargetSets
 from uni_moe_jax.train.step import Step, TrainState, forward_flops, init_state
 from uni_moe_jax.train.used_params import expert_sublayer, unit_axes
-from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path, path_of
 

@@ -4,9 +4,9 @@ import json
 
 import ml_collections
 
+from uni_moe_jax.io import hub
 from uni_moe_jax.parallel.distributed import Cluster
 from uni_moe_jax.train.workdir import differences
-from uni_moe_jax.utils import hub
 from uni_moe_jax.utils.errors import UsageError, first_few
 
 _OF_HOST = 'data.dir', 'data.cache_dir', 'data.cache_gb', 'tokenizer.merges_path'  # fields that may differ

@@ -18,11 +18,11 @@ import ml_collections
 from uni_moe_jax import __version__
 from uni_moe_jax.config.fields import with_floats
 from uni_moe_jax.config.schema import PATHS, Config, apply_choices, base, parse_config
-from uni_moe_jax.data.pipeline import class_names
+from uni_moe_jax.data.text import class_names
+from uni_moe_jax.io import hub, storage
+from uni_moe_jax.io.files import read_json, write_json
 from uni_moe_jax.train import manifest
-from uni_moe_jax.utils import hub, storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError, first_few
-from uni_moe_jax.utils.files import read_json, write_json
 
 CONFIG_FILE = 'config.json'
 RUN_FILE = 'run.json'

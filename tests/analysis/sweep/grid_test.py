@@ -9,10 +9,10 @@ import pytest
 from tests.helpers import tiny
 from uni_moe_jax.analysis.sweep import grid
 from uni_moe_jax.analysis.sweep.variants import VARIANTS
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.config.schema import VARIANTS as SIZES
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir
-from uni_moe_jax.utils import cli
 from uni_moe_jax.utils.errors import UsageError
 
 _OUT = pathlib.Path('out')

@@ -11,7 +11,7 @@ from flax.traverse_util import unflatten_dict
 from tests.helpers import processes, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.analysis.sweep import adaptation, grid, results, router_report, runner
-from uni_moe_jax.data.files import prepare
+from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.train import warm_start, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 

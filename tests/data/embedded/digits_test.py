@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from uni_moe_jax.data import sources
+from uni_moe_jax.data.batches import sources
 from uni_moe_jax.data.embedded import digits
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from uni_moe_jax.data.embedded import glyph_questions, glyphs
 from uni_moe_jax.data.embedded.glyph_questions import ANSWERS, QUESTIONS
-from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.data.examples.records import Records
 
 
 @pytest.mark.parametrize('name, answers', [

@@ -8,7 +8,7 @@ import pytest
 from sklearn import linear_model
 
 from uni_moe_jax.data.embedded import glyph_videos, glyphs
-from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.data.examples.records import Records
 
 _MIDDLE = np.full(7, 0.5)
 _X, _Y, _SIZE, _ANGLE, _BRIGHTNESS = range(5)

@@ -7,7 +7,7 @@ import pytest
 from fontTools import ttLib
 
 from uni_moe_jax.data.embedded import glyph_classes, glyph_videos, glyphs
-from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.data.examples.records import Records
 
 _SEEN_FACE_SPLITS = ('train', 'validation', 'test_characters')
 

@@ -5,7 +5,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from uni_moe_jax.data.embedded import docstring_texts, glyph_classes, glyph_videos, glyphs, tfds_builders
-from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.data.examples.records import Records
 
 _COUNT = 9
 

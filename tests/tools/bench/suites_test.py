@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import tiny
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.pipeline import in_flight
+from uni_moe_jax.data.batches import in_flight
 from uni_moe_jax.tasks import router_names
 from uni_moe_jax.tools.bench import (
     caption_rate,

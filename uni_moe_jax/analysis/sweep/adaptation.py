@@ -9,14 +9,14 @@ from uni_moe_jax.analysis.sweep import account, markdown, router_report
 from uni_moe_jax.analysis.sweep.grid import TRAIN, ZERO_SHOT
 from uni_moe_jax.analysis.sweep.runner import is_finished
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data import mirror, sources
-from uni_moe_jax.data.files import file_dataset_examples
-from uni_moe_jax.data.files.file_dataset import FileDataset
-from uni_moe_jax.data.pipeline import examples
+from uni_moe_jax.data.batches import sources
+from uni_moe_jax.data.examples import examples, file_dataset_examples
+from uni_moe_jax.data.shards import mirror
+from uni_moe_jax.data.shards.file_dataset import FileDataset
+from uni_moe_jax.io import storage
 from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.train import optimizer, warm_start, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
-from uni_moe_jax.utils import storage
 
 _OF_RECIPE = ('optim.', 'train.')  # fields that no run passes on
 PROMPTS, MAX_PROMPT_SHARE = 'prompts', 0.02  # prompt tuning trains less than this share of the parameters

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from uni_moe_jax.analysis.sweep.variants import VARIANTS, PerVariant
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.config.plan import make_plan
+from uni_moe_jax.io import storage
 from uni_moe_jax.tasks.router_names import DENSE, MERGED
-from uni_moe_jax.train import finetuning, workdir
-from uni_moe_jax.utils import cli, storage
+from uni_moe_jax.train import adaptation, workdir
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
@@ -53,7 +54,7 @@ def router_grid(
   """Trains and measures every variant with every seed, one by default.
 
   All variants of a seed come before the next seed, so that a sweep that is stopped has complete comparisons. They see
-  the same batches in the same order, which depend on data, tasks and seed alone, see `data/pipeline/mixtures.py`. The
+  the same batches in the same order, which depend on data, tasks and seed alone, see `data/batches/mixtures.py`. The
   arguments are flags of uni-moe sweep.
 
   Raises:
@@ -121,16 +122,16 @@ def adaptation_grid(
   if not any(runs):
     raise UsageError('--sweep=adaptation needs --run: the work directory of a trained run, or several with commas.')
   _check_overrides(overrides, {'train.init': '--run', 'seed': '--num_seeds'})
-  if unknown := [r for r in recipes if r not in finetuning.RECIPES]:
-    raise UsageError(f'--recipes={unknown[0]} is unknown; choices: {", ".join(finetuning.RECIPES)}.')
+  if unknown := [r for r in recipes if r not in adaptation.RECIPES]:
+    raise UsageError(f'--recipes={unknown[0]} is unknown; choices: {", ".join(adaptation.RECIPES)}.')
   runs, cells = list(dict.fromkeys(str(storage.absolute(r)) for r in runs if r)), []
   several = len(runs) > 1
   if several and num_seeds:
     raise UsageError(f'--num_seeds={num_seeds}: of several runs each is adapted with its own seed; remove it.')
-  seeds = PerVariant('num_seeds', num_seeds, tuple(finetuning.RECIPES), 3)
+  seeds = PerVariant('num_seeds', num_seeds, tuple(adaptation.RECIPES), 3)
 
   def cell(run: str, task: str, recipe: str, seed: int) -> Cell:
-    config, run_name = finetuning.RECIPES[recipe].format(run=run, task=task), os.path.basename(run)
+    config, run_name = adaptation.RECIPES[recipe].format(run=run, task=task), os.path.basename(run)
     own, last = f'{run_name}-' if several else '', '' if several or recipe == ZERO_SHOT else f'-{seed}'
     path = folder / f'{own}{task}-{recipe}{last}'
     workdir_flag, config_flags = f'--workdir={path}', _config_flags(config, seed, overrides)
@@ -141,7 +142,7 @@ def adaptation_grid(
   for task in dict.fromkeys(tasks):
     for recipe in dict.fromkeys(recipes):
       for run in runs:
-        _check(finetuning.RECIPES[recipe].format(run=run, task=task), overrides)
+        _check(adaptation.RECIPES[recipe].format(run=run, task=task), overrides)
         of_run = [workdir.load_config(run).seed] if several else range(1 if recipe == ZERO_SHOT else seeds[recipe])
         cells += [cell(run, task, recipe, seed) for seed in of_run]
   names = [c.folder.name for c in cells]

@@ -27,8 +27,8 @@ from uni_moe_jax.analysis.sweep import (
 from uni_moe_jax.analysis.sweep.grid import Cell
 from uni_moe_jax.analysis.sweep.variants import VARIANTS
 from uni_moe_jax.eval import example_scores, suite
+from uni_moe_jax.io import files, storage
 from uni_moe_jax.train import workdir
-from uni_moe_jax.utils import files, storage
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import FINISHED
 

@@ -11,9 +11,9 @@ from uni_moe_jax.analysis import expert_usage_file, interference_file
 from uni_moe_jax.analysis.sweep import router_report, routers
 from uni_moe_jax.analysis.sweep.variants import VARIANTS
 from uni_moe_jax.eval import headline, metrics
+from uni_moe_jax.io import storage
+from uni_moe_jax.io.files import save_figure
 from uni_moe_jax.tasks.router_names import DENSE
-from uni_moe_jax.utils import storage
-from uni_moe_jax.utils.files import save_figure
 
 SCORES, CURVES, INTERFERENCE = 'scores.png', 'curves.png', 'interference.png'
 _COLUMNS, _DPI = 4, 110

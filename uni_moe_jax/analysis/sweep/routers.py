@@ -10,11 +10,11 @@ from uni_moe_jax.analysis import expert_usage_file, interference_file, metric_cu
 from uni_moe_jax.analysis.sweep.grid import TRAIN, Cell
 from uni_moe_jax.analysis.sweep.runner import is_finished
 from uni_moe_jax.eval import suite
+from uni_moe_jax.io import storage
+from uni_moe_jax.io.files import read_json
 from uni_moe_jax.tasks.router_names import DENSE
 from uni_moe_jax.train import workdir
-from uni_moe_jax.utils import storage
 from uni_moe_jax.utils.exit_codes import FINISHED
-from uni_moe_jax.utils.files import read_json
 
 INIT, FINAL = 'init', 'final'  # checkpoints whose interference is measured, besides 'step N'
 _EXPERTS = ('router', 'checkpoint', 'num_batches', 'layers', 'sublayers', 'conditions', 'tasks', 'coefficients',

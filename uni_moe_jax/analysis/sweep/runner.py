@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from uni_moe_jax.analysis.sweep.grid import Cell, Stage
-from uni_moe_jax.utils import signals, storage
+from uni_moe_jax.io import storage
+from uni_moe_jax.io.files import read_json, write_json
+from uni_moe_jax.utils import signals
 from uni_moe_jax.utils.errors import UsageError, first_few
 from uni_moe_jax.utils.exit_codes import FINISHED, PREEMPTED
-from uni_moe_jax.utils.files import read_json, write_json
 
 SETTINGS = 'settings.json'  # in the work directory of the sweep
 LOG = 'stages.json'  # in the work directory of a cell

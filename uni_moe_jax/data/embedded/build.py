@@ -5,8 +5,8 @@ import importlib
 import time
 
 from uni_moe_jax.config.schema import DataConfig
-from uni_moe_jax.data import mirror
-from uni_moe_jax.data.preparation import workers
+from uni_moe_jax.data.prepare import workers
+from uni_moe_jax.data.shards import mirror
 
 _TOGETHER = ('docstring_texts',), ('glyphs', 'glyph_videos')  # the longest first; videos show the images
 

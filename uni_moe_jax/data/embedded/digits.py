@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from uni_moe_jax.data.embedded.glyphs import SIZE
-from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.data.examples.records import Records
 from uni_moe_jax.utils.errors import UsageError
 
 SPLITS = ('train', 'validation', 'test')

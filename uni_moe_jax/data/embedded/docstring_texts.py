@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from uni_moe_jax.data.embedded import docstring_corpus, prose_filter
-from uni_moe_jax.data.pipeline import npz_records
-from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.data.examples import npz_records
+from uni_moe_jax.data.examples.records import Records
 
 SPLITS = ('train', 'validation', 'test')
 PACKAGES = (  # the ten largest sources

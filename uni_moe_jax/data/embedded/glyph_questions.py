@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from uni_moe_jax.data.embedded import glyphs
-from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.data.examples.records import Records
 
 _SCRIPTS = ('latin', 'greek', 'cyrillic', 'armenian', 'georgian', 'hebrew', 'arabic', 'tifinagh', 'lao', 'canadian')
 # Marks above a letter as names call them, and the answer.

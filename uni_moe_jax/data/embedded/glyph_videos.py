@@ -14,8 +14,8 @@ from PIL import Image
 
 from uni_moe_jax.data.embedded import glyphs
 from uni_moe_jax.data.embedded.glyphs import SIZE, SPLITS
-from uni_moe_jax.data.pipeline import npz_records
-from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.data.examples import npz_records
+from uni_moe_jax.data.examples.records import Records
 
 FRAMES = 8
 _BLINK = 'blink'

@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from uni_moe_jax.data.embedded import homoglyphs
 from uni_moe_jax.data.embedded.glyph_classes import CLASSES, class_of
-from uni_moe_jax.data.pipeline import npz_records
-from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.data.examples import npz_records
+from uni_moe_jax.data.examples.records import Records
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 SPLITS = ('train', 'validation', 'test_characters', 'test_fonts')

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from uni_moe_jax.data.embedded import docstring_texts, glyph_classes, glyph_videos, glyphs
-from uni_moe_jax.data.pipeline.records import Records
+from uni_moe_jax.data.examples.records import Records
 
 _NO_LABEL = -1  # as TFDS writes it
 

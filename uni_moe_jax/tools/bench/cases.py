@@ -13,8 +13,8 @@ import tensorflow as tf
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config import presets, schema
 from uni_moe_jax.config.plan import Plan, TaskSpec, make_plan
-from uni_moe_jax.data.pipeline.examples import Examples
-from uni_moe_jax.data.pipeline.target_sets import TargetSet, bucket_by_length, vocabulary_set
+from uni_moe_jax.data.batches.target_sets import TargetSet, bucket_by_length, vocabulary_set
+from uni_moe_jax.data.examples.examples import Examples
 from uni_moe_jax.tools.bench.settings import Sizes
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.forward import forward

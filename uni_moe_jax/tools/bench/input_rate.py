@@ -18,11 +18,12 @@ from PIL import Image
 
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.files import file_dataset, prepare
-from uni_moe_jax.data.files.file_dataset_examples import FileExampleBuilder
-from uni_moe_jax.data.pipeline.examples import encode_texts, pad_tokens
-from uni_moe_jax.data.pipeline.mixtures import Batch, BatchLayout, Mixture
-from uni_moe_jax.data.pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
+from uni_moe_jax.data.batches.mixtures import Batch, BatchLayout, Mixture
+from uni_moe_jax.data.examples.examples import encode_texts, pad_tokens
+from uni_moe_jax.data.examples.file_dataset_examples import FileExampleBuilder
+from uni_moe_jax.data.prepare import prepare
+from uni_moe_jax.data.shards import file_dataset
+from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from uni_moe_jax.tools.bench import plain_input
 from uni_moe_jax.tools.bench.cases import Context, RepeatedStep
 from uni_moe_jax.tools.bench.results_table import Budget, Row

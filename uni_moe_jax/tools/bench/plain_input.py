@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from uni_moe_jax.data.files import image_transforms
-from uni_moe_jax.data.files.video_pixels import MAX_DRAWS
+from uni_moe_jax.data.examples import image_transforms
+from uni_moe_jax.data.examples.video_pixels import MAX_DRAWS
 from uni_moe_jax.utils import cores
 
 

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import jax
 import ml_collections
 
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.tools.bench import caption_rate, gpu, input_rate, product_rate, settings, training_steps
 from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.results_table import Row, render
 from uni_moe_jax.tools.bench.settings import Sizes
 from uni_moe_jax.train.loop import commit
-from uni_moe_jax.utils import cli, cores
+from uni_moe_jax.utils import cores
 from uni_moe_jax.utils.errors import UsageError
 
 SUITE_FUNCTIONS = {

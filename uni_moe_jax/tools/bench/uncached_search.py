@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uni_moe_jax.model.heads import normalize
-from uni_moe_jax.model.sequences import Layout, Sequence
+from uni_moe_jax.model.sequences import InputSequence, Layout
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks.task_types import TaskType
 
@@ -66,7 +66,7 @@ def next_word(
 
   pixels: [R, T, H, W, C]. vocabulary: normalized features [V, D]. words: int32 [R, n]. spe: id of the queries.
   """
-  sequence = Sequence(
+  sequence = InputSequence(
       layout=Layout.of_task_type(task_type), ids=jnp.arange(words.shape[0], dtype=jnp.uint32), pixels=pixels,
       text=jnp.concatenate([words, jnp.full_like(words, spe)], axis=1))
 

@@ -1,0 +1,63 @@
+"""The copy of an input in a bucket: one per address, also after commands that were killed."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.data import own_files
+from tests.data.bucket_shards import object_in
+from tests.helpers import processes
+from uni_moe_jax.data.formats import input_copy, input_shards
+from uni_moe_jax.data.prepare import prepare
+from uni_moe_jax.data.shards import file_dataset
+from uni_moe_jax.io import storage
+
+
+def test_what_a_killed_command_has_copied_is_used_again_and_its_parts_have_their_names(bucket, tmp_path, monkeypatch):
+  for path in own_files.write_text_pairs(tmp_path / 'in').iterdir():
+    storage.write_bytes(object_in(bucket, f'in/{path.name}'), path.read_bytes())
+  arguments = f'{bucket}/in', '--input', str(tmp_path / 'cache')
+  done = processes.python('-c', f'''
+import os, signal
+from uni_moe_jax.data.formats import input_copy
+from uni_moe_jax.data.formats import input_shards
+with input_copy.local_input(*{arguments}) as source:
+  print(*(shard.name() for shard in input_shards.plan(source)), flush=True)
+  os.kill(os.getpid(), signal.SIGKILL)''')
+  assert done.returncode == -9, done.stderr
+  [left] = (tmp_path / 'cache').iterdir()
+  (left / 'in/test.jsonl').write_text('{')  # half of it
+  (left / 'in/removed.jsonl').write_text('{}')
+  files, fetched = storage.filesystem(bucket), []
+  fetch = files.get_file
+  monkeypatch.setattr(files, 'get_file', lambda remote, local: (fetched.append(remote), fetch(remote, local)))
+  with input_copy.local_input(*arguments) as source:
+    assert fetched == [f'{bucket}/in/test.jsonl']
+    assert [shard.name() for shard in input_shards.plan(source)] == done.stdout.split()
+    assert list((tmp_path / 'cache').iterdir()) == [left] == [source.parent]
+    with input_copy.local_input(*arguments) as other:  # as of another command meanwhile
+      assert other.parent != left and len(list(other.iterdir())) == 2
+  assert not list((tmp_path / 'cache').iterdir())
+
+
+@pytest.mark.parametrize('name', ['data.csv', 'data.tsv', 'x-0.parquet', 'x-{0..1}.parquet', ''])
+def test_files_in_a_bucket_that_are_named_by_tables_and_parquet_are_copied(gcs, tmp_path, name):
+  rows = [{'image': f'images/{i}.png', 'caption': f'number {i}'} for i in range(4)]
+  for i in range(4):
+    own_files.write_image(tmp_path / f'in/images/{i}.png', 'red', i)
+  suffix = name.rpartition('.')[2]
+  if delimiter := {'csv': ',', 'tsv': '\t'}.get(suffix):
+    lines = ['image', 'caption'], *(row.values() for row in rows)
+    (tmp_path / f'in/{name}').write_text('\n'.join(map(delimiter.join, lines)))
+  else:
+    for i in range(2):
+      pq.write_table(pa.Table.from_pylist(rows[2 * i:2 * i + 2]), tmp_path / f'in/x-{i}.parquet')
+  folder = f'{gcs.address}/{suffix}-{len(name)}'
+  for path in (p for p in tmp_path.glob('in/**/*') if p.is_file()):
+    storage.write_bytes(storage.path(f'{folder}/{path.relative_to(tmp_path / "in")}'), path.read_bytes())
+  with input_shards.opened(f'{folder}/{name}', str(tmp_path / 'cache')) as source:
+    prepare.prepare(source, tmp_path / 'data', 'x', test_fraction=0.0)
+  num_rows, dataset = 2 if name == 'x-0.parquet' else 4, file_dataset.load('own:x', tmp_path / 'data', 'train')
+  assert [r['captions'] for r in dataset.read(np.arange(dataset.size))] == [(f'number {i}',) for i in range(num_rows)]
+  assert not list((tmp_path / 'cache').iterdir())

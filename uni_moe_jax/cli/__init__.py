@@ -1,0 +1,1 @@
+"""The command uni-moe and what its subcommands share."""

@@ -1,0 +1,1 @@
+"""The published PyTorch layout, in both directions."""

@@ -1,0 +1,1 @@
+"""From examples to batches: mixtures, target sets, the data of a run."""

@@ -1,0 +1,1 @@
+"""From records to the features of a task type."""

@@ -1,1 +1,0 @@
-"""Datasets from a user's own files, and TFDS datasets."""

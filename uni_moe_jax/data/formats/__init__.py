@@ -1,0 +1,1 @@
+"""What people bring, as rows: files, folders, archives, tables; media as stored."""

@@ -1,1 +1,0 @@
-"""Examples, mixtures and tokenizers."""

@@ -1,0 +1,1 @@
+"""From rows to prepared data: scan, merge, write."""

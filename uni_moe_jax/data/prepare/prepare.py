@@ -1,0 +1,289 @@
+"""Preparation of a user's own data: read, check, split, write as a TFDS dataset of array records.
+
+  data_dir/own/NAME/VERSION/      features and shards as TFDS lays them out; tfds.builder_from_directory(…) reads them
+                    prepared.json splits, columns, classes, statistics, skipped rows (first locations), fingerprints,
+                                  identity of the input and the options
+                    {split}-{column}.npy: class indices int32 [N], -1 for none; of texts their numbers int32 [N]
+                    {split}-{column}.texts: a line each
+           own/NAME/.VERSION.unfinished/  what is done of it; the same command continues
+
+Images and videos keep the bytes of their files, except the few that `media.py` must rewrite.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import pickle
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from uni_moe_jax.data.formats import input_shards
+from uni_moe_jax.data.formats.rows import LOCATION, MEDIA_TYPES
+from uni_moe_jax.data.prepare import workers
+from uni_moe_jax.data.prepare.merge import Merge, Merged, TooManySkippedError
+from uni_moe_jax.data.prepare.scan import MANIFEST, SPLITS, Scan, ScannedShard
+from uni_moe_jax.data.prepare.summary import summarize
+from uni_moe_jax.data.prepare.write import MODULUS, TEXT_TYPES, TEXTS, Write
+from uni_moe_jax.data.shards import mirror
+from uni_moe_jax.io import locks, storage
+from uni_moe_jax.io.files import check_renames_folders, read_json, write_json
+from uni_moe_jax.utils.errors import UsageError
+
+FOLDER, SUMMARY, VERSIONS = 'own', 'prepared.json', re.compile(r'\d+\.\d+\.\d+')
+FORMAT = 5  # of prepared data; data of another format must be prepared again
+VERSION = '1.0.0'  # of a dataset, by default
+_FILE_BYTES, _FILE_ROWS = 2**28, 2**20  # after which another file of records begins
+
+Run = Callable[[Iterable[workers.Task], int, str], None]  # tasks, their number, what they do
+
+
+def prepare(
+    source: storage.Path, data_dir: str | os.PathLike[str], name: str, version: str = VERSION, gif: str = 'image',
+    test_fraction: float = 0.1, max_corrupt_fraction: float = 0.1, allow_outside: bool = False,
+    num_workers: int = 1, beam_options: Sequence[str] | None = None) -> dict:
+  """Prepares a file or folder as dataset `name` in a folder of prepared data; returns the content of prepared.json.
+
+  A preparation that was killed continues: parts of the input that are done are not read again.
+
+  Args:
+    source: see `input_shards`. gif, allow_outside: see `input_shards.read`.
+    max_corrupt_fraction: the largest fraction of skipped rows.
+    test_fraction: fraction of the groups that becomes the split 'test' if the data names no splits.
+    num_workers: processes. beam_options: of a pipeline of Apache Beam instead; its workers write into the bucket, if
+      `data_dir` is in one. The result depends on neither.
+
+  Raises:
+    UsageError: nothing to read, an invalid name, an existing version, or too many skipped rows.
+  """
+  if not re.fullmatch('[a-z][a-z0-9_]*', name):
+    raise UsageError(f'--name={name!r} must consist of lower-case letters, digits and underscores, a letter first.')
+  if not VERSIONS.fullmatch(version):
+    raise UsageError(f'--version={version!r} must look like {VERSION}.')
+  folder = pathlib.Path(data_dir) / FOLDER / name / version
+  in_bucket = beam_options is not None and isinstance(data_dir, mirror.Mirror)
+  parent = storage.path(str(data_dir)) / FOLDER / name if in_bucket else folder.parent
+  work = parent / f'.{version}.unfinished'
+  existing = UsageError(f'{folder} already exists; give another --version or --name, or remove it.')
+  if not mirror.has_dataset(data_dir, folder):
+    check_renames_folders(pathlib.Path(data_dir), '--data_dir')
+  elif not work.is_dir():
+    raise existing
+  with contextlib.ExitStack() as stack:
+    storage.make_folder(work)
+    after_lock = stack.enter_context(contextlib.ExitStack())  # the lock is in the folder
+    if owner := locks.lock(work, stack):
+      raise UsageError(f'{work} is locked by {owner}, which prepares the same dataset; wait until it has ended.')
+    if not in_bucket:
+      _remove_temporary(work)
+    scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(
+        prefix='.scratch-', dir=None if in_bucket else work)))
+    run = functools.partial(workers.run, num_workers=num_workers)
+    if beam_options is not None:
+      from uni_moe_jax.data.prepare import on_beam
+      run = functools.partial(on_beam.run, folder=work / 'tasks', options=beam_options)
+    shards, refused = None, work / 'refused.json'
+    if max_corrupt_fraction <= read_json(refused, -1):  # files were changed, perhaps some that no part is named by
+      storage.remove_folder(work / 'shards')
+      refused.unlink()
+    try:
+      if mirror.has_dataset(data_dir, folder):  # another process has ended meanwhile, or was killed when all was done
+        names = [Scan(shard, '', gif, allow_outside).name for shard in input_shards.plan(source)]
+        summary = _read_summary(data_dir, folder)
+        if summary.get('identity') != _identity(test_fraction, names):
+          raise existing
+        after_lock.callback(storage.remove_folder, work)
+        return summary
+      shards = _scan(source, work / 'shards', scratch, run, gif, allow_outside)
+      merged = Merge([ScannedShard(shard) for shard in shards], scratch)(test_fraction, max_corrupt_fraction, source)
+    except TooManySkippedError:
+      write_json(refused, max_corrupt_fraction)
+      raise
+    except UsageError:
+      if shards is not None or not _names_in(work / 'shards'):  # the user will change the files; or nothing is done
+        after_lock.callback(storage.remove_folder, work)
+      raise
+    identity = _identity(test_fraction, [shard.name for shard in shards])
+    target = parent / version if in_bucket else work / f'final-{identity}'
+    files = _write(merged, shards, target, work / f'written-{identity}', name, run)
+    small = scratch / 'final' if in_bucket else target
+    summary = _describe(merged, files, small, name, version, test_fraction, identity)
+    # Until a bucket has all of it, it has a hidden name: who reads the mirror meanwhile takes no part of it.
+    mirror.publish(data_dir, folder, small, _required(summary, files),
+                   {f.name: f.facts['file'] for f in files} if in_bucket else {})
+  storage.remove_folder(work)
+  return summary
+
+
+def _identity(test_fraction: float, names: list[str]) -> str:
+  """Is equal for the same input and options. names: of the shards, with what they depend on."""
+  return hashlib.sha256(repr((FORMAT, test_fraction, names)).encode()).hexdigest()[:20]
+
+
+def _read_summary(data_dir: str | os.PathLike[str], folder: pathlib.Path) -> dict:
+  """The content of prepared.json of a dataset that is there; {} if it has none."""
+  mirror.sync(data_dir, f'{FOLDER}/{folder.parent.name}')
+  return read_json(mirror.local(data_dir, folder / SUMMARY), {})
+
+
+def _remove_temporary(work: pathlib.Path) -> None:
+  """Removes what processes that were killed had begun to write."""
+  for path in (*work.glob('.*'), *work.glob('*/.*')):
+    if path.is_dir():
+      shutil.rmtree(path)
+
+
+def _names_in(folder: storage.Path) -> set[str]:
+  """The complete folders in a folder."""
+  return {name.split('/')[0] for name in storage.files_in(folder) if name.endswith(f'/{MANIFEST}')}
+
+
+def _scan(source: storage.Path, folder: storage.Path, scratch: pathlib.Path, run: Run, gif: str,
+          allow_outside: bool) -> list[storage.Path]:
+  """Reads all shards of the input, but those that are done; returns their folders in order."""
+  storage.make_folder(folder)
+  done, names, num_tasks = _names_in(folder), [], 0
+  with open(scratch / 'plan', 'w+b') as file:  # the names of all files may not fit into memory
+    for shard in input_shards.plan(source):
+      names.append((task := Scan(shard, str(folder), gif, allow_outside)).name)
+      if names[-1] not in done:
+        pickle.dump(task, file)
+        num_tasks += 1
+    file.seek(0)
+    run((pickle.load(file) for _ in range(num_tasks)), num_tasks, 'read')
+  return [folder / name for name in names]
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+  """A file of records that is written."""
+  name: str
+  split: str
+  folder: storage.Path  # of its arrays
+  facts: dict[str, Any]
+
+
+def file_name(name: str, split: str, number: int, total: int) -> str:
+  """The name of one of the `total` record files of a split."""
+  return str(_template(name, split).relative_filepath(shard_index=number, num_shards=total))
+
+
+def _template(name: str, split: str | None = None, folder: str | os.PathLike[str] = '') -> Any:
+  """How TFDS names record files."""
+  import tensorflow_datasets as tfds
+  return tfds.core.ShardedFileTemplate(
+      data_dir=folder, dataset_name=name, split=split, filetype_suffix='array_record')
+
+
+def _write(merged: Merged, shards: Sequence[storage.Path], target: storage.Path, done: storage.Path, name: str,
+           run: Run) -> list[_File]:
+  """Writes the files of all splits, but those that are done."""
+  for folder in (target, done):
+    storage.make_folder(folder)
+  cuts = _cut(merged, len(shards))
+  totals = collections.Counter(split for split, *_ in cuts)
+  numbers = {split: itertools.count() for split in totals}
+  names = [file_name(name, split, next(numbers[split]), totals[split]) for split, *_ in cuts]
+  # Not those whose file is gone: what is published has all that was written.
+  finished = _names_in(done) & storage.files_in(target).keys()
+
+  def tasks() -> Iterator[Write]:
+    for file, (split, start, first, last) in zip(names, cuts):
+      if file not in finished:
+        rows = slice(merged.bounds[first], merged.bounds[last])
+        yield Write(
+            str(target), file, str(done), SPLITS.index(split), start, tuple(map(str, shards[first:last])),
+            merged.splits[rows], merged.rows.read_field('signature', rows) if merged.dropped else np.empty(0, np.int32),
+            merged.columns, merged.classes, merged.dropped)
+
+  run(tasks(), len(set(names) - finished), 'written')
+  return [_File(file, split, done / file, json.loads((done / file / MANIFEST).read_text()))
+          for file, (split, *_) in zip(names, cuts)]
+
+
+def _cut(merged: Merged, num_shards: int) -> list[tuple[str, int, int, int]]:
+  """(split, number of its examples before, first shard, shard after the last one) of each file."""
+  cuts = []
+  numbers = {split: [0, 0, 0, 0] for split in merged.split_sizes}  # examples before, first shard, rows, bytes
+  for i in range(num_shards):
+    rows = slice(*merged.bounds[i:i + 2])
+    sizes, splits = merged.rows[rows]['bytes'], merged.splits[rows]
+    for split, state in numbers.items():
+      selected = splits == SPLITS.index(split)
+      state[2] += int(selected.sum())
+      state[3] += int(sizes[selected].sum())
+      if state[2] and (state[3] >= _FILE_BYTES or state[2] >= _FILE_ROWS or i == num_shards - 1):
+        cuts.append((split, state[0], state[1], i + 1))
+        state[:] = state[0] + state[2], i + 1, 0, 0
+  return sorted(cuts, key=lambda cut: (SPLITS.index(cut[0]), cut[1]))
+
+
+def _describe(merged: Merged, files: Sequence[_File], folder: pathlib.Path, name: str, version: str,
+              test_fraction: float, identity: str) -> dict:
+  """Writes arrays and metadata; returns the content of prepared.json."""
+  folder.mkdir(exist_ok=True)
+  for split, size in merged.split_sizes.items():
+    members = [f for f in files if f.split == split]
+    for column, column_type in merged.columns.items():
+      if column_type not in MEDIA_TYPES:
+        # Written, since on a full disk an assignment to a mapped hole would end the process.
+        with (folder / f'{split}-{column}.npy').open('wb') as file:
+          np.lib.format.write_array_header_1_0(file, {'descr': '<i4', 'fortran_order': False, 'shape': (size,)})
+          for f in members:
+            with (f.folder / f'{column}.npy').open('rb') as part:
+              file.write(np.load(part).astype('<i4').tobytes())
+      if column_type in TEXT_TYPES:
+        with (folder / f'{split}-{column}{TEXTS}').open('wb') as file:
+          for f in members:
+            with (f.folder / f'{column}{TEXTS}').open('rb') as part:
+              shutil.copyfileobj(part, file)
+  _write_metadata(merged, files, folder, name, version)
+  # Of examples, which have indices of classes, and of what columns and classes are called.
+  names_of = repr((sorted(merged.columns.items()), sorted(merged.classes.items())))
+  sums = {split: sum(int(f.facts['fingerprint'], 16) for f in files if f.split == split) % MODULUS
+          for split in merged.split_sizes}
+  fingerprints = {split: hashlib.sha256(f'{x:064x}{names_of}'.encode()).hexdigest() for split, x in sums.items()}
+  summary = {'format': FORMAT, 'name': name, 'version': version, 'fingerprints': fingerprints, 'identity': identity,
+             **summarize(merged, test_fraction)}
+  (folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+  return summary
+
+
+def _required(summary: dict, files: Sequence[_File]) -> list[str]:
+  """The names of what loading reads."""
+  names = [SUMMARY, *(f.name for f in files)]
+  for column, column_type in summary['columns'].items():
+    suffixes = () if column_type in MEDIA_TYPES else ('.npy', TEXTS) if column_type in TEXT_TYPES else ('.npy',)
+    names += [f'{split}-{column}{suffix}' for split in summary['splits'] for suffix in suffixes]
+  return names
+
+
+def _write_metadata(merged: Merged, files: Sequence[_File], folder: pathlib.Path, name: str, version: str) -> None:
+  """Writes what TFDS needs to read the files."""
+  import tensorflow_datasets as tfds
+  features = tfds.features
+  make = {'image': features.Image, 'video': lambda: features.Scalar(np.object_), 'text': features.Text,
+          'texts': lambda: features.Sequence(features.Text())}
+  features_dict = features.FeaturesDict({
+      column: features.ClassLabel(names=list(merged.classes[column])) if column_type == 'class' else make[column_type]()
+      for column, column_type in {**merged.columns, LOCATION: 'text'}.items()})
+  info = tfds.core.DatasetInfo(
+      builder=tfds.core.DatasetIdentity(name=name, version=tfds.core.Version(version), data_dir=str(folder),
+                                        module_name=''),
+      features=features_dict, description='Prepared by uni_moe_jax.', disable_shuffling=True)
+  info.set_file_format('array_record')
+  info.set_splits(tfds.core.splits.SplitDict([tfds.core.SplitInfo(
+      name=split, shard_lengths=[f.facts['size'] for f in files if f.split == split],
+      num_bytes=sum(f.facts['bytes'] for f in files if f.split == split),
+      filename_template=_template(name, folder=folder)) for split in merged.split_sizes]))
+  info.write_to_directory(folder)

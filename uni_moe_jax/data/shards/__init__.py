@@ -1,0 +1,1 @@
+"""Prepared data: records by index, on disks and in buckets."""

@@ -1,0 +1,1 @@
+"""Paths on disks and in buckets, files, locks."""
