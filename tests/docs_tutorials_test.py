@@ -126,7 +126,7 @@ def test_the_papers_comparison_at_a_small_size(home):
   _run('uni-moe prepare-data')
   saved_run.save('runs/quickstart', cli.config_from('quickstart', _MODEL), 1)
   _run_page('paper')
-  assert all(pathlib.Path(f'runs/{sweep}/results/results.md').exists() for sweep in ('routers', 'adaptation'))
+  assert all(pathlib.Path(f'runs/{sweep}/results.md').exists() for sweep in ('routers', 'adaptation'))
 
 
 @pytest.mark.nightly
