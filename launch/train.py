@@ -2,8 +2,8 @@
 
   uni-moe train --config=quickstart --workdir=runs/quickstart
 
-On several hosts, start the same command once per process with --distributed=auto, as local_processes.sh, tpu_pod.sh,
-slurm.sbatch and gke.sh in the folder launch of the repository do.
+On several hosts, start the same command once per process with --distributed=auto, as local_processes.sh, tpu_pod.sh and
+slurm.sbatch in the folder launch of the repository do.
 
 Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 error, 2 wrong usage.
 """

@@ -17,7 +17,7 @@ from uni_moe_jax.cli import shipped
 _PAGES = {page.stem: page for page in (processes.ROOT / 'docs/tutorials').glob('*.md')}
 _BLOCK = re.compile(r'(?:^\*\*Needs (.+?)\.\*\*\n\n)?^```(bash|python)\n(.*?)^```', re.MULTILINE | re.DOTALL)
 _NEEDS = ('a GPU', 'Slurm', 'a pod and the datasets', 'the datasets', "the authors' checkpoint",
-          'a Google Cloud project', 'a GKE cluster', 'quota for TPUs', 'Docker')
+          'a Google Cloud project', 'quota for TPUs', 'Docker')
 # tests/launch/installed_test.py installs the package.
 _INSTALLS = ('pip install', 'python -m venv', '. ')
 _STEPS = ['train.steps=2', 'train.log_every=1']

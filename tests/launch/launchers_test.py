@@ -10,12 +10,11 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 
 from tests.helpers import processes, stand_in
 from tests.helpers.processes import ROOT
 
-_SCRIPTS = ('local_processes.sh', 'tpu_pod.sh', 'slurm.sbatch', 'gke.sh')
+_SCRIPTS = ('local_processes.sh', 'tpu_pod.sh', 'slurm.sbatch')
 _TRAIN = ('--config=configs/quickstart.py:x y', '--workdir=/runs/it\'s "one"')
 
 
@@ -54,10 +53,6 @@ def test_shellcheck_has_no_findings(script):
     ('tpu_pod.sh', ['--name', 'n', '--zone', 'z', '--create', 'v5litepod-16', '--', 'a'], 'needs --version'),
     ('slurm.sbatch', ['--dry_run'], 'no arguments; give the arguments of train.py'),
     ('slurm.sbatch', ['--evaluate'], 'no arguments; give the arguments of evaluate.py'),
-    ('gke.sh', ['--name', 'n', '--', 'a'], 'give --name, --image and, after --, arguments of train.py'),
-    ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '4by4', '--', 'a'], 'must look like 4x4'),
-    ('gke.sh', ['--name', 'n', '--image', 'i', '--claim', 'c', '--topology', '2x3', '--', 'a'],
-     'has 6 chips, which is not a multiple of'),
 ])
 def test_a_mistake_is_reported_and_runs_nothing(script, arguments, message):
   done = _run(script, *arguments)
@@ -67,9 +62,7 @@ def test_a_mistake_is_reported_and_runs_nothing(script, arguments, message):
 
 @pytest.mark.parametrize('script, options', [
     ('local_processes.sh', ['--processes', '--devices', '--port']),
-    ('tpu_pod.sh', ['--name', '--zone', '--project', '--create', '--version', '--service_account', '--before']),
-    ('gke.sh', ['--name', '--image', '--claim', '--service_account', '--accelerator', '--topology', '--chips',
-                '--max_restarts'])])
+    ('tpu_pod.sh', ['--name', '--zone', '--project', '--create', '--version', '--service_account', '--before'])])
 def test_an_option_without_a_value_is_named(script, options):
   help_text = _run(script, '--help').stdout
   for option in options:
@@ -213,8 +206,6 @@ def test_many_hosts_can_evaluate():
   assert 'launch/evaluate.py --workdir=w --distributed=auto' in pod[-1]
   lines = _dry('slurm.sbatch', '--dry_run', '--evaluate', '--workdir=w')
   assert lines[-2][-3:] == ['launch/evaluate.py', '--workdir=w', '--distributed=auto']
-  [job] = _job_set('--evaluate')['spec']['replicatedJobs']
-  assert job['template']['spec']['template']['spec']['containers'][0]['command'] == ['python', 'launch/evaluate.py']
 
 
 def test_slurm_runs_one_task_per_gpu_and_requeues_after_preemption():
@@ -280,73 +271,6 @@ def test_slurm_does_not_requeue_after_a_mistake_of_one_task_for_which_srun_kille
   assert _run('slurm.sbatch', *_TRAIN, **environment).returncode == 75 and (tmp_path / 'requeued').exists()
 
 
-def _job_set(*options: str) -> dict:
-  done = _run('gke.sh', '--name', 'base', '--image', 'registry/image:1', *options, '--dry_run', '--', *_TRAIN)
-  assert (done.returncode, done.stderr) == (0, '')
-  return yaml.safe_load(done.stdout)
-
-
-def test_a_job_set_has_the_fields_of_its_controller():
-  job_set = _job_set('--topology', '16x16', '--max_restarts', '3', '--service_account', 'trainer')
-  assert (job_set['apiVersion'], job_set['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
-  assert (job_set['metadata']['name'], job_set['spec']['failurePolicy']['maxRestarts']) == ('base', 3)
-  [job] = job_set['spec']['replicatedJobs']
-  assert job['replicas'] == 1
-  spec = job['template']['spec']
-  assert spec['parallelism'] == spec['completions'] == 64  # 256 chips, 4 of them a host
-  assert (spec['completionMode'], spec['backoffLimit']) == ('Indexed', 0)
-  pod = spec['template']['spec']
-  assert pod['restartPolicy'] == 'Never'
-  assert pod['nodeSelector'] == {'cloud.google.com/gke-tpu-accelerator': 'tpu-v5-lite-podslice',
-                                 'cloud.google.com/gke-tpu-topology': '16x16'}
-  [container] = pod['containers']
-  assert container['image'] == 'registry/image:1'
-  assert container['command'] + container['args'] == ['python', 'launch/train.py', *_TRAIN, '--distributed=auto']
-  assert container['resources']['limits'] == container['resources']['requests'] == {'google.com/tpu': 4}
-  assert (pod['serviceAccountName'], container['volumeMounts'], pod['volumes']) == ('trainer', [], [])
-
-
-def test_pods_share_a_disk_only_if_it_is_claimed():
-  [job] = _job_set('--claim', 'nfs')['spec']['replicatedJobs']
-  pod = job['template']['spec']['template']['spec']
-  [[mount], [volume]] = pod['containers'][0]['volumeMounts'], pod['volumes']
-  assert mount['name'] == volume['name'] and mount['mountPath'] == '/runs'
-  assert volume['persistentVolumeClaim'] == {'claimName': 'nfs'} and pod['serviceAccountName'] == 'default'
-
-
-def _after(job_set: dict, *, code: int = 0, disrupted: bool = False) -> str:
-  """Return the action of a JobSet after a pod ended: the first matching rule of Kubernetes and of JobSet counts."""
-  [job] = job_set['spec']['replicatedJobs']
-  reason, message = 'BackoffLimitExceeded', 'Job has reached the specified backoff limit'
-  for i, rule in enumerate(job['template']['spec']['podFailurePolicy']['rules']):
-    codes, conditions = rule.get('onExitCodes'), rule.get('onPodConditions', [])
-    if disrupted and {'type': 'DisruptionTarget', 'status': 'True'} in conditions or codes and code in codes['values']:
-      assert rule['action'] == 'FailJob'
-      reason = 'PodFailurePolicy'
-      message = (f'Container train for pod default/base-0 failed with exit code {code} matching FailJob rule '
-                 f'at index {i}')
-      break
-  for rule in job_set['spec']['failurePolicy']['rules']:
-    patterns = rule.get('onJobFailureMessagePatterns')
-    if reason in rule['onJobFailureReasons'] and (not patterns or any(re.search(p, message) for p in patterns)):
-      return rule['action']
-  return 'RestartJobSet'
-
-
-@pytest.mark.parametrize('ending, action', [
-    (dict(code=75), 'RestartJobSetAndIgnoreMaxRestarts'),
-    (dict(code=137, disrupted=True), 'RestartJobSetAndIgnoreMaxRestarts'),
-    (dict(code=2), 'FailJobSet'), (dict(code=1), 'RestartJobSet'), (dict(code=137), 'RestartJobSet')])
-def test_a_job_set_counts_crashes_but_not_preemptions_and_fails_on_wrong_usage(ending, action):
-  assert _after(_job_set(), **ending) == action
-
-
-@pytest.mark.parametrize('topology, hosts', [('2x2', 1), ('2x2x4', 4), ('4x8', 8)])
-def test_a_job_set_has_one_pod_per_host(topology, hosts):
-  [job] = _job_set('--topology', topology)['spec']['replicatedJobs']
-  assert job['template']['spec']['completions'] == hosts
-
-
 # Writes its arguments to a file, then ends as the file `does` says; like training, if that is 'wait'.
 _STAND_IN = stand_in.END + '''
 index = sys.argv[-1].rpartition('=')[2]
@@ -398,3 +322,11 @@ def test_if_one_local_process_fails_the_others_are_killed(tmp_path):
   process = _processes(tmp_path, 'wait', '4')
   process.communicate(timeout=15)
   assert process.returncode == 4 and not (tmp_path / 'signals0').exists()
+
+
+def test_local_processes_need_a_bash_that_names_the_process_that_has_ended(tmp_path):
+  (tmp_path / 'bash_5.0').write_text('wait() { echo "wait: -p: invalid option" >&2; return 2; }')
+  done = _run('local_processes.sh', '--port', '7733', '--', '--config=c.py', UNI_MOE_PYTHON='/bin/false',
+              BASH_ENV=str(tmp_path / 'bash_5.0'))
+  assert (done.returncode, done.stdout) == (2, '')
+  assert 'is too old; install bash 5.1 or newer' in done.stderr and done.stderr.count('\n') == 1
