@@ -61,6 +61,8 @@ def _check(program: str, *arguments: str) -> None:
     assert script.exists() or not program.startswith('./launch')
   elif program == 'uni-moe':
     _check(f'launch/{shipped.scripts()[arguments[0]].name}', *arguments[1:])
+  elif program == 'python' and arguments[:1] == ('-m',) and arguments[1].startswith('benchmarks.'):
+    assert (_ROOT / arguments[1].replace('.', '/')).with_suffix('.py').exists()
   elif program == 'python':
     _check(*(arguments[1:] if arguments[0] == '-m' else arguments))
   elif program == 'sbatch':

@@ -1,8 +1,11 @@
 """XLA options for tests, which compile far more than they compute: a program is ready in a fifth of the time."""
 
-from uni_moe_jax.tools.bench import settings
+import importlib.metadata
 
-OPTIONS = settings.quick_xla_options()
+OPTIONS: dict[str, int | bool] = {'xla_backend_optimization_level': 0}
+# An option that the installed XLA does not have would end the process. Asked without importing JAX.
+if tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2])) < (0, 11):
+  OPTIONS['xla_cpu_use_fusion_emitters'] = False
 FLAGS = tuple(f'--{name}={str(value).lower()}' for name, value in OPTIONS.items())
 
 

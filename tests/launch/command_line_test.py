@@ -17,7 +17,6 @@ _ALONE = [
      '--output=/no/where.json: its folder does not exist'),
     ('train', (_QUICKSTART,), '--workdir'),
     ('evaluate', (_NONE, '--merged', '--distributed=auto'), '--merged evaluates in one process'),
-    ('benchmark', ('--dtype=float16',), 'float16'),
     ('sweep', ('--sweep=adaptation', '--workdir={folder}/out'), '--sweep=adaptation needs --run'),
     ('serve', ('--model=gs://b/x',), 'must be a path of a disk'),
     ('report', (_NONE, '--output=curves.html'), '--output=curves.html: its name must end in .png or .svg.'),

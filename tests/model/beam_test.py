@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import small_model
+from tests.helpers import small_model, uncached_search
 from uni_moe_jax.model import decoding
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.trie import Trie, allowed, follow
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.tasks import task_types
-from uni_moe_jax.tools.bench import uncached_search
 
 _SPEC = small_model.spec()
 _VIDEOS = small_model.spec(frame_differences=True)  # captions videos of two frames, the others images

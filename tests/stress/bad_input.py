@@ -314,7 +314,7 @@ def _commands(draw, folder: pathlib.Path) -> list[str]:
     field = '.'.join(path) + draw(st.sampled_from(('', '', 'x')))
     return [*train, f'--workdir={folder}/run', f'--config.{field}={value}']
   if mistake == 'flag':
-    script = draw(st.sampled_from(('train', 'evaluate', 'report', 'benchmark', 'prepare_data', 'convert'))) + '.py'
+    script = draw(st.sampled_from(('train', 'evaluate', 'report', 'prepare_data', 'convert'))) + '.py'
     flags = ('--wrokdir=x', '--workdir', 'x', '--config=nowhere.py', '--config=../../x.py:a', '--=',
              '--config.model.width=3')
     return [script, *draw(st.permutations([f'--nothing{draw(st.integers(0, 99))}', draw(st.sampled_from(flags))]))]

@@ -1,15 +1,18 @@
 """Seed, schedule, rates, decays and loss weights are arguments of the compiled step: changing them compiles nothing."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests.helpers import small_model, tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.tools.bench import training_steps
 from uni_moe_jax.train import loop, step
 from uni_moe_jax.train import run as train_run
 
@@ -28,6 +31,24 @@ def _config(variant):
   return c
 
 
+@contextlib.contextmanager
+def _compilation_cache_in(folder: str) -> Iterator[None]:
+  """Uses a folder as JAX's compilation cache, for programs of any size."""
+  def use(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX checks only once whether there is a cache, and where
+
+  wanted = {'jax_enable_compilation_cache': True, 'jax_compilation_cache_dir': folder,
+            'jax_persistent_cache_min_compile_time_secs': 0}
+  before = {name: getattr(jax.config, name) for name in wanted}
+  use(wanted)
+  try:
+    yield
+  finally:
+    use(before)
+
+
 @pytest.mark.slow
 def test_a_second_run_finds_every_program_in_the_compilation_cache(tmp_path):
   def train(variant):
@@ -38,7 +59,7 @@ def test_a_second_run_finds_every_program_in_the_compilation_cache(tmp_path):
     assert loop.train(c, str(tmp_path / f'run{variant}'), jax.devices()[:1]) == loop.FINISHED
     return {file.name for file in (tmp_path / 'cache').iterdir() if file.name.endswith('-cache')}
 
-  with training_steps.compilation_cache_in(str(tmp_path / 'cache')):
+  with _compilation_cache_in(str(tmp_path / 'cache')):
     first = train(0)
     assert any('jit_step' in name for name in first)
     assert train(1) == first

@@ -12,7 +12,7 @@ GROUPS = {
     'Train and evaluate': ('prepare-data', 'train', 'evaluate', 'report', 'keep-running'),
     'Use a trained run': ('serve', 'export', 'convert'),
     'Analyze': ('interference', 'experts', 'sweep'),
-    'Plan and measure': ('preflight', 'benchmark')}
+    'Plan': ('preflight',)}
 _HEAD = """Train, adapt, analyze and export sparse generalist models.
 
 Usage: uni-moe COMMAND [--FLAG=VALUE ...]

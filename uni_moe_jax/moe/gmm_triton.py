@@ -22,7 +22,7 @@ class Tiles(NamedTuple):
   """Sizes of a kernel's tiles, powers of two, and how Triton compiles it.
 
   No GPU has measured the defaults: a float32 tile of each operand is 8 kB, twice that in flight.
-  `uni-moe benchmark --suites=gpu` measures others, by shape.
+  `python -m benchmarks.kernels` measures others, by shape.
   """
   rows: int = 64  # of the output
   columns: int = 64  # of the output

@@ -1,19 +1,11 @@
 """Caption search without caches: every word takes a whole two-stream forward pass. Slow and simple.
 
-`model.decoding` is tested against it, and its speed is compared with it.
+`model.decoding` is tested against it.
 """
 
-import functools
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-
-from uni_moe_jax.model.heads import normalize
-from uni_moe_jax.model.sequences import InputSequence, Layout
-from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.tasks.task_types import TaskType
 
 LogProbs = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
@@ -56,21 +48,3 @@ def _extensions(hypothesis, log_p: np.ndarray, beam_size: int, eot: int):
     return [((*tokens, eot), (*values, 0.0))]
   best = np.argsort(-log_p, kind='stable')[:beam_size]
   return [((*tokens, int(v)), (*values, float(log_p[v]))) for v in best]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=('temperature', 'spe'))
-def next_word(
-    model: UniPerceiver, task_type: TaskType, params, pixels: jax.Array, vocabulary: jax.Array, words: jax.Array,
-    t: jax.Array, *, temperature: str, spe: int) -> jax.Array:
-  """Return log-probabilities [R, V] of word t, by the training forward pass.
-
-  pixels: [R, T, H, W, C]. vocabulary: normalized features [V, D]. words: int32 [R, n]. spe: id of the queries.
-  """
-  sequence = InputSequence(
-      layout=Layout.of_task_type(task_type), ids=jnp.arange(words.shape[0], dtype=jnp.uint32), pixels=pixels,
-      text=jnp.concatenate([words, jnp.full_like(words, spe)], axis=1))
-
-  def run(m):
-    query = jax.lax.dynamic_index_in_dim(m.encode(sequence).hidden, t, axis=1, keepdims=False)
-    return m.scale(temperature) * normalize(m.features(query)) @ vocabulary.T
-  return jax.nn.log_softmax(model.apply({'params': params}, method=run))

@@ -1,8 +1,8 @@
-"""Cases of the suites: the benchmark's own configs on random data, the given config, and repeated training steps."""
+"""Cases of the benchmarks: sizes, configs on random data, and repeated training steps."""
 
 import dataclasses
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,86 +11,86 @@ import numpy as np
 import tensorflow as tf
 
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.config import presets, schema
+from uni_moe_jax.config import presets
 from uni_moe_jax.config.plan import Plan, TaskSpec, make_plan
 from uni_moe_jax.data.batches.target_sets import TargetSet, bucket_by_length, vocabulary_set
 from uni_moe_jax.data.examples.examples import Examples
-from uni_moe_jax.tools.bench.settings import Sizes
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.forward import forward
 from uni_moe_jax.train.run import Run
 
-# Rate of the machine on which the published code was timed (float32, 2048 x 2048 x 2048).
-RECORDED_PEAK = 195e9  # FLOP/s
 _EXAMPLES = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Context:
-  """The arguments of every suite, and the cases made from them.
+class Sizes:
+  """Sizes of a benchmark: tiny/16 on a CPU; see also `BASE`."""
+  num_layers: int = 12
+  width: int = 192
+  num_heads: int = 3
+  mlp_dim: int = 768
+  image_size: int = 224
+  patch_size: int = 16
+  experts: int = 8
+  batch_size: int = 16
+  names: int = 1000  # entries of the target set
+  name_tokens: int = 8  # of the longest name
+  vocabulary: int = 4096  # word ids of captions
+  words: int = 20  # length of captions
+  dtype: str = 'float32'
 
-  Attributes:
-    sizes: of the benchmark's own cases. config: the given one, of `mixed`, `input` and `compile`.
-    dtype: of products. peak: FLOP/s of float32 products, measured in this run. devices: to run on.
-  """
-  sizes: Sizes
-  config: ml_collections.ConfigDict
-  dtype: str
-  peak: float
-  devices: Sequence[jax.Device]
-
-  def own_config(self, **model: Any) -> ml_collections.ConfigDict:
-    """Return a copy of the given config, with changed fields of config.model."""
-    c = schema.apply_choices(self.config)
-    c.compat = c.model.variant = ''  # what they set is set; they would set it again over the changes
-    if self.sizes.own_layers:
-      c.model.num_layers = self.sizes.own_layers
-    c.model.update({'dtype': self.dtype, **model})
-    return c
-
-  def tiny(self, router: str = 'attribute', **moe: Any) -> ml_collections.ConfigDict:
-    """Return a config of the benchmark's model without tasks; `moe`: more fields of config.moe."""
+  def config(self, router: str = 'attribute', **moe: Any) -> ml_collections.ConfigDict:
+    """A config without tasks; `moe`: more fields of config.moe."""
     c = config_lib.base()
-    c.model.update({**self.sizes.model, 'dtype': self.dtype, 'layer_scale_init': 0.1})
-    c.moe.update(dict(router=router, num_experts=self.sizes.experts, **moe))
+    for name in ('num_layers', 'width', 'num_heads', 'mlp_dim', 'image_size', 'patch_size', 'dtype'):
+      c.model[name] = getattr(self, name)
+    c.model.layer_scale_init = 0.1
+    c.moe.update(dict(router=router, num_experts=self.experts, **moe))
     return c
 
   def images_and_names(self, **moe: Any) -> ml_collections.ConfigDict:
-    """Return a config of images against their own names: every step encodes both sides. `moe`: see `tiny`."""
-    c = self.tiny(**moe)
+    """Images against their own names: every step encodes both sides. `moe`: see `config`."""
+    c = self.config(**moe)
     c.tasks.pair = config_lib.task(
-        'image_retrieval', 'synthetic', batch_size=self.sizes.batch_size, caption_templates=('name',),
-        max_len=self.sizes.name_tokens)
+        'image_retrieval', 'synthetic', batch_size=self.batch_size, caption_templates=('name',),
+        max_len=self.name_tokens)
     return c
 
   def published_classification(self) -> ml_collections.ConfigDict:
-    """Return a config of images against a set of names, attribute routing and the published choices."""
-    c = self.tiny()
+    """Images against a set of names, attribute routing and the published choices."""
+    c = self.config()
     presets.published(c)
-    c.target_sets.names = config_lib.target_set('synthetic/names', family='names', max_len=self.sizes.name_tokens)
+    c.target_sets.names = config_lib.target_set('synthetic/names', family='names', max_len=self.name_tokens)
     c.tasks.classes = config_lib.task(
-        'image_classification', 'synthetic', batch_size=self.sizes.small_batch, target_set='names',
+        'image_classification', 'synthetic', batch_size=self.batch_size, target_set='names',
         label_column='class', label_smoothing=0.1)
     return c
 
   def captions(self, router: str) -> ml_collections.ConfigDict:
-    """Return a config of a caption model; its vocabulary has a size but no words."""
-    c = self.tiny(router)
+    """A caption model; its vocabulary has a size but no words."""
+    c = self.config(router)
     c.target_sets.vocabulary = config_lib.target_set('vocabulary', family='words')
     c.tasks.caption = config_lib.task(
-        'image_caption', 'synthetic', batch_size=self.sizes.small_batch, target_set='vocabulary',
-        caption_templates=('name',), max_len=self.sizes.words)
+        'image_caption', 'synthetic', batch_size=self.batch_size, target_set='vocabulary',
+        caption_templates=('name',), max_len=self.words)
     return c
 
-  def synthetic(self, config: ml_collections.ConfigDict, lengths: Mapping[int, float] | None = None) -> Run:
-    """Build a run on random data; lengths: of names, with shares; default: all `sizes.name_tokens`."""
-    s, pixels = self.sizes, (config.model.image_size, config.model.channels)
-    data = SyntheticData(make_plan(config), pixels, s.vocabulary, s.names, lengths or {s.name_tokens: 1.0})
-    return train_run.build(config, self.devices, data)
+  def run(self, config: ml_collections.ConfigDict, lengths: Mapping[int, float] | None = None) -> Run:
+    """A run on random data on the first device; lengths: of names, with shares; default: all `name_tokens`."""
+    pixels = config.model.image_size, config.model.channels
+    data = SyntheticData(
+        make_plan(config), pixels, self.vocabulary, self.names, lengths or {self.name_tokens: 1.0})
+    return train_run.build(config, jax.devices()[:1], data)
 
-  def build(self, config: ml_collections.ConfigDict) -> Run:
-    """Build a run on the config's own data."""
-    return train_run.build(config, self.devices)
+
+TINY = Sizes()
+BASE = Sizes(width=768, num_heads=12, mlp_dim=3072, batch_size=128, dtype='bfloat16')  # for one GPU
+QUICK = Sizes(num_layers=2, image_size=96, batch_size=4, names=200, vocabulary=1024, words=6)
+
+
+def sizes(quick: bool) -> Sizes:
+  """Sizes for the first device."""
+  return QUICK if quick else TINY if jax.default_backend() == 'cpu' else BASE
 
 
 class SyntheticData:

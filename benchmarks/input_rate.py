@@ -1,4 +1,7 @@
-"""Suites `input` and `files`: the rate of the input pipeline, from memory and from files, and its cost to the step."""
+"""The rate of the input pipeline, from prepared data and from files, and its cost to the step.
+
+  python -m benchmarks.input_rate --output=input.json
+"""
 
 import dataclasses
 import functools
@@ -13,10 +16,14 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
+from benchmarks import paired, plain_input
+from benchmarks.cases import RepeatedStep
 from uni_moe_jax import config as config_lib
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.batches.mixtures import Batch, BatchLayout, Mixture
 from uni_moe_jax.data.examples.examples import encode_texts, pad_tokens
@@ -24,16 +31,8 @@ from uni_moe_jax.data.examples.file_dataset_examples import FileExampleBuilder
 from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.data.shards import file_dataset
 from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
-from uni_moe_jax.tools.bench import plain_input
-from uni_moe_jax.tools.bench.cases import Context, RepeatedStep
-from uni_moe_jax.tools.bench.results_table import Budget, Row
-from uni_moe_jax.tools.bench.settings import Sizes
-from uni_moe_jax.tools.bench.timing import interleaved
+from uni_moe_jax.train import run as train_run
 
-_BUDGET = Budget(1.05, 1.02)
-_OF_BY_HAND = Budget(0.9, 1.0, at_most=False)
-_BY_HAND_NOTE = 'the same work in plain tf.data, see tools/bench/plain_input.py'
-_RECORDED = {'images/s': '14,000', 'videos/s': '90,000 frames a second'}
 _PAUSE = 0.1  # seconds
 _STEPS = 100_000  # of a stream: more than are read
 _CLASSES = ('a', 'b')
@@ -44,66 +43,51 @@ _NUM_FRAMES = 8  # of a video in an example
 _VIDEO = (64, 96, 128)  # frames, height, width of a video file
 
 
-def input_rate(context: Context) -> list[Row]:
-  """Measure images and videos per second, and the step on real batches against a constant batch."""
-  s, config = context.sizes, context.own_config()
-  config.train.mixture = 'all_tasks'
-  step = RepeatedStep(context.build(config))
+def main() -> None:
+  arguments = paired.arguments(__doc__)
+  steps, files = (2, 64) if arguments.quick else (10, 256)
+  report = paired.Report(arguments)
+  _of_config(report, arguments.config, steps)
+  _of_files(report, steps, files)
+  report.write()
+
+
+def _of_config(report: paired.Report, file: str, steps: int) -> None:
+  """Images and videos per second of a config, and its step on real batches against a constant batch."""
+  config = cli.config_from(file, ['train.mixture=all_tasks'])
+  step = RepeatedStep(train_run.build(config, jax.devices()[:1]))
   run = step.run
   mixtures = {f'{t.name}, batches of {t.batch_size}': dataclasses.replace(run.mixture(), plan=run.plan.only(t.name))
               for t in run.plan.tasks if t.type.visual}
-  rows = _pipeline_rates('input', mixtures, s, lambda _, unit: (
-      f'pipeline only, on all cores; recorded on two cores: {_RECORDED[unit]}'))
+  _pipeline_rates(report, mixtures, steps)
   real = _batches(run.mixture())
-  num_ahead = run.mixture().num_ahead(next(real))
-
-  def constant_steps():
-    return [step() for _ in range(s.steps)][-1]
-
-  def real_steps():
-    return [step(run.put_batch(batch)) for batch in itertools.islice(real, s.steps)][-1]
-
-  seconds = interleaved(
-      {'real': real_steps, 'constant': constant_steps}, s.rounds, before={'real': _skip(real, num_ahead)})
-  note = f'{s.steps} steps per round; {num_ahead} batches are skipped before each, so that none is ready'
-  slowdown = seconds.figure(seconds['real'] / seconds['constant'])
-  return rows + [
-      Row('input', 'constant-batch step', seconds.figure(seconds['constant'] / s.steps), 's', note=note),
-      Row('input', 'real-data step / constant-batch step', slowdown, 'x', _BUDGET, note)]
+  ahead = run.mixture().num_ahead(next(real))  # as many are skipped before each round, so that none is ready
+  report.compare('a step', {
+      'constant batch': lambda: [step() for _ in range(steps)][-1],
+      'real batches': lambda: [step(run.put_batch(batch)) for batch in itertools.islice(real, steps)][-1]},
+                 before={'real batches': _skip(real, ahead)}, per_call=steps)
 
 
 def _pipeline_rates(
-    suite: str, mixtures: Mapping[str, Mixture], sizes: Sizes, note: Callable[[str, str], str],
-    by_hand: Mapping[str, tuple[Iterator[Any], int]] = types.MappingProxyType({})) -> list[Row]:
-  """Measure the pipeline of each mixture of one visual task.
+    report: paired.Report, mixtures: Mapping[str, Mixture], min_steps: int,
+    by_hand: Mapping[str, tuple[Iterator[Any], int]] = types.MappingProxyType({})) -> None:
+  """The rate of each mixture of one visual task, beside the same work in plain tf.data, see plain_input.py.
 
-  note: of (name, unit). by_hand: name of a mixture → batches of the same work in plain tf.data, and their size.
+  by_hand: name of a mixture → batches of the same work, and their size.
   """
-  if not mixtures:  # of texts alone
-    return []
-  streams: dict[Any, Iterator[Any]] = {name: _batches(mixture) for name, mixture in mixtures.items()}
-  first = {name: next(stream) for name, stream in streams.items()}
-  ahead = {name: mixture.num_ahead(first[name]) for name, mixture in mixtures.items()}
-  for name, (stream, _) in by_hand.items():
-    streams[name, 'by hand'], ahead[name, 'by hand'] = stream, ahead[name]
-  steps = {name: max(sizes.steps, 2 * number) for name, number in ahead.items()}
-  gc.collect()
-  gc.freeze()  # as in training, after the first step
-  seconds = interleaved(
-      {name: _skip(stream, steps[name]) for name, stream in streams.items()}, sizes.rounds,
-      before={name: _when_idle(_skip(stream, ahead[name])) for name, stream in streams.items()})
-  gc.unfreeze()
-  rows = []
   for name, mixture in mixtures.items():
-    [task], [fields] = mixture.plan.tasks, first[name].values()
+    stream = _batches(mixture)
+    first = next(stream)
+    ahead = mixture.num_ahead(first)
+    steps, [task] = max(min_steps, 2 * ahead), mixture.plan.tasks
+    [fields] = first.values()
     unit = 'videos/s' if fields['pixels'].shape[-4] > 1 else 'images/s'
-    ours = seconds[name] / task.batch_size
-    rows.append(Row(suite, name, seconds.figure(steps[name] / ours), unit, note=note(name, unit)))
-    if name in by_hand:
-      plain = seconds[name, 'by hand'] / by_hand[name][1]
-      rows += [Row(suite, f'{name}: by hand', seconds.figure(steps[name] / plain), unit, note=_BY_HAND_NOTE),
-               Row(suite, f'{name} / by hand', seconds.figure(plain / ours), 'x', _OF_BY_HAND, _BY_HAND_NOTE)]
-  return rows
+    streams = {'ours': stream, **({'by hand': by_hand[name][0]} if name in by_hand else {})}
+    gc.collect()
+    gc.freeze()  # as in training, after the first step
+    report.compare(name, {k: _skip(x, steps) for k, x in streams.items()}, work=steps * task.batch_size, unit=unit,
+                   before={k: _when_idle(_skip(x, ahead)) for k, x in streams.items()})
+    gc.unfreeze()
 
 
 def _batches(mixture: Mixture) -> Iterator[Batch]:
@@ -137,7 +121,7 @@ class FileType:
   image_size: int  # of the model
   crop: str  # see `config.task`
   num_frames: int = 0  # of a video; 0: images
-  share: float = 1.0  # number of files relative to `Sizes.files`
+  share: float = 1.0  # number of files relative to that of images
   num_captions: int = 0  # 0: images by class
 
 
@@ -167,8 +151,8 @@ _FILE_TYPES = {  # by suffix
 }
 
 
-def file_rate(context: Context) -> list[Row]:
-  """Measure JPEGs and PNGs beside the same work by hand and, with the extra `video`, videos.
+def _of_files(report: paired.Report, steps: int, files: int) -> None:
+  """JPEGs and PNGs beside the same work by hand and, with the extra `video`, videos.
 
   The files are noise, which is harder to decode than photographs.
   """
@@ -177,22 +161,18 @@ def file_rate(context: Context) -> list[Row]:
   with tempfile.TemporaryDirectory(prefix='files_') as temporary:
     for suffix, t in file_types.items():
       folder = pathlib.Path(temporary)
-      count = max(2, int(context.sizes.files * t.share))
+      count = max(2, int(files * t.share))
       paths, captions = _prepare(folder, suffix, t, count)
       batch_size, classes = min(_BATCH_SIZE, count), [i % 2 for i in range(count)]
       tokenizer = captions and SentencePieceTokenizer.train(sum(captions, []), folder / 'captions.model', 300, True)
-      mixtures[t.name] = _file_mixture(folder, suffix, t, batch_size, tokenizer, 'fast')
+      mixtures[t.name] = _file_mixture(folder, suffix, t, batch_size, tokenizer)
       if captions:
         rows = encode_texts(sum(captions, []), tokenizer, _MAX_LEN)
         tokens = pad_tokens(rows, _MAX_LEN, tokenizer.pad)[0].reshape(count, t.num_captions, _MAX_LEN)
         by_hand[t.name] = plain_input.pngs(paths, tokens, t.image_size, batch_size), batch_size
       elif not t.num_frames:
         by_hand[t.name] = plain_input.jpegs(paths, classes, t.image_size, batch_size, 'area'), batch_size
-        pillow = f"{t.name}, resize='pillow'"
-        mixtures[pillow] = _file_mixture(folder, suffix, t, batch_size, tokenizer, 'pillow')
-        by_hand[pillow] = plain_input.jpegs(paths, classes, t.image_size, batch_size, 'bicubic'), batch_size
-    return _pipeline_rates(
-        'files', mixtures, context.sizes, lambda *_: 'from prepared files, pipeline only, on all cores', by_hand)
+    _pipeline_rates(report, mixtures, steps, by_hand)
 
 
 def _prepare(
@@ -211,8 +191,8 @@ def _prepare(
   return paths, captions if file_type.num_captions else []
 
 
-def _file_mixture(folder: pathlib.Path, suffix: str, file_type: FileType, batch_size: int, tokenizer: Tokenizer | None,
-                  resize: str) -> Mixture:
+def _file_mixture(folder: pathlib.Path, suffix: str, file_type: FileType, batch_size: int,
+                  tokenizer: Tokenizer | None) -> Mixture:
   """The mixture of prepared files, for training."""
   c = config_lib.base()
   c.model.image_size = file_type.image_size
@@ -228,6 +208,10 @@ def _file_mixture(folder: pathlib.Path, suffix: str, file_type: FileType, batch_
   plan = make_plan(c)
   builder = FileExampleBuilder(
       tokenizer, {'classes': _CLASSES}, channels=3, size=file_type.image_size, training=True,
-      random_special_tokens=False, seed=0, max_corrupt_fraction=0.0, resize=resize)
+      random_special_tokens=False, seed=0, max_corrupt_fraction=0.0, resize='fast')
   examples = builder.build(plan.tasks[0], file_dataset.load(f'own:{suffix}', folder, 'train'))
   return Mixture(plan, {suffix: examples}, 0, 'all_tasks', c.model.max_num_frames, BatchLayout())
+
+
+if __name__ == '__main__':
+  main()

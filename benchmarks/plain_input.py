@@ -1,4 +1,4 @@
-"""The work of suite `files` on images as one would write it by hand in plain tf.data, for comparison.
+"""The work of `input_rate` on images of files as one would write it by hand in plain tf.data, for comparison.
 
 Its order cannot be resumed, its batches depend on the machine, and a damaged file ends it.
 """

@@ -1,1 +1,0 @@
-"""Preflight and benchmarks."""

@@ -1,1 +1,0 @@
-"""Speed benchmarks: interleaved rounds, medians of the rounds' own ratios, budgets."""
