@@ -14,8 +14,13 @@ from tests.helpers import saved_run, tiny
 from tests.helpers.small_model import jit
 from tests.helpers.stop_request import StopAfterThreeSteps
 from uni_moe_jax.analysis import interference, param_subsets, run_interference
-from uni_moe_jax.analysis.interference_hook import interference_hook
-from uni_moe_jax.analysis.task_gradients import TaskGradients, half_gradient, quiet_spec, task_gradient
+from uni_moe_jax.analysis.task_gradients import (
+  TaskGradients,
+  half_gradient,
+  interference_hook,
+  quiet_spec,
+  task_gradient,
+)
 from uni_moe_jax.train import loop
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints

@@ -46,7 +46,7 @@ def _commands(config: pathlib.Path, root: str, stop: bool) -> None:
   assert _run('train', *train) == FINISHED
   assert _run('evaluate', workdir) == FINISHED
   assert _run('interference', workdir, '--num_batches=2') == FINISHED
-  assert _run('report', workdir, f'--output={root}/curves.png') == FINISHED
+  assert _run('report', workdir) == FINISHED
   assert _run('export', workdir, f'--output={root}/exported', '--num_examples=2') == FINISHED
 
 

@@ -19,7 +19,6 @@ _ALONE = [
     ('evaluate', (_NONE, '--merged', '--distributed=auto'), '--merged evaluates in one process'),
     ('sweep', ('--sweep=adaptation', '--workdir={folder}/out'), '--sweep=adaptation needs --run'),
     ('serve', ('--model=gs://b/x',), 'must be a path of a disk'),
-    ('report', (_NONE, '--output=curves.html'), '--output=curves.html: its name must end in .png or .svg.'),
     ('export', ('--output={folder}/out',), 'workdir'),
 ]
 _OTHERS = [

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from tests.helpers import in_process
+from uni_moe_jax.analysis import metric_curves
 from uni_moe_jax.eval import metrics
-from uni_moe_jax.reporting import curves
 from uni_moe_jax.reporting import html as reporting_html
 
 _FILES = ('evaluation.json', 'metrics.jsonl', 'samples.json', 'experts.json', 'run.json')
@@ -165,7 +165,7 @@ def test_a_line_cut_off_by_a_kill_is_counted_and_a_repeated_step_counts_once(wor
   with open(workdir / 'metrics.jsonl', 'a') as lines:
     # A restart from step 3 writes 4 and 5 again, and is killed inside a line.
     lines.write('{"step": 4, "loss/total": 40.0}\n{"step": 5, "loss/total": 50.0}\n{"step": 6, ')
-  content, bad = curves.read((workdir / 'metrics.jsonl').read_text())
+  content, bad = metric_curves.read((workdir / 'metrics.jsonl').read_text())
   assert content['loss/total'] == ([1, 2, 3, 4, 5], [8., 7., 6., 40., 50.])
   assert bad == 1
   assert 'Unreadable lines skipped in metrics.jsonl: 1' in _page(workdir)
@@ -194,22 +194,6 @@ def _launch(*arguments):
 def test_the_path_is_printed(tmp_path):
   done = _launch(f'--workdir={tmp_path}')
   assert (done.returncode, done.stdout) == (0, f'{tmp_path}/report.html\n'), done.stderr
-
-
-def test_curves_become_a_figure_of_their_own(tmp_path):
-  figure = tmp_path / 'curves.svg'
-  (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss/a": 2.0, "accuracy/a": 0.5, "grad_norm": 7.0}\n')
-  done = _launch(f'--workdir={tmp_path}', f'--output={figure}')
-  assert (done.returncode, done.stdout) == (0, f'{tmp_path}/report.html\n{figure}\n'), done.stderr
-  drawn = figure.read_text()
-  assert 'loss/a  2' in drawn and 'grad_norm' not in drawn
-
-
-def test_curves_of_a_run_without_losses_are_refused_in_one_sentence(tmp_path):
-  (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "grad_norm": 7.0}\n')
-  done = _launch(f'--workdir={tmp_path}', f'--output={tmp_path}/curves.png')
-  assert done.returncode == 2
-  assert 'no curve is named loss/… or accuracy/… or eval/…; the run has grad_norm.' in done.stderr
 
 
 @pytest.mark.parametrize('arguments, message', [

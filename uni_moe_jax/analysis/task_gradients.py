@@ -1,4 +1,4 @@
-"""Gradients of single tasks with the forward pass of a run: the input of the interference measurement.
+"""Gradients of single tasks with the forward pass of a run, and interference as a training metric.
 
 Router noise and stochastic depth are off: the measurement is about the tasks, not about one draw of a router, and it
 compares with a model without experts, which has no noise. A task's target set is encoded with its batch, so that its
@@ -8,12 +8,12 @@ tasks nor auxiliary losses of routers count.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
-from uni_moe_jax.analysis import param_subsets
+from uni_moe_jax.analysis import interference, param_subsets
 from uni_moe_jax.analysis.param_subsets import ParamSlice
 from uni_moe_jax.data.batches.mixtures import UNBATCHED_FIELDS
 from uni_moe_jax.train.forward import Batch, StepSpec, TargetSets
@@ -84,3 +84,37 @@ def half_gradient(
   fields = {k: v if k in UNBATCHED_FIELDS else jax.lax.dynamic_slice_in_dim(v, rows.start + half * size, size, axis)
             for k, v in batch[task_spec.group].items()}
   return task_gradient(params, {task_spec.group: fields}, sets, key, spec=quiet_spec(spec, task, 2), slices=slices)[0]
+
+
+def interference_hook(run: Run) -> Callable[[int, Any, Batch, TargetSets], dict[str, jax.Array]] | None:
+  """A hook for `train.loop.train` that estimates interference; None if `config.train.interference_every` is 0.
+
+  The halves of every task's examples are the N = 2 batches of `interference`, before the step is taken.
+  'interference/<i><-<j>' is Δ_{j→i}, and noisy. I(i, j) for half batches is its mean over some steps, divided by that
+  of 'interference/<i><-<i>'; do not average ratios of single steps. It costs two forward and backward passes of half a
+  batch per task, and the memory of about eight gradients of the selected parameters per task.
+
+  It returns scalars for step 0, 1, …, which is about to be taken; {} unless it is one of every `interference_every`.
+
+  Raises:
+    UsageError: `config.train.interference_parameters` matches no parameter.
+  """
+  c, seed = run.config.train, run.config.seed
+  if not c.interference_every:
+    return None
+  slices = param_subsets.select(run.shapes.params, run.spec.model.spec.stack, c.interference_parameters,
+                                field='config.train.interference_parameters')
+  functions = {t.name: jax.jit(functools.partial(half_gradient, spec=run.spec, task=t.name, slices=slices))
+               for t in run.plan.tasks}
+
+  def metric(step: int, params: Any, batch: Batch, sets: TargetSets) -> dict[str, jax.Array]:
+    if (step + 1) % c.interference_every:
+      return {}
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    gradients = {(task, half): f(params, batch, sets, jax.random.fold_in(key, half), half)
+                 for task, f in functions.items() for half in (0, 1)}
+    products = interference.products(lambda task, half: gradients[task, half], tuple(functions), 2)
+    delta = products[interference.ALL].rows.mean(-1)
+    return {f'interference/{i}<-{j}': delta[a, b] for a, i in enumerate(functions) for b, j in enumerate(functions)}
+
+  return metric

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from uni_moe_jax.analysis import expert_usage_file, interference_file
+from uni_moe_jax.analysis import expert_usage_file, interference_file, metric_curves
 from uni_moe_jax.eval import headline, metrics
 from uni_moe_jax.io import storage
-from uni_moe_jax.reporting import curves as reporting_curves
 from uni_moe_jax.reporting import figures
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
@@ -85,7 +84,7 @@ def write_report(workdir: str | os.PathLike[str]) -> storage.Path:
     raise MissingFileError(f'workdir {os.fspath(workdir)!r} is not a folder; give the folder that training or '
                            'evaluation wrote to.')
   evaluation = _Source(workdir / 'evaluation.json', 'evaluation writes it')
-  curves = _Source(workdir / 'metrics.jsonl', 'training writes it', reporting_curves.read)
+  curves = _Source(workdir / 'metrics.jsonl', 'training writes it', _read_curves)
   samples = _Source(workdir / 'samples.json', 'evaluation writes it')
   experts = _Source(workdir / expert_usage_file.FILE, 'only models with experts have one')
   run = _Source(workdir / 'run.json', 'training writes it at the start')
@@ -115,6 +114,13 @@ def _read_json(text: str) -> Any:
   if not (content := json.loads(text)):
     raise UsageError('it has no content')
   return content
+
+
+def _read_curves(text: str) -> tuple[metric_curves.Curves, int]:
+  curves, bad_lines = metric_curves.read(text)
+  if not curves:
+    raise UsageError(f'no line contains a metric; unreadable lines: {bad_lines}')
+  return curves, bad_lines
 
 
 class _Source:
@@ -208,7 +214,7 @@ def _judged(row: Mapping[str, Any], reference: float, baseline: str = '') -> str
   return f'{metrics.format_number(reference)} <span class="{css}" title="{css}">{mark}</span>'
 
 
-def _curves(curves: reporting_curves.Curves, bad_lines: int, references: Mapping[str, tuple[str, float]]) -> str:
+def _curves(curves: metric_curves.Curves, bad_lines: int, references: Mapping[str, tuple[str, float]]) -> str:
   def panel(name: str, group: str) -> str:
     steps, values = curves[name]
     title, _, detail = name.removeprefix(f'{group}/').partition('/' if group == 'eval' else '\n')
