@@ -253,7 +253,7 @@ def test_ctrl_c_ends_any_other_command_by_its_signal_and_in_one_sentence():
   raised = 'threading.Thread(target=time.sleep, args=(60,)).start(); os.kill(os.getpid(), signal.SIGINT); time.sleep(9)'
   for body, code, report in ((raised, -signal.SIGINT, '\nSIGINT: stopped.\n'), ('1 / 0', 1, 'ZeroDivisionError')):
     main = f'def main():\n  {body}\n\ncli.run(main)'
-    imports = 'import os, signal, threading, time\nfrom uni_moe_jax.utils import cli'
+    imports = 'import os, signal, threading, time\nfrom uni_moe_jax.cli import boundary as cli'
     done = subprocess.run([sys.executable, '-c', f'{imports}\n{main}'], capture_output=True, text=True, timeout=40,
                           # Tests in the background ignore SIGINT, which Python inherits.
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -267,7 +267,7 @@ def test_ctrl_c_ends_any_other_command_by_its_signal_and_in_one_sentence():
 def test_a_command_whose_output_nobody_reads_any_more_ends_as_otherwise(body, code):
   reader, writer = os.pipe()
   os.close(reader)
-  program = f'import signal, sys\nfrom uni_moe_jax.utils import cli\ndef main():\n  {body}\ncli.run(main)'
+  program = f'import signal, sys\nfrom uni_moe_jax.cli import boundary as cli\ndef main():\n  {body}\ncli.run(main)'
   try:
     assert subprocess.run([sys.executable, '-c', program], stdout=writer, stderr=writer, timeout=40).returncode == code
   finally:

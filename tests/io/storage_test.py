@@ -236,7 +236,7 @@ def test_other_errors_stay_what_they_are(error):
 
 def test_no_second_service_is_queried_about_buckets(monkeypatch):
   # gcsfs decides when it is imported, in whatever test comes first.
-  code = 'from uni_moe_jax.utils import storage; print(type(storage.filesystem("gs://bucket")).__module__)'
+  code = 'from uni_moe_jax.io import storage; print(type(storage.filesystem("gs://bucket")).__module__)'
   monkeypatch.delenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', raising=False)
   done = processes.python('-c', code, FSSPEC_GS_TOKEN='anon')
   assert done.returncode == 0 and done.stdout.strip() == 'gcsfs.core', done.stderr
@@ -255,7 +255,7 @@ fsspec.filesystem('gs', skip_instance_cache=True).pipe_file(f'{folder}/{sys.argv
 print(*(len(x) for x in (list(folder.iterdir()), fsspec.filesystem('gs').ls(folder))))
 '''
   (storage.path(gcs.address) / 'opened-before/0').write_text('')
-  lines = {'': '1 1', 'from uni_moe_jax.utils import storage; storage.path(folder)': '3 3'}
+  lines = {'': '1 1', 'from uni_moe_jax.io import storage; storage.path(folder)': '3 3'}
   for line, num_listed in lines.items():
     done = processes.python('-c', code.replace('{storage}', line), f'written after {line}', EPATH_USE_TF='false')
     assert done.returncode == 0 and done.stdout.strip() == num_listed, done.stderr

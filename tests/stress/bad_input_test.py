@@ -35,9 +35,9 @@ def test_bad_commands_end_in_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize('name, function, replacement, message', [
-    ('image', 'files.media.check_image', lambda data: media.Media(data, (32, 24)), 'TRACEBACK'),
-    ('video', 'files.media.check_video', lambda data: media.Media(data, (8, 24, 24)), 'TRACEBACK CorruptVideo'),
-    ('jsonl', 'preparation.input_shards._lines', lambda shard: pathlib.Path(shard.file).read_bytes().splitlines()[2:],
+    ('image', 'formats.media.check_image', lambda data: media.Media(data, (32, 24)), 'TRACEBACK'),
+    ('video', 'formats.media.check_video', lambda data: media.Media(data, (8, 24, 24)), 'TRACEBACK CorruptVideo'),
+    ('jsonl', 'formats.input_shards._lines', lambda shard: pathlib.Path(shard.file).read_bytes().splitlines()[2:],
      r'5 rows are good, [34] were kept'),
 ], ids=['an image that TensorFlow cannot decode', 'a video without frames', 'a good row that is lost'])
 def test_a_defect_in_reading_data_is_detected(tmp_path, monkeypatch, name, function, replacement, message):
