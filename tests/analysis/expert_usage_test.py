@@ -111,7 +111,6 @@ def _by_token():
   return _encoded('token')
 
 
-@pytest.mark.slow
 def test_gate_sums_are_the_router_statistics_of_the_encoder(by_token):
   """The conditions here are the distinct router inputs of the encoder."""
   spec, sequences, collected = by_token

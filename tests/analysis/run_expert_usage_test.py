@@ -29,7 +29,7 @@ def _usage(router, tasks, devices=1, accum=1):
   return run_expert_usage.compute_usage(run, run.init().params, 'init', 2, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_routers_by_token_are_measured_on_batches_task_by_task():
   content = _usage('token', ('caption', 'pair'))
   assert content['conditions'] == [
@@ -58,7 +58,7 @@ def test_the_layout_of_the_batch_changes_nothing():
   assert np.abs(np.subtract(*np.array(one['coefficients'])[0, 0, [0, 2]])).max() > 1e-3  # the two tasks differ
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_accumulation_counts_every_micro_step():
   one, two = (_usage('token', ('package', 'answer'), accum=accum) for accum in (1, 2))
   assert one['conditions'] == two['conditions'] == ['answer text', 'set answers', 'package text', 'set packages']

@@ -228,7 +228,7 @@ def runs(tmp_path_factory):
   return out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_metric_changes_no_other_metric_and_is_the_same_after_a_restart(runs):
   off, on, stopped = (saved_run.lines(runs[k]) for k in ('off', 'on', 'stopped'))
   assert on == stopped
@@ -237,7 +237,7 @@ def test_the_metric_changes_no_other_metric_and_is_the_same_after_a_restart(runs
   assert [{k: v for k, v in line.items() if not k.startswith('interference/')} for line in on] == off
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_any_checkpoint_and_the_initial_parameters_can_be_measured(runs):
   c = _config(interference_every=2, steps=5)
   contents = {}

@@ -74,7 +74,7 @@ def _training_rows(folder: storage.Path) -> list[dict[str, Any]]:
     costs |= {'steps': steps[-1], 'final loss': float(np.mean(losses[-max(1, len(losses) // _LAST):]))}
   if 'steps_per_second' in curves:
     costs['seconds per step'] = 1 / float(np.median(curves['steps_per_second'][1]))
-  parameters = (read_json(folder / 'run.json', {}) or {}).get('parameters') or {}
+  parameters = read_json(folder / 'run.json', {}).get('parameters') or {}
   costs |= {f'{name} parameters': parameters[name] for name in ('total', 'active') if name in parameters}
   return [{'evaluator': TRAINING, 'metric': name, 'value': value, 'higher_is_better': False}
           for name, value in costs.items()]
@@ -88,9 +88,10 @@ def markdown(table: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
   def score(row: Mapping[str, Any], column: str) -> str:
     if not (s := row['columns'].get(column)):
       return ''
-    is_count = row['metric'] == 'steps' or row['metric'].endswith('parameters')
-    number = f'{s["mean"]:,.0f}' if is_count else metrics.format_number(s['mean'])
-    return number + ('' if s['interval'] is None else f' ± {metrics.format_error(s["interval"])}')
+    if row['metric'] == 'steps' or row['metric'].endswith('parameters'):
+      return f'{s["mean"]:,.0f}'
+    half = '' if s['interval'] is None else f' ± {metrics.format_error(s["interval"])}'
+    return metrics.format_number(s['mean']) + half
 
   lines = [line(['evaluator', 'metric', 'strongest baseline', *columns]), line(['---'] * (3 + len(columns)))]
   for row in table:
