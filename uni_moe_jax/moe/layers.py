@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from uni_moe_jax.moe import products
+from uni_moe_jax.kernels import projection
 from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.parallel import sharding
 
@@ -121,8 +121,8 @@ class Projection:
   bias: PerCondition | jax.Array  # f32 [*out], or [E, *out]
   in_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # logical names of the contracted axes
   out_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # and of the resulting ones
-  unrounded: PerCondition | jax.Array | None = None  # f32 values, see `products.dot`; None where the kernel is f32
-  method: str = flax.struct.field(pytree_node=False, default=products.PLAIN)  # see `products.choose_method`
+  unrounded: PerCondition | jax.Array | None = None  # f32 values, see `projection.dot`; None where the kernel is f32
+  method: str = flax.struct.field(pytree_node=False, default=projection.PLAIN)  # see `projection.choose_method`
 
   def slice(self, part: slice) -> 'Projection':
     """The projection to a slice of its first output axis."""
@@ -138,7 +138,7 @@ class MoeDense(nn.Module):
   kernel_init: Callable
   num_experts: int  # E, or 0 for a dense projection
   dtype: jnp.dtype  # of the kernels that are returned, that is of the product; see `precision`
-  method: str = products.PLAIN  # see `products.choose_method`
+  method: str = projection.PLAIN  # see `projection.choose_method`
   mesh: Mesh | None = None
 
   @nn.compact
@@ -182,27 +182,27 @@ def _unstack(x: jax.Array) -> PerCondition:
 
 
 def project(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, unrounded: jax.Array | None = None, method: str = products.PLAIN
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, unrounded: jax.Array | None = None, method: str = projection.PLAIN
 ) -> jax.Array:
   """x [B, S, *in] · kernel [*in, *out] + bias [*out] → [B, S, *out], of the kernel's type. The bias is float32.
 
   The product has heads and head dimension as one axis, because a TPU would pad and copy two. On one CPU they stay two
   axes, unless operands are rounded: such a product has a single output axis.
 
-  unrounded, method: see `products.dot`.
+  unrounded, method: see `projection.dot`.
   """
   ins, out = x.shape[2:], kernel.shape[x.ndim - 2:]
-  rows = ins if method == products.CPU else (math.prod(ins),)
-  joined = {products.CPU: 0, products.PLAIN: 2, products.ROUNDED: len(out)}[method]  # axes out that become one
+  rows = ins if method == projection.CPU else (math.prod(ins),)
+  joined = {projection.CPU: 0, projection.PLAIN: 2, projection.ROUNDED: len(out)}[method]  # axes out that become one
   columns = (*out[:len(out) - joined], math.prod(out[-joined:])) if joined else out
   kernel, unrounded = (None if w is None else w.reshape(*rows, *columns) for w in (kernel, unrounded))
   x = x.astype(kernel.dtype).reshape(*x.shape[:2], *rows)
-  y = checkpoint_name(products.dot(x, kernel, unrounded, method), PRODUCT)
+  y = checkpoint_name(projection.dot(x, kernel, unrounded, method), PRODUCT)
   return add_bias(y, bias.reshape(1, 1, *columns)).reshape(*y.shape[:2], *out)
 
 
 def with_gradient_of(kernel: jax.Array, unrounded: jax.Array | None) -> jax.Array:
-  """A kernel whose gradient is that of its float32 values (see `products.dot`), rounded once but summed in float32."""
+  """A kernel with the gradient of its float32 values, see `projection.dot`, rounded once but summed in float32."""
   return kernel if unrounded is None else _with_gradient_of(kernel, unrounded)
 
 

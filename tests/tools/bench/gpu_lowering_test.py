@@ -11,7 +11,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from tests.helpers import abstract_devices
-from uni_moe_jax.model import attention_kernels
+from uni_moe_jax.kernels import attention as attention_kernels
 from uni_moe_jax.tools.bench import gpu_sections, settings
 from uni_moe_jax.tools.bench.cases import Context
 from uni_moe_jax.tools.bench.timing import Rounds

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uni_moe_jax.model import attention_kernels
+from uni_moe_jax.kernels import attention as attention_kernels
+from uni_moe_jax.kernels import gmm
+from uni_moe_jax.kernels.gmm import triton as gmm_triton
 from uni_moe_jax.model.flops import TRAIN
-from uni_moe_jax.moe import gmm, gmm_triton
 from uni_moe_jax.parallel import peaks
 from uni_moe_jax.tasks.router_names import DENSE, ROUTERS
 from uni_moe_jax.tools.bench import caption_rate

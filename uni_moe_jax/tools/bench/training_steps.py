@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.config.validate import TOKEN_ROUTER_FIELDS
-from uni_moe_jax.moe import products
+from uni_moe_jax.kernels import projection
 from uni_moe_jax.tasks.router_names import DENSE, DISPATCHED, ROUTERS
 from uni_moe_jax.tools.bench import product_rate
 from uni_moe_jax.tools.bench.cases import RECORDED_PEAK, Context, RepeatedStep
@@ -117,7 +117,7 @@ def published(context: Context) -> list[Row]:
   histogram = ', '.join(f'{n}: {share:.0%}' for n, share in REALISTIC.items())
   full, realistic = f'all names {s.name_tokens} tokens', 'names of realistic length'
   settings = {full: ({s.name_tokens: 1.0}, _PUBLISHED, False), realistic: (REALISTIC, _PUBLISHED_REALISTIC, False)}
-  if context.dtype == _FLOAT32 and products.multiplies_bfloat16():
+  if context.dtype == _FLOAT32 and projection.multiplies_bfloat16():
     settings |= {f'{name}, cpu_bfloat16': (settings[name][0], None, True) for name in (full, realistic)}
   steps = {}
   for name, (lengths, _, cpu_bfloat16) in settings.items():
