@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from uni_moe_jax.kernels import projection
 from uni_moe_jax.kernels.gelu import gelu
+from uni_moe_jax.kernels.layer_norm import NORM_EPSILON
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.moe.layers import NORM_EPSILON, param, xavier_uniform
+from uni_moe_jax.moe.layers import param, xavier_uniform
 
 
 def windows(x: jax.Array) -> jax.Array:

@@ -16,10 +16,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from uni_moe_jax.kernels import projection
+from uni_moe_jax.kernels.layer_norm import layer_norm
 from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.parallel import sharding
 
-NORM_EPSILON = 1e-5
 PRODUCT = 'product'  # `checkpoint_name` of what is worth keeping where memory is cheaper than computing it again
 
 
@@ -78,37 +78,8 @@ class LayerNorm(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     axes = {'embed': x.shape[-1]}
-    return _normalize(x, param(self, 'scale', nn.initializers.ones, axes),
+    return layer_norm(x, param(self, 'scale', nn.initializers.ones, axes),
                       param(self, 'bias', nn.initializers.zeros, axes))
-
-
-@jax.custom_vjp
-def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-  return _normalize_forward(x, scale, bias)[0]
-
-
-@jax.jit  # traced once for each shape
-def _normalize_forward(x, scale, bias):
-  """Saves x and two numbers per row, where JAX's own rule would save two arrays of the size of x."""
-  x32 = x.astype(jnp.float32)
-  mean = x32.mean(-1, keepdims=True)
-  inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + NORM_EPSILON)  # of the standard deviation
-  scale, bias = (jax.lax.broadcast_to_rank(v, x.ndim) for v in (scale, bias))
-  return (x32 - mean) * (inverse * scale) + bias, (x, mean, inverse, scale)
-
-
-@jax.jit
-def _normalize_backward(saved, d):
-  x, mean, inverse, scale = saved
-  normalized = (x.astype(jnp.float32) - mean) * inverse
-  d_normalized = d * scale
-  along = (d_normalized * normalized).mean(-1, keepdims=True)
-  dx = inverse * (d_normalized - d_normalized.mean(-1, keepdims=True) - normalized * along)
-  rows = tuple(range(d.ndim - 1))
-  return dx.astype(x.dtype), (d * normalized).sum(rows), d.sum(rows)
-
-
-_normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 PerCondition = tuple[jax.Array, ...]  # A arrays
