@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import paired
-from uni_moe_jax.model import attention_kernels
-from uni_moe_jax.moe import gmm, gmm_triton
+from uni_moe_jax.kernels import attention as attention_kernels
+from uni_moe_jax.kernels import gmm
+from uni_moe_jax.kernels.gmm import triton as gmm_triton
 from uni_moe_jax.utils.errors import RunError
 
 TOLERANCE = .02  # of the largest result, for bfloat16

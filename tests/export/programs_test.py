@@ -12,10 +12,10 @@ from tests.helpers import small_model
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.export import programs
 from uni_moe_jax.export.programs import ExportedTask
+from uni_moe_jax.kernels import gmm
 from uni_moe_jax.model import decoding, heads
 from uni_moe_jax.model.sequences import InputSequence
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
-from uni_moe_jax.moe import gmm
 from uni_moe_jax.utils.tree_paths import by_path
 
 _RNG = np.random.default_rng(0)

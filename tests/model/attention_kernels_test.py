@@ -13,7 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from tests.helpers import small_model
 from tests.helpers.attention import arrays, with_gradients
-from uni_moe_jax.model import attention_kernels
+from uni_moe_jax.kernels import attention as attention_kernels
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.utils.errors import UsageError
 

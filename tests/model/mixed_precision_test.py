@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import small_model
 from tests.helpers.jaxprs import equations
-from uni_moe_jax.model.gelu import gelu
+from uni_moe_jax.kernels.gelu import gelu
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.utils.tree_paths import by_path, path_of
 

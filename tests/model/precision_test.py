@@ -11,9 +11,11 @@ import pytest
 from tests.helpers import small_model
 from tests.helpers.jaxprs import equations
 from uni_moe_jax.eval import predictor
+from uni_moe_jax.kernels import gmm
+from uni_moe_jax.kernels.gmm import tiled as gmm_tiled
 from uni_moe_jax.model import decoding, heads, merging
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.moe import gmm, gmm_tiled, precision, routers
+from uni_moe_jax.moe import precision, routers
 from uni_moe_jax.tasks import task_types
 
 _PLATFORMS = 'tpu', 'cuda'

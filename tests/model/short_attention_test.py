@@ -12,7 +12,8 @@ import pytest
 
 from tests.helpers import small_model
 from tests.helpers.attention import with_gradients
-from uni_moe_jax.model import attention_kernels, short_attention
+from uni_moe_jax.kernels import attention as attention_kernels
+from uni_moe_jax.kernels.attention import short as short_attention
 from uni_moe_jax.parallel import sharding
 
 _LENGTHS = (13, 7, 1)  # valid keys of each example, of 13

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_model
+from uni_moe_jax.kernels import projection
+from uni_moe_jax.kernels.gelu import gelu
 from uni_moe_jax.model import stem
 from uni_moe_jax.model.embedders import Embed
-from uni_moe_jax.model.gelu import gelu
-from uni_moe_jax.moe import products
 from uni_moe_jax.utils.tree_paths import by_path
 
 SPEC = small_model.spec(stem='conv')  # images of 8 pixels, patches of 4, D 16: two convolutions, of 8 and 16 channels
@@ -30,7 +30,7 @@ def _pixels(frames=1, batch=2):
 
 @functools.partial(jax.jit, static_argnames='dtype')
 def _stem(pixels, dtype=jnp.float32, params=None):
-  return stem.conv_stem(pixels, params or _params(), dtype, products.PLAIN)
+  return stem.conv_stem(pixels, params or _params(), dtype, projection.PLAIN)
 
 
 def test_windows_by_hand():
@@ -100,6 +100,6 @@ def test_products_are_of_the_type_of_layers_and_everything_else_float32():
 
 @pytest.mark.parametrize('frames', [1, 2])
 def test_gradients_reach_every_parameter(frames):
-  loss = lambda p: (stem.conv_stem(_pixels(frames), p, jnp.float32, products.CPU)**2).sum()
+  loss = lambda p: (stem.conv_stem(_pixels(frames), p, jnp.float32, projection.CPU)**2).sum()
   gradients = small_model.jit(jax.grad(loss))(_params())
   assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(gradients))

@@ -9,7 +9,9 @@ import pytest
 
 from tests.helpers import gmm_backends, hlo, small_model
 from tests.helpers.gmm_backends import normal
-from uni_moe_jax.moe import dispatch, gmm, gmm_tiled, layers, routers
+from uni_moe_jax.kernels import gmm
+from uni_moe_jax.kernels.gmm import tiled as gmm_tiled
+from uni_moe_jax.moe import dispatch, layers, routers
 from uni_moe_jax.tasks import router_names
 
 

@@ -13,7 +13,8 @@ import pytest
 from tests.helpers import abstract_devices, gmm_backends, small_model
 from tests.helpers.gmm_backends import SIZES, normal
 from tests.helpers.jaxprs import equations
-from uni_moe_jax.moe import gmm, gmm_triton
+from uni_moe_jax.kernels import gmm
+from uni_moe_jax.kernels.gmm import triton as gmm_triton
 from uni_moe_jax.tasks.router_names import GMM_BACKENDS
 from uni_moe_jax.utils.errors import UsageError
 
@@ -59,7 +60,9 @@ def _compare(backend, sizes, starts, rows):
   member = np.array([(row >= a) & (row < a + n) for a, n in zip(starts, sizes)])
   operands = normal(0, rows, _D), normal(1, _E, _D, _F), member
   # Read when a program is traced: by its first call.
-  triton = types.SimpleNamespace(grouped_matmul=functools.partial(gmm_triton.grouped_matmul, tiles=_TRITON_TILES))
+  triton = types.SimpleNamespace(
+      grouped_matmul=functools.partial(gmm_triton.grouped_matmul, tiles=_TRITON_TILES),
+      compiled_on=gmm_triton.compiled_on)
   with mock.patch.object(gmm, 'gmm_triton', triton):
     for name, a, b in zip(('y', 'dx', 'dkernel'), *(_program(b, rows)(*operands) for b in (backend, None))):
       np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import small_model
 from tests.helpers.gmm_backends import SIZES, normal
-from uni_moe_jax.moe import gmm_tiled
+from uni_moe_jax.kernels.gmm import tiled as gmm_tiled
 
 _E, _T, _D, _F, _G = 4, 16, 6, 5, 16
 _TILES = (4, 2), (2, 0)  # of four slots while more than two are left, then of two

@@ -12,6 +12,7 @@ import pytest
 from tests.helpers import hlo
 from tests.helpers.gmm_backends import normal
 from tests.helpers.jaxprs import equations
+from uni_moe_jax.kernels import layer_norm
 from uni_moe_jax.moe import layers
 from uni_moe_jax.moe.routers import route
 from uni_moe_jax.moe.routing import MergedRouting
@@ -244,7 +245,7 @@ def test_layer_norm_and_its_gradients_are_those_of_flax(rows, dtype):
     loss = lambda x, params: ((y := module.apply({'params': params}, x)) * weights).sum() + jnp.square(y).sum()
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, params)
 
-  flax_norm = nn.LayerNorm(epsilon=layers.NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False)
+  flax_norm = nn.LayerNorm(epsilon=layer_norm.NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False)
   (value, (dx, dparams)), (expected, (dx_expected, dparams_expected)) = map(
       value_and_gradients, (layers.LayerNorm(), flax_norm))
   assert dx.dtype == dtype

@@ -47,7 +47,7 @@ def test_libtpu_compiles_splash_attention_and_its_products_count():
 _SHORT = """
 import json, jax, jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
-from uni_moe_jax.model import short_attention
+from uni_moe_jax.kernels.attention import short as short_attention
 from uni_moe_jax.preflight import hlo
 from uni_moe_jax.preflight import cost
 

@@ -242,15 +242,13 @@ def test_steps_on_gpus_are_deterministic_by_the_config_alone(monkeypatch, platfo
   made = []
   monkeypatch.setattr(sharding, 'platform', lambda mesh: platform)
   monkeypatch.setattr(step.jax, 'jit', lambda f, **options: made.append(options))
-  monkeypatch.setattr(step.products, 'xla_options', lambda mesh: {'of_products': True})
   c = _run().config.copy_and_resolve_references()
   c.train.deterministic = deterministic
   run = dataclasses.replace(_run(), config=c)
   run.step_fn()
   assert run.resumes_exactly == exact
-  deterministic_ops = {'xla_gpu_deterministic_ops': True}
-  of_platform = deterministic_ops if platform == 'gpu' and deterministic else {'of_products': True}
-  assert made[0]['compiler_options'] == of_platform
+  options = {'xla_gpu_deterministic_ops': True} if platform == 'gpu' and deterministic else {}
+  assert made[0]['compiler_options'] == options
 
 
 def test_the_compiler_knows_the_option_of_deterministic_steps():

@@ -18,10 +18,11 @@ from uni_moe_jax.data.text.tokenizer import Tokenizer
 from uni_moe_jax.eval.predictor import INPUTS, Predictor
 from uni_moe_jax.export.merge import merged
 from uni_moe_jax.export.programs import ExportedTask
+from uni_moe_jax.kernels import gmm
 from uni_moe_jax.model import merging
 from uni_moe_jax.model.spec import ModelSpec, router_input_name
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.moe import gmm, routers
+from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest

@@ -19,9 +19,10 @@ import numpy as np
 from uni_moe_jax.cli import environments
 from uni_moe_jax.export import loader
 from uni_moe_jax.export.programs import ExportedTask, Program, flat, programs
+from uni_moe_jax.kernels import gmm
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
-from uni_moe_jax.moe import gmm, precision
+from uni_moe_jax.moe import precision
 from uni_moe_jax.utils.errors import RunError, UsageError
 
 _PACKAGES = (

@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from uni_moe_jax.model import attention_kernels, heads_first_attention, masks, short_attention
+from uni_moe_jax.kernels import attention as attention_kernels
+from uni_moe_jax.kernels.attention import heads_first
+from uni_moe_jax.kernels.attention import short as short_attention
+from uni_moe_jax.model import masks
 from uni_moe_jax.model.prompts import prompt_table
-from uni_moe_jax.model.sequences import EmbeddedSequence, KeysValues, KVCache, heads_first
+from uni_moe_jax.model.sequences import EmbeddedSequence, KeysValues, KVCache
 from uni_moe_jax.model.sublayer import Context, Hidden, Pools, Sublayer, output_projection
-from uni_moe_jax.moe import products
 from uni_moe_jax.moe.layers import Projection, xavier_uniform
 from uni_moe_jax.moe.routing import MergedRouting
 
@@ -123,9 +125,6 @@ class Attention(Sublayer):
       if implementation != attention_kernels.XLA:
         valid = None if mask is None else mask[:, 0, 0]
         return attention_kernels.attend(q, k, v, valid, implementation, self.mesh)
-    method = self.spec.product_method(self.mesh)
-    if self.spec.attention_impl == attention_kernels.AUTO and method != products.PLAIN:
-      return heads_first_attention.attend(method == products.ROUNDED, q, k, v, mask)
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from uni_moe_jax.kernels.gelu import gelu
 from uni_moe_jax.model.attention import Attention
-from uni_moe_jax.model.gelu import gelu
 from uni_moe_jax.model.prompts import DeepPrompts
 from uni_moe_jax.model.sequences import KVCache
 from uni_moe_jax.model.spec import ModelSpec

@@ -11,9 +11,10 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from uni_moe_jax.kernels.attention import heads_first
 from uni_moe_jax.model import merging
 from uni_moe_jax.model.heads import normalize
-from uni_moe_jax.model.sequences import NO_WORD, READ_NOTHING, InputSequence, KVCache, Layout, heads_first
+from uni_moe_jax.model.sequences import NO_WORD, READ_NOTHING, InputSequence, KVCache, Layout
 from uni_moe_jax.model.trie import Trie, allowed, follow
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe.precision import EXACT

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from uni_moe_jax.kernels import projection
 from uni_moe_jax.model.prompts import TokenPrompts
 from uni_moe_jax.model.sequences import NO_WORD, InputSequence
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.stem import conv_stem, stem_params
-from uni_moe_jax.moe import products
 from uni_moe_jax.moe.layers import LayerNorm, param, xavier_uniform
 from uni_moe_jax.parallel import sharding
 
@@ -104,7 +104,7 @@ class Embed(nn.Module):
 
   def _project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     dtype = self.spec.dtype
-    return products.dot(x.astype(dtype), kernel.astype(dtype), kernel, self.spec.product_method(self.mesh))
+    return projection.dot(x.astype(dtype), kernel.astype(dtype), kernel, self.spec.product_method(self.mesh))
 
   def prefix(self) -> jax.Array:
     """The prefix `spe`, [1, 1, D]: LN(Word[spe]) without position and type, or a word as a text."""

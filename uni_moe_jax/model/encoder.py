@@ -47,7 +47,7 @@ class Period(nn.Module):
 
 
 def _kept(mesh: Mesh | None) -> Callable[..., bool] | None:
-  """What a rematerialized block keeps: on a CPU its products, which cost more than memory; elsewhere nothing."""
+  """What a rematerialized block keeps: on a CPU its projections, which cost more than memory; elsewhere nothing."""
   return jax.checkpoint_policies.save_only_these_names(PRODUCT) if sharding.on_one_cpu(mesh) else None
 
 

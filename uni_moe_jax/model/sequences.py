@@ -27,11 +27,6 @@ _MAX_PADDING = 128  # most tokens of padding, over all its examples, to join a l
 KeysValues = tuple[jax.Array, jax.Array, jax.Array | None]
 
 
-def heads_first(x: jax.Array) -> jax.Array:
-  """[…, S, N, H] → […, N, S, H]."""
-  return x.swapaxes(-3, -2)
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """Static structure of a sequence."""

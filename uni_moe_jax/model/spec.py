@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from uni_moe_jax.config.fields import check_choice, fail_if
 from uni_moe_jax.config.schema import VARIANTS, Config, ModelConfig, MoeConfig, check_placement, layers_with_experts
-from uni_moe_jax.moe import products, routers
+from uni_moe_jax.kernels import projection
+from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks.attributes import Condition, to_string
 from uni_moe_jax.utils.errors import UsageError
 
@@ -93,8 +94,8 @@ class ModelSpec(ModelConfig, MoeConfig):
         self.router, self.width, self.num_experts, self.top_k, self.noise_std, self.router_names, name=name)
 
   def product_method(self, mesh: Mesh | None) -> str:
-    """How layers multiply on a mesh, see `products.choose_method`."""
-    return products.choose_method(mesh, self.cpu_bfloat16)
+    """How layers multiply on a mesh, see `projection.choose_method`."""
+    return projection.choose_method(mesh, self.cpu_bfloat16)
 
   def kernel_of(self, condition: Condition) -> int:
     """Index of the kernel of a condition in a merged model.

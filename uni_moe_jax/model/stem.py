@@ -9,10 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from uni_moe_jax.model.gelu import gelu
+from uni_moe_jax.kernels import projection
+from uni_moe_jax.kernels.gelu import gelu
+from uni_moe_jax.kernels.layer_norm import NORM_EPSILON
 from uni_moe_jax.model.spec import ModelSpec
-from uni_moe_jax.moe import products
-from uni_moe_jax.moe.layers import NORM_EPSILON, param, xavier_uniform
+from uni_moe_jax.moe.layers import param, xavier_uniform
 
 
 def windows(x: jax.Array) -> jax.Array:
@@ -48,14 +49,14 @@ def conv_stem(
     pixels: normalized; H and W are multiples of the patch size, a power of two.
     params: see `stem_params`.
     dtype: of the products.
-    method: see `products.choose_method`.
+    method: see `projection.choose_method`.
   """
   B, T, *image = pixels.shape
   x = pixels.reshape(B * T, *image)
   for i, (kernel, bias) in enumerate(params, 1):
     x = windows(x)
     x_of_type = x.reshape(B * T, -1, x.shape[-1]).astype(dtype)
-    product = products.dot(x_of_type, kernel.astype(dtype), kernel, method)
+    product = projection.dot(x_of_type, kernel.astype(dtype), kernel, method)
     y = product.astype(jnp.float32)
     if i < len(params):
       x = gelu(jax.nn.standardize(y, epsilon=NORM_EPSILON) + bias[None, None]).reshape(*x.shape[:-1], -1)

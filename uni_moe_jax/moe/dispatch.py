@@ -11,7 +11,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from uni_moe_jax.moe import gmm, gmm_tiled
+from uni_moe_jax.kernels import gmm
+from uni_moe_jax.kernels.gmm import tiled as gmm_tiled
 from uni_moe_jax.moe.layers import add_bias
 from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.moe.routers import RouterOutput

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from uni_moe_jax.moe import dispatch, gmm, routers
+from uni_moe_jax.kernels import gmm
+from uni_moe_jax.moe import dispatch, routers
 from uni_moe_jax.moe.dispatch import DispatchPlan
 from uni_moe_jax.moe.layers import Projection, add_bias, with_gradient_of
 from uni_moe_jax.moe.routers import RouterOutput

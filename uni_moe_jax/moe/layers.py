@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from uni_moe_jax.moe import products
+from uni_moe_jax.kernels import projection
+from uni_moe_jax.kernels.layer_norm import layer_norm
 from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.parallel import sharding
 
-NORM_EPSILON = 1e-5
 PRODUCT = 'product'  # `checkpoint_name` of what is worth keeping where memory is cheaper than computing it again
 
 
@@ -78,37 +78,8 @@ class LayerNorm(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     axes = {'embed': x.shape[-1]}
-    return _normalize(x, param(self, 'scale', nn.initializers.ones, axes),
+    return layer_norm(x, param(self, 'scale', nn.initializers.ones, axes),
                       param(self, 'bias', nn.initializers.zeros, axes))
-
-
-@jax.custom_vjp
-def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-  return _normalize_forward(x, scale, bias)[0]
-
-
-@jax.jit  # traced once for each shape
-def _normalize_forward(x, scale, bias):
-  """Saves x and two numbers per row, where JAX's own rule would save two arrays of the size of x."""
-  x32 = x.astype(jnp.float32)
-  mean = x32.mean(-1, keepdims=True)
-  inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + NORM_EPSILON)  # of the standard deviation
-  scale, bias = (jax.lax.broadcast_to_rank(v, x.ndim) for v in (scale, bias))
-  return (x32 - mean) * (inverse * scale) + bias, (x, mean, inverse, scale)
-
-
-@jax.jit
-def _normalize_backward(saved, d):
-  x, mean, inverse, scale = saved
-  normalized = (x.astype(jnp.float32) - mean) * inverse
-  d_normalized = d * scale
-  along = (d_normalized * normalized).mean(-1, keepdims=True)
-  dx = inverse * (d_normalized - d_normalized.mean(-1, keepdims=True) - normalized * along)
-  rows = tuple(range(d.ndim - 1))
-  return dx.astype(x.dtype), (d * normalized).sum(rows), d.sum(rows)
-
-
-_normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 PerCondition = tuple[jax.Array, ...]  # A arrays
@@ -121,8 +92,8 @@ class Projection:
   bias: PerCondition | jax.Array  # f32 [*out], or [E, *out]
   in_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # logical names of the contracted axes
   out_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # and of the resulting ones
-  unrounded: PerCondition | jax.Array | None = None  # f32 values, see `products.dot`; None where the kernel is f32
-  method: str = flax.struct.field(pytree_node=False, default=products.PLAIN)  # see `products.choose_method`
+  unrounded: PerCondition | jax.Array | None = None  # f32 values, see `projection.dot`; None where the kernel is f32
+  method: str = flax.struct.field(pytree_node=False, default=projection.PLAIN)  # see `projection.choose_method`
 
   def slice(self, part: slice) -> 'Projection':
     """The projection to a slice of its first output axis."""
@@ -138,7 +109,7 @@ class MoeDense(nn.Module):
   kernel_init: Callable
   num_experts: int  # E, or 0 for a dense projection
   dtype: jnp.dtype  # of the kernels that are returned, that is of the product; see `precision`
-  method: str = products.PLAIN  # see `products.choose_method`
+  method: str = projection.PLAIN  # see `projection.choose_method`
   mesh: Mesh | None = None
 
   @nn.compact
@@ -182,27 +153,27 @@ def _unstack(x: jax.Array) -> PerCondition:
 
 
 def project(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, unrounded: jax.Array | None = None, method: str = products.PLAIN
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, unrounded: jax.Array | None = None, method: str = projection.PLAIN
 ) -> jax.Array:
   """x [B, S, *in] · kernel [*in, *out] + bias [*out] → [B, S, *out], of the kernel's type. The bias is float32.
 
   The product has heads and head dimension as one axis, because a TPU would pad and copy two. On one CPU they stay two
   axes, unless operands are rounded: such a product has a single output axis.
 
-  unrounded, method: see `products.dot`.
+  unrounded, method: see `projection.dot`.
   """
   ins, out = x.shape[2:], kernel.shape[x.ndim - 2:]
-  rows = ins if method == products.CPU else (math.prod(ins),)
-  joined = {products.CPU: 0, products.PLAIN: 2, products.ROUNDED: len(out)}[method]  # axes out that become one
+  rows = ins if method == projection.CPU else (math.prod(ins),)
+  joined = {projection.CPU: 0, projection.PLAIN: 2, projection.ROUNDED: len(out)}[method]  # axes out that become one
   columns = (*out[:len(out) - joined], math.prod(out[-joined:])) if joined else out
   kernel, unrounded = (None if w is None else w.reshape(*rows, *columns) for w in (kernel, unrounded))
   x = x.astype(kernel.dtype).reshape(*x.shape[:2], *rows)
-  y = checkpoint_name(products.dot(x, kernel, unrounded, method), PRODUCT)
+  y = checkpoint_name(projection.dot(x, kernel, unrounded, method), PRODUCT)
   return add_bias(y, bias.reshape(1, 1, *columns)).reshape(*y.shape[:2], *out)
 
 
 def with_gradient_of(kernel: jax.Array, unrounded: jax.Array | None) -> jax.Array:
-  """A kernel whose gradient is that of its float32 values (see `products.dot`), rounded once but summed in float32."""
+  """A kernel with the gradient of its float32 values, see `projection.dot`, rounded once but summed in float32."""
   return kernel if unrounded is None else _with_gradient_of(kernel, unrounded)
 
 

@@ -19,7 +19,8 @@ part of a sum over devices: of merged kernels, where XLA for TPUs does so, and o
 moves a similarity of scale 100 by .04 and the choice of two experts for one token in four hundred. So products of the
 rows above that are float32 are `EXACT`, wherever a model runs. With `model.dtype='float32'` evaluation and exports
 multiply everything so (`of_evaluation`); training leaves the products of its layers to the platform. A CPU multiplies
-float32 in full, unless `train.cpu_bfloat16` lets it round operands of these products in training (see `products`).
+float32 in full, unless `train.cpu_bfloat16` lets it round operands of these products in training (see
+`kernels/projection.py`).
 """
 
 import contextlib

@@ -29,4 +29,4 @@ CONDITION_ROUTERS = {
 MERGED = tuple(CONDITION_ROUTERS)
 DISPATCHED = ('token', 'context')  # these route tokens: each token is dispatched to its experts
 ROUTERS = (DENSE, *MERGED, *DISPATCHED)
-GMM_BACKENDS = ('tiled', 'batched', 'ragged', 'megablox', 'triton', 'tokamax')  # of dispatched tokens: `moe/gmm.py`
+GMM_BACKENDS = ('tiled', 'batched', 'ragged', 'megablox', 'triton', 'tokamax')  # of dispatched tokens: `kernels/gmm/`

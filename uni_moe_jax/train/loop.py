@@ -25,7 +25,7 @@ from uni_moe_jax.data.batches.lookahead import Lookahead
 from uni_moe_jax.data.batches.mixtures import Batch, batch_sizes
 from uni_moe_jax.io import locks, storage
 from uni_moe_jax.io.files import read_json, write_json
-from uni_moe_jax.moe import products
+from uni_moe_jax.kernels import projection
 from uni_moe_jax.parallel import distributed, multihost, peaks
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.compiler_process import CompilerProcess
@@ -351,7 +351,7 @@ class _Trainer:
     return state, {**metrics, **extra}
 
   def _measure_peak(self) -> float | None:
-    return peaks.of_mesh(self._run.mesh, products.matmul_rounded if self._run.rounds_products else jax.numpy.matmul)
+    return peaks.of_mesh(self._run.mesh, projection.matmul_rounded if self._run.rounds_products else jax.numpy.matmul)
 
   def _add_metrics(self, done: int, metrics: dict[str, Any]) -> bool:
     """Queues the metrics of step `done`; logs means every `log_every` steps. Returns as `_read` does."""

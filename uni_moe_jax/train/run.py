@@ -21,10 +21,11 @@ from uni_moe_jax.data.batches.assemble import Data
 from uni_moe_jax.data.batches.mixtures import UNBATCHED_FIELDS, Batch, BatchLayout, Mixture
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.io import storage
-from uni_moe_jax.model import attention_kernels, flops
+from uni_moe_jax.kernels import attention as attention_kernels
+from uni_moe_jax.kernels import gmm, projection
+from uni_moe_jax.model import flops
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, boxed_params, init_params
-from uni_moe_jax.moe import gmm, products
 from uni_moe_jax.parallel import multihost, sharding
 from uni_moe_jax.train import optimizer, warm_start
 from uni_moe_jax.train import workdir as workdir_lib
@@ -87,7 +88,7 @@ class Run:
   @property
   def rounds_products(self) -> bool:
     """Whether training rounds operands of products to bfloat16, see `config.train.cpu_bfloat16`."""
-    return products.choose_method(self.mesh, self.spec.cpu_bfloat16) == products.ROUNDED
+    return projection.choose_method(self.mesh, self.spec.cpu_bfloat16) == projection.ROUNDED
 
   def put_batch(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
     """Puts a host batch on the mesh; every process contributes its own shards."""

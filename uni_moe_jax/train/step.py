@@ -16,7 +16,6 @@ from jax.sharding import NamedSharding
 
 from uni_moe_jax.model import flops
 from uni_moe_jax.model.encoder import Collected
-from uni_moe_jax.moe import products
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.train import forward, router_metrics, used_params
 from uni_moe_jax.train.forward import Batch, Sampled, StepSpec, TargetSets
@@ -207,9 +206,8 @@ class Step:
       return train_step(state, batch, target_sets, key, spec=spec.with_numbers(numbers))
 
     # Options of the program: XLA_FLAGS would have to be set before JAX starts, and hold for all programs.
-    options = products.xla_options(replicated.mesh)
-    if deterministic and sharding.platform(replicated.mesh) == 'gpu':
-      options = {'xla_gpu_deterministic_ops': True}
+    deterministic = deterministic and sharding.platform(replicated.mesh) == 'gpu'
+    options = {'xla_gpu_deterministic_ops': True} if deterministic else {}
     self._jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
     self._key, self._numbers = np.asarray(jax.random.key_data(jax.random.key(seed))), spec.numbers
     self._replicated = replicated

@@ -1,8 +1,8 @@
 """Grouped matmul: rows sorted by expert, each times its expert's kernel.
 
 With a capacity, groups are equal and one batched product is fastest. Without one, it is a kernel of our own on GPUs
-(`gmm_triton.py`, from Ampere on: XLA's `ragged_dot` is a dense product there, E times as much work), and the megablox
-kernel of JAX on TPU. On CPU a loop over tiles gathers and sums tokens itself, see `gmm_tiled.py`. All backends compute
+(`triton.py`, from Ampere on: XLA's `ragged_dot` is a dense product there, E times as much work), and the megablox
+kernel of JAX on TPU. On CPU a loop over tiles gathers and sums tokens itself, see `tiled.py`. All backends compute
 the same. A program that is exported for several platforms has one product for CPUs and one for others, see `PORTABLE`.
 """
 
@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 
-from uni_moe_jax.moe import gmm_tiled, gmm_triton, pallas_kernels
+from uni_moe_jax.kernels.gmm import tiled as gmm_tiled
+from uni_moe_jax.kernels.gmm import triton as gmm_triton
 from uni_moe_jax.parallel import sharding
-from uni_moe_jax.tasks.router_names import GMM_BACKENDS
 from uni_moe_jax.utils.errors import UsageError
 
 AUTO, XLA = 'auto', 'xla'
@@ -23,6 +23,7 @@ DEVICES = {'megablox': 'tpu', 'triton': 'gpu'}  # kernel → type of device; els
 PORTABLE = 'portable'
 # Of programs for ONNX: each expert's product for every token, which is E / K times as much work in plain operations.
 EVERY_EXPERT = 'every_expert'
+_BACKENDS = 'batched', 'ragged', 'megablox', 'triton', 'tokamax', PORTABLE  # of `grouped_matmul`
 _TPU_ROWS = 128  # of a tile
 _TPU_SUBLANES = 16  # of a register: rows of bfloat16
 
@@ -68,7 +69,7 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
       equal: group e is rows e · G/E to (e + 1) · G/E, of which the first `sizes[e]` count.
     kernel: [E, D, F].
     sizes: int32 [E], rows of every group; G is `num_rows(backend, most)`, and Σ at most `most`.
-    backend: one of `GMM_BACKENDS` other than 'tiled'.
+    backend: a value of `config.moe.gmm` other than 'tiled'.
 
   Returns:
     [G, F]. Rows outside all groups have arbitrary values, NaN included; their incoming gradient must be 0.
@@ -82,14 +83,14 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
   if backend == 'megablox':
     tiling = (_TPU_ROWS, 128, 128)
     run = lambda *operands, interpret: gmm(*operands, x.dtype, tiling, None, None, False, interpret)
-    return pallas_kernels.compiled_on(('tpu',), run, x, kernel, sizes)
+    return gmm_triton.compiled_on(('tpu',), run, x, kernel, sizes)
   if backend == 'triton':
     return gmm_triton.grouped_matmul(x, kernel, sizes)
   if backend == 'tokamax':
     return _tokamax(x, kernel, sizes)
   if backend == PORTABLE:
     return in_rounds(x, kernel, sizes)
-  raise UsageError(f'backend {backend!r} is not one of {", ".join(GMM_BACKENDS[1:])}.')
+  raise UsageError(f'backend {backend!r} is not one of {", ".join(_BACKENDS)}.')
 
 
 def _tokamax(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -7,13 +7,13 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import jaxlib.version
 import numpy as np
 import pytest
 
 from tests.helpers import small_model, tiny
 from uni_moe_jax.eval import predictor
-from uni_moe_jax.moe import layers, products
+from uni_moe_jax.kernels import projection
+from uni_moe_jax.moe import layers
 from uni_moe_jax.train import run as train_run
 
 SHAPES = [((2, 4, 6), (6, 3, 2, 5)), ((2, 4, 3, 5), (3, 5, 6)), ((2, 4, 6), (6, 5)), ((2, 4, 5), (5, 6))]
@@ -31,7 +31,7 @@ def _product(x, kernel):
   return jnp.tensordot(x, kernel, x.ndim - 2)
 
 
-@pytest.mark.parametrize('method', [products.PLAIN, products.CPU])
+@pytest.mark.parametrize('method', [projection.PLAIN, projection.CPU])
 @pytest.mark.parametrize('x, kernel', SHAPES)
 def test_a_product_has_the_same_gradients_by_every_method(x, kernel, method):
   x, kernel = _normal(0, x), _normal(1, kernel)
@@ -45,7 +45,7 @@ def test_a_product_has_the_same_gradients_by_every_method(x, kernel, method):
 @pytest.mark.parametrize('inputs, outputs', [(32, 16), (16, 32)])
 def test_the_gradient_of_a_kernel_transposes_the_narrower_side(inputs, outputs):
   x, kernel = _normal(0, (2, 64, inputs)), _normal(1, (inputs, outputs))
-  loss = lambda kernel: jnp.sin(products.dot(x, kernel, method=products.CPU)).sum()
+  loss = lambda kernel: jnp.sin(projection.dot(x, kernel, method=projection.CPU)).sum()
   text = jax.jit(jax.grad(loss)).lower(kernel).compile().as_text()
   results = re.findall(r'= f32\[([\d,]+)\]\S* dot\(', text)
   assert '16,32' in results and '32,16' not in results
@@ -55,7 +55,7 @@ def test_the_gradient_of_a_kernel_transposes_the_narrower_side(inputs, outputs):
 def test_operands_are_rounded_and_sums_are_not(x, kernel):
   x, kernel = _normal(0, x), _normal(1, kernel)
   dy = _normal(2, _product(x, kernel).shape)
-  y, pull = jax.vjp(lambda x, w: layers.project(x, w, jnp.zeros(dy.shape[2:]), None, products.ROUNDED), x, kernel)
+  y, pull = jax.vjp(lambda x, w: layers.project(x, w, jnp.zeros(dy.shape[2:]), None, projection.ROUNDED), x, kernel)
   expected, pull_expected = jax.vjp(_product, _rounded(x), _rounded(kernel))
   for a, b in zip((y, *pull(dy)), (expected, *pull_expected(_rounded(dy))), strict=True):
     assert a.dtype == jnp.float32
@@ -65,10 +65,10 @@ def test_operands_are_rounded_and_sums_are_not(x, kernel):
 
 def test_rounding_and_a_float32_sum_by_hand():
   # 1 + 2⁻⁹ is rounded to 1. The sum 256 + 1, which bfloat16 would round to 256, is not.
-  assert products.matmul_rounded(jnp.array([[1 + 2**-9]]), jnp.ones((1, 1))).tolist() == [[1.]]
+  assert projection.matmul_rounded(jnp.array([[1 + 2**-9]]), jnp.ones((1, 1))).tolist() == [[1.]]
   x, y = jnp.array([[256., 1.], [0., 3.]]), jnp.array([[1.], [1.]])
-  assert products.matmul_rounded(x, y).tolist() == [[257.], [3.]]
-  assert products.transposed_matmul_rounded(x, y).tolist() == [[256.], [4.]]
+  assert projection.matmul_rounded(x, y).tolist() == [[257.], [3.]]
+  assert projection.transposed_matmul_rounded(x, y).tolist() == [[256.], [4.]]
 
 
 @contextlib.contextmanager
@@ -77,8 +77,8 @@ def _processor(flags: str | None, folder):
   cpuinfo = folder / 'cpuinfo'
   if flags is not None:
     cpuinfo.write_text(f'model name\t: a processor\nflags\t\t: {flags}\n')
-  uncached = products.processor_flags.__wrapped__
-  with mock.patch.object(products, 'CPUINFO', cpuinfo), mock.patch.object(products, 'processor_flags', uncached):
+  uncached = projection.processor_flags.__wrapped__
+  with mock.patch.object(projection, 'CPUINFO', cpuinfo), mock.patch.object(projection, 'processor_flags', uncached):
     yield
 
 
@@ -86,58 +86,16 @@ def _processor(flags: str | None, folder):
     ('fpu amx_bf16 avx2', True), ('fpu avx512_bf16', True), ('fpu avx512f avx_vnni', False), (None, False)])
 def test_processors_that_multiply_bfloat16(flags, multiplies, tmp_path):
   with _processor(flags, tmp_path):
-    assert products.multiplies_bfloat16() == multiplies
-
-
-_MEASURED = jaxlib.version.__version_info__[:2]
-
-
-@pytest.mark.parametrize('flags, cpus, jaxlib_version, eigen', [
-    ('fpu avx2', 1, _MEASURED, True), ('fpu avx2 avx512f', 1, _MEASURED, False), ('fpu neon', 1, _MEASURED, False),
-    (None, 1, _MEASURED, False), ('fpu avx2', 2, _MEASURED, False), ('fpu avx2', 1, (0, 0), False)])
-def test_training_on_one_cpu_with_avx2_alone_has_options(flags, cpus, jaxlib_version, eigen, tmp_path):
-  mesh = jax.make_mesh((cpus,), ('data',), devices=jax.devices()[:cpus])
-  with _processor(flags, tmp_path), mock.patch.object(products, '_MEASURED', jaxlib_version):
-    assert bool(products.xla_options(mesh)) == eigen
-
-
-@pytest.mark.skipif(_MEASURED != products._MEASURED, reason='another jaxlib may not have these options')
-def test_with_the_options_eigen_multiplies_and_the_library_sums(tmp_path):
-  def multiply_and_sum(x, y):
-    product = jnp.matmul(x, y)
-    return product, jnp.square(x).sum(-1)
-
-  x, y = _normal(0, (6, 96, 64)), _normal(1, (6, 64, 96))
-  mesh = jax.make_mesh((1,), ('data',), devices=jax.devices()[:1])
-  with _processor('avx2', tmp_path):
-    options = products.xla_options(mesh)
-  results, in_library = [], []
-  for chosen in ({}, options):
-    program = jax.jit(multiply_and_sum, compiler_options=chosen).lower(x, y).compile()
-    entry = program.as_text().partition('ENTRY')[2]
-    in_library.append({shape: '__ynn_fusion' in line for shape in ('f32[6,96,96]', 'f32[6,96]')
-                       for line in entry.splitlines() if f' = {shape}' in line})
-    results.append(program(x, y))
-  assert in_library == [{'f32[6,96,96]': True, 'f32[6,96]': True}, {'f32[6,96,96]': False, 'f32[6,96]': True}]
-  # Of sums of 64 products that cancel, processors leave other rounding errors.
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
-
-
-def test_a_training_step_is_compiled_with_the_options():
-  run = _run('attribute', False)
-  with mock.patch.object(products, 'xla_options', lambda _: {'an_option_that_xla_lacks': True}):
-    step = run.step_fn()
-  with pytest.raises(RuntimeError, match='an_option_that_xla_lacks'):
-    step.lower(*_arguments(run)).compile()
+    assert projection.multiplies_bfloat16() == multiplies
 
 
 @pytest.mark.parametrize('wanted, multiplies, cpus, method', [
-    (True, True, 1, products.ROUNDED), (False, True, 1, products.CPU), (True, False, 1, products.CPU),
-    (True, True, 2, products.PLAIN)])
+    (True, True, 1, projection.ROUNDED), (False, True, 1, projection.CPU), (True, False, 1, projection.CPU),
+    (True, True, 2, projection.PLAIN)])
 def test_the_method_of_a_mesh(wanted, multiplies, cpus, method):
   mesh = jax.make_mesh((cpus,), ('data',), devices=jax.devices()[:cpus])
-  with mock.patch.object(products, 'multiplies_bfloat16', lambda: multiplies):
-    assert products.choose_method(mesh, wanted) == method
+  with mock.patch.object(projection, 'multiplies_bfloat16', lambda: multiplies):
+    assert projection.choose_method(mesh, wanted) == method
 
 
 @functools.cache
@@ -158,7 +116,7 @@ def test_training_takes_the_step_of_float32_up_to_rounding(router):
   losses = []
   for cpu_bfloat16 in (False, True):
     run = _run(router, cpu_bfloat16)
-    with mock.patch.object(products, 'multiplies_bfloat16', lambda: True):
+    with mock.patch.object(projection, 'multiplies_bfloat16', lambda: True):
       losses.append(float(run.step_fn()(*_arguments(run))[1]['loss/total']))
   assert 0 < abs(losses[1] - losses[0]) < .01 * losses[0]
 
@@ -166,7 +124,7 @@ def test_training_takes_the_step_of_float32_up_to_rounding(router):
 @pytest.mark.parametrize('multiplies', [True, False])
 def test_a_processor_that_does_not_multiply_bfloat16_multiplies_float32(multiplies):
   run = _run('attribute', True)
-  with mock.patch.object(products, 'multiplies_bfloat16', lambda: multiplies):
+  with mock.patch.object(projection, 'multiplies_bfloat16', lambda: multiplies):
     text = run.step_fn().lower(*_arguments(run)).as_text()
   assert ('bf16' in text) == multiplies
 
@@ -174,15 +132,15 @@ def test_a_processor_that_does_not_multiply_bfloat16_multiplies_float32(multipli
 def test_evaluation_multiplies_float32():
   run = _run('attribute', True)
   sequence = small_model.sequence('image_classification')
-  with mock.patch.object(products, 'multiplies_bfloat16', lambda: True):
+  with mock.patch.object(projection, 'multiplies_bfloat16', lambda: True):
     assert 'bf16' not in predictor.encode.lower(run.spec.model, run.init().params, sequence).as_text()
 
 
-@pytest.mark.skipif(not products.multiplies_bfloat16(), reason='this processor does not multiply bfloat16')
+@pytest.mark.skipif(not projection.multiplies_bfloat16(), reason='this processor does not multiply bfloat16')
 def test_products_of_training_run_in_the_library_that_multiplies_bfloat16():
   x, kernel, dy = jnp.ones((2, 64, 32)), jnp.ones((32, 128)), jnp.ones((2, 64, 128))
-  pull = lambda x, kernel, dy: jax.vjp(lambda *args: products.dot(*args, method=products.ROUNDED), x, kernel)[1](dy)
-  for function, arguments, count in ((pull, (x, kernel, dy), 2), (products.matmul_rounded, (x, kernel), 1)):
+  pull = lambda x, kernel, dy: jax.vjp(lambda *args: projection.dot(*args, method=projection.ROUNDED), x, kernel)[1](dy)
+  for function, arguments, count in ((pull, (x, kernel, dy), 2), (projection.matmul_rounded, (x, kernel), 1)):
     text = jax.jit(function).lower(*arguments).compile().as_text()
     in_library = [line for line in text.splitlines() if ' dot(' in line]
     assert len(in_library) == count and text.count('__ynn_fusion') >= count

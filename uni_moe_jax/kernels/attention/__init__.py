@@ -15,7 +15,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from uni_moe_jax.model.sequences import heads_first
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.utils.errors import UsageError
 
@@ -30,6 +29,11 @@ _LANES = 128  # blocks of splash attention are multiples of it
 # A block has at most 256 bfloat16 or 128 float32 queries, and 2,048 keys: libtpu fits the kernels into the 16 MiB of
 # fast memory that one may use on v4 and v5e, for heads of 128 numbers.
 _QUERY_BYTES, _KEYS = 512, 2048
+
+
+def heads_first(x: jax.Array) -> jax.Array:
+  """[…, S, N, H] → […, N, S, H]."""
+  return x.swapaxes(-3, -2)
 
 
 def choose(implementation: str, q: jax.Array, k: jax.Array, padding_trails: bool, mesh: Mesh | None) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import jaxlib.version
 from jax.sharding import Mesh
 
 from uni_moe_jax.parallel import sharding
@@ -18,9 +17,6 @@ from uni_moe_jax.parallel import sharding
 PLAIN, CPU, ROUNDED = 'plain', 'cpu', 'rounded'  # methods
 CPUINFO = pathlib.Path('/proc/cpuinfo')  # of Linux
 _BFLOAT16 = {'amx_bf16', 'avx512_bf16'}  # flags of Intel's Xeons since 2023 and of AMD's Zen 4
-# Of XLA's library YNNPACK, sums alone: Eigen multiplies.
-_EIGEN = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'}
-_MEASURED = (0, 10)  # version of jaxlib; another one may not have the option, and would refuse it
 
 
 @functools.cache
@@ -32,17 +28,6 @@ def processor_flags() -> frozenset[str]:
 def multiplies_bfloat16() -> bool:
   """Whether this machine's processor has instructions that multiply bfloat16."""
   return not _BFLOAT16.isdisjoint(processor_flags())
-
-
-def xla_options(mesh: Mesh | None) -> dict[str, str]:
-  """Options of XLA for training on a mesh.
-
-  YNNPACK multiplies the small matrices of attention on one core, however many there are. Without AVX-512 it has no
-  faster kernels to make up for that, so a training step is faster with Eigen. Decoding is slower with it.
-  """
-  flags = processor_flags()
-  eigen = 'avx2' in flags and 'avx512f' not in flags and jaxlib.version.__version_info__[:2] == _MEASURED
-  return _EIGEN if eigen and sharding.on_one_cpu(mesh) else {}
 
 
 def choose_method(mesh: Mesh | None, cpu_bfloat16: bool) -> str:

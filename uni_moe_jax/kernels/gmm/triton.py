@@ -6,14 +6,13 @@ tiles are masked, and nothing is padded or copied.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-
-from uni_moe_jax.moe import pallas_kernels
 
 _GPUS = 'cuda', 'rocm'
 
@@ -35,6 +34,17 @@ class Tiles(NamedTuple):
     return triton.CompilerParams(num_warps=self.warps, num_stages=self.stages)
 
 
+def compiled_on(platforms: Sequence[str], kernel: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+  """kernel(*operands, interpret=…): compiled on its own platforms, interpreted on others, as in tests.
+
+  The platform of the lowering counts, not the machine that lowers: programs for TPUs and GPUs are also made without
+  one.
+  """
+  compiled = functools.partial(kernel, interpret=False)
+  return jax.lax.platform_dependent(
+      *operands, default=functools.partial(kernel, interpret=True), **dict.fromkeys(platforms, compiled))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(
     x: jax.Array, kernel: jax.Array, sizes: jax.Array, tiles: tuple[Tiles, Tiles, Tiles] = (Tiles(),) * 3) -> jax.Array:
@@ -43,15 +53,15 @@ def grouped_matmul(
   tiles: of the product, and of the gradients of x and of kernel.
   """
   product = functools.partial(_products, contract=0, tiles=tiles[0])
-  return pallas_kernels.compiled_on(_GPUS, product, x, kernel, sizes)
+  return compiled_on(_GPUS, product, x, kernel, sizes)
 
 
 def _backward(tiles, saved, dy):
   x, kernel, sizes = saved
   product = functools.partial(_products, contract=1, tiles=tiles[1])
   gradient = functools.partial(_gradients, dtype=kernel.dtype, tiles=tiles[2])
-  dx = pallas_kernels.compiled_on(_GPUS, product, dy, kernel, sizes)
-  return dx, pallas_kernels.compiled_on(_GPUS, gradient, x, dy, sizes), None
+  dx = compiled_on(_GPUS, product, dy, kernel, sizes)
+  return dx, compiled_on(_GPUS, gradient, x, dy, sizes), None
 
 
 grouped_matmul.defvjp(lambda *operands: (grouped_matmul(*operands), operands[:3]), _backward)
