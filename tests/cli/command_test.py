@@ -1,16 +1,15 @@
-"""The command uni-moe: its help, its mistakes, what it imports; configs by name; completion in bash."""
+"""The command uni-moe: its help, its mistakes, what it imports; configs by name."""
 
 import json
 import multiprocessing
 import pathlib
-import subprocess
 import sys
 
 import pytest
 
-from tests.helpers import in_process, processes
+from tests.helpers import processes
 from uni_moe_jax.cli import boundary as cli
-from uni_moe_jax.cli import command, completion, shipped
+from uni_moe_jax.cli import command, shipped
 from uni_moe_jax.utils.errors import UsageError
 
 # Run before the arguments are parsed; prints the third-party packages that a command has imported when it ends.
@@ -58,9 +57,7 @@ def test_the_command_alone_explains_itself_and_is_wrong_usage(capsys, monkeypatc
 
 @pytest.mark.parametrize('arguments, message', [
     (['trian'], "error: uni-moe: command 'trian' is unknown; did you mean 'train'? choices: benchmark, "),
-    (['help', 'quikstart'], "error: uni-moe help: 'quikstart' is unknown; did you mean 'quickstart'?"),
-    (['completion', 'bsh'], "error: uni-moe completion: bsh is no shell; did you mean 'bash' or "),
-    (['completion'], 'error: uni-moe completion: nothing is no shell; choices: bash, fish, zsh')])
+    (['help', 'quikstart'], "error: uni-moe help: 'quikstart' is unknown; did you mean 'quickstart'?")])
 def test_a_mistake_is_one_sentence_and_exit_code_2(capsys, monkeypatch, arguments, message):
   code, output, errors = _main(capsys, monkeypatch, *arguments)
   assert (code, output, errors.count('\n')) == (2, '', 1) and errors.startswith(message), errors
@@ -134,28 +131,6 @@ def test_a_mistyped_config_names_the_nearest(config, message):
   with pytest.raises(UsageError) as refused:
     cli.config_from(config, [])
   assert message in str(refused.value)
-
-
-@pytest.mark.parametrize('words, expected', [
-    (['ev'], ['evaluate']), (['help', 'pre'], ['preflight', 'prepare-data', 'pretrain']),
-    (['completion', 'z'], ['zsh']), (['train', 'x'], []), (['none', '--'], [])])
-def test_words_are_completed(words, expected):
-  assert completion.candidates(words) == expected
-
-
-@pytest.mark.parametrize('line, expected', [
-    ('uni-moe prep', ['prepare-data']),
-    ('uni-moe train --compile_o', ['--compile_only']),
-    ('uni-moe train --config=qu', ['quickstart']),  # bash replaces what follows the =
-    ('uni-moe export --workdir=r --dtype=', ['float32', 'bfloat16']),
-    ('uni-moe preflight --to', ['--topology=']),
-    ('uni-moe train --workdir=ru', [])])  # then bash completes files
-def test_bash_completes(tmp_path, line, expected):
-  in_process.write_command(tmp_path / 'uni-moe')
-  script = f'''PATH={tmp_path}:$PATH; eval "$(uni-moe completion bash)"; compopt() {{ :; }}
-COMP_LINE='{line}' COMP_POINT={len(line)}; _uni_moe; echo "${{#COMPREPLY[@]}}" "${{COMPREPLY[@]}}"'''
-  done = subprocess.run(['bash', '-c', script], capture_output=True, text=True, check=True)
-  assert done.stdout.split() == [str(len(expected)), *expected], done.stderr
 
 
 def test_scripts_and_configs_of_an_installed_package_are_inside_it(tmp_path, monkeypatch):

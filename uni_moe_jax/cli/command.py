@@ -17,7 +17,6 @@ _HEAD = """Train, adapt, analyze and export sparse generalist models.
 
 Usage: uni-moe COMMAND [--FLAG=VALUE ...]
        uni-moe help NAME                    flags of a command, or arguments of a config
-       uni-moe completion bash|zsh|fish     completion of commands, flags and configs; eval "$(uni-moe completion bash)"
 """
 _EXAMPLE = """A first run, in about twenty minutes on two CPU cores:
   uni-moe prepare-data
@@ -35,9 +34,6 @@ def main() -> None:
     run(name, arguments[1:])
   elif name in ('help', '--help', '-h', '--version'):
     _help(arguments)
-  elif name == 'completion':
-    from uni_moe_jax.cli import completion
-    sys.exit(completion.main(arguments[1:]))
   elif name:
     print(f'error: uni-moe: command {name!r} is unknown; {nearest(name, scripts)}.', file=sys.stderr)
     sys.exit(exit_codes.USAGE)
