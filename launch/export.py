@@ -5,7 +5,7 @@
 
 Experts are merged permanently if the router allows it; --tasks and --bake_targets reduce the number of conditions and
 so of kernels. --torch adds the published PyTorch layout of a model with one kernel per projection. README.md in the
-folder is the model card. docs/guides/export_formats.md describes --saved_model, --onnx and --browser, and how another
+folder is the model card. docs/guides/export_formats.md describes --onnx and --browser, and how another
 run starts from the folder (--checkpoint), also from the Hugging Face Hub (--push_to_hub=OWNER/NAME).
 """
 
@@ -31,7 +31,6 @@ _NUM_EXAMPLES = flags.DEFINE_integer(
     'then contains data of the run.', lower_bound=0)
 _TORCH = flags.DEFINE_bool(
     'torch', False, 'Add model.pth in the layout of the published dense model (one condition only).')
-_SAVED_MODEL = flags.DEFINE_bool('saved_model', False, 'Add the folder saved_model, for TensorFlow and its Serving.')
 _ONNX = flags.DEFINE_bool('onnx', False, 'Add ONNX models of the programs, converted in an environment of its own.')
 _BROWSER = flags.DEFINE_bool(
     'browser', False, 'Add the ONNX models and index.html, a page that runs them; needs npm once.')
@@ -53,7 +52,7 @@ def main() -> int:
   from uni_moe_jax.export import artifact, contents
   from uni_moe_jax.train import checkpoint, loop, trained_run
   run, params, step = trained_run.read(workdir, config, _BEST.value)
-  formats = [flag.name for flag in (_TORCH, _SAVED_MODEL, _ONNX, _BROWSER) if flag.value]
+  formats = [flag.name for flag in (_TORCH, _ONNX, _BROWSER) if flag.value]
   artifact.prepare(formats, _DTYPE.value or run.spec.model.spec.dtype, run.data)
   exported = contents.make_contents(
       run.spec.model.spec, params, run.plan, run.data, tasks=_TASKS.value, bake_targets=_BAKE_TARGETS.value,

@@ -10,8 +10,6 @@ prepared.json: splits, statistics, and skipped rows with the reason. Rerun a kil
 is downloaded by TFDS and becomes 'tfds:coco_captions'.
 """
 
-import shlex
-
 from absl import flags
 
 from uni_moe_jax.cli import boundary as cli
@@ -36,8 +34,6 @@ _MAX_CORRUPT_FRACTION = flags.DEFINE_float(
     'max_corrupt_fraction', 0.1, 'Largest fraction of rows that may be skipped; more is an error.', 0, 1)
 _NUM_WORKERS = flags.DEFINE_integer(
     'num_workers', cores.available(), 'Processes for the embedded and your own data.', 1)
-_RUNNER = flags.DEFINE_enum('runner', 'local', ['local', 'beam'], 'What prepares your own data: processes, or Beam.')
-_BEAM_OPTIONS = flags.DEFINE_string('beam_options', '', 'Options of Apache Beam, such as "--runner=DataflowRunner …".')
 
 
 def main() -> int:
@@ -54,8 +50,7 @@ def main() -> int:
     with input_shards.opened(_INPUT.value, _CACHE_DIR.value) as source:
       prepared = prepare.prepare(
           source, directory, _NAME.value, _VERSION.value, _GIF.value, _TEST_FRACTION.value, _MAX_CORRUPT_FRACTION.value,
-          _ALLOW_OUTSIDE.value, _NUM_WORKERS.value,
-          shlex.split(_BEAM_OPTIONS.value) if _RUNNER.value == 'beam' else None)
+          _ALLOW_OUTSIDE.value, _NUM_WORKERS.value)
     print(summary.describe(prepared))
   else:
     from uni_moe_jax.data.embedded import build

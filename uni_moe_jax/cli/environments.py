@@ -21,7 +21,7 @@ def python(name: str, title: str, size: str, *installs: Sequence[str]) -> str:
   """Return the interpreter of an environment, which is made in ~/.cache/uni_moe_jax if there is none.
 
   Args:
-    name: of its folder. title, size: for messages, such as 'Apache Beam' and '1 GB'.
+    name: of its folder. title, size: for messages, such as 'jax2onnx' and '1.1 GB'.
     installs: arguments of `pip install`, one after the other.
 
   Raises:

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import os
 import time
@@ -12,11 +13,12 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from uni_moe_jax.config.plan import Evaluation, Plan
 from uni_moe_jax.data.batches.assemble import Data, Sources
 from uni_moe_jax.data.examples.examples import Examples
-from uni_moe_jax.eval import baselines, evaluators, example_scores, glue_vqa, samples
+from uni_moe_jax.eval import baselines, evaluators, glue_vqa, samples
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor
@@ -28,8 +30,8 @@ from uni_moe_jax.utils.errors import MissingFileError
 
 EVALUATION_FILE = 'evaluation.json'
 EVALUATORS_FILE = 'evaluators.json'  # those that made it
+EXAMPLES_FILE = 'evaluation_examples.npz'  # scores of single examples, so that runs can be compared by them
 _DATA, _MODEL = 'data_fingerprint', 'model_fingerprint'  # fields of these, beside those of the config
-MERGED_FILE = 'merged.json'  # how far the scores of a merged model are from these
 EVALUATORS: dict[str, Callable[[Query], list[Score]]] = {
     'classification': evaluators.classification,
     'retrieval': evaluators.retrieval,
@@ -78,13 +80,29 @@ def evaluate(
   if writes:
     # Empty while files change: rows are never taken for those of other evaluators, whenever this process is killed.
     write_json(folder / EVALUATORS_FILE, {})
-    example_scores.write(workdir, measured)
+    _write_example_scores(folder, measured)
     in_order = {e.name: shown[e.name] for e in plan.evaluations if e.name in shown}
     write_json(folder / samples.FILE, in_order)
     write_json(folder / EVALUATION_FILE, rows)
     write_json(folder / EVALUATORS_FILE, {
         name: {**fields, _DATA: fingerprints.get(name), _MODEL: model} for name, fields in _settings(plan).items()})
   return rows
+
+
+def _write_example_scores(folder: storage.Path, scores: Iterable[tuple[str, Score]]) -> None:
+  """Writes {'EVALUATOR/METRIC': values and weights, float32 [2, N]} of every metric that is a mean over examples.
+
+  The value in evaluation.json is the weighted mean; that of perplexity is exp of minus the mean. Examples have the same
+  order in all runs on the same data: it depends on the data and on the evaluator's name alone.
+  """
+  arrays = {}
+  for evaluator, score in scores:
+    if (values := score.per_example) is not None:
+      weights = np.ones(len(values)) if score.weights is None else score.weights
+      arrays[f'{evaluator}/{score.name}'] = np.stack([values, weights]).astype(np.float32)
+  content = io.BytesIO()
+  np.savez_compressed(content, **arrays)
+  storage.write_bytes(folder / EXAMPLES_FILE, content.getvalue())
 
 
 def _measure(
@@ -149,12 +167,6 @@ def _has_other_data(plan: Plan, config: ml_collections.ConfigDict | None, finger
   with contextlib.suppress(MissingFileError):
     return config is not None and fingerprints != Sources(config, plan).evaluation_fingerprints()
   return False
-
-
-def protocols(workdir: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
-  """Evaluator → its fields and the digest of its data, of the evaluation in a work directory, whatever its model."""
-  made_by = read_json(storage.path(workdir) / EVALUATORS_FILE) or {}
-  return {name: {k: v for k, v in fields.items() if k != _MODEL} for name, fields in made_by.items()}
 
 
 def evaluated_step(workdir: str | os.PathLike[str]) -> int | None:

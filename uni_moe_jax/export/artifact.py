@@ -23,7 +23,7 @@ from uni_moe_jax.data.examples import npz_records
 from uni_moe_jax.data.shards import mirror
 from uni_moe_jax.data.text.clip_tokenizer import SURPLUS_SPACES, ClipTokenizer
 from uni_moe_jax.data.text.tokenizer import Tokenizer
-from uni_moe_jax.export import browser, description, model_card, onnx_programs, saved_model, torch_dense
+from uni_moe_jax.export import browser, description, model_card, onnx_programs, torch_dense
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import programs
 from uni_moe_jax.io import storage
@@ -66,8 +66,8 @@ def write(
     contents: what is exported.
     provenance: origin of the parameters as JSON: config, data, versions, step, seed, commits.
     evaluation: rows of evaluation.json for the model card; [] if the step was not evaluated.
-    formats: also written: 'torch', model.pth in the layout of the published dense model; 'saved_model', a folder for
-      TensorFlow; 'onnx', a model for each program that can be converted; 'browser', a page that runs these.
+    formats: also written: 'torch', model.pth in the layout of the published dense model; 'onnx', a model for each
+      program that can be converted; 'browser', a page that runs these.
     write_start: adds to a folder what a run needs to start from it.
 
   Raises:
@@ -99,8 +99,6 @@ def write(
     manifest = description.manifest(contents, files, tokenizer, provenance)
     if 'browser' in formats:
       browser.write(staging)
-    if 'saved_model' in formats:
-      saved_model.write(staging, manifest['tasks'], staging / 'saved_model')
     sums = {p.relative_to(staging).as_posix(): _checksum(p) for p in sorted(staging.rglob('*')) if p.is_file()}
 
     def write_last(name: str, text: str) -> None:

@@ -24,7 +24,7 @@ def evaluate(
     workdir: str | os.PathLike[str]) -> str:
   """Merges an evaluated model for all its conditions, runs every evaluator on one device and compares the scores.
 
-  Writes the files of an evaluation to `FOLDER` and {'largest_difference', 'metric'} to `suite.MERGED_FILE`.
+  Writes the files of an evaluation to `FOLDER`.
 
   Returns:
     A sentence about the largest difference.
@@ -40,7 +40,6 @@ def evaluate(
   storage.make_folder(folder / FOLDER)
   difference, metric = largest_difference(
       suite.evaluate(plan, data, predictor, rows[0]['step'], folder / FOLDER), rows)
-  files.write_json(folder / suite.MERGED_FILE, {'largest_difference': difference, 'metric': metric})
   return f'merged: the largest difference of a score is {difference:.1g}, in {metric}'
 
 

@@ -28,7 +28,6 @@ _EXPERTS = {
 _ADDED = {
     'config.json': ' `config.json`, the tokenizer and `checkpoints/` (parameters with all experts) are a run that '
                    "another run can start from: set `config.train.init` to this folder's address.",
-    'saved_model/saved_model.pb': ' `saved_model/` is for TensorFlow and TensorFlow Serving (signatures TASK.PROGRAM).',
     'onnx_model.py': ' `onnx_model.py` runs the ONNX models, which read `params.safetensors` beside them.',
     'index.html': ' `index.html` runs them in a browser; any static web server can serve this folder.'}
 _CLIP = (' `texts.py` decodes captions but does not tokenize: tokenize your texts with the merges of `{file}` and end '

@@ -1,7 +1,10 @@
 """The training step and the evaluation of a run, compiled for absent devices, and a cache of them with a deadline."""
 
 import dataclasses
+import pathlib
+import pickle
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +21,7 @@ from uni_moe_jax.eval import predictor
 from uni_moe_jax.model import sequences
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.preflight import cost, hlo, libtpu_plan
+from uni_moe_jax.preflight import topology as topology_lib
 from uni_moe_jax.preflight.topology import Topology
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.run import Run
@@ -287,3 +291,20 @@ class Compiler:
 
 def _key(config: Config) -> str:
   return config.to_json_best_effort(sort_keys=True)
+
+
+def _compile_in_subprocess(folder: pathlib.Path) -> None:
+  """Compile the program that standard input names; XLA dumps its plan into the folder, see `libtpu_plan`."""
+  config, which, name = pickle.load(sys.stdin.buffer)
+  run = prepare(Config(config), topology_lib.devices(topology_lib.parse(name)))
+  options = {'xla_dump_to': str(folder), 'xla_dump_hlo_as_text': True}
+  try:
+    lowered(run, which).compile(compiler_options=options)
+  except jax.errors.JaxRuntimeError as error:
+    if not libtpu_plan.is_too_large(error):
+      raise
+    (folder / libtpu_plan.TOO_LARGE).write_text(str(error))
+
+
+if __name__ == '__main__':
+  _compile_in_subprocess(pathlib.Path(sys.argv[1]))

@@ -24,7 +24,7 @@ from uni_moe_jax.utils import signals
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _PLAN = '*after_optimizations_after_buffer_assignment.txt'
 _BUFFERS = '*after_optimizations-buffer-assignment.txt'
-_TOO_LARGE = 'too_large.txt'  # the compiler's message for a program that is too large
+TOO_LARGE = 'too_large.txt'  # the compiler's message for a program that is too large
 _ALLOCATION = re.compile(r'^allocation \d+: size (\d+), (.*)$', re.MULTILINE)
 _POLL_SECONDS = 0.1
 _LOG_CHARACTERS = 4000  # of a failed subprocess, in the error
@@ -49,7 +49,7 @@ def plan_program(config: ml_collections.ConfigDict, which: Any, topology: Topolo
     folder, log = pathlib.Path(name), pathlib.Path(name) / 'log.txt'
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(_ROOT), os.environ.get('PYTHONPATH', '')])}
     with log.open('wb') as out:
-      child = signals.start([sys.executable, '-m', 'uni_moe_jax.preflight.libtpu_plan', name], signal.SIGKILL,
+      child = signals.start([sys.executable, '-m', 'uni_moe_jax.preflight.compiled_programs', name], signal.SIGKILL,
                             stdin=subprocess.PIPE, stdout=out, stderr=out, env=environment)
     try:
       with child.stdin as pipe:
@@ -59,30 +59,13 @@ def plan_program(config: ml_collections.ConfigDict, which: Any, topology: Topolo
     finally:
       child.kill()
       child.wait()
-    if (folder / _TOO_LARGE).exists():
-      raise jax.errors.JaxRuntimeError((folder / _TOO_LARGE).read_text())
+    if (folder / TOO_LARGE).exists():
+      raise jax.errors.JaxRuntimeError((folder / TOO_LARGE).read_text())
     if not _is_complete(folder):
       tail = log.read_text(errors='replace')[-_LOG_CHARACTERS:]
       raise RuntimeError(f'compiling ended with exit code {child.returncode} and no plan: {tail}')
     [text], [buffers] = folder.glob(_PLAN), folder.glob(_BUFFERS)
     return text.read_text(), parse_buffers(buffers.read_text())
-
-
-def _compile_in_subprocess(folder: pathlib.Path) -> None:
-  """Compile the program that standard input names; XLA dumps its plan into the folder."""
-  from uni_moe_jax.preflight import (
-    compiled_programs,  # pylint: disable=g-import-not-at-top
-    topology,  # pylint: disable=g-import-not-at-top
-  )
-  config, which, name = pickle.load(sys.stdin.buffer)
-  run = compiled_programs.prepare(ml_collections.ConfigDict(config), topology.devices(topology.parse(name)))
-  options = {'xla_dump_to': str(folder), 'xla_dump_hlo_as_text': True}
-  try:
-    compiled_programs.lowered(run, which).compile(compiler_options=options)
-  except jax.errors.JaxRuntimeError as error:
-    if not is_too_large(error):
-      raise
-    (folder / _TOO_LARGE).write_text(str(error))
 
 
 def plan_of(compiled: jax.stages.Compiled) -> tuple[str, dict[str, float]]:
@@ -114,7 +97,3 @@ def _is_complete(folder: pathlib.Path) -> bool:
       # Every computation ends with a brace; the last one is the entry.
       return f.read().rstrip().endswith(b'\n}') and b'\nENTRY ' in file.read_bytes()
   return False
-
-
-if __name__ == '__main__':
-  _compile_in_subprocess(pathlib.Path(sys.argv[1]))

@@ -51,7 +51,7 @@ Run = Callable[[Iterable[workers.Task], int, str], None]  # tasks, their number,
 def prepare(
     source: storage.Path, data_dir: str | os.PathLike[str], name: str, version: str = VERSION, gif: str = 'image',
     test_fraction: float = 0.1, max_corrupt_fraction: float = 0.1, allow_outside: bool = False,
-    num_workers: int = 1, beam_options: Sequence[str] | None = None) -> dict:
+    num_workers: int = 1) -> dict:
   """Prepares a file or folder as dataset `name` in a folder of prepared data; returns the content of prepared.json.
 
   A preparation that was killed continues: parts of the input that are done are not read again.
@@ -60,8 +60,7 @@ def prepare(
     source: see `input_shards`. gif, allow_outside: see `input_shards.read`.
     max_corrupt_fraction: the largest fraction of skipped rows.
     test_fraction: fraction of the groups that becomes the split 'test' if the data names no splits.
-    num_workers: processes. beam_options: of a pipeline of Apache Beam instead; its workers write into the bucket, if
-      `data_dir` is in one. The result depends on neither.
+    num_workers: processes. The result does not depend on their number.
 
   Raises:
     UsageError: nothing to read, an invalid name, an existing version, or too many skipped rows.
@@ -71,9 +70,7 @@ def prepare(
   if not VERSIONS.fullmatch(version):
     raise UsageError(f'--version={version!r} must look like {VERSION}.')
   folder = pathlib.Path(data_dir) / FOLDER / name / version
-  in_bucket = beam_options is not None and isinstance(data_dir, mirror.Mirror)
-  parent = storage.path(str(data_dir)) / FOLDER / name if in_bucket else folder.parent
-  work = parent / f'.{version}.unfinished'
+  work = folder.with_name(f'.{version}.unfinished')
   existing = UsageError(f'{folder} already exists; give another --version or --name, or remove it.')
   if not mirror.has_dataset(data_dir, folder):
     check_renames_folders(pathlib.Path(data_dir), '--data_dir')
@@ -84,14 +81,9 @@ def prepare(
     after_lock = stack.enter_context(contextlib.ExitStack())  # the lock is in the folder
     if owner := locks.lock(work, stack):
       raise UsageError(f'{work} is locked by {owner}, which prepares the same dataset; wait until it has ended.')
-    if not in_bucket:
-      _remove_temporary(work)
-    scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(
-        prefix='.scratch-', dir=None if in_bucket else work)))
+    _remove_temporary(work)
+    scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='.scratch-', dir=work)))
     run = functools.partial(workers.run, num_workers=num_workers)
-    if beam_options is not None:
-      from uni_moe_jax.data.prepare import on_beam
-      run = functools.partial(on_beam.run, folder=work / 'tasks', options=beam_options)
     shards, refused = None, work / 'refused.json'
     if max_corrupt_fraction <= read_json(refused, -1):  # files were changed, perhaps some that no part is named by
       storage.remove_folder(work / 'shards')
@@ -114,13 +106,11 @@ def prepare(
         after_lock.callback(storage.remove_folder, work)
       raise
     identity = _identity(test_fraction, [shard.name for shard in shards])
-    target = parent / version if in_bucket else work / f'final-{identity}'
+    target = work / f'final-{identity}'
     files = _write(merged, shards, target, work / f'written-{identity}', name, run)
-    small = scratch / 'final' if in_bucket else target
-    summary = _describe(merged, files, small, name, version, test_fraction, identity)
+    summary = _describe(merged, files, target, name, version, test_fraction, identity)
     # Until a bucket has all of it, it has a hidden name: who reads the mirror meanwhile takes no part of it.
-    mirror.publish(data_dir, folder, small, _required(summary, files),
-                   {f.name: f.facts['file'] for f in files} if in_bucket else {})
+    mirror.publish(data_dir, folder, target, _required(summary, files))
   storage.remove_folder(work)
   return summary
 

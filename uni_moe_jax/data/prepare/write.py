@@ -15,7 +15,6 @@ from uni_moe_jax.data.formats.rows import LOCATION, MEDIA_TYPES
 from uni_moe_jax.data.prepare import columns
 from uni_moe_jax.data.prepare.merge import without
 from uni_moe_jax.data.prepare.scan import MANIFEST, ScannedShard
-from uni_moe_jax.data.shards import mirror
 from uni_moe_jax.io import storage
 
 MODULUS = 2**256  # of fingerprints, which are sums over examples, so that files are hashed independently
@@ -53,8 +52,7 @@ class Write:
     arrays = {column: [] for column, column_type in self.columns.items() if column_type not in MEDIA_TYPES}
     number, num_bytes, fingerprint = self.start, 0, 0
     with contextlib.ExitStack() as stack:
-      temporary = stack.enter_context(
-          tempfile.TemporaryDirectory(prefix='.', dir=None if storage.is_remote(target) else self.done))
+      temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix='.', dir=self.done))
       folder = stack.enter_context(atomic_folder(storage.path(self.done) / self.name))
       texts = {column: stack.enter_context((folder / f'{column}{TEXTS}').open('w', encoding='utf-8', newline='\n'))
                for column, column_type in self.columns.items() if column_type in TEXT_TYPES}
@@ -68,8 +66,7 @@ class Write:
         writer.write(record := _example({**values, LOCATION: header['location']}))
         number, num_bytes = number + 1, num_bytes + len(record)
       writer.close()
-      facts = {'size': number - self.start, 'bytes': num_bytes, 'fingerprint': f'{fingerprint:064x}',
-               'file': mirror.size_and_digest(path) if storage.is_remote(target) else None}
+      facts = {'size': number - self.start, 'bytes': num_bytes, 'fingerprint': f'{fingerprint:064x}'}
       storage.move_file(path, target)
       for column, array in arrays.items():
         columns.save(folder / f'{column}.npy', np.array(array, np.int32))

@@ -18,8 +18,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from uni_moe_jax.config.schema import DataConfig
@@ -157,31 +156,28 @@ class Mirror(os.PathLike):
     mark = storage.path(self.address) / str(folder.relative_to(self.root)) / MANIFEST
     return repeat(mark.exists, str(mark))
 
-  def upload(self, folder: pathlib.Path, source: pathlib.Path, required: Iterable[str],
-             uploaded: Mapping[str, tuple[int, str]]) -> None:
+  def upload(self, folder: pathlib.Path, source: pathlib.Path, required: Iterable[str]) -> None:
     """Copies a complete dataset to the bucket, as that of a folder of the mirror.
 
     source: where its files are; it is renamed to `folder` when the bucket has all of them.
     required: files that it must have. Raises RunError if one is gone: without it the dataset would count as complete.
-    uploaded: size and digest of its files that are in the bucket, and not in `source`, which then stays where it is.
     """
     files, target = storage.filesystem(self.address), storage.path(self.address) / str(folder.relative_to(self.root))
     paths = sorted(p for p in source.rglob('*') if p.is_file() and p.name != MANIFEST and not storage.is_leftover(p))
     names = {str(p.relative_to(source)): size_and_digest(p) for p in paths}
-    if missing := sorted({*required} - names.keys() - uploaded.keys()):
+    if missing := sorted({*required} - names.keys()):
       raise RunError(f'{source} has no {first_few(missing)}: another process removed files that this one wrote. '
                      'Nothing was published; run the same command again.')
     for name in names:
       repeat(lambda: files.put_file(str(source / name), str(target / name)), f'{target}/{name}')
-    repeat(lambda: write_json(target / MANIFEST, {**names, **uploaded}), f'{target}/{MANIFEST}')
-    if not uploaded:
-      with cache_files.locked(self.root / '.sync'):
-        # The folder is there if another process has synced meanwhile, and now fetches files into it.
-        if source != folder and read_json(folder / MANIFEST) != names:
-          cache_files.remove_dataset(folder)  # another one of this name
-          source.rename(folder)
-        # Not before the bucket has it: `sync` removes a folder with a manifest whose dataset the bucket lacks.
-        write_json(folder / MANIFEST, names)
+    repeat(lambda: write_json(target / MANIFEST, names), f'{target}/{MANIFEST}')
+    with cache_files.locked(self.root / '.sync'):
+      # The folder is there if another process has synced meanwhile, and now fetches files into it.
+      if source != folder and read_json(folder / MANIFEST) != names:
+        cache_files.remove_dataset(folder)  # another one of this name
+        source.rename(folder)
+      # Not before the bucket has it: `sync` removes a folder with a manifest whose dataset the bucket lacks.
+      write_json(folder / MANIFEST, names)
 
   def prefetch(self, names: Iterable[str]) -> None:
     """Fetches files in the background, in order, until the bound is reached."""
@@ -341,10 +337,10 @@ def preparing(directory: str | os.PathLike[str], folder: pathlib.Path) -> Iterat
 
 
 def publish(directory: str | os.PathLike[str], folder: pathlib.Path, source: pathlib.Path,
-            required: Iterable[str], uploaded: Mapping[str, tuple[int, str]] = MappingProxyType({})) -> None:
+            required: Iterable[str]) -> None:
   """Renames `source`, a complete dataset, to `folder`; if the data directory is a mirror, by `Mirror.upload`."""
   if isinstance(directory, Mirror):
-    directory.upload(folder, source, required, uploaded)
+    directory.upload(folder, source, required)
   elif source != folder:
     source.rename(folder)
 
