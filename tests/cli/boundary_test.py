@@ -220,15 +220,6 @@ def test_an_error_ends_what_was_to_end_with_it_after_its_report_and_a_mistake_le
   assert (tmp_path / 'mistake').exists() == (code == 2)
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['--suites=routers,decodin'], "--suites: 'decodin' is unknown; did you mean 'decoding'?"),
-    (['--config.data.dir=/not/there'], 'Data directory /not/there does not exist'),
-    (['--output=/not/there/file.json'], '--output=/not/there/file.json: its folder does not exist'),
-])
-def test_the_benchmark_reports_what_is_wrong(arguments, message):
-  assert message in _usage_error('benchmark.py', *arguments)
-
-
 _SLOW_START = """
 import sys, time
 from uni_moe_jax.cli import boundary as cli
