@@ -12,7 +12,6 @@ from uni_moe_jax.data.formats import media
 from uni_moe_jax.utils.errors import RunError
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name, min_outcomes', [('config', 1), ('config_file', 1), ('checkpoint', 1), ('path', 2)])
 def test_bad_configs_checkpoints_and_paths_end_in_one_sentence(tmp_path, name, min_outcomes):
   counts = bad_input.check(bad_input.PROPERTIES[name], 100, 5, tmp_path)
@@ -20,7 +19,6 @@ def test_bad_configs_checkpoints_and_paths_end_in_one_sentence(tmp_path, name, m
   assert len(counts) >= min_outcomes, counts
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', bad_files.PROPERTIES)
 def test_bad_data_ends_in_one_sentence_or_a_counted_skip(tmp_path, name):
   counts = bad_input.check(bad_files.PROPERTIES[name], 40, 5, tmp_path)

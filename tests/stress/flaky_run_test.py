@@ -38,7 +38,6 @@ def get_config():
 _FAULTS = dict(delay=0.2, errors=0.05, resets=0.02, truncated=0.01, flipped='array_record')
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize('scheme', ['gcs', 's3'])
 def test_a_run_on_an_unreliable_store_is_the_one_on_a_disk(scheme, request, tmp_path):
   store = request.getfixturevalue(scheme)

@@ -49,7 +49,7 @@ def test_without_a_plan_it_passes_everything_on(store, monkeypatch):
   assert fsspec.filesystem(store.address.partition(':')[0]).cat_file(path) == _CONTENT
 
 
-@pytest.mark.parametrize('scheme', ['s3', pytest.param('gcs', marks=pytest.mark.nightly)])  # gcsfs waits for seconds
+@pytest.mark.parametrize('scheme', ['s3', 'gcs'])  # gcsfs waits for seconds
 def test_the_libraries_repeat_what_fails_for_a_moment(scheme, request, monkeypatch):
   store = request.getfixturevalue(scheme)
   with flaky(store, seed=1, errors=0.1, resets=0.05, truncated=0.05) as (through, counts):

@@ -53,12 +53,6 @@ def _ignored_checkpoints() -> None:
   Checkpoints.latest = lambda checkpoints: original(checkpoints) if checkpoints._own else None
 
 
-def ignored_checksums() -> None:
-  """Read checkpoints without verifying their checksums."""
-  from uni_moe_jax.train import manifest
-  manifest.damage = lambda folder: ''
-
-
 def _late_manifest() -> None:
   """Write the manifest of a checkpoint after the checkpoint has its name."""
   from uni_moe_jax.train import manifest
@@ -180,15 +174,15 @@ def _device_that_does_not_answer() -> None:
   time.sleep(3600)
 
 
-# Faults that the checks of preemption and damage must detect, with words of the right finding.
+# Faults that the checks of preemption must detect, with words of the right finding.
 DETECTED = {'flipped_bit': 'arrays differ', 'skipped_batch': 'arrays differ', 'late_manifest': 'was left damaged',
-            'ignored_checkpoints': 'resumed from nothing', 'ignored_checksums': 'THE DAMAGED ONE WAS READ'}
+            'ignored_checkpoints': 'resumed from nothing'}
 # name -> (config.train.hang_timeout: short, but long enough on a loaded machine; words of the error).
 HANGS = {'stalled_start': (1., ('starting has taken', '_disk_that_does_not_answer')),
          'stalled_input': (6., ('waiting for the batch of step 6', '_disk_that_does_not_answer')),
          'hung_step': (6., ('waiting for the result of step 6', '_device_that_does_not_answer'))}
 ALL: dict[str, Callable[[], None]] = {f.__name__.lstrip('_'): f for f in (
-    _flipped_bit, _skipped_batch, _ignored_checkpoints, _late_manifest, ignored_checksums, no_folder_renames,
+    _flipped_bit, _skipped_batch, _ignored_checkpoints, _late_manifest, no_folder_renames,
     _fast_heartbeats, _constant_batch, _memory_after_saves, _stalled_start, _stalled_input, _one_process_fails,
     _hung_step)}
 

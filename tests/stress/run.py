@@ -9,17 +9,15 @@ Suites:
   preemption       SIGKILL at random moments, some during a save, also where folders cannot be renamed; a restarted
                    run must end like an undisturbed one
   buckets          the same with work directories on a server of GCS and on one of S3
-  damage           every file of a checkpoint truncated, with a flipped bit, zeroed or deleted
   hangs            stalled start and input, a hung step, a full disk, one of two processes dying or failing, two
                    processes with separate work directories
-  resharding       a run continued on other numbers of devices and processes, with the rows and losses of one device
   preparation      SIGKILL of prepare_data at random moments; started again, it must write the same files
   bad_input        generated configs, checkpoints, paths, data and commands: refused in one sentence or skipped
-  injected_faults  trainers with faults that the checks of preemption and damage must detect
+  injected_faults  trainers with faults that the checks of preemption must detect
   soak             --config under observation: memory, speed, checkpoints; needs an idle machine
 
-The suites train configs/small.py and tests/stress/resharding_config.py and need no prepared data; the soak trains
---config. The full disk needs user namespaces.
+The suites train configs/small.py and need no prepared data; the soak trains --config. The full disk needs user
+namespaces.
 
 Exit codes: 0 no findings, 1 findings, 2 usage.
 """
@@ -41,7 +39,7 @@ from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.utils.errors import RunError, UsageError
 from uni_moe_jax.utils.suggest import nearest
 
-SUITES = ('preemption', 'buckets', 'damage', 'hangs', 'resharding', 'preparation', 'bad_input', 'injected_faults')
+SUITES = ('preemption', 'buckets', 'hangs', 'preparation', 'bad_input', 'injected_faults')
 SOAK = 'soak'
 _TRIES = 3  # to detect an injected fault: kills may come too early
 _NUM_ROWS = 50_000  # that are prepared
@@ -54,7 +52,7 @@ class Size:
 
   Attributes:
     kills, saves: kills, and how many of them at least during a save. inputs, commands: of bad input.
-    fault_kills: for each injected fault. steps: of each run. full_schedule: of resharding.
+    fault_kills: for each injected fault. steps: of each run.
     optimized: whether XLA optimizes the programs as for users.
   """
   kills: int
@@ -63,11 +61,10 @@ class Size:
   commands: int
   fault_kills: int = 3
   steps: int = 200
-  full_schedule: bool = True
   optimized: bool = True
 
 
-QUICK = Size(3, 1, 600, 6, fault_kills=1, steps=60, full_schedule=False, optimized=False)
+QUICK = Size(3, 1, 600, 6, fault_kills=1, steps=60, optimized=False)
 
 
 def run(suites: Sequence[str], size: Size, seed: int, folder: pathlib.Path, keep: bool) -> int:
@@ -126,17 +123,6 @@ class Suites:
         findings += tally.findings
     return findings
 
-  def damage(self) -> list[str]:
-    from tests.stress import damage
-    undisturbed = self._undisturbed().workdir
-    with _timed('damage') as report:
-      counts, findings = damage.damage_every_file(undisturbed, self._folder, self._seed)
-      report += _lines(counts)
-    with _timed('training on damage') as report:
-      lines, training_findings = damage.train_on_damage(self._trainer, undisturbed, self._seed)
-      report += lines
-    return findings + training_findings
-
   def hangs(self) -> list[str]:
     from tests.stress import hangs
     one = self._undisturbed().workdir
@@ -155,14 +141,6 @@ class Suites:
         report += lines
       findings += case_findings
     return findings
-
-  def resharding(self) -> list[str]:
-    from tests.stress import resharding
-    with _timed('resharding') as report:
-      schedule = resharding.FULL if self._size.full_schedule else resharding.SHORT
-      result = resharding.reshard(schedule, self._folder / 'resharding')
-      report += result.report
-    return result.findings
 
   def preparation(self) -> list[str]:
     from tests.stress import preparation
@@ -208,23 +186,8 @@ class Suites:
     """Return what the checks find with an injected fault."""
     from tests.stress import preemption
     undisturbed = self._undisturbed()
-    if fault == 'ignored_checksums':
-      return self._findings_without_checksums(undisturbed.workdir)
     trainer = dataclasses.replace(self._trainer, fault=fault)
     return preemption.series(trainer, undisturbed, self._size.fault_kills, _FAULT_SAVES, seed).findings
-
-  def _findings_without_checksums(self, undisturbed: pathlib.Path) -> list[str]:
-    from tests.stress import damage, injected_faults
-    from uni_moe_jax.train import manifest
-    original, errors = manifest.damage, os.dup(2)
-    injected_faults.ignored_checksums()
-    try:
-      with (self._folder / 'ignored_checksums.log').open('wb') as log:
-        os.dup2(log.fileno(), 2)  # libraries print much about damaged files, from C++ threads too
-        return damage.damage_every_file(undisturbed, self._folder, self._seed, ('bit flipped',))[1]
-    finally:
-      os.dup2(errors, 2)
-      manifest.damage = original
 
   def _undisturbed(self):
     """Return a run without faults; an earlier command compiles its programs."""
