@@ -17,7 +17,7 @@ def upload_shards(bucket: str, folder: pathlib.Path, count: int, seed: int = 0) 
   """Write a dataset 'x' of array records of 10 kB; five to a file. Return them."""
   sender = Mirror(bucket, folder)
   records = write_shards(sender.root, count, seed)
-  sender.upload(sender.root / 'x', sender.root / 'x', (), {})
+  sender.upload(sender.root / 'x', sender.root / 'x', ())
   return records
 
 

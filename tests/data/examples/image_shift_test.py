@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from tests.helpers.example_hashes import example_hashes
-from uni_moe_jax.data.examples import image_shift
+from uni_moe_jax.data.examples import augmentations
 
 IMAGE = np.arange(1, 17, dtype=np.uint8).reshape(4, 4)
 # The image under every shift by at most one pixel, by (down, right); zeros enter.
@@ -24,7 +24,7 @@ SHIFTED = {
 def _shift_copies(n, max_shift):
   """n copies of IMAGE, shifted: uint8 [n, 1, 4, 4, 1]."""
   images = tf.constant(np.tile(IMAGE[None, None, :, :, None], (n, 1, 1, 1, 1)))
-  return image_shift.random_shift(images, example_hashes(n), max_shift).numpy()
+  return augmentations.random_shift(images, example_hashes(n), max_shift).numpy()
 
 
 def test_an_image_shifts_by_whole_pixels_and_zeros_enter():
@@ -47,7 +47,7 @@ def test_all_frames_and_channels_of_a_video_shift_equally():
     return padded[:, 3 - down:11 - down, 3 - right:11 - right]
 
   videos = np.random.default_rng(0).integers(1, 255, (6, 3, 8, 8, 3), dtype=np.uint8)
-  shifted = image_shift.random_shift(tf.constant(videos), example_hashes(6), 3).numpy()
+  shifted = augmentations.random_shift(tf.constant(videos), example_hashes(6), 3).numpy()
   for i in range(6):
     matches = [(d, r) for d in range(-3, 4) for r in range(-3, 4) if np.array_equal(shifted[i], shift(videos[i], d, r))]
     assert len(matches) == 1
@@ -55,4 +55,4 @@ def test_all_frames_and_channels_of_a_video_shift_equally():
 
 def test_a_shift_of_zero_returns_the_same_tensor():
   videos = tf.zeros([2, 1, 4, 4, 1], tf.uint8)
-  assert image_shift.random_shift(videos, example_hashes(2), 0) is videos
+  assert augmentations.random_shift(videos, example_hashes(2), 0) is videos

@@ -263,7 +263,7 @@ def test_what_a_killed_process_had_begun_to_write_is_not_uploaded(bucket, tmp_pa
   folder.mkdir(parents=True)
   for name in ('records', '.hidden', f'.{"0" * 16}.tmp'):
     (folder / name).write_bytes(b'1')
-  mirrored.upload(folder, folder, (), {})
+  mirrored.upload(folder, folder, ())
   assert storage.files_in(storage.path(f'{bucket}/own/x')).keys() == {'records', '.hidden', mirror.MANIFEST}
 
 

@@ -1,9 +1,10 @@
-"""RandAugment and random erasing, as the published system takes them from timm.
+"""Random changes of the pixels of training images and videos, in TensorFlow ops.
 
-Their settings there: rand-m9-mstd0.5-inc1; probability .25, mode 'pixel'. Cubuk et al., RandAugment (2020), with
-timm's list of operations, whose strength grows with the magnitude; Zhong et al., Random Erasing (2020). Every draw is
-a function of the example's hash, which the stateful augmenters of libraries cannot promise. Rotated and sheared images
-are interpolated bilinearly (timm: bicubic or bilinear at random).
+RandAugment and random erasing are those that the published system takes from timm; `random_affine` and `random_shift`
+are this project's. Settings in timm: rand-m9-mstd0.5-inc1; probability .25, mode 'pixel'. Cubuk et al., RandAugment
+(2020), with timm's list of operations, whose strength grows with the magnitude; Zhong et al., Random Erasing (2020).
+Every draw is a function of the example's hash, which the stateful augmenters of libraries cannot promise. Images that
+RandAugment rotates or shears are interpolated bilinearly (timm: bicubic or bilinear at random).
 """
 
 import functools
@@ -178,3 +179,56 @@ def _affine(image: tf.Tensor, *coefficients: tf.Tensor | float) -> tf.Tensor:
       images=(tf.cast(image, tf.float32) - fill)[None], transforms=transform, output_shape=tf.shape(image)[:2],
       fill_value=0.0, interpolation='BILINEAR', fill_mode='CONSTANT')[0]
   return tf.ensure_shape(_levels(tf.floor(transformed + fill + 0.5)), image.shape)
+
+
+def random_affine(pixels: tf.Tensor, hashes: tf.Tensor, max_affine: float) -> tf.Tensor:
+  """Shears, rotates and scales half of the examples, uint8 [n, T, H, W, C], about their center; zeros enter.
+
+  The pixel at p + center shows what was at S R K p + center, by bilinear interpolation, with
+
+    K = [[1, shear], [0, 1]],  R = rotation by an angle,  S = diag(exp(s), exp(t))
+
+  and shear / 2, angle (radians), s and t uniform in ±max_affine. All frames and channels of an example are transformed
+  equally. Half of the examples stay as they are, as with `random_shift`. hashes: uint64 [n], see
+  `hashing.example_hash`.
+  """
+  if not max_affine:
+    return pixels
+  T, H, W, C = pixels.shape[1:]
+  rows = tf.where(hashing.uniform(hashing.mix_tensor(hashes, 'affine at all')) < 0.5)
+  hashes = tf.gather(hashes, rows[:, 0])
+
+  def draw(name):
+    return max_affine * (2 * hashing.uniform(hashing.mix_tensor(hashes, name)) - 1)
+
+  shear, angle = 2 * draw('shear'), draw('angle')
+  scale_x, scale_y = (hashing.elementwise(tf.exp, draw(name)) for name in ('scale x', 'scale y'))
+  cos, sin = (hashing.elementwise(function, angle) for function in (tf.cos, tf.sin))
+  a, b = scale_x * cos, scale_x * (shear * cos - sin)
+  c, d = scale_y * sin, scale_y * (shear * sin + cos)
+  x, y, zeros = (W - 1) / 2, (H - 1) / 2, tf.zeros_like(angle)
+  transforms = tf.stack([a, b, x - a * x - b * y, c, d, y - c * x - d * y, zeros, zeros], axis=1)
+  frames = tf.raw_ops.ImageProjectiveTransformV3(
+      images=tf.reshape(tf.gather(pixels, rows[:, 0]), [-1, H, W, C]), transforms=tf.repeat(transforms, T, axis=0),
+      output_shape=[H, W], fill_value=0.0, interpolation='BILINEAR', fill_mode='CONSTANT')
+  return tf.tensor_scatter_nd_update(pixels, rows, tf.reshape(frames, [-1, T, H, W, C]))
+
+
+def random_shift(pixels: tf.Tensor, hashes: tf.Tensor, max_shift: int) -> tf.Tensor:
+  """Shifts half of the examples, uint8 [n, T, H, W, C], by up to `max_shift` pixels per axis and fills with zeros.
+
+  All frames of an example shift by the same amount. Half of the examples stay in place: if all of them shifted, a short
+  training run would hardly begin to learn shapes. hashes: uint64 [n], see `hashing.example_hash`.
+  """
+  if not max_shift:
+    return pixels
+  n, T, H, W = tf.shape(pixels)[0], *pixels.shape[1:4]
+  padding = [max_shift, max_shift]
+  padded = tf.pad(pixels, [[0, 0], [0, 0], padding, padding, [0, 0]])
+  down = hashing.randint(hashing.mix_tensor(hashes, 'shift down'), 2 * max_shift + 1)
+  right = hashing.randint(hashing.mix_tensor(hashes, 'shift right'), 2 * max_shift + 1)
+  unshifted = hashing.uniform(hashing.mix_tensor(hashes, 'shift at all')) < 0.5
+  rows = tf.where(unshifted, max_shift, down)[:, None] + tf.range(H)[None]
+  columns = tf.where(unshifted, max_shift, right)[:, None] + tf.range(W)[None]
+  padded = tf.gather(padded, tf.broadcast_to(rows[:, None], [n, T, H]), axis=2, batch_dims=2)
+  return tf.gather(padded, tf.broadcast_to(columns[:, None, None], [n, T, H, W]), axis=3, batch_dims=3)

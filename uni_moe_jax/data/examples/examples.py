@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.data import hashing
-from uni_moe_jax.data.examples import image_affine, image_shift, masking
+from uni_moe_jax.data.examples import augmentations, masking
 from uni_moe_jax.data.examples.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.examples.records import Records
 from uni_moe_jax.data.text import words
@@ -93,7 +93,8 @@ def template_features(
 
 def move_images(pixels: tf.Tensor, hashes: tf.Tensor, task: TaskSpec) -> tf.Tensor:
   """Moves training images or videos, uint8 [n, T, H, W, C], by the task's `max_affine` and `max_shift`."""
-  return image_shift.random_shift(image_affine.random_affine(pixels, hashes, task.max_affine), hashes, task.max_shift)
+  pixels = augmentations.random_affine(pixels, hashes, task.max_affine)
+  return augmentations.random_shift(pixels, hashes, task.max_shift)
 
 
 def subset(indices: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed: int) -> np.ndarray:
