@@ -13,9 +13,9 @@ from tests.helpers import hlo
 from tests.helpers.gmm_backends import normal
 from tests.helpers.jaxprs import equations
 from uni_moe_jax.kernels import layer_norm
+from uni_moe_jax.model.sublayer import MergedRouting
 from uni_moe_jax.moe import layers
 from uni_moe_jax.moe.routers import route
-from uni_moe_jax.moe.routing import MergedRouting
 
 # All to one of four experts, even among two, skewed, to all.
 _GATES = (0., 0., 1., 0.), (.5, 0., .5, 0.), (.75, 0., 0., .25), (.1, .2, .3, .4)

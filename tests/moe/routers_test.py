@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import small_model
 from uni_moe_jax.moe import routers
 from uni_moe_jax.tasks import router_names, task_types
 from uni_moe_jax.tasks.attributes import Condition
@@ -105,7 +106,7 @@ def test_a_name_is_its_row_of_the_table_and_an_unknown_name_an_error():
 
 
 def _router(noise_std: float = 1.0) -> routers.ConditionRouter:
-  return routers.ConditionRouter('modality', 2, 4, 2, noise_std, ('visual', 'text'))
+  return routers.ConditionRouter(small_model.spec('modality', width=2, num_heads=1, noise_std=noise_std))
 
 
 # Table rows (3, 1) and (0, 4) are (1, -1) and (-1, 1) after the norm; with scale (2, 1) and bias (0, 1) they are (2, 0)

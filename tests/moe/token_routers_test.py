@@ -17,14 +17,15 @@ _KEY = jax.random.key(0)
 
 
 def _router(context: bool = False, noise_std: float = 0.0) -> TokenRouter:
-  return TokenRouter(context, 2, 3, 2, noise_std)
+  return TokenRouter(small_model.spec(
+      'context' if context else 'token', width=2, num_heads=1, num_experts=3, top_k=2, noise_std=noise_std))
 
 
 def _decide(values, x, pool=None, key=None, **options):
   x = jnp.asarray(x, jnp.float32)
   B, S = x.shape[:2]
   ids, positions = jnp.arange(B, dtype=jnp.uint32), jnp.broadcast_to(jnp.arange(S), (B, S))
-  return _router(pool is not None, **options).apply({'params': values}, x, None, pool, key, ids, positions).output
+  return _router(pool is not None, **options).apply({'params': values}, x, None, pool, key, ids, positions)
 
 
 _GATE = jnp.array([[math.log(2), 0., 0.], [0., 0., math.log(3)]])
@@ -55,10 +56,11 @@ _BITS = {'embed': {'kernel': jnp.array([[1., -1.], [-1., 1.], *[[0., 0.]] * 6]),
 def test_tokens_choose_among_the_experts_of_their_condition_by_hand():
   def choose(bits):
     ids, positions = jnp.zeros(1, jnp.uint32), jnp.arange(2)[None]
-    router = TokenRouter(False, 2, 3, 2, 0.0, experts_per_condition=2)
+    router = TokenRouter(small_model.spec(
+        'token', width=2, num_heads=1, num_experts=3, top_k=2, experts_per_condition=2))
     return router.apply(
         {'params': {'gate': _GATE, 'condition': _BITS}}, jnp.array([[[1., 0.], [0., 1.]]]), bits, None, None, ids,
-        positions).output
+        positions)
   first, second = choose((1, *[0] * 7)), choose((0, 1, *[0] * 6))
   # x = (1, 0): (2, 1) times (3, 1) over 4. x = (0, 1) likes expert 2 best, which its condition does not have: (3, 1).
   assert first.expert.tolist() == [[[0, 1], [0, 1]]]

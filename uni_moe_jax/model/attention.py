@@ -12,9 +12,8 @@ from uni_moe_jax.kernels.attention import short as short_attention
 from uni_moe_jax.model import masks
 from uni_moe_jax.model.prompts import prompt_table
 from uni_moe_jax.model.sequences import EmbeddedSequence, KeysValues, KVCache
-from uni_moe_jax.model.sublayer import Context, Hidden, Pools, Sublayer, output_projection
+from uni_moe_jax.model.sublayer import Context, Hidden, MergedRouting, Pools, Sublayer, output_projection
 from uni_moe_jax.moe.layers import Projection, xavier_uniform
-from uni_moe_jax.moe.routing import MergedRouting
 
 
 class Attention(Sublayer):

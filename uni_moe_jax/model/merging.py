@@ -31,7 +31,7 @@ def coefficients(
   """{layer: {sublayer: f32 [A, E]}} of every condition router for A inputs, without noise; {} if there is none."""
   if routers.routes_tokens(spec.router):
     return {}
-  coef_of = jax.jit(lambda values: spec.condition_router().apply({'params': values}, inputs, None).coef)
+  coef_of = jax.jit(lambda values: routers.ConditionRouter(spec).apply({'params': values}, inputs, None).coef)
   coefs = {}
   for layer, sublayers in enumerate(spec.pattern):
     if sublayers:
@@ -77,7 +77,7 @@ def _merge_block(
 ) -> Any:
   """The merged projections of a block with experts; stacked: of all periods."""
   over, types = jax.vmap if stacked else (lambda f: f), {'kernel': spec.dtype, 'bias': jnp.float32}
-  coef_of = over(lambda values: spec.condition_router().apply({'params': values}, inputs, None).coef)
+  coef_of = over(lambda values: routers.ConditionRouter(spec).apply({'params': values}, inputs, None).coef)
   coef = {s: coef_of(tree[ROUTER_PARAMS[s]]) for s in sublayers}
   return {
       name: {leaf: over(layers.merge)(x, coef[PROJECTIONS[name]]).astype(types[leaf]) for leaf, x in sub.items()}

@@ -88,11 +88,6 @@ class ModelSpec(ModelConfig, MoeConfig):
     chosen = set() if self.router == routers.DENSE else set(layers_with_experts(self.placement, self.num_layers))
     return tuple(self.sublayers if i in chosen else () for i in range(self.num_layers))
 
-  def condition_router(self, name: str | None = None) -> routers.ConditionRouter:
-    """The module of a condition router."""
-    return routers.ConditionRouter(
-        self.router, self.width, self.num_experts, self.top_k, self.noise_std, self.router_names, name=name)
-
   def product_method(self, mesh: Mesh | None) -> str:
     """How layers multiply on a mesh, see `projection.choose_method`."""
     return projection.choose_method(mesh, self.cpu_bfloat16)

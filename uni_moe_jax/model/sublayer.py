@@ -1,4 +1,8 @@
-"""The common base of attention and MLP: a router, projections, and the routing of each segment."""
+"""The common base of attention and MLP: a router, projections, and the routing of each segment.
+
+A `RouterOutput` becomes merged kernels, one for all tokens of a segment, or a dispatch of each token to its experts;
+`routing.apply(x, projection, activation) -> (y, usage)` is the rest of the MoE layer.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +14,11 @@ from jax.sharding import Mesh
 
 from uni_moe_jax.model.sequences import EmbeddedSequence
 from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
-from uni_moe_jax.moe import routers
+from uni_moe_jax.moe import expert_parallel, layers, routers
+from uni_moe_jax.moe.dispatch import DispatchPlan
+from uni_moe_jax.moe.expert_parallel import Activation
 from uni_moe_jax.moe.layers import MoeDense, Projection
 from uni_moe_jax.moe.routers import ConditionRouter, RouterOutput
-from uni_moe_jax.moe.routing import MergedRouting, Routing
 from uni_moe_jax.moe.token_routers import TokenRouter
 from uni_moe_jax.moe.usage import Usage
 from uni_moe_jax.tasks.attributes import Condition
@@ -34,6 +39,62 @@ class Context:
   taps: bool = flax.struct.field(pytree_node=False)  # collect hidden states and token routing
   keys: bool = flax.struct.field(pytree_node=False)  # collect keys, values and context pools
   mesh: Mesh | None = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class MergedRouting:
+  """All tokens through one kernel of a projection, merged from its experts or dense."""
+  output: RouterOutput | None = None  # of the condition router for A conditions; None where nothing is left to merge
+  coef: jax.Array | None = None  # f32 [A, E], its coefficients, by which `MoeDense` merges experts
+  kernel: int = flax.struct.field(pytree_node=False, default=0)  # which kernel of the projection, 0 … A - 1
+
+  def apply(
+      self, x: jax.Array, projection: Projection, activation: Activation = lambda y: y) -> tuple[jax.Array, None]:
+    """x [B, S, *in] → (activation([B, S, *out]), None): nothing is dispatched, nothing counted."""
+    weights = projection.kernel, projection.bias, projection.unrounded
+    kernel, bias, unrounded = (None if x is None else x[self.kernel] for x in weights)
+    return activation(layers.project(x, kernel, bias, unrounded, projection.method)), None
+
+  def take(self, rows: Callable[[jax.Array], jax.Array], valid: jax.Array | None) -> 'MergedRouting':
+    """The routing of some rows of the segment."""
+    return self
+
+
+@flax.struct.dataclass
+class DispatchRouting:
+  """Every token to its own K experts. All projections of a sublayer share the choices and their slots."""
+  output: RouterOutput  # of the token router, [B, S, …]
+  valid: jax.Array | None  # bool [B, S], None where nothing is padded
+  plan: DispatchPlan
+  usage: Usage  # what `apply` returns; count it once, not once per projection
+  capacity_factor: float = flax.struct.field(pytree_node=False)  # as the next two, see `expert_parallel.make_plan`
+  backend: str = flax.struct.field(pytree_node=False)
+  mesh: Mesh | None = flax.struct.field(pytree_node=False)
+
+  @classmethod
+  def of(cls, output: RouterOutput, valid: jax.Array | None, groups: int, capacity_factor: float, backend: str,
+         mesh: Mesh | None) -> 'DispatchRouting':
+    """Plans the dispatch of a segment; arguments as in `expert_parallel.make_plan`."""
+    plan = expert_parallel.make_plan(output, valid, groups, capacity_factor, backend, mesh)
+    return cls(output, valid, plan, Usage.of_segment(output, plan, valid), capacity_factor, backend, mesh)
+
+  def apply(
+      self, x: jax.Array, projection: Projection, activation: Activation = lambda y: y) -> tuple[jax.Array, Usage]:
+    """x [B, S, *in] → (activation([B, S, *out] by each token's experts), usage)."""
+    x = x.astype(projection.kernel.dtype)
+    return expert_parallel.project(x, projection, self.plan, self.mesh, activation), self.usage
+
+  def take(self, rows: Callable[[jax.Array], jax.Array], valid: jax.Array | None) -> 'DispatchRouting':
+    """The routing of some rows, which `rows` takes from any [B, S, …]: the same choices, dispatched a second time.
+
+    valid: of these rows, as `DispatchRouting.valid`.
+    """
+    output = jax.tree.map(rows, self.output)
+    plan = expert_parallel.make_plan(output, valid, 1, self.capacity_factor, self.backend, self.mesh)
+    return self.replace(output=output, valid=valid, plan=plan, usage=Usage.of_repeated_dispatch(plan))
+
+
+Routing = MergedRouting | DispatchRouting
 
 
 def output_projection(
@@ -63,9 +124,8 @@ class Sublayer(nn.Module):
     if not self.has_experts or spec.kernels:
       return None
     if routers.routes_tokens(spec.router):
-      return TokenRouter(spec.router == 'context', spec.width, spec.num_experts, spec.top_k, spec.noise_std,
-                         spec.capacity_factor, spec.gmm, self.mesh, spec.experts_per_condition, name=name)
-    return spec.condition_router(name)
+      return TokenRouter(spec, self.mesh, name=name)
+    return ConditionRouter(spec, name=name)
 
   def make_projection(self, in_axes: dict[str, int], out_axes: dict[str, int], init: Callable) -> MoeDense:
     """A projection between axes {logical name: size}."""
@@ -89,7 +149,7 @@ class Sublayer(nn.Module):
     words. Both routers of a block pool the inputs of its attention, not those of the MLP, so that the readout rows of
     the last block need no other row, and a cache is complete.
     """
-    if not isinstance(self.router, TokenRouter) or not self.router.context:
+    if not isinstance(self.router, TokenRouter) or not self.router.reads_context:
       return {}
     full = [i for i, mask in enumerate(sequence.layout.masks) if mask == 'full']
     return {self.SUBLAYER: self.router.pool(tuple(segments[i] for i in full), tuple(sequence.valid[i] for i in full))}
@@ -97,9 +157,16 @@ class Sublayer(nn.Module):
   def route(
       self, x: jax.Array, merged: MergedRouting | None, condition: Condition, tokens: dict[str, Any],
       pool: dict[str, jax.Array], context: Context) -> Routing:
-    """The routing of one segment [B, S, D]; merged, pool: see the methods above; tokens: see `TokenRouter`."""
+    """The routing of one segment [B, S, D]; merged, pool: see the methods above; tokens: `EmbeddedSequence.tokens`.
+
+    Evaluation is exact: capacity is a means of training.
+    """
     if merged is None:
-      return self.router(x, condition.bits, pool.get(self.SUBLAYER), self._noise_key(context), **tokens)
+      output = self.router(x, condition.bits, pool.get(self.SUBLAYER), self._noise_key(context), tokens['ids'],
+                           tokens['positions'])
+      capacity_factor = 0.0 if context.key is None else self.spec.capacity_factor
+      return DispatchRouting.of(
+          output, tokens['valid'], tokens['groups'], capacity_factor, self.spec.gmm, self.mesh)
     if not self.has_experts:
       return merged
     kernel = self.spec.kernel_of(condition) if self.spec.kernels else self._condition_index(condition, context)

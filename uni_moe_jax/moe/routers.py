@@ -1,13 +1,14 @@
 """Routers: which experts, with which gates.
 
 gates = top-K of softmax(W_g h + noise), renormalized to sum to 1, in float32 (Uni-Perceiver-MoE, section 3.2, eq. 4-6).
-Routers differ in h alone. Three read the *condition* of a segment, not its tokens: they route each distinct router
-input once, and experts merge (`MergedRouting`). Two read tokens (`token_routers.py`) and route each of them
-(`DispatchRouting`). A new condition router is an entry of `tasks.router_names.CONDITION_ROUTERS`.
+Routers differ in h alone, and return a `RouterOutput`. Three read the *condition* of a segment, not its tokens: they
+route each distinct router input once, and the sublayer merges experts. Two read tokens (`token_routers.py`), and the
+sublayer dispatches each of them. A new condition router is an entry of `tasks.router_names.CONDITION_ROUTERS`.
 """
 
 import zlib
 from collections.abc import Hashable
+from typing import Protocol
 
 import chex
 import flax
@@ -148,25 +149,32 @@ def table_names(router: str, router_tasks: tuple[str, ...]) -> tuple[str, ...]:
   return names(router_tasks) if names else ()
 
 
-class ConditionRouter(nn.Module):
-  """LN(embed(input)) → gate → top K. Each sublayer of each block has its own."""
-  router: str  # key of `CONDITION_ROUTERS`
+class RouterSpec(Protocol):
+  """What routers read of `model.spec.ModelSpec`."""
+  router: str  # key of `ROUTERS`
   width: int
   num_experts: int
   top_k: int
   noise_std: float  # standard deviation of the training noise times E
-  names: tuple[str, ...] = ()  # of the embedding table (task and modality routers)
+  router_names: tuple[str, ...]  # of the embedding table (task and modality routers)
+  experts_per_condition: int  # of token routers; 0: all
+
+
+class ConditionRouter(nn.Module):
+  """LN(embed(input)) → gate → top K. Each sublayer of each block has its own."""
+  spec: RouterSpec  # its router is a key of `CONDITION_ROUTERS`
 
   @nn.compact
   def __call__(self, inputs: tuple[RouterInput, ...], noise_key: jax.Array | None) -> RouterOutput:
     """Routes A router inputs; without a noise key (evaluation) there is no noise."""
-    if CONDITION_ROUTERS[self.router].names:
-      embedding = NameEmbedding(self.width, self.names, name='embed')
+    spec = self.spec
+    if CONDITION_ROUTERS[spec.router].names:
+      embedding = NameEmbedding(spec.width, spec.router_names, name='embed')
     else:
-      embedding = AttributeEmbedding(self.width, name='embed')
+      embedding = AttributeEmbedding(spec.width, name='embed')
     h = LayerNorm(name='norm')(embedding(inputs))
-    axes = {'embed': self.width, 'gate_experts': self.num_experts}
+    axes = {'embed': spec.width, 'gate_experts': spec.num_experts}
     logits = jnp.matmul(h, param(self, 'gate', nn.initializers.xavier_uniform(), axes), precision=EXACT)
-    if noise_key is not None and self.noise_std > 0:
-      logits = logits + input_noise(noise_key, inputs, self.num_experts, self.noise_std)
-    return route(logits, self.top_k)
+    if noise_key is not None and spec.noise_std > 0:
+      logits = logits + input_noise(noise_key, inputs, spec.num_experts, spec.noise_std)
+    return route(logits, spec.top_k)

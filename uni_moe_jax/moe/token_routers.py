@@ -8,6 +8,8 @@ routed among these, with logits + log g, where g are the condition's gates: the 
 product of both.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,7 @@ from jax.sharding import Mesh
 from uni_moe_jax.moe import expert_parallel
 from uni_moe_jax.moe.layers import param
 from uni_moe_jax.moe.precision import EXACT
-from uni_moe_jax.moe.routers import ConditionRouter, RouterInput
-from uni_moe_jax.moe.routing import DispatchRouting
+from uni_moe_jax.moe.routers import ConditionRouter, RouterInput, RouterOutput, RouterSpec
 
 _QUERY_STD = 0.02
 _NEVER = -1e9  # added to logits of experts that a condition does not use; -inf would have no gradient
@@ -33,24 +34,24 @@ def token_noise(key: jax.Array, ids: jax.Array, positions: jax.Array, num_expert
 
 class TokenRouter(nn.Module):
   """Routes every token of a segment. Each sublayer of each block has its own."""
-  context: bool  # also read the pool
-  width: int
-  num_experts: int
-  top_k: int
-  noise_std: float  # as in `ConditionRouter`
-  capacity_factor: float = 0.0  # of training, 0: exact routing. Evaluation is exact: capacity is a means of training.
-  backend: str = 'auto'  # of the grouped matmul, see `gmm.py`
+  spec: RouterSpec  # its router is 'token' or 'context'
   mesh: Mesh | None = None
-  experts_per_condition: int = 0  # 0: all
+
+  @property
+  def reads_context(self) -> bool:
+    """Whether it also reads the pool."""
+    return self.spec.router == 'context'
 
   def setup(self):
-    axes, init = {'embed': self.width, 'gate_experts': self.num_experts}, nn.initializers.xavier_uniform()
+    spec = self.spec
+    axes, init = {'embed': spec.width, 'gate_experts': spec.num_experts}, nn.initializers.xavier_uniform()
     self.gate = param(self, 'gate', init, axes)
-    if self.context:
+    if self.reads_context:
       self.context_gate = param(self, 'context_gate', init, axes)
-      self.query = param(self, 'query', nn.initializers.normal(_QUERY_STD), {'embed': self.width})
-    if self.experts_per_condition:
-      self.condition = ConditionRouter('attribute', self.width, self.num_experts, self.experts_per_condition, 0.0)
+      self.query = param(self, 'query', nn.initializers.normal(_QUERY_STD), {'embed': spec.width})
+    if spec.experts_per_condition:
+      self.condition = ConditionRouter(
+          dataclasses.replace(spec, router='attribute', top_k=spec.experts_per_condition, noise_std=0.0))
 
   def pool(self, segments: tuple[jax.Array, ...], valid: tuple[jax.Array | None, ...]) -> jax.Array:
     """f32 [B, D]: Σ softmax(query · x) x over the tokens of all segments f32 [B, S, D] that are valid (None: all)."""
@@ -70,21 +71,20 @@ class TokenRouter(nn.Module):
 
   def __call__(
       self, x: jax.Array, bits: RouterInput, pool: jax.Array | None, noise_key: jax.Array | None, ids: jax.Array,
-      positions: jax.Array, valid: jax.Array | None = None, groups: int = 1) -> DispatchRouting:
-    """Routes the tokens x, f32 [B, S, D], of a segment; without a noise key (evaluation) no noise and no capacity.
+      positions: jax.Array) -> RouterOutput:
+    """Routes the tokens x, f32 [B, S, D], of a segment; without a noise key (evaluation) there is no noise.
 
     Args:
       bits: of the condition of all these tokens. pool: [B, D], for a context router. ids, positions: see
-        `token_noise`. valid, groups: see `dispatch.make_plan`.
+        `token_noise`.
     """
+    spec = self.spec
     logits = jnp.matmul(x, self.gate, precision=EXACT)
-    if self.context:
+    if self.reads_context:
       logits = logits + jnp.matmul(pool, self.context_gate, precision=EXACT)[:, None]
-    if self.experts_per_condition:
+    if spec.experts_per_condition:
       gates = self.condition((bits,), None).coef[None]  # [1, 1, E]
       logits = logits + jnp.where(gates > 0, jnp.log(jnp.maximum(gates, 1e-20)), _NEVER)
-    if noise_key is not None and self.noise_std > 0:
-      logits = logits + token_noise(noise_key, ids, positions, self.num_experts, self.noise_std)
-    output = expert_parallel.route_tokens(logits, self.top_k, self.mesh)
-    capacity_factor = 0.0 if noise_key is None else self.capacity_factor
-    return DispatchRouting.of(output, valid, groups, capacity_factor, self.backend, self.mesh)
+    if noise_key is not None and spec.noise_std > 0:
+      logits = logits + token_noise(noise_key, ids, positions, spec.num_experts, spec.noise_std)
+    return expert_parallel.route_tokens(logits, spec.top_k, self.mesh)
