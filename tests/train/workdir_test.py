@@ -127,12 +127,16 @@ def test_the_evaluator_of_the_best_metric_keeps_its_data_once_checkpoints_have_i
 
 def test_a_run_that_continues_unchanged_writes_nothing(tmp_path):
   c = _claimed(tmp_path)
-  before = (tmp_path / workdir.CONFIG_FILE).stat()
+  def written():
+    status = (tmp_path / workdir.CONFIG_FILE).stat()
+    return status.st_ino, status.st_mtime_ns  # not the time of access: the claim reads the file
+
+  before = written()
   workdir.claim_workdir(tmp_path, c, 'print', extends=True)
-  assert (tmp_path / workdir.CONFIG_FILE).stat() == before
+  assert written() == before
   c.train.log_every = 7  # the positive control
   workdir.claim_workdir(tmp_path, c, 'print', extends=True)
-  assert (tmp_path / workdir.CONFIG_FILE).stat() != before
+  assert written() != before
 
 
 @pytest.mark.parametrize('section, field, message', [
