@@ -37,7 +37,7 @@ def _run(script: str, *flags: str) -> int:
 
 
 def _commands(config: pathlib.Path, root: str, stop: bool) -> None:
-  """Train, evaluate, report, measure, export and compare; `stop`: training stops in between, and continues."""
+  """Train, evaluate, measure, report and export; `stop`: training stops in between, and continues."""
   workdir, train = f'--workdir={root}/run', (f'--config={config}', f'--workdir={root}/run')
   if stop:
     with pytest.MonkeyPatch.context() as patch:
@@ -77,7 +77,7 @@ def test_a_run_in_a_bucket_that_is_stopped_and_continued_is_the_one_on_a_disk(di
     assert _json(local / file) == _json(remote / file), file
   made = {name.split('/')[0] for name in storage.files_in(remote)}
   assert made >= {p.name for p in local.iterdir()} - {'.lock'} and 'tensorboard' in made
-  assert '<html' in (remote / 'report.html').read_text() and (bucket / 'curves.png').read_bytes()[:4] == b'\x89PNG'
+  assert '<html' in (remote / 'report.html').read_text()
   # The example of the other store may have been run in the folder on the disk.
   assert {p.name for p in (disk / 'exported').iterdir()} - {'__pycache__'} == {
       name.split('/')[0] for name in storage.files_in(bucket / 'exported')}
