@@ -26,8 +26,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.batches.mixtures import Batch, BatchLayout, Mixture
-from uni_moe_jax.data.examples.examples import encode_texts, pad_tokens
-from uni_moe_jax.data.examples.file_dataset_examples import FileExampleBuilder
+from uni_moe_jax.data.examples.examples import ExampleBuilder, encode_texts, pad_tokens
 from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.data.shards import file_dataset
 from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
@@ -206,7 +205,7 @@ def _file_mixture(folder: pathlib.Path, suffix: str, file_type: FileType, batch_
     c.tasks[suffix] = config_lib.task(task_type, f'own:{suffix}', target_set='classes', label_column='label',
                                       num_frames=file_type.num_frames, **common)
   plan = make_plan(c)
-  builder = FileExampleBuilder(
+  builder = ExampleBuilder(
       tokenizer, {'classes': _CLASSES}, channels=3, size=file_type.image_size, training=True,
       random_special_tokens=False, seed=0, max_corrupt_fraction=0.0, resize='fast')
   examples = builder.build(plan.tasks[0], file_dataset.load(f'own:{suffix}', folder, 'train'))

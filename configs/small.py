@@ -1,9 +1,9 @@
 """A model whose steps take milliseconds, on handwritten digits: for fault injection and tests.
 
-  uni-moe train --config=small --workdir=runs/small --config.data.dir=.
+  uni-moe prepare-data --embedded=digits
+  uni-moe train --config=small --workdir=runs/small
 
-It needs no prepared data (the digits are part of scikit-learn), only a folder for its tokenizer. It learns little; its
-scores mean nothing.
+It learns little; its scores mean nothing.
 """
 
 import ml_collections

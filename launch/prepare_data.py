@@ -15,6 +15,7 @@ from absl import flags
 from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.config.schema import DataConfig
 from uni_moe_jax.data.shards import mirror
+from uni_moe_jax.data.shards.record_format import EMBEDDED
 from uni_moe_jax.io import storage
 from uni_moe_jax.utils import cores
 from uni_moe_jax.utils.errors import UsageError
@@ -23,6 +24,7 @@ _DATA_DIR = flags.DEFINE_string('data_dir', DataConfig().dir, 'Folder of prepare
 _CACHE_DIR = flags.DEFINE_string('cache_dir', DataConfig().cache_dir, 'Local folder for data on its way to a bucket.')
 _INPUT = flags.DEFINE_string(
     'input', None, 'Folder or file of your own data, also gs://…, or {00000..01242}.tar; default: the embedded data.')
+_EMBEDDED = flags.DEFINE_list('embedded', list(EMBEDDED), 'Embedded datasets to make, such as digits; default: all.')
 _NAME = flags.DEFINE_string('name', None, 'Name of your dataset: lower-case letters, digits, underscores.')
 _TFDS = flags.DEFINE_string('tfds', None, 'TFDS dataset NAME[/CONFIG][:VERSION], written as array records.')
 _VERSION = flags.DEFINE_string('version', '1.0.0', 'Version of your dataset; runs read the newest one.')
@@ -45,16 +47,15 @@ def main() -> int:
     from uni_moe_jax.data.prepare import tfds_prepare
     print(tfds_prepare.prepare(_TFDS.value, directory))
   elif _INPUT.value is not None:
-    from uni_moe_jax.data.formats import input_shards
-    from uni_moe_jax.data.prepare import prepare, summary
-    with input_shards.opened(_INPUT.value, _CACHE_DIR.value) as source:
+    from uni_moe_jax.data.prepare import input_copy, prepare, summary
+    with input_copy.opened(_INPUT.value, _CACHE_DIR.value) as source:
       prepared = prepare.prepare(
           source, directory, _NAME.value, _VERSION.value, _GIF.value, _TEST_FRACTION.value, _MAX_CORRUPT_FRACTION.value,
           _ALLOW_OUTSIDE.value, _NUM_WORKERS.value)
     print(summary.describe(prepared))
   else:
     from uni_moe_jax.data.embedded import build
-    build.build(config, _NUM_WORKERS.value)
+    build.build(config, _NUM_WORKERS.value, _EMBEDDED.value)
   return 0
 
 

@@ -39,7 +39,7 @@ def main() -> int:
     heap.share_arena()
   with cli.exit_on_signals(PREEMPTED), contextlib.ExitStack() as stack:  # signals: until the loop handles them
     from uni_moe_jax.config.plan import make_plan
-    from uni_moe_jax.data.examples import npz_records
+    from uni_moe_jax.data.shards import file_dataset
     from uni_moe_jax.train import same_config, workdir
     from uni_moe_jax.train.hang_detection import START, HangDetector
     # Mistakes are reported before the slow libraries below are imported.
@@ -58,7 +58,7 @@ def main() -> int:
       same_config.check(config, cluster)
       workdir.claim_workdir(_WORKDIR.value, config, extends=True)
       workdir.check_versions(_WORKDIR.value, _ALLOW_VERSION_MISMATCH.value, writes=False)
-      npz_records.check_directory(config.data.dir)
+      file_dataset.check_directory(config.data.dir)
       separately = separately and not workdir.is_finished(_WORKDIR.value, config.train.steps)
     compiler = None
     if separately:

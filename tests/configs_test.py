@@ -18,7 +18,7 @@ from tests.helpers.processes import ROOT
 from uni_moe_jax import config
 from uni_moe_jax.config import validate
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.prepare import prepare
+from uni_moe_jax.data.shards.record_format import FORMAT
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.tasks import task_types
 from uni_moe_jax.tasks.router_names import ROUTERS
@@ -190,7 +190,7 @@ def test_own_data_that_gives_no_task_is_refused_with_its_columns(tmp_path):
   pets, _ = own_data.write(tmp_path)
   (version := tmp_path / 'own/art/1.0.0').mkdir(parents=True)
   (version / 'prepared.json').write_text(json.dumps({
-      'format': prepare.FORMAT, 'columns': {'image': 'image', 'text': 'text', 'style': 'class'}, 'splits': {'train': 9},
+      'format': FORMAT, 'columns': {'image': 'image', 'text': 'text', 'style': 'class'}, 'splits': {'train': 9},
       'classes': {'style': {'names': ['modern'], 'counts': {'train': [9]}}}, 'text_bytes': {'97 %': [20]}}))
   for sources in (version.parent, f'{pets}+{version.parent}'):
     with pytest.raises(UsageError, match=r'columns of art give no task: image \(image\), text \(text\), style '

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+from collections.abc import Sequence
 
 import pytest
 
@@ -40,6 +41,8 @@ _RULES = {
                   'it draws what the commands wrote into the work directory and needs no model'),
     'serve': ('utils io cli data export', 'it answers by an exported folder, and needs no code that trained it'),
 }
+# The folders of data/ are the stages of a record, each of which may import the ones before it.
+_DATA_STAGES = ('hashing', 'formats', 'shards', 'prepare', 'embedded', 'text', 'examples', 'batches')
 _NOT_IMPORTED = {
     'launch': 'the commands are the root: what two of them share belongs to the package',
     'configs': 'a config is named on the command line and read by path',
@@ -63,10 +66,14 @@ def _imports(path: pathlib.Path) -> list[tuple[int, str]]:
   return matches
 
 
-def _package_of(parts: tuple[str, ...]) -> str:
+def _package_of(parts: Sequence[str]) -> str:
   """Return the package of a dotted name or path below the package; '' is the package itself."""
   first = parts[0].removesuffix('.py') if parts else ''
   return '' if first == '__init__' else first
+
+
+def _stage(parts: Sequence[str]) -> int:
+  return _DATA_STAGES.index(_package_of(parts))
 
 
 def violations(root: pathlib.Path) -> list[str]:
@@ -91,7 +98,9 @@ def violations(root: pathlib.Path) -> list[str]:
       elif top in _NOT_IMPORTED and name.parts[0] not in ('tests', top):
         matches.append(f'{name}:{line}: imports {target}, but {_NOT_IMPORTED[top]}')
       elif in_package and top == _PACKAGE:
-        other = _package_of(tuple(below))
+        other = _package_of(below)
+        if package == other == 'data' and _stage(below[1:]) > _stage(name.parts[2:]):
+          matches.append(f'{name}:{line}: imports {target}, a later stage of {" → ".join(_DATA_STAGES)}')
         # `from uni_moe_jax import __version__` and `import uni_moe_jax` name no package.
         if other and not other.startswith('__') and other != package:
           allowed, why = _RULES.get(package, ('', 'importing the package must cost nothing'))
@@ -133,6 +142,7 @@ def test_the_rules_allow_no_cycle():
     ('uni_moe_jax/train/bad.py', 'from . import step', "relative import '..step'"),
     ('uni_moe_jax/data/bad.py', 'from ..model import masks', "relative import '..model.masks'"),
     ('uni_moe_jax/helpers.py', '', "'helpers' is no known package"),
+    ('uni_moe_jax/data/shards/bad.py', 'from uni_moe_jax.data.prepare import write', 'a later stage'),
     ('uni_moe_jax/data/long.py', '\n' * 401, '401 lines, at most 400'),
     ('launch/long.py', '\n' * 80, '80 lines, at most 79'),
 ])
@@ -148,6 +158,7 @@ def test_a_violation_is_found(tmp_path, file, source, message):
     ('uni_moe_jax/train/good.py', 'import uni_moe_jax\nfrom uni_moe_jax import __version__, data'),
     ('uni_moe_jax/eval/good.py', 'import jax\nfrom sklearn import model_selection'),
     ('uni_moe_jax/data/good.py', '\n' * 400),
+    ('uni_moe_jax/data/text/good.py', 'from uni_moe_jax.data import hashing\nfrom uni_moe_jax.data.shards import a'),
     ('launch/good.py', 'from uni_moe_jax.train import loop' + '\n' * 79),
     ('tests/launch/good_test.py', 'from launch import train'),
     ('benchmarks/good.py', 'from benchmarks import paired\nfrom uni_moe_jax import serve'),

@@ -10,8 +10,6 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.batches.assemble import Data
 from uni_moe_jax.data.batches.mixtures import BatchLayout, Mixture, evaluation_batches
-from uni_moe_jax.data.embedded import glyphs
-from uni_moe_jax.data.examples import npz_records
 from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.data.shards.mirror import Mirror
 
@@ -48,7 +46,7 @@ def test_a_bucket_gives_the_batches_of_a_folder(scheme, faults, request, tmp_pat
   prepare.prepare(own_files.write_captioned_images(tmp_path / 'images'), folder, 'colors')
   (tmp_path / 'book.txt').write_text('\n'.join(f'line {i} of {w}' for i in range(9) for w in tiny.WORDS[:20]))
   prepare.prepare(tmp_path / 'book.txt', folder, 'book', test_fraction=0.0)
-  npz_records.build(folder, glyphs._FOLDER, [('train', *tiny.columns()['glyphs'])])
+  tiny.write(folder, 'glyphs', ['train'])
   (folder.root / 'names').mkdir()
   names = 'green\tgrass\nred\tblood|fire\nblue\tsky\n'
   (folder.root / 'names/colors.tsv').write_text(names)

@@ -16,7 +16,6 @@ from tests.data import own_files
 from tests.data.bucket_shards import object_in, open_shards, shard_name, upload_shards
 from tests.helpers import processes, tiny
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.data.examples import npz_records
 from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.data.shards import cache_files, mirror
 from uni_moe_jax.data.shards.mirror import Mirror
@@ -111,12 +110,12 @@ def test_a_dataset_that_has_lost_a_file_is_not_uploaded(bucket, tmp_path, monkey
       upload(self, folder, source, *args)
     return remove_and_upload
 
-  root, columns = own_files.write_text_pairs(tmp_path / 'in'), tiny.columns()['glyphs']
+  root = own_files.write_text_pairs(tmp_path / 'in')
   for i, (pattern, write) in enumerate((
       ('*train.array_record*', lambda data: prepare.prepare(root, data, 'texts')),
       ('train-text_a.npy', lambda data: prepare.prepare(root, data, 'texts')),
       ('test-text_b.texts', lambda data: prepare.prepare(root, data, 'texts')),
-      ('test.npz', lambda data: npz_records.build(data, 'glyphs-1', [(s, *columns) for s in ('train', 'test')])))):
+      ('test-class.npy', lambda data: tiny.write(data, 'glyphs', ['train', 'test'])))):
     data = Mirror(bucket, tmp_path / f'{i}')
     with monkeypatch.context() as patch:
       patch.setattr(Mirror, 'upload', without(pattern))
@@ -259,7 +258,6 @@ def test_two_processes_of_a_host_fetch_a_file_once(bucket, tmp_path):
 import hashlib, types, sys
 from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.data.shards.mirror import Mirror
-from uni_moe_jax.data.examples import npz_records
 from uni_moe_jax.data.shards.record_files import Shards
 data = Mirror({bucket!r}, {str(tmp_path / "receiver")!r})
 data.sync('x')

@@ -66,14 +66,6 @@ def test_bytes_do_not_wrap_around():
   np.testing.assert_array_equal(baselines.nearest_neighbor(train, np.zeros((1, 1, 1), np.uint8)), [1])
 
 
-def test_of_many_images_a_seeded_subset_is_searched_and_indices_are_those_of_all(monkeypatch):
-  monkeypatch.setattr(baselines, '_SEARCHED_IMAGES', 50)
-  train = np.arange(200, dtype=np.uint8)[:, None, None]
-  first, again = (baselines.nearest_neighbor(train, train) for _ in range(2))
-  assert len(np.unique(first)) == 50 and first.max() > 150
-  np.testing.assert_array_equal(first, again)
-
-
 def test_similarity_is_the_word_f1_of_the_metrics():
   left = ['greek small letter', 'a a b', '', 'Full Block']
   right = ['greek letter alpha', 'a b b c', 'full block']
@@ -85,13 +77,6 @@ def test_the_candidate_closest_to_the_neighbors_name_is_chosen():
   names = ['leftwards arrow', 'full block', 'greek small letter beta']
   similarity = baselines.name_similarity(['greek small letter alpha', 'upwards arrow'], names)
   np.testing.assert_array_equal(similarity.argmax(axis=1), [2, 0])
-
-
-def test_no_training_example_of_the_embedded_data_is_left_out():
-  # Paragraphs with a label, videos and images, which are all fitted in a few seconds.
-  bounds = baselines._FITTED_TEXTS, baselines._FITTED_VIDEOS, baselines._SEARCHED_IMAGES
-  for bound, count in zip(bounds, (33_555, 16_008, 30_541), strict=True):
-    assert len(baselines.subset(count, bound)) == count
 
 
 def test_ties_are_neither_all_won_nor_all_lost():

@@ -31,8 +31,8 @@ def data():
                           ('classification', 'motion'), ('classification', 'package'),
                           ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
     config.evaluators[task] = config_lib.evaluator(evaluator, task, split='train', batch_size=5)
-  plan = make_plan(config)
-  return plan, Data(config, plan)
+  config.evaluators.pair.num_draws = 3
+  return (plan := make_plan(config)), Data(config, plan)
 
 
 def _query(data, entry: str, predictor, **changes) -> Query:
@@ -48,8 +48,7 @@ class _Oracle:
   mesh = None
 
   def __init__(self, targets: int, right: bool = True, captions=None):
-    self.targets, self.right, self.texts = targets, right, iter(captions or ())
-    self.seen = []
+    self.targets, self.right, self.texts, self.seen = targets, right, iter(captions or ()), []
 
   def inputs(self, task_type, fields):
     self.seen += fields['id'].tolist()
@@ -227,7 +226,7 @@ class _Reader(_Oracle):
 
 def _retrieve(data, reader, texts, max_len, **changes):
   """Scores of retrieval among three images with these texts."""
-  query = _query(data, 'pair', reader, num_examples=0, batch_size=3)
+  query = _query(data, 'pair', reader, num_draws=0, batch_size=3)
   examples = dataclasses.replace(query.examples, size=3, references=lambda ids: [texts[i] for i in ids])
   evaluation = dataclasses.replace(query.evaluation, task=dataclasses.replace(query.task, max_len=max_len))
   return _run(dataclasses.replace(query, evaluation=evaluation, examples=examples, **changes))
@@ -373,8 +372,9 @@ def test_perplexity_is_the_inverse_of_a_constant_probability(data):
 def test_texts_whose_words_are_all_too_long_to_be_masked_are_an_error(data, baselines):
   query = _query(data, 'text', _Oracle(data[1].tokenizer.size), baselines=baselines)
   without_masks = lambda *args: {**(fields := query.examples.make(*args)), 'weight': 0 * fields['weight']}
+  examples = dataclasses.replace(query.examples, make=without_masks, make_undamaged=None)
   with pytest.raises(ValueError, match='no examples to score'):
-    _run(dataclasses.replace(query, examples=dataclasses.replace(query.examples, make=without_masks)))
+    _run(dataclasses.replace(query, examples=examples))
 
 
 def test_a_subset_is_seeded_by_the_evaluators_name(data):

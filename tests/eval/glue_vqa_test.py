@@ -9,11 +9,10 @@ from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.batches.assemble import Data
-from uni_moe_jax.data.examples import examples as examples_lib
 from uni_moe_jax.data.examples.examples import Examples
-from uni_moe_jax.data.examples.records import Records
+from uni_moe_jax.data.shards import file_dataset
 from uni_moe_jax.data.shards.file_dataset import FileDataset
-from uni_moe_jax.eval import file_baselines, predictor
+from uni_moe_jax.eval import dataset_baselines, predictor
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.suite import EVALUATORS
 
@@ -38,7 +37,7 @@ class _Predicts:
 
 
 def _evaluate(evaluator, task, keys, examples, predicts, trained=(), evaluated=(), **values):
-  """trained, evaluated: rows of records in files, or records in memory. values: of the evaluator."""
+  """trained, evaluated: rows, or a dataset. values: of the evaluator."""
   columns = {'a': 'text', 'label': 'class', 'answers': 'texts'}
   with tempfile.TemporaryDirectory() as data_dir:
     c = tiny.config(data_dir=data_dir)
@@ -46,7 +45,7 @@ def _evaluate(evaluator, task, keys, examples, predicts, trained=(), evaluated=(
     c.tasks.t = task
     c.evaluators.e = config_lib.evaluator(evaluator, 't', split='test', batch_size=3, **values)
     [e] = make_plan(c).evaluations
-    records = [rows if isinstance(rows, Records) else FileDataset(
+    records = [rows if isinstance(rows, FileDataset) else FileDataset(
         'own:x', len(rows), lambda ids, rows=rows: [rows[i] for i in ids], columns, {'label': keys}, {}, repr(rows))
                for rows in (evaluated, trained)]
     query = Query(e, predicts, examples, *records, keys, keys, None, {}, data_dir)
@@ -87,11 +86,12 @@ def test_glue_counts_every_example_once_and_scores_by_hand():
   assert right['accuracy'].baselines == {}
 
 
-def test_baselines_of_texts_in_memory_read_the_columns_of_the_template_alone():
+def test_baselines_of_texts_read_the_columns_of_the_template_alone():
   # The text is the same everywhere; the label column, another text and the pixels would tell the classes apart.
   names, task = np.array(['no', 'yes'])[LABELS], _text()
-  records = Records({'a': np.full(7, 'red'), 'text_type': names, 'text': names,
-                     'pixels': 255 * LABELS.astype(np.uint8)[:, None, None]})
+  columns = {'a': np.full(7, 'red'), 'text_type': names, 'text': names,
+             'pixels': 255 * LABELS.astype(np.uint8)[:, None, None]}
+  records = file_dataset.in_memory('x', columns, {'text_type': ('no', 'yes')})
   task.label_column = 'text_type'
   score = _evaluate('glue', task, ('no', 'yes'), _examples(7), _Predicts(LABELS, 2), records, records)['accuracy']
   assert score.baselines == {'majority': pytest.approx(4 / 7), 'tf-idf': pytest.approx(4 / 7)}
@@ -111,7 +111,7 @@ def test_an_answer_that_the_target_set_lacks_is_never_right(evaluator, metric):
 
 @pytest.mark.parametrize('evaluator, metric', [('glue', 'accuracy'), ('classification', 'top-1')])
 def test_a_score_has_the_number_of_examples_of_a_baseline_on_a_part_of_them(monkeypatch, evaluator, metric):
-  monkeypatch.setitem(file_baselines._NUM_EXAMPLES, 'text', (9, 3))
+  monkeypatch.setitem(dataset_baselines._NUM_EXAMPLES, 'text', (9, 3))
   rows = [{'a': 'x', 'label': 'no'}] * 7
   score = _evaluate(evaluator, _text(), ('no', 'yes'), _examples(7), _Predicts(LABELS, 2), rows, rows)[metric]
   assert score.baselines.keys() == {'majority', 'tf-idf'} and score.baseline_counts == {'tf-idf': 3}
@@ -146,7 +146,7 @@ def test_three_label_words_have_an_accuracy_alone():
                        baselines=False)) == {'accuracy'}
 
 
-def test_questions_in_memory_have_one_answer_each(tmp_path):
+def test_questions_about_arrays_have_one_answer_each(tmp_path):
   c = tiny.config(data_dir=tiny.data_dir())
   c.tasks.t = config_lib.task('vqa', 'glyphs', batch_size=2, target_set='s', label_column='class', max_len=12,
                               template='{face} <eot> <spe> . <eot>')
@@ -155,7 +155,7 @@ def test_questions_in_memory_have_one_answer_each(tmp_path):
   plan = make_plan(c)
   data, [e] = Data(c, plan), plan.evaluations
   keys, records = data.entry_keys['s'], data.records('glyphs', 'train')
-  labels = examples_lib.class_indices(records, e.task, keys)[examples_lib.example_ids(records, e.task)]
+  labels = records.labels['class']
   for answers, right in ((labels, 1.0), ((labels + 1) % len(keys), 0.0)):
     scores = {s.name: s for s in EVALUATORS['vqa'](Query(
         e, _Predicts(answers, len(keys)), data.examples(e.task), records, records, keys, keys, None, {}, tmp_path))}
@@ -187,6 +187,6 @@ def test_questions_score_by_how_many_people_agree(monkeypatch):
   assert without['soft score'].baselines == {} and without['soft score'].value == scores['soft score'].value
   untrained = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2), [], evaluated)
   assert untrained['soft score'].baselines == {}  # no answer to learn
-  monkeypatch.setitem(file_baselines._NUM_EXAMPLES, 'text', (9, 2))
+  monkeypatch.setitem(dataset_baselines._NUM_EXAMPLES, 'text', (9, 2))
   of_two = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2), trained, evaluated)
   assert of_two['exact_match'].baseline_counts == of_two['soft score'].baseline_counts == {'tf-idf': 2}

@@ -10,7 +10,7 @@ from tests.helpers import shipped, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.batches.mixtures import evaluation_batches
-from uni_moe_jax.data.examples.examples import encode_texts, pad_tokens
+from uni_moe_jax.data.text.token_rows import encode_texts, pad_tokens
 from uni_moe_jax.eval import suite
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.model.heads import normalize

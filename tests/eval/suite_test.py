@@ -49,6 +49,7 @@ def finished(tmp_path_factory):
   c.train.update(dict(steps=3, ema_decay=0.5))
   for evaluator, task in (('classification', 'shape'), ('retrieval', 'pair'), ('caption', 'caption'), ('mlm', 'text')):
     c.evaluators[f'my {task}'] = config_lib.evaluator(evaluator, task, split='train', batch_size=6)
+  c.evaluators['my pair'].num_draws = 3
   assert loop.train(c, str(workdir), jax.devices()[:1]) == loop.FINISHED
   with checkpoint.Checkpoints(workdir, 1) as checkpoints:
     run = train_run.build(load_config(workdir), jax.devices()[:1])

@@ -19,7 +19,7 @@ from tests.helpers import hub_server, saved_run, shipped, tiny
 from tests.helpers.shipped import assert_close
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.convert import torch_file, torch_layout
-from uni_moe_jax.data.examples.examples import encode_texts, pad_tokens
+from uni_moe_jax.data.text.token_rows import encode_texts, pad_tokens
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.export import artifact, contents, loader, programs
 from uni_moe_jax.io import hub

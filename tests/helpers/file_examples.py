@@ -6,7 +6,7 @@ from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data import hashing
-from uni_moe_jax.data.examples import file_dataset_examples
+from uni_moe_jax.data.examples.examples import ExampleBuilder
 
 SIDE = 16  # of their images
 
@@ -23,7 +23,7 @@ def build(dataset, task_type='image_classification', training=True, max_corrupt_
           target_set='ab', tokenizer=None, resize='pillow', channels=3, **fields):
   """Return examples of a task of `plan_task` on a dataset of files."""
   task = plan_task(task_type, label_column=label_column, target_set=target_set, **fields)
-  return file_dataset_examples.FileExampleBuilder(
+  return ExampleBuilder(
       tokenizer, {'ab': ('a', 'b')}, channels, SIDE, training, False, 0, max_corrupt_fraction, resize).build(
           task, dataset)
 

@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 
-from uni_moe_jax.data.prepare import prepare
+from uni_moe_jax.data.shards.record_format import FORMAT
 
 _SUMMARIES = {
     'pets': dict(columns={'image': 'image', 'captions': 'texts', 'breed': 'class'}, splits={'train': 9, 'test': 1},
@@ -18,5 +18,5 @@ def write(folder: str | os.PathLike[str]) -> list[str]:
   for name, summary in _SUMMARIES.items():
     version = pathlib.Path(folder, 'own', name, '1.0.0')
     version.mkdir(parents=True, exist_ok=True)
-    (version / 'prepared.json').write_text(json.dumps({'format': prepare.FORMAT, **summary}))
+    (version / 'prepared.json').write_text(json.dumps({'format': FORMAT, **summary}))
   return [f'{folder}/own/{name}' for name in _SUMMARIES]

@@ -107,7 +107,10 @@ def records(monkeypatch):
     read = _coco if builder.name == 'coco_captions' else source.__getitem__
     return _Local(), lambda ids: [_serialize(read(int(i))) for i in ids]
 
-  monkeypatch.setattr(file_dataset, '_load_own', lambda source, *_: _own(source))
+  load_prepared = file_dataset._load_prepared
+  monkeypatch.setattr(file_dataset, '_load_prepared', lambda source, *rest: (
+      _own(source) if source.startswith(file_dataset.OWN) else load_prepared(source, *rest)))
+  monkeypatch.setattr(file_dataset, 'own_folder', lambda *_: '')
   monkeypatch.setattr(file_dataset, '_check_prepared', lambda *_: None)
   monkeypatch.setattr(file_dataset, '_open', open_mocked)
   with tfds.testing.mock_data(num_examples=EXAMPLES):

@@ -6,6 +6,7 @@ Importing this module does not import jax, so a command line can name its config
 import functools
 import pathlib
 import tempfile
+from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
@@ -27,7 +28,7 @@ def config(*tasks: str, data_dir: str = '') -> ml_collections.ConfigDict:
   """Return a config with the named tasks (of `TASKS`), two layers of width 16 and four experts."""
   c = config_lib.base()
   c.data.dir = str(data_dir)
-  c.tokenizer.vocab_size = 40
+  c.tokenizer.update(dict(vocab_size=40, allow_smaller_vocab=True))  # a task alone may have few words
   c.model.update(dict(
       num_layers=2, width=16, num_heads=2, mlp_dim=16, image_size=IMAGE_SIZE, patch_size=8, channels=1,
       pixel_mean=(0.5,), pixel_std=(0.5,), max_num_frames=4, max_text_len=20, layer_scale_init=0.5, remat=False))
@@ -103,24 +104,25 @@ def columns() -> dict[str, tuple[dict[str, np.ndarray], dict[str, tuple[str, ...
   }
 
 
-def records(source: str):
-  """Return a source's records, in memory."""
-  from uni_moe_jax.data.examples.records import Records
-  return Records(*map(dict, columns()[source]))
+def records(source: str, **changed: np.ndarray):
+  """Return a source's records, in memory; changed: columns by name."""
+  from uni_moe_jax.data.shards import file_dataset
+  original, classes = columns()[source]
+  return file_dataset.in_memory(source, {**original, **changed}, classes)
 
 
 @functools.cache
 def data_dir() -> str:
   """Return a folder of prepared data, made once per process and deleted at its end."""
-  from uni_moe_jax.data.embedded import docstring_texts, glyph_videos, glyphs
-  from uni_moe_jax.data.examples import npz_records
-  root, texts = _folder().name, docstring_texts._FOLDER
-  folders = {'glyphs': glyphs._FOLDER, 'videos': glyph_videos._FOLDER, 'paragraphs': f'{texts}/paragraphs',
-             'pairs': f'{texts}/pairs'}
-  for source, folder in folders.items():
-    with npz_records.atomic_folder(f'{root}/{folder}') as temporary:
-      npz_records.save(temporary, 'train', *columns()[source])
-  return root
+  for source in columns():
+    write(_folder().name, source, ['train'])
+  return _folder().name
+
+
+def write(root: str | pathlib.Path, source: str, splits: Sequence[str]) -> None:
+  """Write a source, with equal splits, into a folder of prepared data."""
+  from uni_moe_jax.data.shards import file_dataset, writer
+  writer.write_dataset(root, file_dataset.embedded_folder(source), lambda: ((s, *columns()[source]) for s in splits))
 
 
 @functools.cache

@@ -63,3 +63,32 @@ def test_output_goes_through_a_link_and_other_files_are_replaced(tmp_path):
   assert not link.is_symlink() and json.loads(target.read_text()) == {'a': 1}
   assert files.read_json(link) == {'a': 2}
   assert sorted(path.name for path in tmp_path.iterdir()) == ['link', 'target']  # no temporary file is left
+
+
+class TestAtomicFolder:
+
+  def test_the_folder_appears_when_the_block_ends_without_an_error(self, tmp_path):
+    with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / 'made') as folder:
+      (folder / 'half').touch()
+      raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with files.atomic_folder(tmp_path / 'made') as folder:
+      (folder / 'part').touch()
+      assert not (tmp_path / 'made').exists()
+    assert [file.name for file in (tmp_path / 'made').iterdir()] == ['part']
+
+  def test_of_two_concurrent_builds_the_first_to_finish_is_kept(self, tmp_path):
+    with files.atomic_folder(tmp_path / 'made') as slow:
+      with files.atomic_folder(tmp_path / 'made') as fast:
+        (fast / 'fast').touch()
+      (slow / 'slow').touch()
+    paths = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob('*'))
+    assert paths == ['made', 'made/fast']
+
+  def test_the_second_of_two_that_need_not_be_equal_is_an_error(self, tmp_path):
+    with pytest.raises(UsageError, match='made was made by another process in the meantime'):
+      with files.atomic_folder(tmp_path / 'made', is_reproducible=False) as slow:
+        with files.atomic_folder(tmp_path / 'made', is_reproducible=False) as fast:
+          (fast / 'fast').touch()
+        (slow / 'slow').touch()
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob('*')) == ['made', 'made/fast']

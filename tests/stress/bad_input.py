@@ -31,7 +31,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.config import presets
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.examples import npz_records
+from uni_moe_jax.data.shards import file_dataset
 from uni_moe_jax.train import manifest, workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.utils import exit_codes
@@ -247,7 +247,7 @@ def _load_config(folder: pathlib.Path) -> int:
   workdir.claim_workdir(folder, c)
   workdir.check_versions(folder)
   make_plan(c).check_trains()
-  npz_records.check_directory(c.data.dir)
+  file_dataset.check_directory(c.data.dir)
   return exit_codes.FINISHED
 
 
@@ -275,7 +275,7 @@ def unreachable_path(draw, folder: pathlib.Path) -> Case:
   c.data.dir = path if is_data_dir else str(folder)
 
   def main() -> int:
-    npz_records.check_directory(c.data.dir)
+    file_dataset.check_directory(c.data.dir)
     for fingerprint in (None, 'fingerprint'):
       workdir.claim_workdir(folder / 'run' if is_data_dir else path, c, fingerprint=fingerprint)
     return exit_codes.FINISHED

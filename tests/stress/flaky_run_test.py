@@ -15,8 +15,6 @@ from tests.helpers import processes, saved_run, tiny
 
 pytest.importorskip('aiohttp')
 from tests.stress.flaky_store import flaky  # noqa: E402
-from uni_moe_jax.data.embedded import glyphs  # noqa: E402
-from uni_moe_jax.data.examples import npz_records  # noqa: E402
 from uni_moe_jax.data.prepare import prepare  # noqa: E402
 from uni_moe_jax.data.shards.mirror import Mirror  # noqa: E402
 from uni_moe_jax.io import storage  # noqa: E402
@@ -44,7 +42,7 @@ def test_a_run_on_an_unreliable_store_is_the_one_on_a_disk(scheme, request, tmp_
   bucket = f'{store.address}/flaky'
   sender = Mirror(f'{bucket}/data', tmp_path / 'sender')
   prepare.prepare(own_files.write_captioned_images(tmp_path / 'images'), sender, 'colors')
-  npz_records.build(sender, glyphs._FOLDER, [('train', *tiny.columns()['glyphs'])])
+  tiny.write(sender, 'glyphs', ['train'])
   (tmp_path / 'tiny_config.py').write_text(_CONFIG)
 
   def train(workdir, data, **variables: str) -> str:

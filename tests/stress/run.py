@@ -16,7 +16,7 @@ Suites:
   injected_faults  trainers with faults that the checks of preemption must detect
   soak             --config under observation: memory, speed, checkpoints; needs an idle machine
 
-The suites train configs/small.py and need no prepared data; the soak trains --config. The full disk needs user
+The suites train configs/small.py, whose digits they prepare; the soak trains --config. The full disk needs user
 namespaces.
 
 Exit codes: 0 no findings, 1 findings, 2 usage.
@@ -88,6 +88,9 @@ class Suites:
 
   def __init__(self, size: Size, seed: int, folder: pathlib.Path):
     from tests.stress.trainer import Trainer
+    from uni_moe_jax.config.schema import DataConfig
+    from uni_moe_jax.data.embedded import build
+    build.build(DataConfig(dir=str(folder)), 1, ['digits'])
     self._size, self._seed, self._folder = size, seed, folder
     self._trainer = Trainer(folder, overrides=(f'train.steps={size.steps}',), optimized=size.optimized)
     self._undisturbed_run = None

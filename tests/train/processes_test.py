@@ -8,11 +8,11 @@ import shutil
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from tests.helpers import in_process, process_step, processes, saved_run, tiny
-from uni_moe_jax.data.embedded import glyphs
-from uni_moe_jax.data.examples import npz_records
+from uni_moe_jax.data.shards import file_dataset, writer
 from uni_moe_jax.io import storage
 
 
@@ -156,9 +156,11 @@ def test_a_run_of_which_one_process_lacks_the_data_ends_within_seconds_and_names
 @pytest.mark.parametrize('script', ['train', 'evaluate'])
 def test_processes_of_which_one_has_another_validation_label_are_refused(tmp_path, script):
   config, (columns, classes) = _config(tmp_path), tiny.columns()['glyphs']
+  folder = file_dataset.embedded_folder('glyphs')
   for i in range(2):
-    folder = shutil.copytree(tiny.data_dir(), tmp_path / f'data{i}') / glyphs._FOLDER
-    npz_records.save(folder, 'validation', {**columns, 'class': [tiny.CLASSES[i], *columns['class'][1:]]}, classes)
+    labels = np.array([tiny.CLASSES[i], *columns['class'][1:]])
+    splits = [('train', columns, classes), ('validation', {**columns, 'class': labels}, classes)]
+    writer.write_dataset(tmp_path / f'data{i}', folder, lambda splits=splits: splits)
   if script == 'evaluate':
     saved_run.save(tmp_path / 'run', runpy.run_path(str(tmp_path / 'config.py'))['get_config'](), 1, devices=8)
   common = [sys.executable, f'launch/{script}.py', config, '--config.evaluators.shape.split=validation',

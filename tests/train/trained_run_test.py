@@ -42,7 +42,7 @@ def _images(run):
 
 
 def test_examples_are_the_images_of_the_source(images):
-  np.testing.assert_array_equal(images[..., 0], tiny.records('glyphs').columns['pixels'][:4])
+  np.testing.assert_array_equal(images[..., 0], tiny.columns()['glyphs'][0]['pixels'][:4])
 
 
 def test_classes_come_with_probabilities_most_likely_first(run, images):
@@ -109,7 +109,7 @@ def test_captions_are_those_of_the_predictor(run, folder, images):
 
 
 def test_a_question_is_answered_as_by_the_evaluator(run, images):
-  faces, task = tiny.records('glyphs').columns['face'], run._tasks['question']
+  faces, task = tiny.columns()['glyphs'][0]['face'], run._tasks['question']
   [fields] = [batch for batch, _ in evaluation_batches(run._run.data.examples(task, 'train'), np.arange(24), 24)]
   expected = np.exp(run._predictor.log_probabilities(run._predictor.inputs(task.type, fields), task)[:, 0])
   for face in set(faces.tolist()):

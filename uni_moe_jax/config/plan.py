@@ -231,7 +231,7 @@ def _set_spec(name: str, s: TargetSetConfig, families: Mapping[str, Condition]) 
 def _array_shape(t: TaskConfig, is_visual: bool) -> tuple[int | str, ...]:
   """What the array shapes of a task of one type depend on: tokens, predictions, frames, labels.
 
-  The frames of a source in memory are not known before it is read; its name stands for them.
+  The frames of embedded videos are not known before they are read; its name stands for them.
   """
   of_files = (t.num_frames, 2 if t.mixes else 1) if t.num_frames or t.mixes else ()
   in_memory = (t.source,) if is_visual and ':' not in t.source else ()
@@ -311,6 +311,8 @@ def _evaluation(
       reranker = None
   fail_if(e.max_len and e.type != 'caption',
           f"{field}.max_len={e.max_len} is for evaluators of type 'caption', not {e.type!r}; set it to 0.")
+  fail_if(e.num_draws and e.type != 'retrieval',
+          f"{field}.num_draws={e.num_draws} is for evaluators of type 'retrieval', not {e.type!r}; set it to 0.")
   fail_if(e.max_len > m.max_text_len,
           f'{field}.max_len={e.max_len} is above config.model.max_text_len={m.max_text_len}.')
   fail_if(e.num_views * e.num_crops > 1 and not (e.type == 'classification' and task.num_frames),

@@ -32,6 +32,7 @@ _SIDES = ('left', 'right')
 _NUM_EVALUATED = {'retrieval': 5000, 'caption': 5000}
 # Evaluated splits of glyphs and videos, and what is new in them.
 UNSEEN = (('test_characters', 'unseen characters'), ('test_fonts', 'unseen fonts'))
+DRAWS = 3  # of retrieval among glyphs and videos, most of whose texts are those of several images
 SIZES = {'tiny': 'Ti/16', 'small': 'S/16', 'base': 'B/16', 'large': 'L/16'}  # argument of config files → model.variant
 
 
@@ -265,11 +266,12 @@ def embedded_tasks(c: ml_collections.ConfigDict) -> None:
 
   for split, novelty in UNSEEN:
     c.evaluators[f'class, {novelty}'] = config.evaluator('classification', 'glyph_class', split=split)
-    c.evaluators[f'name, {novelty}'] = config.evaluator('retrieval', 'glyph_name', split=split, num_examples=500)
+    c.evaluators[f'name, {novelty}'] = config.evaluator(
+        'retrieval', 'glyph_name', split=split, num_examples=500, num_draws=DRAWS)
     c.evaluators[f'caption, {novelty}'] = config.evaluator('caption', 'glyph_caption', split=split, num_examples=1000)
     c.evaluators[f'question, {novelty}'] = config.evaluator('classification', 'glyph_question', split=split)
     c.evaluators[f'motion, {novelty}'] = config.evaluator('classification', 'video_motion', split=split)
     c.evaluators[f'zero-shot video name, {novelty}'] = config.evaluator(
-        'retrieval', 'video_name', split=split, num_examples=400)
+        'retrieval', 'video_name', split=split, num_examples=400, num_draws=DRAWS)
   c.evaluators['masked words'] = config.evaluator('mlm', 'text', split='test')
   c.evaluators['package'] = config.evaluator('classification', 'package', split='test')

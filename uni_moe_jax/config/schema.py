@@ -194,7 +194,7 @@ class PreflightConfig:
   target_lengths: Mapping[str, tuple[tuple[int, int], ...]] = entries(
       None, '{target set: ((tokens, entries), …)}: how many entries have how many tokens, `eot` included.')
   num_frames: Mapping[str, int] = entries(
-      None, "{task: T}: frames of a video of a source in memory; by default the task's num_frames, or 1.")
+      None, "{task: T}: frames of an embedded video; by default the task's num_frames, or 1.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ VOCABULARY = 'vocabulary'  # as a target set's entries: every word id
 class TaskConfig:
   """A task: an instance of a task type."""
   type: str = field(REQUIRED, 'Row of `task_types.TASK_TYPES` or of config.task_types.')
-  source: str = field(REQUIRED, "Data source (data/batches/sources.py), 'own:NAME' for your own prepared data, or "
+  source: str = field(REQUIRED, "Embedded data ('glyphs', …), 'own:NAME' for your own prepared data, or "
                       "'tfds:NAME[/CONFIG]'.", path=True)
   split: str = field('train', 'Split of the source.')
   batch_size: int = field(REQUIRED, 'Examples per step, over devices and micro-steps; 0: only evaluated (zero-shot).')
@@ -61,7 +61,7 @@ class TaskConfig:
       choices=('resize_crop', 'random_resized_crop', 'jittered_crop'))
   min_crop_area: float = field(
       0.08, 'Smallest part of random_resized_crop, as a fraction of the area; published: 0.08.', above=0, at_most=1)
-  random_flip: bool = field(False, 'Mirrors half of the training images and videos of files.')
+  random_flip: bool = field(False, 'Mirrors half of the training images and videos.')
   mirrored_words: tuple[tuple[str, ...], ...] = field(
       (), "Pairs of words that change places in the texts, answers and classes of a mirrored image or video of files, "
       "such as (('left', 'right'),).")
@@ -107,7 +107,9 @@ class EvaluatorConfig:
   type: str = field(REQUIRED, 'classification, retrieval, mlm, caption, glue or vqa.')
   task: str = field(REQUIRED, 'Entry of config.tasks, trained or not (batch_size=0); its source and readout are used.')
   split: str = field(REQUIRED, 'Split that is evaluated.')
-  num_examples: int = field(0, 'Examples (retrieval in memory: candidates, with distinct texts); 0 = all.', at_least=0)
+  num_examples: int = field(0, 'Examples; 0 = all.', at_least=0)
+  num_draws: int = field(0, 'Retrieval: seeded draws of num_examples examples with distinct texts, whose mean is '
+                         'reported; 0: every example and each of its texts, as published.', at_least=0)
   batch_size: int = field(128, 'Examples encoded at once, rounded up to a multiple of the batch shards.', at_least=1)
   beam_size: int = field(1, 'Caption: hypotheses kept per image; 1: greedy.', at_least=1)
   length_penalty: float = field(0.0, 'Caption: divides final scores by (words + 1)^length_penalty.', at_least=0, off=0)
@@ -123,8 +125,8 @@ class EvaluatorConfig:
   num_views: int = field(1, 'Classification of videos of files: probabilities are averaged over num_views in time × '
                          'num_crops.', at_least=1)
   num_crops: int = field(1, 'Crops along the long side; see num_views.', at_least=1)
-  baselines: bool = field(True, 'Also scores simple predictors; for data in files, once per dataset '
-                          '(eval/file_baselines.py).')
+  baselines: bool = field(True, 'Also scores simple predictors, once per dataset '
+                          '(eval/dataset_baselines.py).')
   during_training: bool = field(
       False, 'Runs every train.evaluate_every steps, without baselines; not on a test split, as its score could select '
       'a checkpoint.')

@@ -15,7 +15,7 @@ TOKEN_ROUTER_FIELDS = (
     'experts_per_condition', 'capacity_factor', 'balance_loss_weight', 'importance_loss_weight', 'z_loss_weight')
 
 _NAME = r'[\w .:-]+'  # as of columns, after which `presets.own` names tasks
-_OF_IMAGES = ('crop', 'random_flip', 'randaugment', 'random_erasing')  # fields of tasks on sources in files
+_OF_IMAGES = ('crop', 'random_flip', 'randaugment', 'random_erasing')  # fields of tasks on your own data or TFDS
 
 
 def check_sections(c: Config) -> None:
@@ -226,8 +226,8 @@ def check_task(name: str, t: TaskConfig, task_type: TaskType, c: Config) -> None
             f'{field}.{field_name}={value!r} is for images and videos; task type {task_type.name!r} has none. Set it '
             f'to {off!r}.')
     fail_if(value != off and ':' not in t.source,
-            f"{field}.{field_name}={value!r} is for sources in files ('own:NAME', 'tfds:NAME'), and {t.source!r} is in "
-            f'memory. Set it to {off!r}.')
+            f"{field}.{field_name}={value!r} is for your own data and TFDS ('own:NAME', 'tfds:NAME'), and {t.source!r} "
+            f'is embedded. Set it to {off!r}.')
   fail_if(t.mixes and not (task_type.visual and task_type.readout == 'cls' and not pair),
           f'{field}: mixup_alpha={t.mixup_alpha}, cutmix_alpha={t.cutmix_alpha} mix images and their classes; task '
           f'type {task_type.name!r} has none. Set them to 0.')

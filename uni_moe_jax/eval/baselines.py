@@ -24,8 +24,6 @@ from sklearn.metrics import pairwise
 
 from uni_moe_jax.eval import metrics
 
-# At most this many train examples are fitted or searched: more than the embedded data has.
-_FITTED_TEXTS, _FITTED_VIDEOS, _SEARCHED_IMAGES = 50_000, 20_000, 50_000
 _ITERATIONS = 100  # of a logistic regression: a baseline must not take longer than the evaluation
 _FRAME_SIDE = 16  # frames are averaged down to about this side before the logistic regression
 
@@ -68,13 +66,12 @@ def nearest_neighbor(train_pixels: np.ndarray, test_pixels: np.ndarray) -> np.nd
   baseline of captioning, and `name_similarity` of its name the baseline of retrieval.
 
   Args:
-    train_pixels: uint8 [N, ...]; of many, a subset is searched.
+    train_pixels: uint8 [N, ...].
     test_pixels: uint8 [Q, ...] with the same trailing axes.
   """
-  kept = subset(len(train_pixels), _SEARCHED_IMAGES)
   flat = lambda images: images.reshape(len(images), -1).astype(np.float32)
   # scikit-learn sums in float64, where squared distances of bytes are exact, so that the result is that of any machine.
-  return kept[pairwise.pairwise_distances_argmin(flat(test_pixels), flat(train_pixels[kept]))]
+  return pairwise.pairwise_distances_argmin(flat(test_pixels), flat(train_pixels))
 
 
 def per_question(
@@ -126,11 +123,9 @@ def tfidf_logistic(
     train_labels: int or string [N].
     test_texts: as many columns [Q].
   """
-  kept = subset(len(train_labels), _FITTED_TEXTS)
-  train_texts = [np.asarray(column)[kept] for column in train_texts]
   vectorizer = text.TfidfVectorizer(
       sublinear_tf=True, ngram_range=(1, 2), token_pattern=r'\w+', max_features=20_000,
-      min_df=2 if len(kept) >= 1000 else 1, dtype=np.float32)
+      min_df=2 if len(train_labels) >= 1000 else 1, dtype=np.float32)
   vectorizer.fit(np.concatenate(train_texts))
 
   def features(columns):
@@ -141,7 +136,7 @@ def tfidf_logistic(
       parts += [shared, scipy.sparse.csr_matrix(shared.sum(axis=1))]
     return scipy.sparse.hstack(parts, format='csr')
 
-  return _logistic(features(train_texts), np.asarray(train_labels)[kept], features(test_texts), inverse_penalty=10.0)
+  return _logistic(features(train_texts), np.asarray(train_labels), features(test_texts), inverse_penalty=10.0)
 
 
 def frame_logistic(
@@ -156,11 +151,10 @@ def frame_logistic(
     test_videos: uint8 [Q, T, ...] with the same trailing axes.
     frames: 'all' or 'middle'.
   """
-  kept = subset(len(train_videos), _FITTED_VIDEOS)
   scaler = preprocessing.StandardScaler(with_std=False)
-  train = scaler.fit_transform(_frame_features(np.asarray(train_videos)[kept], frames))
+  train = scaler.fit_transform(_frame_features(np.asarray(train_videos), frames))
   test = scaler.transform(_frame_features(np.asarray(test_videos), frames))
-  return _logistic(train, np.asarray(train_labels)[kept], test, inverse_penalty=0.1)
+  return _logistic(train, np.asarray(train_labels), test, inverse_penalty=0.1)
 
 
 def _frame_features(videos: np.ndarray, frames: str) -> np.ndarray:

@@ -1,8 +1,7 @@
 """Evaluators: fixed protocols for scores of a predictor, beside chance and simple baselines.
 
-Examples, candidates, phrasing and number of draws are fixed here and seeded by the evaluator's name. Baselines are
-computed from the same records in the same command; those of files once per dataset. An evaluator receives a
-`Predictor`, never a model.
+Examples, candidates and phrasing are fixed here and seeded by the evaluator's name. Baselines are computed from the
+same records in the same command, once per dataset. An evaluator receives a `Predictor`, never a model.
 """
 
 import dataclasses
@@ -15,22 +14,20 @@ import numpy as np
 from uni_moe_jax.config.metric_names import RECALLS, is_measured, modality
 from uni_moe_jax.config.plan import Evaluation
 from uni_moe_jax.data.batches.mixtures import evaluation_batches
-from uni_moe_jax.data.examples import examples as examples_lib
-from uni_moe_jax.data.examples.file_dataset_features import text_columns
-from uni_moe_jax.data.examples.records import Records
+from uni_moe_jax.data.examples.examples import Examples
+from uni_moe_jax.data.examples.features import text_columns
 from uni_moe_jax.data.shards.file_dataset import FileDataset
+from uni_moe_jax.data.text.token_rows import distinct_rows
 from uni_moe_jax.data.text.tokenizer import Tokenizer
 from uni_moe_jax.eval import baselines, batches, caption_metrics, metrics, samples
 from uni_moe_jax.eval.batches import Fields
-from uni_moe_jax.eval.file_baselines import NEAREST, FileBaselines
+from uni_moe_jax.eval.dataset_baselines import DatasetBaselines
 from uni_moe_jax.eval.metrics import Score
 from uni_moe_jax.eval.predictor import Predictor, Ranked
-from uni_moe_jax.utils import templates
 from uni_moe_jax.utils.errors import UsageError
 
-_COUNTED = 20_000  # records in files whose words are counted for the unigram baseline
+_COUNTED = 50_000  # records whose words are counted for the unigram baseline
 NONE = '(none of them)'  # in place of an answer where several have the highest score, or one is NaN
-DRAWS = 3  # of retrieval candidates; the mean is reported, with the error of a single draw
 _NEAREST_NAME = "nearest neighbor's name"
 
 
@@ -39,14 +36,14 @@ class Query:
   """What an evaluator works with."""
   evaluation: Evaluation
   predictor: Predictor
-  examples: examples_lib.Examples  # built for evaluation (first phrase, every masked position replaced)
-  evaluated: Records | FileDataset
-  trained: Records | FileDataset  # of the task's training split, for baselines
+  examples: Examples  # built for evaluation (first phrase, every masked position replaced)
+  evaluated: FileDataset
+  trained: FileDataset  # of the task's training split, for baselines
   names: tuple[str, ...]  # first name of each entry of the task's target set ('' for the vocabulary)
   keys: tuple[str, ...]  # the records' names for these entries
   tokenizer: Tokenizer
   samples: dict[str, list[dict[str, Any]]]  # some predictions of each evaluator for the report, see `show`
-  data_dir: str  # prepared data, and results of baselines of files
+  data_dir: str  # prepared data, and results of baselines
   before_batch: Callable[[], None] = lambda: None  # called in every process; its error ends the evaluation
 
   @property
@@ -63,12 +60,9 @@ class Query:
     return baselines.subset(self.examples.size, self.evaluation.num_examples or self.examples.size, self.seed)
 
   def pixels(self, ids: np.ndarray) -> np.ndarray:
-    """Pixels of some examples: uint8 [n, T, H, W] or [n, T, H, W, C]."""
-    if isinstance(self.evaluated, FileDataset):
-      pixels = next(evaluation_batches(self.examples, ids, len(ids)))[0]['pixels']
-      return pixels[:, 0] if pixels.ndim == 6 else pixels
-    pixels = self.evaluated.columns['pixels'][examples_lib.example_ids(self.evaluated, self.task)[ids]]
-    return pixels[:, None] if pixels.ndim == 3 else pixels
+    """Pixels of some examples: uint8 [n, T, H, W, C]."""
+    pixels = next(evaluation_batches(self.examples, ids, len(ids)))[0]['pixels']
+    return pixels[:, 0] if pixels.ndim == 6 else pixels
 
   def show(self, ids: np.ndarray, truth: Sequence[str | Sequence[str]], predicted: Sequence[str]) -> None:
     """Adds some of the examples, with their references, one or several each, and predictions, to the samples."""
@@ -94,25 +88,14 @@ class Query:
     e = self.evaluation
     return batches.gather(run, self.examples, ids, e.batch_size, self.predictor.mesh, e.name)
 
-  def phrases(self, records: Records) -> np.ndarray:
-    """The text [N] of each record in the evaluated phrasing, the task's first template."""
-    return examples_lib.fill_captions(records, self.task)[:, 0]
-
   @property
-  def file_baselines(self) -> FileBaselines:
-    return FileBaselines(self.evaluation, self.trained, self.evaluated, self.keys, self.data_dir)
+  def baselines(self) -> DatasetBaselines:
+    return DatasetBaselines(self.evaluation, self.trained, self.evaluated, self.keys, self.data_dir)
 
-  def neighbor_phrases(self, ids: np.ndarray) -> np.ndarray | list[str] | None:
+  def neighbor_phrases(self, ids: np.ndarray) -> list[str] | None:
     """Text of the nearest training image of each example; videos by their middle frames. None: no baselines."""
-    if not self.evaluation.baselines:
-      return None
-    if isinstance(self.trained, FileDataset):
-      return self.file_baselines.neighbor_texts(ids)
+    return self.baselines.neighbor_texts(ids) if self.evaluation.baselines else None
 
-    def still(pixels):
-      return pixels if pixels.ndim == 3 else pixels[:, pixels.shape[1] // 2]
-    train, test = (still(records.columns['pixels']) for records in (self.trained, self.evaluated))
-    return self.phrases(self.trained)[baselines.nearest_neighbor(train, test[ids])]
 
 
 def classification(q: Query) -> list[Score]:
@@ -155,60 +138,30 @@ def label_baselines(
   Counts are the numbers of examples of the baselines that predict a part of them. Training labels are empty if there
   are no baselines. Baselines fit the input: texts, images or videos.
   """
-  answers, fitted, counts = {}, {}, {}
+  if not q.evaluation.baselines:
+    return np.zeros(0, int), lambda metric: {}, {}
+  train_labels, rows, fitted = q.baselines.classes(ids)
+  answers = {'majority': baselines.majority_predictions(train_labels, len(labels))} if len(train_labels) else {}
   by = lambda metric: {**{name: metric(predicted, labels) for name, predicted in answers.items()},
                        **{name: metric(predicted, labels[rows]) for name, predicted in fitted.items()}}
-  if not q.evaluation.baselines:
-    return np.zeros(0, int), by, counts
-  if isinstance(q.trained, FileDataset):
-    train_labels, rows, fitted = q.file_baselines.classes(ids)
-    if len(train_labels):
-      answers['majority'] = baselines.majority_predictions(train_labels, len(labels))
-    return train_labels, by, dict.fromkeys(fitted, len(rows)) if len(rows) < len(ids) else counts
-  trained, evaluated = examples_lib.example_ids(q.trained, q.task), examples_lib.example_ids(q.evaluated, q.task)[ids]
-  train_labels = examples_lib.class_indices(q.trained, q.task, q.keys)[trained]
-  assert (labels == examples_lib.class_indices(q.evaluated, q.task, q.keys)[evaluated]).all()
-  answers['majority'] = baselines.majority_predictions(train_labels, len(labels))
-  inputs = ['pixels'] if q.task.type.visual else templates.columns(q.task.template)
-  train, test = [q.trained.columns[k][trained] for k in inputs], [q.evaluated.columns[k][evaluated] for k in inputs]
-  if not q.task.type.visual:
-    if len(inputs) in (1, 2):
-      answers['tf-idf'] = baselines.tfidf_logistic(train, train_labels, test)
-  elif templates.columns(q.task.template):
-    questions = _questions(q, q.trained, trained), _questions(q, q.evaluated, evaluated)
-    for name, predict in (
-        ('question alone', lambda a, b: baselines.majority_predictions(train_labels[a], len(b))),
-        (NEAREST, lambda a, b: train_labels[a][baselines.nearest_neighbor(train[0][a], test[0][b])])):
-      answers[name] = baselines.per_question(predict, *questions)
-  elif train[0].ndim == 3:
-    answers[NEAREST] = train_labels[baselines.nearest_neighbor(*train, *test)]
-  else:
-    for name, frames in (('one frame', 'middle'), ('all frames', 'all')):
-      answers[name] = baselines.frame_logistic(*train, train_labels, *test, frames)
-  return train_labels, by, counts
-
-
-def _questions(q: Query, records: Records, indices: np.ndarray) -> np.ndarray:
-  """What the template of a task takes from some records: strings [N], equal for equal questions."""
-  columns = [records.columns[name][indices].tolist() for name in templates.columns(q.task.template)]
-  return np.array(['\0'.join(row) for row in zip(*columns, strict=True)])
+  return train_labels, by, dict.fromkeys(fitted, len(rows)) if len(rows) < len(ids) else {}
 
 
 def retrieval(q: Query) -> list[Score]:
-  """R@1, 5, 10 in both directions among examples with distinct texts.
+  """R@1, 5, 10 in both directions among all examples, or among some with distinct texts.
 
-  The value is the mean over three seeded draws of `num_examples` examples. The baseline copies the name of the nearest
-  training image (of a video: of its middle frame) and takes the candidate that shares most words with it. Of records in
-  files every example and each of its texts counts, as published: any text of an image is correct for it, and an image
-  is correct if the text is one of its own.
+  Without draws every example and each of its texts counts, as published: any text of an image is correct for it, and an
+  image is correct if the text is one of its own. With `num_draws`, the value is the mean over so many seeded draws of
+  `num_examples` examples with distinct texts, with the error of a single draw. The baseline copies the text of the
+  nearest training image (of a video: of its middle frame) and takes the candidate that shares most words with it.
   """
-  if q.examples.references:
+  if not q.evaluation.num_draws:
     return _full_retrieval(q)
-  texts = q.phrases(q.evaluated)
-  *_, rows = examples_lib.distinct_rows(texts.tolist(), q.tokenizer, q.task.max_len)
+  texts = np.array([first for first, *_ in q.examples.references(np.arange(q.examples.size))])
+  *_, rows = distinct_rows(texts.tolist(), q.tokenizer, q.task.max_len)
   number = q.evaluation.num_examples or len(np.unique(rows))
   rng = np.random.default_rng(q.seed)
-  draws = [_distinct(texts, rows, number, rng) for _ in range(DRAWS)]
+  draws = [_distinct(texts, rows, number, rng) for _ in range(q.evaluation.num_draws)]
   union = np.unique(np.concatenate(draws))
   left, right = q.gather(union, lambda fields: (
       q.predictor.inputs(q.task.type, fields)[:, 0], q.predictor.pairs(q.task.type, fields)))
@@ -217,7 +170,7 @@ def retrieval(q: Query) -> list[Score]:
     index, positives = np.searchsorted(union, draw), np.eye(len(draw), dtype=bool)
     recalls.append(_by_direction(q, np.less_equal, *_ranks(q, left[index], right[index], positives)))
     if copied is not None:
-      by_name = baselines.name_similarity(copied[index], texts[draw])
+      by_name = baselines.name_similarity([copied[i] for i in index], texts[draw])
       baseline.append(_by_direction(q, metrics.share_within, *metrics.mutual_ranks(by_name.__getitem__, positives)))
   mean = lambda draws, name: float(np.mean([np.mean(recall[name]) for recall in draws]))
   drawn = np.searchsorted(union, np.concatenate(draws))
@@ -245,7 +198,7 @@ def _full_retrieval(q: Query) -> list[Score]:
   ids, length, batch_size = q.ids(), q.task.max_len, q.evaluation.batch_size
   texts = q.examples.references(ids)
   flat = [t for several in texts for t in several]
-  targets, valid, row_of = examples_lib.distinct_rows(flat, q.tokenizer, length)
+  targets, valid, row_of = distinct_rows(flat, q.tokenizer, length)
   owner = np.repeat(np.arange(len(ids)), [len(t) for t in texts])
   positives = np.zeros((len(ids), len(targets)), bool)
   positives[owner, row_of] = True
@@ -296,7 +249,7 @@ def caption(q: Query) -> list[Score]:
       q.task, fields['pixels'], e.beam_size, e.length_penalty, e.constrain_to, e.max_len, e.reranker))).tolist()
   if e.detokenize:
     predicted = [q.tokenizer.detokenize(text) for text in predicted]
-  truth = q.examples.references(ids) if q.examples.references else q.phrases(q.evaluated)[ids].tolist()
+  truth = q.examples.references(ids)
   copied = q.neighbor_phrases(ids)
   by = lambda metric: {} if copied is None else {_NEAREST_NAME: metric(copied, truth)}
   q.show(ids, truth, predicted)
@@ -321,9 +274,7 @@ def masked_language_modeling(q: Query) -> list[Score]:
   n, V, unigram, right = int(counted.sum()), q.tokenizer.size, ({}, {}), ranks == 1
   accuracy = metrics.share_within(ranks[counted], 1)
   if q.evaluation.baselines:
-    texts = (q.trained.sample_texts(text_columns(q.task), _COUNTED) if isinstance(q.trained, FileDataset) else
-             q.trained.columns['text'].tolist())
-    tokens = q.tokenizer.encode_batch(texts)
+    tokens = q.tokenizer.encode_batch(q.trained.sample_texts(text_columns(q.task), _COUNTED))
     counts = np.bincount(np.concatenate([np.asarray(t, np.int64) for t in tokens]), minlength=V)
     counts[q.tokenizer.eot] += len(tokens)
     unigram = [{'unigram': value} for value in baselines.unigram(counts, labels[counted])]

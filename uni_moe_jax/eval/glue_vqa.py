@@ -54,7 +54,7 @@ def vqa(q: Query) -> list[Score]:
     _, by, _ = evaluators.label_baselines(q, ids, labels)
     pairs = by(lambda predicted, right: ([named[i] for i in predicted], [[named[i]] for i in right]))
   elif q.evaluation.baselines:
-    trained, rows, fitted = q.file_baselines.answers(ids)
+    trained, rows, fitted = q.baselines.answers(ids)
     if trained:
       common = statistics.mode(trained)
       pairs[f'always {common!r}'] = [common] * len(ids), truth

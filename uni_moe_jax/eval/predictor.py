@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from uni_moe_jax.config.plan import Plan, SetSpec, TaskSpec
 from uni_moe_jax.data.batches.assemble import Data
 from uni_moe_jax.data.batches.target_sets import TargetSet
-from uni_moe_jax.data.examples.examples import encode_texts, pad_tokens
+from uni_moe_jax.data.text.token_rows import encode_texts, pad_tokens
 from uni_moe_jax.data.text.tokenizer import Tokenizer
 from uni_moe_jax.eval.batches import Fields
 from uni_moe_jax.model import decoding, heads

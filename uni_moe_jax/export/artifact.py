@@ -19,7 +19,6 @@ from safetensors.numpy import save_file
 
 from uni_moe_jax.convert import torch_file
 from uni_moe_jax.data.batches.assemble import Data
-from uni_moe_jax.data.examples import npz_records
 from uni_moe_jax.data.shards import mirror
 from uni_moe_jax.data.text.clip_tokenizer import SURPLUS_SPACES, ClipTokenizer
 from uni_moe_jax.data.text.tokenizer import Tokenizer
@@ -27,6 +26,7 @@ from uni_moe_jax.export import browser, description, model_card, onnx_programs, 
 from uni_moe_jax.export.contents import Contents
 from uni_moe_jax.export.programs import programs
 from uni_moe_jax.io import storage
+from uni_moe_jax.io.files import atomic_folder
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path
@@ -79,7 +79,7 @@ def write(
   onnx = _ONNX & {*formats}
   prepare(formats, contents.spec.dtype, contents.data)
   state = torch_dense.state(contents.spec, contents.params, contents.tasks) if 'torch' in formats else None
-  with npz_records.atomic_folder(folder, is_reproducible=False) as staging:
+  with atomic_folder(folder, is_reproducible=False) as staging:
     files = _write_programs(staging, contents)
     save(staging / 'params.safetensors', {path: np.asarray(x) for path, x in by_path(contents.params).items()})
     with ocp.StandardCheckpointer() as checkpointer:

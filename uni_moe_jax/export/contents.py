@@ -12,8 +12,6 @@ from uni_moe_jax.config.plan import Evaluation, Plan, SetSpec, TaskSpec
 from uni_moe_jax.data.batches.assemble import Data
 from uni_moe_jax.data.batches.mixtures import evaluation_batches
 from uni_moe_jax.data.batches.target_sets import TargetSet
-from uni_moe_jax.data.examples.records import Records
-from uni_moe_jax.data.shards.file_dataset import FileDataset
 from uni_moe_jax.data.text.tokenizer import Tokenizer
 from uni_moe_jax.eval.predictor import INPUTS, Predictor
 from uni_moe_jax.export.merge import merged
@@ -133,17 +131,10 @@ def _exported_task(task: TaskSpec, plan: Plan, data: Data, sets: Sets, bake_targ
   media, num_frames = 'text', 0
   if task.type.visual:
     num_frames = _inputs(task, plan, data, 1)['pixels'].shape[1]  # first: its error names a source without any
-    media = _media(data.records(task.source, _split(task, plan)))
+    media = data.records(task.source, _split(task, plan)).media_type
   search = next(((e.beam_size, e.length_penalty) for e in plan.evaluations if e.task == task and e.type == 'caption'),
                 (1, 0.0))
   return ExportedTask(task, num_frames, set_size, text_condition, *search, media)
-
-
-def _media(records: Records | FileDataset) -> str:
-  """'image' or 'video'."""
-  if isinstance(records, FileDataset):
-    return records.columns[records.media_column() or '']
-  return 'image' if records.columns['pixels'].ndim == 3 else 'video'
 
 
 def _split(task: TaskSpec, plan: Plan) -> str:

@@ -1,5 +1,6 @@
 """Files and JSON, written atomically, and checks of paths that are given on the command line."""
 
+import contextlib
 import io
 import json
 import os
@@ -39,6 +40,34 @@ def save_figure(figure: Any, path: Path, **options: Any) -> None:
 def read_json(path: Path, default: Any = None) -> Any:
   """Return the content of a JSON file; `default` if it does not exist."""
   return json.loads(storage.read_bytes(path)) if path.exists() else default
+
+
+@contextlib.contextmanager
+def atomic_folder(directory: str | os.PathLike[str], is_reproducible: bool = True) -> Iterator[pathlib.Path]:
+  """Yields an empty folder that is renamed to `directory` when the block ends, or deleted if it raises.
+
+  An incomplete folder is therefore never read. Of two processes that build at the same time, the first to finish wins:
+  the other's folder has the same content and is dropped; if it is not reproducible, UsageError is raised.
+  """
+  directory = storage.path(directory)
+  if storage.is_remote(directory):
+    with storage.uploaded(directory) as temporary:
+      yield temporary
+    return
+  directory.parent.mkdir(parents=True, exist_ok=True)
+  temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'.{directory.name}.', dir=directory.parent))
+  try:
+    yield temporary
+    temporary.chmod(0o755)
+    try:
+      temporary.rename(directory)
+    except OSError:
+      if not directory.is_dir():
+        raise
+      if not is_reproducible:
+        raise UsageError(f'{directory} was made by another process in the meantime; choose another folder.') from None
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def renames_folders(parent: pathlib.Path) -> bool:

@@ -50,7 +50,8 @@ def video_name(c: ml_collections.ConfigDict) -> None:
   c.tasks.video_name = config.task(
       'video_retrieval', 'videos', batch_size=BATCH_SIZE, caption_templates=('{name}',), max_len=presets.NAME_TOKENS)
   for split, novelty in presets.UNSEEN:
-    c.evaluators[f'video name, {novelty}'] = config.evaluator('retrieval', 'video_name', split=split, num_examples=400)
+    c.evaluators[f'video name, {novelty}'] = config.evaluator(
+        'retrieval', 'video_name', split=split, num_examples=400, num_draws=presets.DRAWS)
 
 
 # Tasks that no config trains on: a run is adapted to them.

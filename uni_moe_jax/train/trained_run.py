@@ -13,7 +13,7 @@ import numpy as np
 from uni_moe_jax.config.plan import TaskSpec, why_not_rerank
 from uni_moe_jax.data.batches.mixtures import evaluation_batches
 from uni_moe_jax.data.batches.target_sets import build_target_set
-from uni_moe_jax.data.examples.examples import template_features
+from uni_moe_jax.data.examples.features import template_features
 from uni_moe_jax.data.text.templates import fill_template
 from uni_moe_jax.eval.batches import Fields
 from uni_moe_jax.eval.predictor import Predictor

@@ -15,9 +15,9 @@ from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data import hashing
-from uni_moe_jax.data.batches import sources
 from uni_moe_jax.data.batches.assemble import Data
 from uni_moe_jax.data.prepare import prepare
+from uni_moe_jax.data.shards import file_dataset
 from uni_moe_jax.data.shards.file_dataset import FileDataset
 from uni_moe_jax.data.text.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer
@@ -142,7 +142,7 @@ def test_no_video_is_read_for_a_tokenizer_without_its_texts_and_none_twice(colum
     return [{'video': b'', 'label': 'up', 'captions': (f'video number {i}', 'it moves')} for i in ids]
 
   source = FileDataset('own:x', 5, read, columns, {'label': ('up', 'down')}, {}, '')
-  monkeypatch.setitem(sources.SOURCES, 'x', lambda *_: source)
+  monkeypatch.setattr(file_dataset, 'load', lambda *_: source)
   config = tiny.config(data_dir=str(tmp_path))
   config.tokenizer.update(vocab_size=60, allow_smaller_vocab=True)
   config.target_sets.labels = config_lib.target_set('x/label', family='names')
@@ -206,20 +206,20 @@ def test_images_and_videos_that_the_model_does_not_accept_are_an_error(name, cha
     Data(config, plan).examples(task)
 
 
-def test_a_source_in_memory_shows_all_its_frames_and_no_other_number(name='motion'):
+def test_arrays_show_all_their_frames_and_no_other_number(name='motion'):
   config = tiny.config(name, 'text', data_dir=tiny.data_dir())
   for num_frames in (0, tiny.NUM_FRAMES):
     config.tasks[name].num_frames = num_frames
     plan = make_plan(config)
     Data(config, plan).examples(next(t for t in plan.tasks if t.name == name))
   config.tasks[name].num_frames = 2
-  with pytest.raises(ValueError, match=r"motion\.num_frames=2: source 'videos' is in memory, and all its 3 frame"):
+  with pytest.raises(ValueError, match=r"motion\.num_frames=2: source 'videos' has arrays, all of whose 3 frame"):
     Data(config, plan := make_plan(config)).examples(next(t for t in plan.tasks if t.name == name))
 
 
 def test_a_vocabulary_too_large_for_the_text_is_an_error_that_names_the_field():
   config = tiny.config('text', data_dir=tiny.data_dir())
-  config.tokenizer.vocab_size = 100_000
+  config.tokenizer.update(vocab_size=100_000, allow_smaller_vocab=False)
   with pytest.raises(ValueError, match=r'config\.tokenizer\.vocab_size=100000: These texts cannot give'):
     Data(config, make_plan(config))
   config.tokenizer.allow_smaller_vocab = True

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from uni_moe_jax.data.batches import in_flight
 from uni_moe_jax.data.batches.lookahead import Lookahead
+from uni_moe_jax.utils import cores
 
 
 def _call(function, x):
@@ -40,7 +41,7 @@ def test_a_call_makes_as_many_batches_as_are_allowed_and_have_few_bytes(num_byte
 
 
 def test_a_bounded_number_of_batches_is_made_ahead_of_the_consumer():
-  number, made, all_ahead = in_flight.num_in_flight(), [], threading.Event()
+  number, made, all_ahead = cores.batches_at_once(), [], threading.Event()
 
   def read(i):
     made.append(i)
@@ -118,12 +119,12 @@ def test_after_an_error_of_the_consumer_no_queued_batch_is_made_and_no_thread_is
   batches = in_flight.make_ahead(lambda _, i: (i, i), [np.arange(1000)], count)
   with pytest.raises(ZeroDivisionError), contextlib.closing(Lookahead(batches, fail)) as ahead:
     ahead.take()
-  assert len(made) <= 1 + in_flight.num_in_flight()
+  assert len(made) <= 1 + cores.batches_at_once()
   assert not [t.name for t in threading.enumerate() if t.name.startswith('batches')]
 
 
 def test_fewer_batches_may_wait():
-  made, number = [], in_flight.num_in_flight()
+  made, number = [], cores.batches_at_once()
   batches = in_flight.make_ahead(lambda _, i: _call(lambda i: [made.append(i), i][1], i), [np.arange(9 * number)],
                                  num_waiting=1)
   for i, batch in enumerate(batches):

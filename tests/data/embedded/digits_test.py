@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 
-from uni_moe_jax.data.batches import sources
 from uni_moe_jax.data.embedded import digits
 
 
 @pytest.fixture(name='splits', scope='module')
 def _splits():
-  return {split: sources.load('digits', '/nowhere', split) for split in digits.SPLITS}
+  return {split: columns for split, columns, _ in digits.splits(lambda line: None)}
 
 
 def test_a_digit_is_drawn_in_the_box_of_a_glyph():
@@ -24,21 +23,21 @@ def test_a_digit_is_drawn_in_the_box_of_a_glyph():
 
 
 def test_bright_pixels_are_ink(splits):
-  pixels = splits['train'].columns['pixels'] / 255
+  pixels = splits['train']['pixels'] / 255
   assert pixels[:, 0].max() == 0 and pixels[:, 10:22, 12:20].mean() > .25
 
 
 def test_sizes_and_names_of_the_splits(splits):
   # 178 zeros: 53 (round(53.4)) in test, 18 in validation.
-  zeros = {split: int((r.columns['name'] == 'digit zero').sum()) for split, r in splits.items()}
+  zeros = {split: int((c['name'] == 'digit zero').sum()) for split, c in splits.items()}
   assert zeros == {'train': 107, 'validation': 18, 'test': 53}
-  assert sum(r.size for r in splits.values()) == 1797
-  assert all(r.classes['name'] == digits.NAMES and set(r.columns['name']) == set(digits.NAMES) for r in splits.values())
+  assert sum(len(c['name']) for c in splits.values()) == 1797
+  assert all(set(columns['name']) == set(digits.NAMES) for columns in splits.values())
   assert digits.NAMES[3] == 'digit three'
 
 
 def test_no_image_is_in_two_splits(splits):
-  images = [{p.tobytes() for p in r.columns['pixels']} for r in splits.values()]
+  images = [{p.tobytes() for p in c['pixels']} for c in splits.values()]
   assert sum(map(len, images)) == len(set.union(*images)) == 1797
 
 
@@ -48,8 +47,3 @@ def test_splits_of_a_class_do_not_depend_on_other_classes():
   assert [list(splits[labels == k]).count('test') for k in (0, 1)] == [12, 12]
   longer = digits.assign_splits(np.concatenate([labels, [1] * 20]))
   assert (longer[:40] == splits[:40]).all() and (longer[40:80] != splits[40:]).any()
-
-
-def test_an_unknown_split_lists_the_existing_ones():
-  with pytest.raises(ValueError, match="'test_fonts' is not in digits; choose from train, validation, test"):
-    sources.load('digits', '/nowhere', 'test_fonts')

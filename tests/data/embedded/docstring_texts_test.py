@@ -2,8 +2,6 @@
 
 import collections
 import random
-import re
-from unittest import mock
 
 import pytest
 
@@ -106,54 +104,26 @@ def test_a_document_without_a_summary_gives_no_pairs():
   assert docstring_texts.make_pairs(entries) == []
 
 
-@pytest.fixture(name='build')
-def _build(monkeypatch):
-  """Builds the texts of a short corpus in a folder."""
-  monkeypatch.setattr(docstring_corpus, 'documents', mock.Mock(side_effect=_documents))
-  return lambda directory: docstring_texts.build(directory, report=lambda line: None)
+@pytest.fixture(name='splits')
+def _splits(monkeypatch):
+  """(paragraphs, pairs) of a short corpus, by split."""
+  monkeypatch.setattr(docstring_corpus, 'documents', _documents)
+  entries = docstring_texts.read_entries(lambda line: None)
+  return [{split: (columns, classes) for split, columns, classes in make(entries, lambda line: None)}
+          for make in (docstring_texts.paragraphs, docstring_texts.pairs)]
 
 
-def test_no_text_is_in_two_splits_and_none_is_lost(tmp_path, build):
-  build(tmp_path)
-  texts = []
-  for split in docstring_texts.SPLITS:
-    pairs = docstring_texts.load_pairs(tmp_path, split).columns
-    paragraphs = docstring_texts.load_paragraphs(tmp_path, split).columns
-    texts.append({*paragraphs['text'], *pairs['text_a'], *pairs['text_b']})
+def test_no_text_is_in_two_splits_and_none_is_lost(splits):
+  paragraphs, pairs = splits
+  texts = [{*paragraphs[split][0]['text'], *pairs[split][0]['text_a'], *pairs[split][0]['text_b']}
+           for split in docstring_texts.SPLITS]
   assert all(texts)
   assert len(set.union(*texts)) == sum(map(len, texts)) == 2 * 150 * 2 * 3
 
 
-def test_labels_are_packages_and_answers(tmp_path, build):
-  build(tmp_path)
-  paragraphs = docstring_texts.load_paragraphs(tmp_path, 'train')
-  assert set(paragraphs.columns['package']) == {'numpy', ''}  # flax is not one of the ten
-  assert paragraphs.classes == {'package': docstring_texts.PACKAGES}
-  pairs = docstring_texts.load_pairs(tmp_path, 'train')
-  assert set(pairs.columns['label']) == {'no', 'yes'}
-  assert pairs.classes == {'label': ('no', 'yes')}
-
-
-def test_equal_documents_give_equal_fingerprints(tmp_path, build):
-  for folder in ('one', 'other'):
-    build(tmp_path / folder)
-  for load in (docstring_texts.load_paragraphs, docstring_texts.load_pairs):
-    test = load(tmp_path / 'one', 'test').fingerprint
-    assert test == load(tmp_path / 'other', 'test').fingerprint
-    assert test != load(tmp_path / 'one', 'train').fingerprint
-
-
-def test_an_existing_dataset_is_not_built_again_and_has_the_splits_that_an_error_lists(tmp_path, build):
-  build(tmp_path)
-  build(tmp_path)
-  assert docstring_corpus.documents.call_count == 1
-  with pytest.raises(ValueError, match="split 'dev' .*test, train, validation"):
-    docstring_texts.load_pairs(tmp_path, 'dev')
-
-
-def test_a_failed_build_leaves_nothing_to_read(tmp_path, build, monkeypatch):
-  monkeypatch.setattr(docstring_texts, 'make_pairs', mock.Mock(side_effect=KeyboardInterrupt))
-  with pytest.raises(KeyboardInterrupt):
-    build(tmp_path)
-  with pytest.raises(FileNotFoundError, match=re.escape(f'uni-moe prepare-data --data_dir={tmp_path}')):
-    docstring_texts.load_paragraphs(tmp_path, 'train')
+def test_labels_are_packages_and_answers(splits):
+  (paragraphs, packages), (pairs, answers) = (made['train'] for made in splits)
+  assert set(paragraphs['package']) == {'numpy', ''}  # flax is not one of the ten
+  assert packages == {'package': docstring_texts.PACKAGES}
+  assert set(pairs['label']) == {'no', 'yes'}
+  assert answers == {'label': ('no', 'yes')}

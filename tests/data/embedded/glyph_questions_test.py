@@ -5,7 +5,6 @@ import pytest
 
 from uni_moe_jax.data.embedded import glyph_questions, glyphs
 from uni_moe_jax.data.embedded.glyph_questions import ANSWERS, QUESTIONS
-from uni_moe_jax.data.examples.records import Records
 
 
 @pytest.mark.parametrize('name, answers', [
@@ -36,14 +35,15 @@ def test_one_of_the_questions_that_a_name_answers_is_drawn_by_name_and_face():
   assert glyph_questions.question_of('integral', 'regular sans') == ('', '')
 
 
-def test_images_without_a_question_are_left_out(monkeypatch):
+def test_images_without_a_question_are_left_out():
   names = np.array(['integral', 'upwards arrow', 'hebrew letter alef'])
-  images = Records({'pixels': np.arange(3, dtype=np.uint8).reshape(3, 1, 1), 'name': names,
-                    'face': np.array(['regular sans'] * 3), 'class': names})
-  monkeypatch.setattr(glyphs, 'load', lambda directory, split: images)
-  records = glyph_questions.load('/data', 'train')
-  assert {name: column.tolist() for name, column in records.columns.items()} == {
+  images = {'pixels': np.arange(3, dtype=np.uint8).reshape(3, 1, 1), 'name': names,
+            'face': np.array(['regular sans'] * 3), 'class': names}
+  made = list(glyph_questions.splits(lambda split: images, lambda line: None))
+  assert [split for split, *_ in made] == list(glyphs.SPLITS)
+  _, columns, classes = made[0]
+  assert {name: column.tolist() for name, column in columns.items()} == {
       'pixels': [[[1]], [[2]]], 'name': ['upwards arrow', 'hebrew letter alef'],
       'question': ['where does it point ?', 'which script is it ?'], 'answer': ['up', 'hebrew']}
-  assert records.classes == {'answer': ANSWERS}
+  assert classes == {'answer': ANSWERS}
   assert len(set(ANSWERS)) == len(ANSWERS)

@@ -8,32 +8,33 @@ import pytest
 from sklearn import linear_model
 
 from uni_moe_jax.data.embedded import glyph_videos, glyphs
-from uni_moe_jax.data.examples.records import Records
+from uni_moe_jax.data.shards.writer import Columns
 
 _MIDDLE = np.full(7, 0.5)
 _X, _Y, _SIZE, _ANGLE, _BRIGHTNESS = range(5)
 
 
 @pytest.fixture(scope='module')
-def letters() -> Records:
+def letters() -> Columns:
   """Images of 62 letters and digits in one face."""
   font, signs = glyphs.load_font('DejaVuSans'), string.ascii_letters + string.digits
   columns = {'pixels': np.stack([glyphs.render(font, sign) for sign in signs]), 'name': np.array(list(signs)),
              'face': np.full(len(signs), 'regular sans'), 'class': np.full(len(signs), '')}
-  return Records(columns)
+  return columns
+
+
+def _images(letters: Columns, split: str) -> Columns:
+  """A quarter of the letters, others for each split."""
+  own = slice(glyphs.SPLITS.index(split), None, len(glyphs.SPLITS))
+  return {name: column[own] for name, column in letters.items()}
 
 
 @pytest.fixture
-def few_videos(monkeypatch, letters, tmp_path):
-  """A folder with 48 videos per split of the letters; the splits have different images."""
-  def load(_, split):
-    own = slice(glyphs.SPLITS.index(split), None, len(glyphs.SPLITS))
-    return Records({name: column[own] for name, column in letters.columns.items()})
-  monkeypatch.setattr(glyphs, 'build', lambda directory, report: None)
-  monkeypatch.setattr(glyphs, 'load', load)
+def few_videos(monkeypatch, letters) -> dict[str, Columns]:
+  """48 videos per split."""
   monkeypatch.setattr(glyph_videos, '_NUM_VIDEOS', dict.fromkeys(glyphs.SPLITS, 48))
-  glyph_videos.build(tmp_path, report=lambda line: None)
-  return tmp_path
+  return {split: columns for split, columns, _ in glyph_videos.splits(
+      lambda split: _images(letters, split), lambda line: None)}
 
 
 class TestPoses:
@@ -113,30 +114,23 @@ class TestRender:
 class TestBuild:
 
   @pytest.mark.parametrize('split', glyph_videos.SPLITS)
-  def test_videos_have_images_of_their_split_and_balanced_motions(self, few_videos, split):
-    records = glyph_videos.load(few_videos, split)
-    assert set(records.columns) == {'pixels', 'name', 'face', 'motion'}
-    assert records.columns['pixels'].shape == (48, 8, 32, 32)
-    assert records.columns['pixels'].dtype == np.uint8
-    assert records.classes == {'motion': glyph_videos.MOTIONS}
-    assert collections.Counter(records.columns['motion'].tolist()) == dict.fromkeys(glyph_videos.MOTIONS, 4)
-    assert set(records.columns['name']) <= set(glyphs.load(few_videos, split).columns['name'])
+  def test_videos_have_images_of_their_split_and_balanced_motions(self, few_videos, letters, split):
+    columns = few_videos[split]
+    assert set(columns) == {'pixels', 'name', 'face', 'motion'}
+    assert columns['pixels'].shape == (48, 8, 32, 32)
+    assert columns['pixels'].dtype == np.uint8
+    assert collections.Counter(columns['motion'].tolist()) == dict.fromkeys(glyph_videos.MOTIONS, 4)
+    assert set(columns['name']) <= set(_images(letters, split)['name'])
 
   def test_every_full_split_divides_by_the_motions(self):
     assert {count % len(glyph_videos.MOTIONS) for count in glyph_videos._NUM_VIDEOS.values()} == {0}
 
-  def test_a_video_shows_the_glyph_of_its_name(self, few_videos):
-    columns, images = glyph_videos.load(few_videos, 'train').columns, glyphs.load(few_videos, 'train').columns
+  def test_a_video_shows_the_glyph_of_its_name(self, few_videos, letters):
+    columns, images = few_videos['train'], _images(letters, 'train')
     index = columns['motion'].tolist().index('stand still')
     image = images['pixels'][images['name'].tolist().index(columns['name'][index])]
     pose = glyph_videos.poses('stand still', glyph_videos._draws('train', index)[1:])
     np.testing.assert_array_equal(columns['pixels'][index], glyph_videos.render(image, pose))
-
-  def test_two_builds_have_equal_fingerprints(self, few_videos):
-    glyph_videos.build(few_videos / 'other', report=lambda line: None)
-    for split in glyph_videos.SPLITS:
-      one, other = (glyph_videos.load(folder, split).fingerprint for folder in (few_videos, few_videos / 'other'))
-      assert one == other
 
   def test_videos_of_two_splits_move_differently(self):
     assert not np.array_equal(glyph_videos._draws('train', 0), glyph_videos._draws('test_fonts', 0))

@@ -4,27 +4,20 @@ import collections
 
 import numpy as np
 import pytest
-from fontTools import ttLib
 
-from uni_moe_jax.data.embedded import glyph_classes, glyph_videos, glyphs
-from uni_moe_jax.data.examples.records import Records
+from uni_moe_jax.data.embedded import glyph_classes, glyphs
+from uni_moe_jax.data.shards.writer import Columns
 
 _SEEN_FACE_SPLITS = ('train', 'validation', 'test_characters')
 
 
 @pytest.fixture(scope='module')
-def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Records]:
-  directory = tmp_path_factory.mktemp('glyphs')
-  _build(directory)
-  return {split: glyphs.load(directory, split) for split in glyphs.SPLITS}
+def records() -> dict[str, Columns]:
+  return {split: columns for split, columns, _ in glyphs.splits(lambda line: None)}
 
 
-def _build(directory) -> None:
-  glyphs.build(directory, report=lambda line: None)
-
-
-def _names(records: Records, column: str = 'name') -> set[str]:
-  return set(records.columns[column].tolist())
+def _names(columns: Columns, column: str = 'name') -> set[str]:
+  return set(columns[column].tolist())
 
 
 class TestContent:
@@ -32,7 +25,7 @@ class TestContent:
   @pytest.mark.parametrize(('split', 'min_images', 'min_names'), [
       ('train', 25_000, 500), ('validation', 1_000, 200), ('test_characters', 2_500, 500), ('test_fonts', 2_000, 500)])
   def test_columns_are_many_images_with_name_face_and_class(self, records, split, min_images, min_names):
-    columns, count = records[split].columns, records[split].size
+    columns, count = records[split], len(records[split]['name'])
     assert set(columns) == {'pixels', 'name', 'face', 'class'}
     assert columns['pixels'].shape == (count, 32, 32)
     assert columns['pixels'].dtype == np.uint8
@@ -53,7 +46,7 @@ class TestContent:
     assert 'greek small letter alpha with tonos' in _names(records['train'])
 
   def test_images_are_centered_horizontally(self, records):
-    inked = records['train'].columns['pixels'].any(1)  # [N, W]
+    inked = records['train']['pixels'].any(1)  # [N, W]
     assert (np.abs(inked.argmax(1) - inked[:, ::-1].argmax(1)) <= 3).mean() > 0.95
 
 
@@ -72,9 +65,8 @@ class TestLeaks:
     assert len([split for split in _SEEN_FACE_SPLITS if _names(records[split]) & set(names)]) == 1
 
   def test_no_image_occurs_twice_in_or_across_splits(self, records):
-    images = [pixels.tobytes() for r in records.values() for pixels in r.columns['pixels']]
+    images = [pixels.tobytes() for columns in records.values() for pixels in columns['pixels']]
     assert len(set(images)) == len(images)
-    assert len({r.fingerprint for r in records.values()}) == len(glyphs.SPLITS)
 
   def test_unseen_faces_occur_in_test_fonts_only(self, records):
     for split in _SEEN_FACE_SPLITS:
@@ -92,12 +84,12 @@ class TestLeaks:
 class TestClasses:
 
   def test_every_class_of_a_split_is_trained_on(self, records):
-    assert records['train'].classes == {'class': glyph_classes.CLASSES}  # in the order of the rules
+    assert _names(records['train'], 'class') == {*glyph_classes.CLASSES, ''}
     for split in glyphs.SPLITS:
       assert _names(records[split], 'class') <= _names(records['train'], 'class')
 
   def test_every_class_has_at_least_twenty_characters(self, records):
-    columns = [records[split].columns for split in _SEEN_FACE_SPLITS]
+    columns = [records[split] for split in _SEEN_FACE_SPLITS]
     characters = {pair for c in columns for pair in zip(c['name'].tolist(), c['class'].tolist(), strict=True)}
     counts = collections.Counter(label for _, label in characters)
     assert {label: counts[label] for label in glyph_classes.CLASSES if counts[label] < 20} == {}
@@ -174,36 +166,7 @@ def test_images_are_selected_by_equality_character_and_face(splits, fonts, selec
       split: selected.get(split, []) for split in glyphs.SPLITS}
 
 
-class TestBuild:
-
-  @pytest.fixture
-  def few_faces(self, monkeypatch):
-    names = ('STIXGeneralItalic', 'STIXGeneralBolIta', 'STIXGeneralBol')
-    monkeypatch.setattr(glyphs, 'FACES', {name: glyphs.FACES[name] for name in names})
-
-  def test_two_builds_have_equal_fingerprints(self, few_faces, tmp_path):
-    one, other = tmp_path / 'one', tmp_path / 'other'
-    _build(one)
-    _build(other)
-    for split in glyphs.SPLITS:
-      assert glyphs.load(one, split).fingerprint == glyphs.load(other, split).fingerprint
-    with pytest.raises(ValueError, match="'test'.*test_characters, test_fonts, train, validation"):
-      glyphs.load(one, 'test')
-
-  def test_a_second_build_does_nothing(self, few_faces, tmp_path, monkeypatch):
-    _build(tmp_path)
-    monkeypatch.setattr(ttLib, 'TTFont', None)  # would raise if a font were read
-    lines = []
-    glyphs.build(tmp_path, report=lines.append)
-    assert lines == []
-
-  def test_a_missing_font_is_named(self, tmp_path, monkeypatch):
-    monkeypatch.setattr(glyphs, 'FACES', {'NoSuchFont': 'regular sans'})
-    with pytest.raises(FileNotFoundError, match='NoSuchFont.ttf is missing.*constraints.txt'):
-      _build(tmp_path)
-
-  @pytest.mark.parametrize('load', [glyphs.load, glyph_videos.load])
-  def test_missing_data_names_the_directory_and_the_command(self, tmp_path, load):
-    command = f'uni-moe prepare-data --data_dir={tmp_path}'
-    with pytest.raises(FileNotFoundError, match=f'{tmp_path}. Run: {command}'):
-      load(tmp_path, 'train')
+def test_a_missing_font_is_named(monkeypatch):
+  monkeypatch.setattr(glyphs, 'FACES', {'NoSuchFont': 'regular sans'})
+  with pytest.raises(FileNotFoundError, match='NoSuchFont.ttf is missing.*constraints.txt'):
+    list(glyphs.splits())

@@ -13,8 +13,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.batches.mixtures import BatchLayout, Mixture
 from uni_moe_jax.data.examples.corrupt_examples import CorruptExampleCounter
-from uni_moe_jax.data.examples.examples import Examples
-from uni_moe_jax.data.examples.file_dataset_examples import FileExampleBuilder
+from uni_moe_jax.data.examples.examples import ExampleBuilder, Examples
 from uni_moe_jax.data.formats.rows import LOCATION
 from uni_moe_jax.data.shards.file_dataset import FileDataset
 from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer
@@ -53,7 +52,7 @@ def counted():
                                  max_predictions=3)
   plan = make_plan(c)
   plan = dataclasses.replace(plan, tasks=tuple(t for t in plan.tasks if t.name in ('image', 'text')))
-  builder = FileExampleBuilder(tokenizer, {'ab': ('a', 'b')}, 3, 16, True, False, 0, 1.0, 'fast')
+  builder = ExampleBuilder(tokenizer, {'ab': ('a', 'b')}, 3, 16, True, False, 0, 1.0, 'fast')
 
   def count(images=frozenset(), lines=frozenset(), once=False):
     datasets = {'image': _images(images), 'text': _lines(lines)}

@@ -10,8 +10,7 @@ import tensorflow as tf
 from tests.helpers import tiny
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data import hashing
-from uni_moe_jax.data.examples.examples import Builder
-from uni_moe_jax.data.examples.records import Records
+from uni_moe_jax.data.examples.examples import ExampleBuilder
 from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer
 from uni_moe_jax.tasks.task_types import Segment
 from uni_moe_jax.utils.errors import UsageError
@@ -30,9 +29,14 @@ def _task(name, **changes):
   return dataclasses.replace(make_plan(tiny.config(name)).tasks[0], **changes)
 
 
+def _columns(source):
+  return tiny.columns()[source][0]
+
+
 def _build(name, training=True, records=None, channels=1, random_special_tokens=False, classes=SETS, **changes):
   task = _task(name, **changes)
-  builder = Builder(_tokenizer(), classes, channels, training, random_special_tokens)
+  builder = ExampleBuilder(
+      _tokenizer(), classes, channels, tiny.IMAGE_SIZE, training, random_special_tokens, 0, 0.0, 'fast')
   return builder.build(task, records or tiny.records(task.source))
 
 
@@ -64,7 +68,7 @@ def test_features_of_a_task_type_have_their_shapes_and_dtypes(name, expected):
 
 
 def test_pixels_are_those_of_the_record_in_every_channel_and_labels_are_indices_into_the_target_set():
-  columns, ids = tiny.records('glyphs').columns, [3, 0, 3, *range(24)]
+  columns, ids = _columns('glyphs'), [3, 0, 3, *range(24)]
   features = _make(_build('shape', channels=3), ids)
   assert features['pixels'].shape == (27, 1, 16, 16, 3)
   for channel in range(3):
@@ -75,7 +79,7 @@ def test_pixels_are_those_of_the_record_in_every_channel_and_labels_are_indices_
 
 def test_records_without_a_class_are_skipped_with_their_texts():
   # Every third of 24 paragraphs has no package; ids count the others.
-  examples, columns = _build('package'), tiny.records('paragraphs').columns
+  examples, columns = _build('package'), _columns('paragraphs')
   assert examples.size == 16
   features, kept = _make(examples, ids=range(16)), columns['package'] != ''
   assert [tiny.PACKAGES[i] for i in features['label'][:, 0]] == columns['package'][kept].tolist()
@@ -84,11 +88,9 @@ def test_records_without_a_class_are_skipped_with_their_texts():
 
 
 def test_images_match_their_labels_when_records_are_skipped():
-  records = tiny.records('glyphs')
-  shapes = np.where(np.arange(24) % 2, records.columns['class'], '')
-  records = dataclasses.replace(records, columns={**records.columns, 'class': shapes})
-  features = _make(_build('shape', records=records), ids=range(12))
-  np.testing.assert_array_equal(features['pixels'][:, 0, :, :, 0], records.columns['pixels'][1::2])
+  shapes = np.where(np.arange(24) % 2, _columns('glyphs')['class'], '')
+  features = _make(_build('shape', records=tiny.records('glyphs', **{'class': shapes})), ids=range(12))
+  np.testing.assert_array_equal(features['pixels'][:, 0, :, :, 0], _columns('glyphs')['pixels'][1::2])
   assert [tiny.CLASSES[i] for i in features['label'][:, 0]] == shapes[1::2].tolist()
 
 
@@ -96,7 +98,7 @@ def test_a_caption_is_its_tokens_and_as_many_queries():
   tokenizer = _tokenizer()
   features, truncated = (_make(_build('caption', max_len=n)) for n in (20, 4))
   for i in range(N):
-    words = tokenizer.encode(tiny.records('glyphs').columns['name'][i])
+    words = tokenizer.encode(_columns('glyphs')['name'][i])
     n = len(words) + 1
     np.testing.assert_array_equal(features['text'][i, :20], [*words, tokenizer.eot] + [tokenizer.pad] * (20 - n))
     np.testing.assert_array_equal(features['text'][i, 20:], tokenizer.spe)
@@ -110,14 +112,14 @@ def test_a_caption_is_its_tokens_and_as_many_queries():
 def test_equal_texts_of_pairs_have_equal_ids():
   features = _make(_build('pair', caption_templates=('{class}',)), ids=range(24))
   texts = [_tokenizer().decode(row) for row in features['target']]
-  assert texts == tiny.records('glyphs').columns['class'].tolist()
+  assert texts == _columns('glyphs')['class'].tolist()
   assert len(set(zip(texts, features['text_id'].tolist()))) == len(set(texts)) == 3
 
 
 def test_texts_of_pairs_have_equal_ids_where_their_tokens_are_equal():
-  glyphs, start = tiny.records('glyphs'), 'a red bar of the numbers '
+  start = 'a red bar of the numbers '
   texts = ['A red bar', 'a red bar', start + 'one', start + 'two', 'a red disc']
-  records = dataclasses.replace(glyphs, columns={**glyphs.columns, 'name': np.resize(texts, 24)})
+  records = tiny.records('glyphs', name=np.resize(texts, 24))
   for training in (True, False):
     features = _make(_build('pair', training, records, caption_templates=('{name}',), max_len=8))
     a, b, c, d, e = features['text_id'].tolist()
@@ -130,7 +132,7 @@ def test_captions_change_between_epochs_in_training_only():
     examples = _build('pair', training, caption_templates=('{class}', '{class} of {face}'))
     return [[_tokenizer().decode(r) for r in _make(examples, range(24), epoch)['target']] for epoch in range(2)]
 
-  shapes, faces = (tiny.records('glyphs').columns[k].tolist() for k in ('class', 'face'))
+  shapes, faces = (_columns('glyphs')[k].tolist() for k in ('class', 'face'))
   first, second = texts(training=True)
   assert first != second
   assert {t == s for t, s in zip(first, shapes)} == {True, False}  # both templates occur
@@ -139,7 +141,7 @@ def test_captions_change_between_epochs_in_training_only():
 
 
 def test_a_template_places_both_texts_around_the_slot_which_is_the_readout_position():
-  tokenizer, columns = _tokenizer(), tiny.records('pairs').columns
+  tokenizer, columns = _tokenizer(), _columns('pairs')
   features = _make(_build('answer'), ids=range(12))
   position = features['position'][:, 0]
   assert len(set(position.tolist())) > 1  # texts of different lengths
@@ -154,14 +156,14 @@ def test_a_template_places_both_texts_around_the_slot_which_is_the_readout_posit
   assert features['position'][0, 0] == len(a) + 1
 
 
-def test_masked_text_is_the_packed_text():
+def test_a_row_of_masked_text_is_a_record_and_the_next_ones():
   tokenizer = _tokenizer()
   features = _make(_build('text', training=False), ids=range(3))
-  flat = [t for text in tiny.records('paragraphs').columns['text'] for t in (*tokenizer.encode(text), tokenizer.eot)]
+  tokens = [[*tokenizer.encode(text), tokenizer.eot] for text in _columns('paragraphs')['text'].tolist()]
   restored = features['text'].copy()
   for row, position, label, weight in zip(restored, features['position'], features['label'], features['weight']):
     row[position[weight > 0]] = label[weight > 0]
-  assert restored.reshape(-1).tolist() == flat[:48]
+  assert restored.tolist() == [sum(tokens[i:i + 16], [])[:16] for i in range(3)]
   assert features['text_valid'].all()
 
 
@@ -207,23 +209,14 @@ def test_words_of_texts_are_left_out_in_training_only_and_others_in_every_epoch(
   np.testing.assert_array_equal(features['label'], full['label'])
 
 
-def test_two_tasks_of_one_source_share_its_pixels():
-  builder, pixels = Builder(_tokenizer(), SETS, 1, True), []
-  for name in ('shape', 'pair'):
-    builder.build(_task(name), tiny.records('glyphs'))
-    pixels += builder.pixels.values()
-  assert len(pixels) == 2 and pixels[0] is pixels[1]
-
-
 @pytest.mark.parametrize('name, changes, message', [
-    ('shape', dict(label_column='clas'), r"config.tasks.shape.label_column='clas' is no column; did you mean 'class'"),
-    ('pair', dict(caption_templates=('{nme}',)),
-     r"caption_templates: template '\{nme\}' names column 'nme'; did you mean 'name'"),
-    ('answer', dict(template='{text_c} <spe> <eot>'), r"config.tasks.answer.template names column 'text_c'; did you"),
-    ('text', dict(source='glyphs'), r"config.tasks.text: source 'glyphs' has no column 'text'; it has class, face"),
+    ('shape', dict(label_column='clas'),
+     "config.tasks.shape.label_column='clas' is not a column of classes or answers of source 'glyphs'; did you mean"),
+    ('pair', dict(caption_templates=('{nme}',)), "caption_templates names column 'nme' .*; did you mean 'name'"),
+    ('answer', dict(template='{text_c} <spe> <eot>'), "config.tasks.answer.template names column 'text_c' .*; did you"),
+    ('text', dict(source='glyphs'), "config.tasks.text: source 'glyphs' has no text column 'text'"),
     ('shape', dict(source='paragraphs', label_column='package', target_set='packages'),
-     "source 'paragraphs' has no pixels"),
-    ('text', dict(max_len=4000), r'tokens do not fill a row of length 4000'),
+     "source 'paragraphs' has neither images nor videos"),
 ])
 def test_a_config_that_does_not_match_the_records_is_reported(name, changes, message):
   with pytest.raises(ValueError, match=message):
@@ -231,11 +224,10 @@ def test_a_config_that_does_not_match_the_records_is_reported(name, changes, mes
 
 
 def test_unknown_classes_and_a_source_without_labels_are_reported():
-  with pytest.raises(ValueError, match="tasks.shape: class 'disc' is not in the target set; did you mean 'disk'"):
+  with pytest.raises(ValueError, match="class 'disc' of source 'glyphs' is not in the target set; did you mean 'disk'"):
     _build('shape', classes={'shapes': ('bar', 'disk', 'star')})
-  empty = Records({**tiny.records('paragraphs').columns, 'package': np.full(24, '')})
-  with pytest.raises(ValueError, match=r"no record of source 'paragraphs', split 'train', has a 'package'"):
-    _build('package', records=empty)
+  with pytest.raises(ValueError, match=r"no record of source 'paragraphs', split 'train', has 'package'"):
+    _build('package', records=tiny.records('paragraphs', package=np.full(24, '')))
 
 
 @pytest.mark.parametrize('name, changes, message', [

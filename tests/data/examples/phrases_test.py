@@ -15,7 +15,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data import hashing
 from uni_moe_jax.data.examples import phrases
-from uni_moe_jax.data.examples.file_dataset_examples import FileExampleBuilder
+from uni_moe_jax.data.examples.examples import ExampleBuilder
 from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.data.shards import file_dataset
 from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer
@@ -46,7 +46,7 @@ def _build(records, task_type='image_retrieval', training=True, templates=TEMPLA
   if task_type == 'image_caption':
     fields['target_set'] = 'words'
   c.tasks.x = config_lib.task(task_type, 'own:rows', batch_size=4, caption_templates=templates, max_len=12, **fields)
-  builder = FileExampleBuilder(
+  builder = ExampleBuilder(
       tokenizer or SentencePieceTokenizer(tiny.tokenizer_file()), {}, channels=3, size=16, training=training,
       random_special_tokens=False, seed=0, max_corrupt_fraction=0.5, resize='fast')
   return builder.build(make_plan(c).tasks[0], records)

@@ -10,7 +10,7 @@ from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data import hashing
-from uni_moe_jax.data.examples import file_dataset_examples
+from uni_moe_jax.data.examples.examples import ExampleBuilder
 from uni_moe_jax.data.shards import file_dataset
 from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer
 from uni_moe_jax.utils.errors import UsageError
@@ -35,7 +35,7 @@ def _questions(answers=('a',) * 4 + ('b',) * 2 + ('c',) * 4, classes=(), trainin
   c.target_sets.ab = config_lib.target_set(('a', 'b'), family='words')
   c.tasks.x = config_lib.task('vqa', 'own:x', batch_size=4, label_column='answers', target_set='ab', max_len=20,
                               template='{q} <spe> <eot>', max_predictions=2, **fields)
-  builder = file_dataset_examples.FileExampleBuilder(
+  builder = ExampleBuilder(
       SentencePieceTokenizer(tiny.tokenizer_file()), {'ab': classes or ('a', 'b')}, 3, SIDE, training,
       random_special_tokens=False, seed=0, max_corrupt_fraction=0.0, resize='fast')
   return builder.build(make_plan(c).tasks[0], dataset)

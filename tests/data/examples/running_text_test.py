@@ -6,7 +6,7 @@ import pytest
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.data.examples import file_dataset_features
+from uni_moe_jax.data.examples import running_text
 from uni_moe_jax.data.examples.corrupt_examples import CorruptExampleCounter
 from uni_moe_jax.data.shards import file_dataset
 from uni_moe_jax.utils import splitmix
@@ -35,8 +35,8 @@ def _reader(*texts, training=True, tokenizer=None):
   [task] = [task for task in make_plan(c).tasks if task.name == 'x']
   dataset = file_dataset.FileDataset(
       'own:x', len(texts), lambda ids: [{'text': texts[i]} for i in ids], {'text': 'text'}, {}, {}, '')
-  return file_dataset_features.running_text(
-      task, dataset, tokenizer or _Numbers(), training, CorruptExampleCounter('tasks.x', 0.0))
+  return running_text.running_text(
+      task, dataset, np.arange(len(texts)), tokenizer or _Numbers(), training, CorruptExampleCounter('tasks.x', 0.0))
 
 
 def _rows(read, num_epochs):
@@ -107,5 +107,5 @@ def test_of_a_book_a_few_words_are_tokenized(training):
 
 def test_a_window_of_long_words_begins_within_one():
   text = ' '.join(['9' * 70] * 30)
-  assert file_dataset_features._word_start(text, 60) == 60  # no space among the 50 characters before it
-  assert [file_dataset_features._word_start(text, i) for i in (0, 50, 71, 100, len(text))] == [0, 0, 71, 71, len(text)]
+  assert running_text._word_start(text, 60) == 60  # no space among the 50 characters before it
+  assert [running_text._word_start(text, i) for i in (0, 50, 71, 100, len(text))] == [0, 0, 71, 71, len(text)]

@@ -13,7 +13,7 @@ from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data import hashing
-from uni_moe_jax.data.examples.file_dataset_examples import FileExampleBuilder
+from uni_moe_jax.data.examples.examples import ExampleBuilder
 from uni_moe_jax.data.shards import file_dataset
 from uni_moe_jax.data.shards.file_dataset import FileDataset
 from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer
@@ -41,7 +41,7 @@ def _make(dataset: FileDataset, ids, task_type: str, **fields):
   c = tiny.config(data_dir='')
   c.target_sets.ab = config_lib.target_set(('a', 'b'), family='names')
   c.tasks.x = config_lib.task(task_type, 'own:x', batch_size=4, **fields)
-  builder = FileExampleBuilder(
+  builder = ExampleBuilder(
       SentencePieceTokenizer(tiny.tokenizer_file()), {'ab': ('a', 'b')}, channels=3, size=SIDE, training=True,
       random_special_tokens=False, seed=0, max_corrupt_fraction=0.5, resize='fast')
   examples = builder.build(make_plan(c).tasks[0], dataset)

@@ -14,7 +14,7 @@ import pytest
 from tests.data import own_files
 from uni_moe_jax.data.formats import archives, input_shards
 from uni_moe_jax.data.formats import rows as formats
-from uni_moe_jax.data.prepare import prepare
+from uni_moe_jax.data.prepare import input_copy, prepare
 from uni_moe_jax.data.shards import file_dataset
 from uni_moe_jax.io import storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
@@ -376,7 +376,7 @@ def test_archives_in_a_bucket_are_read_there(gcs, tmp_path):
   for path in (*(tmp_path / 'in').iterdir(), tmp_path / 'table.parquet'):
     storage.write_bytes(storage.path(f'{gcs.address}/archives/{path.relative_to(tmp_path)}'), path.read_bytes())
   for i, (local, name) in enumerate((('in', 'in'), ('in', 'in/{0..1}.tar'), ('table.parquet', 'table.parquet'))):
-    with input_shards.opened(f'{gcs.address}/archives/{name}', str(tmp_path / 'cache')) as source:
+    with input_copy.opened(f'{gcs.address}/archives/{name}', str(tmp_path / 'cache')) as source:
       summary = prepare.prepare(source, tmp_path / 'data', f'x{i}')
     expected = prepare.prepare(tmp_path / local, tmp_path / 'data', f'y{i}')
     assert summary['fingerprints'] == expected['fingerprints']

@@ -8,8 +8,8 @@ import pytest
 from tests.data import own_files
 from tests.data.bucket_shards import object_in
 from tests.helpers import processes
-from uni_moe_jax.data.formats import input_copy, input_shards
-from uni_moe_jax.data.prepare import prepare
+from uni_moe_jax.data.formats import input_shards
+from uni_moe_jax.data.prepare import input_copy, prepare
 from uni_moe_jax.data.shards import file_dataset
 from uni_moe_jax.io import storage
 
@@ -20,7 +20,7 @@ def test_what_a_killed_command_has_copied_is_used_again_and_its_parts_have_their
   arguments = f'{bucket}/in', '--input', str(tmp_path / 'cache')
   done = processes.python('-c', f'''
 import os, signal
-from uni_moe_jax.data.formats import input_copy
+from uni_moe_jax.data.prepare import input_copy
 from uni_moe_jax.data.formats import input_shards
 with input_copy.local_input(*{arguments}) as source:
   print(*(shard.name() for shard in input_shards.plan(source)), flush=True)
@@ -56,7 +56,7 @@ def test_files_in_a_bucket_that_are_named_by_tables_and_parquet_are_copied(gcs, 
   folder = f'{gcs.address}/{suffix}-{len(name)}'
   for path in (p for p in tmp_path.glob('in/**/*') if p.is_file()):
     storage.write_bytes(storage.path(f'{folder}/{path.relative_to(tmp_path / "in")}'), path.read_bytes())
-  with input_shards.opened(f'{folder}/{name}', str(tmp_path / 'cache')) as source:
+  with input_copy.opened(f'{folder}/{name}', str(tmp_path / 'cache')) as source:
     prepare.prepare(source, tmp_path / 'data', 'x', test_fraction=0.0)
   num_rows, dataset = 2 if name == 'x-0.parquet' else 4, file_dataset.load('own:x', tmp_path / 'data', 'train')
   assert [r['captions'] for r in dataset.read(np.arange(dataset.size))] == [(f'number {i}',) for i in range(num_rows)]

@@ -16,7 +16,7 @@ from tests.data import own_files
 from tests.helpers import processes
 from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.data.prepare.summary import describe
-from uni_moe_jax.data.shards import file_dataset
+from uni_moe_jax.data.shards import file_dataset, writer
 
 
 @pytest.fixture(scope='module')
@@ -361,20 +361,21 @@ def test_the_first_of_several_rows_with_one_key_is_kept(tmp_path):
 _SMALL_DISK = '''
 import os, pathlib, sys
 from uni_moe_jax.data.prepare import prepare
+from uni_moe_jax.data.shards import writer
 from uni_moe_jax.utils import errors
-disk, filler, describe = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1], 'filler'), prepare._describe
+disk, filler, describe = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1], 'filler'), writer.describe
 (disk / 'data').mkdir()
 (disk / 'in.txt').write_text(''.join(f'{i}\\n' for i in range(12_000)))
-def on_a_full_disk(*arguments):
+def on_a_full_disk(*arguments, **options):
   filler.write_bytes(bytes(os.statvfs(disk).f_bavail * 4096 - 40_000))
-  return describe(*arguments)
-prepare._describe = on_a_full_disk
+  return describe(*arguments, **options)
+writer.describe = on_a_full_disk
 try:
   prepare.prepare(disk / 'in.txt', disk / 'data', 'x')
 except OSError as e:
   print('full:', errors.disk_is_full(e))
 filler.unlink()
-prepare._describe = describe
+writer.describe = describe
 print(sum(prepare.prepare(disk / 'in.txt', disk / 'data', 'x')['splits'].values()))
 '''
 
@@ -394,5 +395,5 @@ def test_record_files_have_the_names_that_tfds_expects(total, expected):
   last = naming.ShardedFileTemplate(
       data_dir='', dataset_name='pets', split='train', filetype_suffix='array_record').sharded_filepath(
           shard_index=total - 1, num_shards=total)
-  name = prepare.file_name('pets', 'train', total - 1, total)
+  name = writer.file_name('pets', 'train', total - 1, total)
   assert name == str(last) == f'pets-train.array_record-{expected}'

@@ -9,12 +9,13 @@ import pytest
 from tests.data import own_files
 from tests.stress import preparation
 from uni_moe_jax.data.formats import input_shards
-from uni_moe_jax.data.prepare import prepare, scan, workers
+from uni_moe_jax.data.prepare import prepare, scan
 from uni_moe_jax.data.prepare.scan import Scan
 from uni_moe_jax.data.prepare.write import Write
 from uni_moe_jax.data.shards import file_dataset
 from uni_moe_jax.data.shards.mirror import Mirror
 from uni_moe_jax.io import locks
+from uni_moe_jax.utils import workers
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 

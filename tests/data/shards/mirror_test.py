@@ -16,11 +16,8 @@ from tests.data import own_files
 from tests.data.bucket_shards import instructions, object_in, open_shards, shard_name, upload_shards, write_shards
 from tests.helpers import tiny
 from uni_moe_jax.config.schema import DataConfig
-from uni_moe_jax.data.batches import sources
-from uni_moe_jax.data.examples import npz_records
-from uni_moe_jax.data.formats import input_copy
-from uni_moe_jax.data.prepare import prepare, tfds_prepare
-from uni_moe_jax.data.shards import file_dataset, mirror
+from uni_moe_jax.data.prepare import input_copy, prepare, tfds_prepare
+from uni_moe_jax.data.shards import file_dataset, mirror, writer
 from uni_moe_jax.data.shards.mirror import Mirror
 from uni_moe_jax.data.shards.record_files import Shards
 from uni_moe_jax.io import storage
@@ -53,14 +50,13 @@ class _Images(tfds.core.GeneratorBasedBuilder):
 
 def _records(source: str, directory) -> dict:
   """All content of the split train."""
-  dataset = sources.load(source, directory, 'train')
-  if source.startswith(('own:', 'tfds:')):
-    part = sources.load(source, directory, 'train[2:5]+test') if source.startswith('tfds') else dataset
-    return {'part': part.read(np.arange(part.size)), 'fingerprint': dataset.fingerprint,
-            'records': dataset.read(np.arange(dataset.size)),
-            'labels': {c: x.tolist() for c, x in dataset.labels.items()}, 'classes': dataset.classes,
-            'num_texts': {c: x.tolist() for c, x in dataset.num_texts.items()}}
-  return {'columns': {c: x.tolist() for c, x in dataset.columns.items()}, 'classes': dataset.classes}
+  dataset = file_dataset.load(source, directory, 'train')
+  part = file_dataset.load(source, directory, 'train[2:5]+test') if source.startswith('tfds') else dataset
+  rows = lambda records: [{c: x.tolist() if isinstance(x, np.ndarray) else x for c, x in record.items()}
+                          for record in records.read(np.arange(records.size))]
+  return {'part': rows(part), 'fingerprint': dataset.fingerprint, 'records': rows(dataset),
+          'labels': {c: x.tolist() for c, x in dataset.labels.items()}, 'classes': dataset.classes,
+          'num_texts': {c: x.tolist() for c, x in dataset.num_texts.items()}}
 
 
 @pytest.mark.parametrize('bucket', ['gcs', 's3'], indirect=True)
@@ -76,11 +72,7 @@ def test_a_bucket_has_the_records_of_a_folder(bucket, tmp_path, source):
     elif source.startswith('tfds:'):
       assert tfds_prepare.prepare(name, directory) == 'bucket_images/1.2.0: train 7, test 3'
     else:
-      splits = [(split, *tiny.columns()[source]) for split in ('train', 'test')]
-      if source == 'pairs':
-        npz_records.build(directory, 'texts-1', ((f'pairs/{name}', *rest) for name, *rest in splits))
-      else:
-        npz_records.build(directory, 'glyphs-1', splits)
+      tiny.write(directory, source, ['train', 'test'])
   local = _records(source, str(folder))
   assert local == _records(source, Mirror(bucket, tmp_path / 'receiver'))
   assert len(str(local)) > 500
@@ -163,7 +155,7 @@ def test_while_one_preparation_uploads_a_second_one_is_refused_and_removes_nothi
 def test_who_reads_while_a_version_is_uploaded_has_the_one_before(bucket, tmp_path, monkeypatch):
   open_sender = lambda: Mirror(bucket, tmp_path / 'sender')
   sizes = []
-  read = lambda: sizes.append(sources.load('own:texts', open_sender(), 'train').size)
+  read = lambda: sizes.append(file_dataset.load('own:texts', open_sender(), 'train').size)
   prepare.prepare(own_files.write_text_pairs(tmp_path / '1', 9), open_sender(), 'texts', '1.0.0')
   with _during_upload(bucket, monkeypatch, read):
     prepare.prepare(own_files.write_text_pairs(tmp_path / '2', 8), open_sender(), 'texts', '2.0.0')
@@ -175,13 +167,13 @@ def test_a_dataset_that_was_removed_from_the_bucket_is_replaced_on_the_host_that
   for num_test, size in ((9, 27), (8, 28)):
     prepare.prepare(own_files.write_text_pairs(tmp_path / f'{size}', num_test), Mirror(bucket, tmp_path / 'host'), 'x')
     for host in ('host', f'receiver of {size}'):
-      assert sources.load('own:x', Mirror(bucket, tmp_path / host), 'train').size == size
+      assert file_dataset.load('own:x', Mirror(bucket, tmp_path / host), 'train').size == size
     storage.remove_folder(object_in(bucket, 'own/x/1.0.0'))
 
 
 def test_nothing_is_read_of_a_dataset_whose_removal_was_interrupted(bucket, tmp_path, monkeypatch):
   sender, unlink, iterdir, steps = Mirror(bucket, tmp_path / 'sender'), os.unlink, pathlib.Path.iterdir, 0
-  size = lambda host: sources.load('own:x', Mirror(bucket, host), 'train').size
+  size = lambda host: file_dataset.load('own:x', Mirror(bucket, host), 'train').size
   prepare.prepare(own_files.write_text_pairs(tmp_path / '0', 7), sender, 'x', '0.1.0')
   prepare.prepare(own_files.write_text_pairs(tmp_path / '1', 9), sender, 'x')
   old = _records('own:x', Mirror(bucket, tmp_path / 'receiver'))
@@ -235,7 +227,7 @@ def test_two_processes_of_a_host_write_a_dataset_without_rows_of_a_user_once(buc
 
   def write():
     if source == 'glyphs':
-      npz_records.build(Mirror(bucket, tmp_path / 'host'), 'glyphs-1', splits())
+      writer.write_dataset(Mirror(bucket, tmp_path / 'host'), file_dataset.embedded_folder('glyphs'), splits)
     else:
       tfds_prepare.prepare('bucket_images', Mirror(bucket, tmp_path / 'host'))
 
@@ -274,16 +266,16 @@ def test_what_exists_in_a_bucket_is_not_prepared_again(bucket, tmp_path):
     prepare.prepare(root, Mirror(bucket, tmp_path / '2'), 'texts')
   object_in(bucket, 'own/texts/1.0.0/files.json').unlink()  # as if the first one had been killed
   with pytest.raises(MissingFileError, match=r'own/texts has no files\.json: nothing was prepared there'):
-    sources.load('own:texts', Mirror(bucket, tmp_path / '3'), 'train')
+    file_dataset.load('own:texts', Mirror(bucket, tmp_path / '3'), 'train')
   prepare.prepare(root, Mirror(bucket, tmp_path / '1'), 'texts')
-  assert sources.load('own:texts', Mirror(bucket, tmp_path / '3'), 'train').size == 27
+  assert file_dataset.load('own:texts', Mirror(bucket, tmp_path / '3'), 'train').size == 27
 
 
 def test_of_two_versions_the_newest_is_read_and_a_removed_one_is_forgotten(bucket, tmp_path):
   sender = Mirror(bucket, tmp_path / 'sender')
   for version, num_test in (('1.0.0', 9), ('1.10.0', 8), ('1.9.0', 7)):
     prepare.prepare(own_files.write_text_pairs(tmp_path / version, num_test), sender, 'texts', version)
-  sizes = lambda: sources.load('own:texts', Mirror(bucket, tmp_path / 'receiver'), 'train').size
+  sizes = lambda: file_dataset.load('own:texts', Mirror(bucket, tmp_path / 'receiver'), 'train').size
   assert sizes() == 28
   storage.remove_folder(object_in(bucket, 'own/texts/1.10.0'))
   assert sizes() == 29

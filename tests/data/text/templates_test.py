@@ -2,8 +2,8 @@
 
 import pytest
 
-from uni_moe_jax.data.examples.examples import encode_texts
 from uni_moe_jax.data.text.templates import fill_template
+from uni_moe_jax.data.text.token_rows import encode_texts
 
 
 class _Letters:

@@ -128,12 +128,3 @@ def test_a_text_of_any_length_trains(tmp_path, monkeypatch, separator):
   parts = list(tokenizer.trained_parts(book))
   assert len(parts) > 3 and ''.join(parts) == book and max(len(part.encode()) for part in parts) <= 2000
   assert list(tokenizer.trained_parts(short := 'ä ' * 600)) == [short] and list(tokenizer.trained_parts('')) == ['']
-
-
-def test_packed_texts_end_in_eot_and_fill_rows_and_at_least_one():
-  rows = tokenizer.pack_tokens([[5, 6], [7], [8, 9, 10]], length=4, eot=3)
-  # 5 6 3 7 | 3 8 9 10 | 3 (dropped)
-  np.testing.assert_array_equal(rows, [[5, 6, 3, 7], [3, 8, 9, 10]])
-  assert rows.dtype == np.int32
-  with pytest.raises(ValueError, match='3 tokens do not fill a row of length 4'):
-    tokenizer.pack_tokens([[5, 6]], length=4, eot=3)

@@ -12,13 +12,11 @@ from collections.abc import Iterator, Sequence
 import ml_collections
 
 from uni_moe_jax.config.plan import Evaluation, Plan, SetSpec, TaskSpec
-from uni_moe_jax.data.batches import sources
 from uni_moe_jax.data.batches.target_sets import TargetSet, build_target_set
-from uni_moe_jax.data.examples.examples import Builder, Examples
-from uni_moe_jax.data.examples.file_dataset_examples import FileExampleBuilder
-from uni_moe_jax.data.examples.file_dataset_features import text_columns
-from uni_moe_jax.data.examples.records import Records
-from uni_moe_jax.data.shards import mirror
+from uni_moe_jax.data.examples.examples import ExampleBuilder, Examples
+from uni_moe_jax.data.examples.features import text_columns
+from uni_moe_jax.data.formats.rows import MEDIA_TYPES
+from uni_moe_jax.data.shards import file_dataset, mirror
 from uni_moe_jax.data.shards.file_dataset import FileDataset
 from uni_moe_jax.data.text import class_names
 from uni_moe_jax.data.text.clip_tokenizer import ClipTokenizer
@@ -27,7 +25,7 @@ from uni_moe_jax.io import storage
 from uni_moe_jax.utils.errors import MissingFileError, UsageError, disk_is_full
 from uni_moe_jax.utils.suggest import nearest
 
-# Records of a source in files from which a tokenizer is trained; reading a text with its image or video takes longer.
+# Records of a source from which a tokenizer is trained; reading a text with its image or video takes longer.
 _MAX_TEXT_RECORDS, _MAX_MEDIA_RECORDS = 100_000, 20_000
 
 
@@ -41,12 +39,12 @@ class Sources:
   def __init__(self, config: ml_collections.ConfigDict, plan: Plan):
     """config, plan: of the run."""
     self.dir, self._plan = mirror.open_folder(config.data), plan
-    self._records: dict[tuple[str, str], Records | FileDataset] = {}
+    self._records: dict[tuple[str, str], FileDataset] = {}
 
-  def records(self, source: str, split: str) -> Records | FileDataset:
+  def records(self, source: str, split: str) -> FileDataset:
     """One split of a source."""
     if (source, split) not in self._records:
-      self._records[source, split] = sources.load(source, self.dir, split)
+      self._records[source, split] = file_dataset.load(source, self.dir, split)
     return self._records[source, split]
 
   def evaluation_fingerprints(self, evaluations: Sequence[Evaluation] | None = None) -> dict[str, str]:
@@ -122,12 +120,9 @@ class Data(Sources):
                   if isinstance(s.entries, str) and s.entries.startswith(class_names.FILE_PREFIX)]
     inputs = self.fingerprint, self.tokenizer.fingerprint, from_files
     self.inputs_fingerprint = hashlib.sha256(repr(inputs).encode()).hexdigest()
-    common = self.tokenizer, self.entry_keys, self._model.channels
-    special, seed = config.data.random_special_tokens, config.seed
-    self._builders = {training: Builder(*common, training, special, seed) for training in (True, False)}
-    self._file_builder = FileExampleBuilder(
-        *common, self._model.image_size, False, special, seed, config.data.max_corrupt_fraction,
-        config.data.resize, is_new)
+    self._builder = ExampleBuilder(
+        self.tokenizer, self.entry_keys, self._model.channels, self._model.image_size, False,
+        config.data.random_special_tokens, config.seed, config.data.max_corrupt_fraction, config.data.resize, is_new)
     if isinstance(self.dir, mirror.Mirror):
       print(f'data: fetched {self.dir.describe()} into {self.dir.root}', flush=True)
 
@@ -149,28 +144,25 @@ class Data(Sources):
                            {name for e in evaluations for name in self._files(e.task.source, e.split)})
 
   def _files(self, source: str, split: str) -> Sequence[str]:
-    """Names of the record files of one split; () of data in memory."""
-    records = self.records(source, split)
-    return records.files if isinstance(records, FileDataset) else ()
+    """Names of the record files of one split in a bucket."""
+    return self.records(source, split).files
 
   def examples(self, task: TaskSpec, split: str | None = None, training: bool = False, num_views: int = 1,
                num_crops: int = 1) -> Examples:
     """A task's examples of its own split or another; num_views, num_crops: of video files in evaluation."""
     task = task if split is None else dataclasses.replace(task, split=split)
     records = self.records(task.source, task.split)
-    if isinstance(records, FileDataset):
-      builder = dataclasses.replace(self._file_builder, training=training, num_views=num_views, num_crops=num_crops)
-      return builder.build(task, records)
-    if task.type.visual and 'pixels' in records.columns:
-      self._check_size(task, records.columns['pixels'].shape[1:])
-    return self._builders[training].build(task, records)
+    if task.type.visual and (shape := records.shapes.get(records.media_column())):
+      self._check_size(task, shape)
+    builder = dataclasses.replace(self._builder, training=training, num_views=num_views, num_crops=num_crops)
+    return builder.build(task, records)
 
   def _check_size(self, task: TaskSpec, shape: tuple[int, ...]) -> None:
-    """Raises UsageError for images [H, W] or videos [T, H, W] that the model or the task does not accept."""
-    T, H, W = (1, *shape)[-3:]
+    """Raises UsageError for arrays [T, H, W, C] that the model or the task does not accept."""
+    T, H, W, _ = shape
     if task.num_frames not in (0, T):
       raise UsageError(
-          f'config.tasks.{task.name}.num_frames={task.num_frames}: source {task.source!r} is in memory, and all its '
+          f'config.tasks.{task.name}.num_frames={task.num_frames}: source {task.source!r} has arrays, all of whose '
           f'{T} frame(s) are seen; set it to 0.')
     size, max_frames = self._model.image_size, self._model.max_num_frames
     if (H, W) != (size, size) or T > max_frames:
@@ -214,17 +206,15 @@ class Data(Sources):
       raise UsageError(f'config.tokenizer.vocab_size={c.vocab_size}: {e}') from e
 
   def _training_texts(self) -> Iterator[str]:
-    """Yields what a tokenizer is trained on: all texts in memory; of files a sample of those that the tasks read."""
+    """Yields what a tokenizer is trained on: a sample of the texts that the tasks read."""
     for source, split in dict.fromkeys((t.source, t.split) for t in self._plan.tasks):
       records = self.records(source, split)
-      if isinstance(records, FileDataset):
-        sets = [s.entries for s in self._plan.sets if isinstance(s.entries, str)]
-        columns = [column for entries in sets for start, _, column in [entries.rpartition('/')] if start == source]
-        for t in self._plan.tasks:
-          columns += text_columns(t) if (t.source, t.split) == (source, split) else ()
-        yield from records.sample_texts(columns, _MAX_MEDIA_RECORDS if records.media_column() else _MAX_TEXT_RECORDS)
-      else:
-        yield from (text for c in records.columns.values() if c.dtype.kind == 'U' for text in set(c.tolist()))
+      sets = [s.entries for s in self._plan.sets if isinstance(s.entries, str)]
+      columns = [column for entries in sets for start, _, column in [entries.rpartition('/')] if start == source]
+      for t in self._plan.tasks:
+        columns += text_columns(t) if (t.source, t.split) == (source, split) else ()
+      has_media = records.columns.get(records.media_column()) in MEDIA_TYPES
+      yield from records.sample_texts(columns, _MAX_MEDIA_RECORDS if has_media else _MAX_TEXT_RECORDS)
 
   def _train_tokenizer(
       self, c: ml_collections.ConfigDict, texts: list[str], path: storage.Path) -> tuple[Tokenizer, storage.Path]:

@@ -11,8 +11,9 @@ import numpy as np
 
 from uni_moe_jax.config.plan import Plan, SetSpec, TaskSpec
 from uni_moe_jax.data.batches.target_sets import TargetSet, bucket_by_length, vocabulary_set
-from uni_moe_jax.data.examples.examples import Builder, Examples
-from uni_moe_jax.data.examples.records import Records
+from uni_moe_jax.data.examples.examples import ExampleBuilder, Examples
+from uni_moe_jax.data.shards import file_dataset
+from uni_moe_jax.data.shards.file_dataset import FileDataset
 from uni_moe_jax.data.text import clip_tokenizer
 from uni_moe_jax.data.text.class_names import parse_entries
 from uni_moe_jax.data.text.tokenizer import Tokenizer
@@ -49,29 +50,28 @@ class DeclaredData:
     self.target_sets = {s.name: _declared_set(s, lengths.get(s.name), self.tokenizer)
                         for s in (*plan.sets, *plan.probe_sets, *plan.answer_sets)}
     classes = {name: (_WORD,) for name in self.target_sets}
-    self._builders = {
-        training: Builder(self.tokenizer, classes, config.model.channels, training,
-                          config.data.random_special_tokens, config.seed)
-        for training in (True, False)}
+    self._builder = ExampleBuilder(
+        self.tokenizer, classes, config.model.channels, config.model.image_size, False,
+        config.data.random_special_tokens, config.seed, 0.0, config.data.resize)
 
   def examples(self, task: TaskSpec, training: bool = False) -> Examples:
     """Returns examples with the shapes of a task's; their content is meaningless."""
     # Every task gets its own source: two tasks with one source may declare videos of different lengths.
     task = dataclasses.replace(task, source=task.name, train_fraction=1.0, shots=0)
-    return self._builders[training].build(task, self._records(task))
+    return dataclasses.replace(self._builder, training=training).build(task, self._records(task))
 
-  def _records(self, task: TaskSpec) -> Records:
+  def _records(self, task: TaskSpec) -> FileDataset:
     side = self._model.image_size
     text = np.array([' '.join([_WORD] * max(1, task.max_len))])
-    columns = {'text': text}
+    columns, classes = {task.label_column or 'text': text}, {}
     for template in (*task.caption_templates, task.template):
       columns |= dict.fromkeys(templates.columns(template), text)
-    if task.label_column:
-      columns[task.label_column] = np.array([_WORD])
+    if task.type.has_classes:
+      columns[task.label_column], classes[task.label_column] = np.array([_WORD]), (_WORD,)
     if task.type.visual:
       T = self._num_frames.get(task.name, task.num_frames or 1)
       columns['pixels'] = np.zeros((1, T, side, side), np.uint8)
-    return Records(columns)
+    return file_dataset.in_memory(task.source, columns, classes)
 
 
 def _declared_set(

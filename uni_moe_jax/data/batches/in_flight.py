@@ -19,11 +19,6 @@ _REASON = re.compile(r'^(?!Graph execution error|Detected at |<stack|\s|$)(?:{{.
 _MAX_BYTES = 2**21  # of the batches of one call, unless a batch has more
 
 
-def num_in_flight() -> int:
-  """Batches that are made at once. One has too few rows to keep many cores busy; two leave them idle when both end."""
-  return max(3, min(16, cores.available() // 4))
-
-
 def num_together(num_bytes: int, most: int) -> int:
   """Batches that one call of `make_ahead` makes, of so many bytes each and at most `most`, but at least one."""
   return max(1, min(most, _MAX_BYTES // max(num_bytes, 1)))
@@ -69,7 +64,7 @@ def make_ahead(
 
   outputs = tf.nest.flatten(undamaged().structured_outputs[0])
   k = num_together(sum(x.shape[1:].num_elements() * x.dtype.size for x in outputs), max_together)
-  calls, pending, at_once = iter(range(0, len(inputs[0]), k)), collections.deque(), num_in_flight()
+  calls, pending, at_once = iter(range(0, len(inputs[0]), k)), collections.deque(), cores.batches_at_once()
   num_ahead = at_once + (at_once if num_waiting is None else num_waiting)
   with concurrent.futures.ThreadPoolExecutor(at_once, 'batches') as pool:
     try:

@@ -27,7 +27,7 @@ from uni_moe_jax.config.plan import Plan, TaskSpec
 from uni_moe_jax.data import hashing
 from uni_moe_jax.data.batches import in_flight, mixup
 from uni_moe_jax.data.examples.examples import Examples, Features
-from uni_moe_jax.utils import splitmix
+from uni_moe_jax.utils import cores, splitmix
 
 Batch = dict[str, dict[str, np.ndarray]]
 _PREFETCHED = 2**16  # examples of a task whose order decides in which order its files are fetched
@@ -81,7 +81,7 @@ class Mixture:
   def num_ahead(self, batch: Batch) -> int:
     """Returns how many batches like this one, of every task, are at most made or being made for the consumer."""
     num_bytes = sum(feature.nbytes for fields in batch.values() for feature in fields.values())
-    return 2 * in_flight.num_in_flight() * in_flight.num_together(num_bytes, self._max_together(self.plan.tasks))
+    return 2 * cores.batches_at_once() * in_flight.num_together(num_bytes, self._max_together(self.plan.tasks))
 
   def _max_together(self, tasks: tuple[TaskSpec, ...]) -> int:
     return _MAX_ROWS // sum(len(self._positions(t)) for t in tasks)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from uni_moe_jax.config.plan import SetSpec
-from uni_moe_jax.data.examples.examples import pad_tokens
+from uni_moe_jax.data.text.token_rows import pad_tokens
 from uni_moe_jax.data.text.tokenizer import Tokenizer
 from uni_moe_jax.utils.errors import UsageError
 

@@ -1,16 +1,16 @@
 """Handwritten digits from scikit-learn (UCI optical recognition, 8 × 8 pixels), drawn like glyphs.
 
-The writers are unknown, so one writer may be in several splits. Nothing is prepared: the package contains the images.
+The writers are unknown, so one writer may be in several splits.
 """
 
 import hashlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import Image
 
 from uni_moe_jax.data.embedded.glyphs import SIZE
-from uni_moe_jax.data.examples.records import Records
-from uni_moe_jax.utils.errors import UsageError
+from uni_moe_jax.data.shards.writer import Split
 
 SPLITS = ('train', 'validation', 'test')
 # The names of the glyphs of these digits in the Unicode Standard.
@@ -40,13 +40,13 @@ def assign_splits(labels: np.ndarray) -> np.ndarray:
   return splits
 
 
-def load(split: str) -> Records:
-  """Loads one of SPLITS: pixels uint8 [N, 32, 32], and name as text [N]. Raises UsageError for another split."""
+def splits(report: Callable[[str], None] = print) -> Iterator[Split]:
+  """Yields SPLITS: pixels uint8 [N, 32, 32], and name as text [N]."""
   from sklearn import datasets  # imported late: it takes a second
-  if split not in SPLITS:
-    raise UsageError(f'split {split!r} is not in digits; choose from {", ".join(SPLITS)}.')
   digits = datasets.load_digits()
-  chosen = np.flatnonzero(assign_splits(digits.target) == split)
-  columns = {'pixels': np.stack([draw(digits.images[i]) for i in chosen]),
-             'name': np.array(NAMES)[digits.target[chosen]]}
-  return Records(columns, {'name': NAMES})
+  split_of = assign_splits(digits.target)
+  for split in SPLITS:
+    chosen = np.flatnonzero(split_of == split)
+    report(f'digits: {split} has {len(chosen)} images')
+    yield split, {'pixels': np.stack([draw(digits.images[i]) for i in chosen]),
+                  'name': np.array(NAMES)[digits.target[chosen]]}, {'name': NAMES}

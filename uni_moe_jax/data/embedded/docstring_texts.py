@@ -7,16 +7,14 @@ split, and text that was copied between files is left out of the test splits: no
 import collections
 import hashlib
 import itertools
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from uni_moe_jax.data.embedded import docstring_corpus, prose_filter
-from uni_moe_jax.data.examples import npz_records
-from uni_moe_jax.data.examples.records import Records
+from uni_moe_jax.data.shards.writer import Split
 
 SPLITS = ('train', 'validation', 'test')
 PACKAGES = (  # the ten largest sources
@@ -29,7 +27,6 @@ _MIN_COMMON_WORDS = 7  # an entry with fewer is compared by all its words
 _NGRAM = 5  # words; a longer overlap is unlikely to be a coincidence
 _PAIRS_PER_DOCUMENT = 4
 _MIN_ITEM_WORDS = 20  # shorter descriptions of arguments are hardly distinguishable
-_FOLDER = 'texts-1'  # the number changes with the content: an older folder is not read
 
 
 class Entry(NamedTuple):
@@ -131,32 +128,28 @@ def make_pairs(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
   return rows
 
 
-def build(directory: str | os.PathLike[str], report: Callable[[str], None] = print) -> None:
-  """Makes paragraphs and pairs in `directory`, unless they exist. Raises UsageError for packages that are missing."""
-  npz_records.build(directory, _FOLDER, _make_splits(report))
-
-
-def _make_splits(report: Callable[[str], None]) -> Iterator[npz_records.Split]:
+def read_entries(report: Callable[[str], None] = print) -> dict[str, list[Entry]]:
+  """Returns the entries of the installed packages by split. Raises UsageError for packages that are missing."""
   entries = extract_entries(docstring_corpus.documents())
   report(f'texts: from {len({entry.source for entry in entries})} sources')
-  for split, members in split_entries(entries).items():
-    paragraphs, pairs = [entry for entry in members if entry.is_paragraph], make_pairs(members)
-    size = sum(len(entry.text.encode()) for entry in paragraphs) / 1e6
-    report(f'texts: {split} has {len(paragraphs)} paragraphs ({size:.1f} MB) and {len(pairs)} pairs')
-    yield f'paragraphs/{split}', {
-        'text': np.array([entry.text for entry in paragraphs], str),
-        'package': np.array([entry.source if entry.source in PACKAGES else '' for entry in paragraphs], str),
+  return split_entries(entries)
+
+
+def paragraphs(entries: Mapping[str, Sequence[Entry]], report: Callable[[str], None] = print) -> Iterator[Split]:
+  """Yields SPLITS: text, package ('' if it is not one of PACKAGES)."""
+  for split, members in entries.items():
+    kept = [entry for entry in members if entry.is_paragraph]
+    report(f'paragraphs: {split} has {len(kept)} ({sum(len(entry.text.encode()) for entry in kept) / 1e6:.1f} MB)')
+    yield split, {
+        'text': np.array([entry.text for entry in kept], str),
+        'package': np.array([entry.source if entry.source in PACKAGES else '' for entry in kept], str),
     }, {'package': PACKAGES}
-    yield f'pairs/{split}', {
-        name: np.array([pair[i] for pair in pairs], str) for i, name in enumerate(('text_a', 'text_b', 'label'))
-    }, {'label': ANSWERS}
 
 
-def load_paragraphs(directory: str | os.PathLike[str], split: str) -> Records:
-  """Loads one of SPLITS: text, package ('' if it is not one of PACKAGES)."""
-  return npz_records.load(directory, f'{_FOLDER}/paragraphs', split)
-
-
-def load_pairs(directory: str | os.PathLike[str], split: str) -> Records:
-  """Loads one of SPLITS: text_a (summary), text_b (paragraph), label ('yes': b continues a)."""
-  return npz_records.load(directory, f'{_FOLDER}/pairs', split)
+def pairs(entries: Mapping[str, Sequence[Entry]], report: Callable[[str], None] = print) -> Iterator[Split]:
+  """Yields SPLITS: text_a (summary), text_b (paragraph), label ('yes': b continues a)."""
+  for split, members in entries.items():
+    rows = make_pairs(members)
+    report(f'pairs: {split} has {len(rows)}')
+    yield split, {name: np.array([row[i] for row in rows], str)
+                  for i, name in enumerate(('text_a', 'text_b', 'label'))}, {'label': ANSWERS}

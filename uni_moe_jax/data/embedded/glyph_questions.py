@@ -1,18 +1,17 @@
 """Questions about glyphs, made from the characters' names: an image, a question and its one-word answer.
 
-Each image has one question, drawn among those that its name answers. Nothing is prepared: the images are those of
-`glyphs`, in the same splits, so that the characters or faces of test questions are new.
+Each image has one question, drawn among those that its name answers. The images are those of `glyphs`, in the same
+splits, so that the characters or faces of test questions are new.
 """
 
 import hashlib
-import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from uni_moe_jax.data.embedded import glyphs
-from uni_moe_jax.data.examples.records import Records
+from uni_moe_jax.data.shards.writer import Columns, Split
 
 _SCRIPTS = ('latin', 'greek', 'cyrillic', 'armenian', 'georgian', 'hebrew', 'arabic', 'tifinagh', 'lao', 'canadian')
 # Marks above a letter as names call them, and the answer.
@@ -61,11 +60,13 @@ def question_of(name: str, face: str) -> tuple[str, str]:
   return known[int.from_bytes(digest[:4], 'little') % len(known)] if known else ('', '')
 
 
-def load(directory: str | os.PathLike[str], split: str) -> Records:
-  """Loads one of `glyphs.SPLITS`: pixels uint8 [N, 32, 32], and name, question, answer as text [N]."""
-  images = glyphs.load(directory, split).columns
-  pairs = np.array([question_of(*both) for both in zip(images['name'].tolist(), images['face'].tolist(), strict=True)])
-  chosen = np.flatnonzero(pairs[:, 0] != '')
-  columns = {'pixels': images['pixels'][chosen], 'name': images['name'][chosen],
-             'question': pairs[chosen, 0], 'answer': pairs[chosen, 1]}
-  return Records(columns, {'answer': ANSWERS})
+def splits(images: Callable[[str], Columns], report: Callable[[str], None] = print) -> Iterator[Split]:
+  """Yields `glyphs.SPLITS`: pixels uint8 [N, 32, 32], and name, question, answer as text [N]. images: of a split."""
+  for split in glyphs.SPLITS:
+    columns = images(split)
+    names_and_faces = zip(columns['name'].tolist(), columns['face'].tolist(), strict=True)
+    pairs = np.array([question_of(*both) for both in names_and_faces])
+    chosen = np.flatnonzero(pairs[:, 0] != '')
+    report(f'questions: {split} has {len(chosen)} questions')
+    yield split, {'pixels': columns['pixels'][chosen], 'name': columns['name'][chosen],
+                  'question': pairs[chosen, 0], 'answer': pairs[chosen, 1]}, {'answer': ANSWERS}

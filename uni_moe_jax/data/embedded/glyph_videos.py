@@ -6,16 +6,13 @@ motion, so a single frame says little about the motion: a model has to compare f
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import Image
 
-from uni_moe_jax.data.embedded import glyphs
 from uni_moe_jax.data.embedded.glyphs import SIZE, SPLITS
-from uni_moe_jax.data.examples import npz_records
-from uni_moe_jax.data.examples.records import Records
+from uni_moe_jax.data.shards.writer import Columns, Split
 
 FRAMES = 8
 _BLINK = 'blink'
@@ -39,7 +36,6 @@ _DIM = 0.35  # brightness between blinks: darkness would reveal "blink" in a sin
 _MIN_BRIGHTNESS = 0.05
 
 _NUM_VIDEOS = {'train': 16_008, 'validation': 1_008, 'test_characters': 2_004, 'test_fonts': 2_004}
-_FOLDER = 'videos-2'  # the number changes with the content: an older folder is not read
 
 
 def _draws(split: str, index: int) -> np.ndarray:
@@ -84,30 +80,20 @@ def render(image: np.ndarray, pose: np.ndarray) -> np.ndarray:
   return np.rint(np.stack(frames) * brightness).astype(np.uint8)
 
 
-def _make_columns(split: str, images: Records) -> dict[str, np.ndarray]:
-  """Returns the columns of the videos of one split; motions alternate."""
-  columns, motions = images.columns, np.resize(MOTIONS, _NUM_VIDEOS[split])
-  draws = np.stack([_draws(split, index) for index in range(len(motions))])
-  chosen = (draws[:, 0] * images.size).astype(np.int64)
-  pixels = np.empty((len(motions), FRAMES, SIZE, SIZE), np.uint8)
-  for index, motion in enumerate(motions):
-    pixels[index] = render(columns['pixels'][chosen[index]], poses(motion, draws[index, 1:]))
-  return {'pixels': pixels, 'name': columns['name'][chosen], 'face': columns['face'][chosen], 'motion': motions}
-
-
-def build(directory: str | os.PathLike[str], report: Callable[[str], None] = print) -> None:
-  """Makes the videos in `directory`, unless they exist, and first the images that they show, see `glyphs.build`."""
-  npz_records.build(directory, _FOLDER, _make_splits(directory, report))
-
-
-def _make_splits(directory: str | os.PathLike[str], report: Callable[[str], None]) -> Iterator[npz_records.Split]:
-  glyphs.build(directory, report)
+def splits(images: Callable[[str], Columns], report: Callable[[str], None] = print) -> Iterator[Split]:
+  """Yields SPLITS: pixels uint8 [N, 8, 32, 32], and name, face, motion as text [N]. images: the glyphs of a split."""
   for split in SPLITS:
-    columns = _make_columns(split, glyphs.load(directory, split))
+    columns = _make_columns(split, images(split))
     report(f'videos: {split} has {_NUM_VIDEOS[split]} videos of {len(np.unique(columns["name"]))} characters')
     yield split, columns, {'motion': MOTIONS}
 
 
-def load(directory: str | os.PathLike[str], split: str) -> Records:
-  """Loads one of SPLITS: pixels uint8 [N, 8, 32, 32], and name, face, motion as text [N]."""
-  return npz_records.load(directory, _FOLDER, split)
+def _make_columns(split: str, images: Columns) -> Columns:
+  """Returns the columns of the videos of one split; motions alternate."""
+  motions = np.resize(MOTIONS, _NUM_VIDEOS[split])
+  draws = np.stack([_draws(split, index) for index in range(len(motions))])
+  chosen = (draws[:, 0] * len(images['name'])).astype(np.int64)
+  pixels = np.empty((len(motions), FRAMES, SIZE, SIZE), np.uint8)
+  for index, motion in enumerate(motions):
+    pixels[index] = render(images['pixels'][chosen[index]], poses(motion, draws[index, 1:]))
+  return {'pixels': pixels, 'name': images['name'][chosen], 'face': images['face'][chosen], 'motion': motions}

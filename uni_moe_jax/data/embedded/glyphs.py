@@ -8,7 +8,6 @@ memorization.
 import collections
 import dataclasses
 import hashlib
-import os
 import pathlib
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from uni_moe_jax.data.embedded import homoglyphs
 from uni_moe_jax.data.embedded.glyph_classes import CLASSES, class_of
-from uni_moe_jax.data.examples import npz_records
-from uni_moe_jax.data.examples.records import Records
+from uni_moe_jax.data.shards.writer import Split
 from uni_moe_jax.utils.errors import MissingFileError, UsageError
 
 SPLITS = ('train', 'validation', 'test_characters', 'test_fonts')
@@ -44,7 +42,6 @@ SIZE = 32  # pixels per side
 _POINT_SIZE = 22  # pixels per em: a capital is half of the image; 0.3 % of the characters do not fit and are left out
 _BASELINE = 24  # rows above the baseline, which leaves 8 for descenders
 _TEST_FRACTION, _VALIDATION_FRACTION = 0.10, 0.05  # of the groups of homoglyphs
-_FOLDER = 'glyphs-1'  # the number changes with the content: an older folder is not read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +148,11 @@ def select_images(
   return rows, left_out
 
 
-def build(directory: str | os.PathLike[str], report: Callable[[str], None] = print) -> None:
-  """Makes the glyph images in `directory`, unless they exist. Raises MissingFileError if matplotlib lacks a font."""
-  npz_records.build(directory, _FOLDER, _make_splits(report))
+def splits(report: Callable[[str], None] = print) -> Iterator[Split]:
+  """Yields SPLITS: pixels uint8 [N, 32, 32], and name, face, class ('' for no class) as text [N].
 
-
-def _make_splits(report: Callable[[str], None]) -> Iterator[npz_records.Split]:
+  Raises MissingFileError if matplotlib lacks a font.
+  """
   fonts = [_read_font(name) for name in FACES]
   rows, left_out = select_images(fonts, assign_splits(_homoglyph_groups(fonts)))
   trained = {label for *_, label in rows['train']}
@@ -168,8 +164,3 @@ def _make_splits(report: Callable[[str], None]) -> Iterator[npz_records.Split]:
     report(f'glyphs: {split} has {len(rows[split])} images of {len(set(columns["name"]))} characters')
     yield split, columns, {'class': CLASSES}
   report('glyphs: left out ' + ', '.join(f'{count} {reason}' for reason, count in left_out.items()))
-
-
-def load(directory: str | os.PathLike[str], split: str) -> Records:
-  """Loads one of SPLITS: pixels uint8 [N, 32, 32], and name, face, class ('' for no class) as text [N]."""
-  return npz_records.load(directory, _FOLDER, split)

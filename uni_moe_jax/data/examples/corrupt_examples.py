@@ -1,8 +1,13 @@
 """Counts examples that cannot be read and were replaced; raises when there are too many of them."""
 
 import threading
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
+import numpy as np
+
+from uni_moe_jax.data.shards.file_dataset import FileDataset
+from uni_moe_jax.data.shards.record_format import CorruptExample
 from uni_moe_jax.utils.errors import RunError
 
 _MIN_CORRUPT = 10  # the fraction of fewer corrupt examples is not yet meaningful
@@ -48,3 +53,18 @@ class CorruptExampleCounter:
         f'config.{self._field}: {num_corrupt} of {num_read} examples could not be used, more than '
         f'config.data.max_corrupt_fraction={self._max_fraction}; {first}. Prepare the source again, or leave those '
         'examples out.')
+
+
+def read_or_stop(
+    records: FileDataset, ids: np.ndarray, counter: CorruptExampleCounter,
+    read: Callable[[np.ndarray], list[Any]] | None = None) -> list[Any | CorruptExample]:
+  """Reads records by id. If the source is unreachable, all are corrupt, and the training loop raises.
+
+  read: see `FileDataset.read_valid`.
+  """
+  if not counter.failure:
+    try:
+      return records.read_valid(ids, read)
+    except RunError as e:  # raised in a thread of TensorFlow it would arrive with an unrelated traceback
+      counter.failure = e
+  return [CorruptExample('source unreachable')] * len(ids)

@@ -1,46 +1,51 @@
-"""Converts records to the batch features of a task type: layout, targets, masked positions, weights.
+"""Examples of a task, as features that a pipeline can batch; a corrupt example is replaced in place.
 
-A builder prepares what can be prepared once (texts are tokenized to tables) and returns `Examples`: a size and a
-function from ids to features, made of TensorFlow ops on captured tensors. Features, with the leading axis n:
+A batch is one call of Python, which reads records and their texts (`features.py`), and TensorFlow ops that make pixels
+(`pixels.py`). If an example cannot be used, the batch is made again with the id `hash(seed, id, attempt)` in its
+position: the other examples do not move, and the batch stays a function of (seed, step). In evaluation, it is an error.
 
-  pixels uint8 [n, T, H, W, C]                     visual segment
-  text int32 [n, S], text_valid bool [n, S]        text segment; a caption is [words | queries], S = 2 · max_len
-  position int32 [n, M]                            readout positions of a text segment
-  label int32 [n, M], weight f32 [n, M]            targets in a set (classification: M = 1)
-  target int32 [n, S], target_valid bool [n, S], text_id int32 [n], weight f32 [n, 1]      paired text
+Ops that find out which image is damaged cost as much as decoding a small one. So a batch is first made by ops that
+fail at any damage, and only then by those.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.data import hashing
-from uni_moe_jax.data.examples import augmentations, masking
-from uni_moe_jax.data.examples.corrupt_examples import CorruptExampleCounter
-from uni_moe_jax.data.examples.records import Records
+from uni_moe_jax.data.examples import features as features_lib
+from uni_moe_jax.data.examples import image_transforms, masking, phrases, pixels, video_pixels
+from uni_moe_jax.data.examples.corrupt_examples import CorruptExampleCounter, read_or_stop
+from uni_moe_jax.data.examples.running_text import running_text
+from uni_moe_jax.data.examples.video_processes import VideoProcesses
+from uni_moe_jax.data.formats import video
+from uni_moe_jax.data.formats.rows import LOCATION, MEDIA_TYPES
+from uni_moe_jax.data.shards.file_dataset import FileDataset
+from uni_moe_jax.data.shards.record_format import PIXEL_TYPES, CorruptExample, Record, example_parser
 from uni_moe_jax.data.text import words
-from uni_moe_jax.data.text.templates import CHARS_PER_TOKEN, FilledTemplate, fill_template, first_tokens
-from uni_moe_jax.data.text.tokenizer import Tokenizer, pack_tokens
-from uni_moe_jax.utils import splitmix, templates
+from uni_moe_jax.data.text.tokenizer import Tokenizer
+from uni_moe_jax.utils import splitmix
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
 
+_MAX_ATTEMPTS = 8  # to replace a corrupt example; if one in ten is corrupt, all fail with a probability of 1e-8
+
 Features = dict[str, tf.Tensor]
 MakeFeatures = Callable[[tf.Tensor, tf.Tensor], Features]  # (ids int64 [n], hashes uint64 [n]) → features
+References = Callable[[np.ndarray], list[tuple[str, ...]]]  # ids int [n] → the correct texts of each example
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """Examples of a task.
-
-  references: ids int [n] → the correct texts of each example; None: they are columns of the records.
-  """
+  """Examples of a task. references: of captions, pairs and questions with a list of answers."""
   size: int
   make: MakeFeatures
-  references: Callable[[np.ndarray], list[tuple[str, ...]]] | None = None
+  references: References | None = None
   corrupt_counter: CorruptExampleCounter = CorruptExampleCounter('', 0.0)  # the default counts none: all can be used
   prefetch: Callable[[np.ndarray], None] | None = None  # ids in the order in which they will be made
   # Faster, but fails at a corrupt example and counts none: (features, number of records that were read, int64).
@@ -53,48 +58,71 @@ class Examples:
     return self.make(ids, hashes), tf.constant(0, tf.int64)
 
 
-def pad_tokens(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-  """Pads rows of tokens: (ids int32 [U, S], valid bool [U, S])."""
-  ids, valid = np.full((len(rows), length), pad, np.int32), np.zeros((len(rows), length), bool)
-  for i, row in enumerate(rows):
-    ids[i, :len(row)], valid[i, :len(row)] = row, True
-  return ids, valid
+@dataclasses.dataclass(frozen=True)
+class ExampleBuilder:
+  """Builds the examples of tasks.
 
-
-def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> list[list[int]]:
-  """Returns the tokens of each text, truncated to `length`, with `eot` as the last one."""
-  is_long = [len(text) > CHARS_PER_TOKEN * length for text in texts]  # perhaps a document
-  rows = tokenizer.encode_batch(['' if long else text for text, long in zip(texts, is_long, strict=True)])
-  return [(first_tokens(tokenizer, text, length - 1) if long else row[:length - 1]) + [tokenizer.eot]
-          for text, long, row in zip(texts, is_long, rows, strict=True)]
-
-
-def distinct_rows(
-    texts: Sequence[str], tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Rows of tokens of texts; those with the same tokens, cut to `length`, have one row.
-
-  Returns:
-    (tokens int32 [U, S], valid bool [U, S], int32 [n], the row of each text), in the order of the texts.
+  In training with random phrases, crops and masks, and with words left out; otherwise with the first phrase, the center
+  crop, and every prediction masked.
   """
-  rows = list(map(tuple, encode_texts(texts, tokenizer, length)))
-  index = {row: i for i, row in enumerate(dict.fromkeys(rows))}
-  return *pad_tokens(list(index), length, tokenizer.pad), np.array([index[row] for row in rows], np.int32)
+  tokenizer: Tokenizer
+  keys: dict[str, tuple[str, ...]]  # named target set → what records call its classes, in order
+  channels: int
+  size: int  # side of the image in pixels
+  training: bool
+  random_special_tokens: bool  # masked language modeling may replace words by special tokens (published)
+  seed: int  # of the run; it chooses subsets of the training examples
+  max_corrupt_fraction: float  # of the examples that are read, before the run stops
+  resize: str  # 'fast' or 'pillow', see `image_transforms`
+  is_new: bool = True  # whether no checkpoint was trained with this config
+  num_views: int = 1  # of every video in evaluation
+  num_crops: int = 1
+  video_processes: VideoProcesses = dataclasses.field(default_factory=VideoProcesses)
 
+  def build(self, task: TaskSpec, records: FileDataset) -> Examples:
+    """Examples of a task over one split. Raises UsageError if the config does not fit the source."""
+    features_lib.check_segments(task)
+    corrupt_counter = CorruptExampleCounter(f'tasks.{task.name}', self.max_corrupt_fraction if self.training else 0.0)
+    if task.type.readout == 'masked':
+      return self._masked(task, records, corrupt_counter)
+    batch, references = _Batch(self, task, records, corrupt_counter), None
+    if records.columns.get(task.label_column) == 'texts':
+      references = lambda ids: records.map(lambda record: record[task.label_column], batch.keep[ids])
+    elif task.caption_templates:
+      references = lambda ids: records.map(functools.partial(features_lib.references, task), batch.keep[ids])
+    return Examples(len(batch.keep), batch.make, references, corrupt_counter,
+                    records.prefetch and (lambda ids: records.prefetch(batch.keep[ids])), batch.make_undamaged)
 
-def template_features(
-    filled: Sequence[FilledTemplate], task: TaskSpec, tokenizer: Tokenizer, training: bool) -> dict[str, np.ndarray]:
-  """Features of filled templates: those of a text segment, and what `words.drop_words` needs if it will leave out."""
-  text, valid = pad_tokens([f.ids for f in filled], task.max_len, tokenizer.pad)
-  features = {'text': text, 'text_valid': valid, 'position': np.array([f.slot for f in filled], np.int32)[:, None]}
-  if training and task.word_dropout:
-    features[words.IN_FIELD] = pad_tokens([f.in_field for f in filled], task.max_len, False)[0].astype(bool)
-  return features
+  def _masked(self, task: TaskSpec, records: FileDataset, corrupt_counter: CorruptExampleCounter) -> Examples:
+    keep = example_ids(records, task, self.seed if self.training else None)
+    read = running_text(task, records, keep, self.tokenizer, self.training, corrupt_counter)
 
+    def read_undamaged(ids, hashes):
+      num_read = []
 
-def move_images(pixels: tf.Tensor, hashes: tf.Tensor, task: TaskSpec) -> tf.Tensor:
-  """Moves training images or videos, uint8 [n, T, H, W, C], by the task's `max_affine` and `max_shift`."""
-  pixels = augmentations.random_affine(pixels, hashes, task.max_affine)
-  return augmentations.random_shift(pixels, hashes, task.max_shift)
+      def count(number, corrupt):
+        if corrupt:
+          raise CorruptExample(corrupt[0])
+        num_read.append(number)
+
+      return read(ids, hashes, count), np.int64(sum(num_read))
+
+    def mask(text, ids, hashes):
+      text = tf.ensure_shape(text, [None, task.max_len])
+      masked = masking.mask_words(
+          text, hashes, self.tokenizer, max_predictions=task.max_predictions, always_mask=not self.training,
+          random_special_tokens=self.random_special_tokens)
+      return {'id': tf.cast(ids, tf.int64), 'text_valid': tf.ones_like(text, tf.bool), **masked}
+
+    def make(ids, hashes):
+      return mask(tf.numpy_function(read, [ids, hashes], tf.int32, stateful=False), ids, hashes)
+
+    def make_undamaged(ids, hashes):
+      text, num_read = tf.numpy_function(read_undamaged, [ids, hashes], [tf.int32, tf.int64], stateful=False)
+      return mask(text, ids, hashes), tf.ensure_shape(num_read, [])
+
+    return Examples(len(keep), make, None, corrupt_counter,
+                    records.prefetch and (lambda ids: records.prefetch(keep[ids])), make_undamaged)
 
 
 def subset(indices: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed: int) -> np.ndarray:
@@ -116,175 +144,211 @@ def subset(indices: np.ndarray, labels: np.ndarray | None, task: TaskSpec, seed:
   return indices[np.sort(order[rank < np.repeat(numbers, sizes)])]
 
 
-def example_ids(records: Records, task: TaskSpec, seed: int | None = None) -> np.ndarray:
-  """Returns the indices of the records that are examples of a task: for classification and `shots`, those with a class.
+def example_ids(records: FileDataset, task: TaskSpec, seed: int | None = None) -> np.ndarray:
+  """Ids of the records that are examples: of own data those with a label and the columns of templates, else all.
 
-  With the seed of a run that trains on them, only of its subset. Raises UsageError for `shots` without their column.
+  A seed is of a run that trains on them; only then `train_fraction` and `shots` of the task apply.
+
+  Raises:
+    UsageError: there are none, or `shots` is set and labels are not known before records are read.
   """
-  indices, labels = np.arange(records.size), None
-  if task.type.has_classes or task.shots and seed is not None:
+  present = {c: labels >= 0 for c, labels in records.labels.items()} | {c: n > 0 for c, n in records.num_texts.items()}
+  required = sorted(features_lib.text_columns(task) & present.keys())
+  keep = np.flatnonzero(np.all([np.ones(records.size, bool), *(present[column] for column in required)], axis=0))
+  labels = None
+  if task.label_column in records.labels:
+    labels = records.labels[task.label_column][keep]
+  elif task.shots and seed is not None:
     if task.label_column not in records.columns:
-      raise UsageError(f'config.tasks.{task.name}.label_column={task.label_column!r} is no column; '
-                       f'{nearest(task.label_column, records.columns)}.')
-    column = records.columns[task.label_column]
-    indices = np.flatnonzero(column != '')
-    labels = column[indices]
-  return indices if seed is None else subset(indices, labels, task, seed)
+      raise UsageError(f'config.tasks.{task.name}.label_column={task.label_column!r} is no column of source '
+                       f'{task.source!r}; {nearest(task.label_column, records.columns)}.')
+    raise UsageError(
+        f'config.tasks.{task.name}.shots={task.shots}: the labels of source {task.source!r} are known only when its '
+        f'records are read; set config.tasks.{task.name}.shots=0 and train_fraction, or prepare the source as your own '
+        'data with one class per record.')
+  if not len(keep):
+    raise UsageError(f'config.tasks.{task.name}: no record of source {task.source!r}, split {task.split!r}, has '
+                     f'{" and ".join(map(repr, required)) or "anything"}.')
+  return keep if seed is None else subset(keep, labels, task, seed)
 
 
-def check_segments(task: TaskSpec) -> None:
-  """Raises UsageError for a task type of the config that reads a segment which examples with its readout lack."""
-  t = task.type
-  for readout, wrong, lacking, fix in (
-      ('cls', t.text_index is not None, 'text',
-       "fill a template and read it at its slot (readout 'slot'), or leave the segment out"),
-      ('masked', t.visual, 'visual', 'leave the segment out')):
-    if t.readout == readout and wrong:
-      raise UsageError(f'config.tasks.{task.name}: task type {t.name!r} has a {lacking} segment, but examples with '
-                       f'readout {readout!r} have no input of it; {fix}.')
+class _Batch:
+  """Makes the batches of one task."""
 
+  def __init__(
+      self, builder: ExampleBuilder, task: TaskSpec, records: FileDataset, corrupt_counter: CorruptExampleCounter):
+    b = self._builder = builder
+    self._task, self._records, self._corrupt_counter = task, records, corrupt_counter
+    self.keep = example_ids(records, task, b.seed if b.training else None)
+    self._phrases = None
+    if features_lib.has_phrase(task):
+      self._phrases = phrases.open_phrases(task, records, b.tokenizer, b.training)
+    self._readers = features_lib.feature_readers(
+        task, records, b.tokenizer, b.keys.get(task.target_set, ()), b.training, self._phrases is not None)
+    self._media_column = records.media_column() if task.type.visual else None
+    if task.type.visual and self._media_column is None:
+      raise UsageError(f'config.tasks.{task.name}: source {task.source!r} has neither images nor videos; task type '
+                       f'{task.type.name!r} needs them.')
+    self._is_video = records.columns.get(self._media_column) == 'video'  # in files; arrays of frames are as images
+    if self._is_video and task.num_frames < 1:
+      raise UsageError(
+          f'config.tasks.{task.name}.num_frames={task.num_frames}: source {task.source!r} has videos; set the number '
+          'of frames that the model receives of each, for example 8.')
+    if records.columns.get(self._media_column) in MEDIA_TYPES:
+      has, other, fields = (('videos', 'images', ('randaugment', 'random_erasing')) if self._is_video else
+                            ('images', 'videos', ('num_frames',) if b.is_new else ()))  # or it could not continue
+      if field := next(filter(functools.partial(getattr, task), fields), ''):
+        raise UsageError(f'config.tasks.{task.name}.{field}={getattr(task, field)}: source {task.source!r} has {has}, '
+                         f'and it is for {other}; set it to 0.')
+    if self._is_video:
+      [first] = records.read_valid(self.keep[:1])
+      if not isinstance(first, CorruptExample):
+        video.check_decoder(first[self._media_column])  # in a thread of TensorFlow the error would be a traceback
+    self._video_reader = video_pixels.VideoReader(
+        b.size, task.num_frames, task.crop, task.random_flip, b.training, b.num_views, b.num_crops, task.frame_stride,
+        task.min_crop_area, b.channels)
+    self._mirror_words = (
+        features_lib.word_mirror(task.mirrored_words) if b.training and task.mirrored_words else None)
+    self._tables = features_lib.label_tables(
+        task, records, b.keys.get(task.target_set, ()), self.keep, b.training)
+    self._pixels = None
+    if self._media_column and not self._is_video:
+      self._pixels = pixels.Pixels(task, records, b.size, b.channels, b.training, b.resize)
+    # TensorFlow takes an image from the bytes of its record, without Python's lock.
+    self._read_examples = records.read_examples if self._pixels else None
+    self._parse = example_parser(
+        {c: t for c, t in records.columns.items() if t not in PIXEL_TYPES and c != LOCATION}, records.classes, {})
+    self._specs = {name: (table.dtype, table.shape[1:]) for name, table in self._tables.items()}
+    for reader in self._readers:
+      self._specs |= reader.specs
+    if self._phrases:
+      self._specs |= features_lib.phrase_specs(task)
+    if self._is_video:
+      self._specs['pixels'] = np.uint8, self._video_reader.shape
+    # Traced once, and then inlined by pipelines of training and evaluation.
+    self.make, self.make_undamaged = (
+        tf.function(make, input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.uint64)])
+        for make in (self._make, self._make_undamaged))
 
-def mask_maker(make_text: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], task: TaskSpec, tokenizer: Tokenizer,
-               training: bool, random_special_tokens: bool) -> MakeFeatures:
-  """Returns the function that makes the features of masked language modeling; the flags are those of `Builder`.
+  def _make(self, ids: tf.Tensor, hashes: tf.Tensor) -> Features:
+    features, ok = self._try(ids, hashes, tf.ones_like(ids, tf.bool))
+    if self._builder.training:
+      features = self._replace_corrupt(ids, hashes, features, ok)
+    return {'id': tf.cast(ids, tf.int64), **features}
 
-  make_text: (ids int64 [n], hashes uint64 [n]) → int32 [n, S], full rows of text.
-  """
-  def make(ids, hashes):
-    text = make_text(ids, hashes)
-    masked = masking.mask_words(
-        text, hashes, tokenizer, max_predictions=task.max_predictions, always_mask=not training,
-        random_special_tokens=random_special_tokens)
-    return {'id': tf.cast(ids, tf.int64), 'text_valid': tf.ones_like(text, tf.bool), **masked}
-  return make
+  def _replace_corrupt(self, ids: tf.Tensor, hashes: tf.Tensor, features: Features, ok: tf.Tensor) -> Features:
+    """Makes the whole batch again until every example can be used, which is rare."""
+    seed = hashing.mix_constant(self._builder.seed, self._task.name, 'replacement')
 
+    def is_incomplete(attempt, _, ok, __):
+      return (attempt < _MAX_ATTEMPTS) & ~tf.reduce_all(ok)
 
-@dataclasses.dataclass(frozen=True)
-class Builder:
-  """Builds examples of tasks from records in memory."""
-  tokenizer: Tokenizer
-  classes: dict[str, tuple[str, ...]]  # for each target set, the records' names of its entries, in order
-  channels: int  # of images
-  # Random captions, masks, transforms and words left out; otherwise the first caption, and every selected token masked.
-  training: bool
-  random_special_tokens: bool = False  # masked language modeling may replace words by special tokens (published)
-  seed: int = 0  # of the run; it chooses subsets of the training examples
-  # By (source, split): tasks with one source share its images.
-  pixels: dict[tuple[str, str], tf.Tensor] = dataclasses.field(default_factory=dict)
+    def retry(attempt, candidates, ok, _):
+      drawn = hashing.mix_tensor(hashing.mix_tensor(tf.fill(tf.shape(ids), seed), ids), attempt)
+      candidates = tf.where(ok, candidates, tf.cast(hashing.randint(drawn, len(self.keep)), tf.int64))
+      features, now_ok = self._try(candidates, hashes, ~ok)
+      return attempt + 1, candidates, now_ok, features
 
-  def build(self, task: TaskSpec, records: Records) -> Examples:
-    """Builds a task's examples of a split. Raises UsageError for columns and classes that the records do not have."""
-    check_segments(task)
-    makers, labels = [], None
-    if task.type.has_classes:
-      labels = class_indices(records, task, self.classes[task.target_set])
-    indices = example_ids(records, task, self.seed if self.training else None)
-    if task.type.readout == 'masked':
-      return self._masked(task, records, indices)
-    if labels is not None:
-      makers.append(_lookup(label=labels[indices, None], weight=np.ones((len(indices), 1), np.float32)))
-    if task.type.visual:
-      makers.append(self._pixels(task, records, indices))
-    if task.type.target == 'pair' or task.type.readout == 'queries':
-      makers.append(self._captions(task, records, indices))
-    if task.type.readout == 'slot':
-      makers.append(self._template(task, records, indices))
-    if not len(indices):
-      raise UsageError(f'config.tasks.{task.name}: no record of source {task.source!r}, split {task.split!r}, has a '
-                       f'{task.label_column!r}.')
+    _, _, ok, features = tf.while_loop(is_incomplete, retry, (tf.constant(1), ids, ok, features), parallel_iterations=1)
+    tf.numpy_function(self._give_up_unless, [ok], tf.bool)
+    return features
 
-    def make(ids, hashes):
-      features = {'id': tf.cast(ids, tf.int64)}
-      for maker in makers:
-        features |= maker(ids, hashes)
-      return features
-    return Examples(len(indices), make)
+  def _give_up_unless(self, ok: np.ndarray) -> np.bool_:
+    if not ok.all():
+      self._corrupt_counter.has_no_replacement = True
+    return np.bool_(True)
 
-  def _pixels(self, task: TaskSpec, records: Records, indices: np.ndarray) -> MakeFeatures:
-    if 'pixels' not in records.columns:
-      raise UsageError(f'config.tasks.{task.name}: source {task.source!r} has no pixels, which task type '
-                       f'{task.type.name!r} needs.')
-    key = (task.source, task.split)
-    if key not in self.pixels:
-      pixels = records.columns['pixels']
-      # An image is a video of one frame.
-      self.pixels[key] = tf.constant(pixels[:, None] if pixels.ndim == 3 else pixels)
-    pixels, indices = self.pixels[key], tf.constant(indices)
+  def _make_undamaged(self, ids: tf.Tensor, hashes: tf.Tensor) -> tuple[Features, tf.Tensor]:
+    data, features = self._features(self._read_undamaged, ids, hashes)
+    if self._pixels:
+      features['pixels'] = self._pixels.decode(data, hashes)
+    return {'id': tf.cast(ids, tf.int64), **features}, tf.size(ids, tf.int64)
 
-    def make(ids, hashes):
-      frames = tf.gather(pixels, tf.gather(indices, ids))[..., None]
-      frames = move_images(frames, hashes, task) if self.training else frames
-      return {'pixels': tf.repeat(frames, self.channels, axis=-1)}
-    return make
+  def _try(self, ids: tf.Tensor, hashes: tf.Tensor, is_new: tf.Tensor) -> tuple[Features, tf.Tensor]:
+    """(features, ok bool [n]); those of corrupt examples are zeros, but for `label_tables` and phrases.
 
-  def _captions(self, task: TaskSpec, records: Records, indices: np.ndarray) -> MakeFeatures:
-    """Returns the maker of a text that is paired with its image, or of a caption to generate."""
-    texts, index = np.unique(fill_captions(records, task)[indices], return_inverse=True)
-    tokens, valid, row_of = map(tf.constant, distinct_rows(texts, self.tokenizer, task.max_len))
-    index = tf.gather(row_of, index)  # [n, P], of the text that each template makes
+    is_new: bool [n], which to count.
+    """
+    problems, data, features = self._features(self._read, ids, hashes)
+    if self._pixels:
+      features['pixels'], decoded = self._pixels.decode_if_possible(data, hashes)
+      problems = tf.where((problems == '') & ~decoded, 'corrupt image', problems)
+    ok = tf.numpy_function(self._count, [ids, is_new, problems], tf.bool)
+    ok.set_shape([None])
+    return features, ok
 
-    def make(ids, hashes):
-      text_id = tf.gather(index, ids)
-      if self.training:
-        text_id = tf.gather(
-            text_id, hashing.randint(hashing.mix_tensor(hashes, 'phrase'), index.shape[1]), batch_dims=1)
-      else:
-        text_id = text_id[:, 0]
-      words, is_word = tf.gather(tokens, text_id), tf.gather(valid, text_id)
-      if task.type.target == 'pair':
-        return {'target': words, 'target_valid': is_word, 'text_id': text_id,
-                'weight': tf.ones([tf.size(ids), 1], tf.float32)}
-      return {'text': tf.concat([words, tf.fill(tf.shape(words), self.tokenizer.spe)], axis=1),
-              'text_valid': tf.concat([is_word, is_word], axis=1), 'label': words,
-              'weight': tf.cast(is_word, tf.float32)}
-    return make
+  def _features(self, read: Callable[..., Any], ids: tf.Tensor, hashes: tf.Tensor) -> list[Any]:
+    """What `read` (`_read` or `_read_undamaged`) returns, with the last ones as features."""
+    first = [tf.string] * (2 if read == self._read else 1)
+    made = tf.numpy_function(read, [ids, hashes], first + [dtype for dtype, _ in self._specs.values()])
+    strings, values = made[:len(first)], made[len(first):]
+    features = {name: tf.ensure_shape(value, [None, *shape])
+                for (name, (_, shape)), value in zip(self._specs.items(), values, strict=True)}
+    features = words.drop_words(features, hashes, self._task, self._builder.tokenizer)
+    if self._is_video and self._builder.training:
+      features['pixels'] = pixels.move(features['pixels'], hashes, self._task)
+    return [*(tf.ensure_shape(s, [None]) for s in strings), features]
 
-  def _template(self, task: TaskSpec, records: Records, indices: np.ndarray) -> MakeFeatures:
-    columns = templates.columns(task.template)
-    for name in columns:
-      if name not in records.columns:
-        raise UsageError(f'config.tasks.{task.name}.template names column {name!r}; {nearest(name, records.columns)}.')
-    texts = {n: records.columns[n][indices].tolist() for n in columns}
-    filled = [fill_template(self.tokenizer, task.template, {n: texts[n][i] for n in columns}, task.max_len)
-              for i in range(len(indices))]
-    make = _lookup(**template_features(filled, task, self.tokenizer, self.training))
-    return lambda ids, hashes: words.drop_words(make(ids, hashes), hashes, task, self.tokenizer)
+  def _read_undamaged(self, ids: np.ndarray, hashes: np.ndarray):
+    """As `_read`, but for the problems. Raises CorruptExample."""
+    problems, *values = self._read(ids, hashes)
+    if (problems != b'').any():
+      raise CorruptExample
+    return values
 
-  def _masked(self, task: TaskSpec, records: Records, indices: np.ndarray) -> Examples:
-    if 'text' not in records.columns:
-      raise UsageError(f"config.tasks.{task.name}: source {task.source!r} has no column 'text'; it has "
-                       f'{", ".join(sorted(records.columns))}.')
-    encoded = self.tokenizer.encode_batch(records.columns['text'][indices].tolist())
-    rows = tf.constant(pack_tokens(encoded, task.max_len, self.tokenizer.eot))
-    return Examples(len(rows), mask_maker(
-        lambda ids, _: tf.gather(rows, ids), task, self.tokenizer, self.training, self.random_special_tokens))
+  def _read(self, ids: np.ndarray, hashes: np.ndarray):
+    """Problems ('' for none), images (see `_example`), and the features of `_specs` in order."""
+    n = len(ids)
+    problems, data = np.full(n, b'', object), np.full(n, b'', object)
+    features = {name: self._tables[name][ids] if name in self._tables else np.zeros((n, *shape), dtype)
+                for name, (dtype, shape) in self._specs.items()}
+    records = read_or_stop(self._records, self.keep[ids], self._corrupt_counter, self._read_examples)
+    if self._phrases:
+      made = features_lib.phrase_features(self._task, self._builder.tokenizer, *self._phrases(self.keep[ids], hashes))
+      for name, value in made.items():
+        features[name][:] = value
+    examples = list(map(self._example, records, hashes.tolist()))
+    if self._is_video:
+      examples = self._read_videos(examples, hashes, features['pixels'])
+    usable = [i for i, example in enumerate(examples) if not isinstance(example, Exception)]
+    for i in set(range(n)).difference(usable):
+      problems[i] = str(examples[i]).encode(errors='backslashreplace')
+    contents, media = zip(*(examples[i] for i in usable)) if usable else ((), ())
+    if usable and not self._is_video:
+      data[usable] = np.array(media, object)
+    for reader, values in zip(self._readers, zip(*contents)):
+      for name, value in reader.collate(values).items():
+        features[name][usable] = value
+    return problems, data, *features.values()
 
+  def _example(self, record: Record | bytes | CorruptExample, h: int) -> tuple[list[Any], Any] | Exception:
+    """(contents by reader; an encoded image or video, or a serialized example) of a record, or its problem."""
+    try:
+      if isinstance(record, CorruptExample):
+        return record
+      media = record if self._read_examples else record.get(self._media_column, b'')
+      contents = []
+      if self._readers:
+        record = self._parse(record) if self._read_examples else record
+        if self._mirror_words and (video_pixels if self._is_video else image_transforms).is_mirrored(h):
+          record = self._mirror_words(record)
+        contents = [reader.read(record, h) for reader in self._readers]
+      return contents, media
+    except CorruptExample as e:
+      return e
 
-def _lookup(**tables: np.ndarray) -> MakeFeatures:
-  """Returns the maker of features that are rows of tables."""
-  tensors = {name: tf.constant(table) for name, table in tables.items()}
-  return lambda ids, _: {name: tf.gather(table, ids) for name, table in tensors.items()}
+  def _read_videos(
+      self, examples: list[tuple[list[Any], Any] | Exception], hashes: np.ndarray, pixels: np.ndarray) -> list[Any]:
+    """Writes the frames of each video to its row of `pixels`. Returns the examples, or the problem with their video."""
+    usable = [i for i, example in enumerate(examples) if not isinstance(example, Exception)]
+    problems = self._builder.video_processes.read(
+        self._video_reader, [examples[i][1] for i in usable], hashes[usable].tolist(), [pixels[i] for i in usable])
+    problems = {i: problem for i, problem in zip(usable, problems, strict=True) if problem}
+    return [problems.get(i, example) for i, example in enumerate(examples)]
 
-
-def fill_captions(records: Records, task: TaskSpec) -> np.ndarray:
-  """Fills every template with every record's columns: unicode [N, P]."""
-  columns = {name: column.tolist() for name, column in records.columns.items() if column.dtype.kind == 'U'}
-  for template in task.caption_templates:
-    for name in templates.columns(template):
-      if name not in columns:
-        raise UsageError(f'config.tasks.{task.name}.caption_templates: template {template!r} names column {name!r}; '
-                         f'{nearest(name, columns)}.')
-  rows = ({name: column[i] for name, column in columns.items()} for i in range(records.size))
-  return np.array([[templates.fill(template, row) for template in task.caption_templates] for row in rows])
-
-
-def class_indices(records: Records, task: TaskSpec, classes: Sequence[str]) -> np.ndarray:
-  """Returns int32 [N], the index of each record's class in the target set; -1 for no class."""
-  field, column = f'config.tasks.{task.name}', task.label_column
-  if column not in records.columns:
-    raise UsageError(f'{field}.label_column={column!r} is no column; {nearest(column, records.columns)}.')
-  index = {name: i for i, name in enumerate(classes)} | {'': -1}
-  values = records.columns[column].tolist()
-  if unknown := sorted(set(values) - set(index)):
-    raise UsageError(f'{field}: class {unknown[0]!r} is not in the target set; {nearest(unknown[0], classes)}.')
-  return np.array([index[value] for value in values], np.int32)
+  def _count(self, ids: np.ndarray, is_new: np.ndarray, problems: np.ndarray) -> np.ndarray:
+    """Counts new examples and reports the corrupt ones; returns which can be used."""
+    corrupt = [f'{self._records.location(int(self.keep[ids[i]]))}: {problems[i].decode()}'
+               for i in np.flatnonzero(is_new & (problems != b''))]
+    self._corrupt_counter.count(int(is_new.sum()), corrupt)
+    return problems == b''

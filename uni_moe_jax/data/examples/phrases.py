@@ -22,13 +22,11 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.data.examples.npz_records import atomic_folder
-from uni_moe_jax.data.prepare import workers
 from uni_moe_jax.data.shards.file_dataset import FileDataset
 from uni_moe_jax.data.text.tokenizer import Tokenizer
 from uni_moe_jax.io import locks
-from uni_moe_jax.io.files import renames_folders
-from uni_moe_jax.utils import cores, errors, splitmix, templates
+from uni_moe_jax.io.files import atomic_folder, renames_folders
+from uni_moe_jax.utils import cores, errors, splitmix, templates, workers
 
 FOLDER = 'tokens'
 _MAX_PHRASES = 2**29  # of a task: 80 templates of millions of records are filled when they are needed

@@ -1,4 +1,4 @@
-"""Thumbnails of records in files: small pixels without the transforms of a task, for baselines."""
+"""Thumbnails of records: small pixels without the transforms of a task, for baselines."""
 
 import concurrent.futures
 import io
@@ -8,18 +8,20 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from uni_moe_jax.data.formats import media, video
-from uni_moe_jax.data.shards.file_dataset import CorruptExample, FileDataset, Record
+from uni_moe_jax.data.shards.file_dataset import FileDataset
+from uni_moe_jax.data.shards.record_format import CorruptExample, Record
 from uni_moe_jax.utils import cores
 from uni_moe_jax.utils.errors import UsageError
 
 SIDE = 32  # pixels
-_CHUNK = {'image': 256, 'video': 16}  # records in memory at once
+_CHUNK = {'array': 256, 'image': 256, 'video': 16}  # records in memory at once
 
 
 def read(records: FileDataset, ids: np.ndarray, num_frames: int) -> Iterator[tuple[Record, np.ndarray] | None]:
   """Yields (record, uint8 [T, SIDE, SIDE, 3]) of each id in order; None: it cannot be read or decoded.
 
-  Takes the center of an image or of evenly spaced frames. num_frames: T of videos; an image has one.
+  Takes the center of an image or of evenly spaced frames; an array stays as it is. num_frames: T of videos; an image
+  has one.
   """
   column = records.media_column()
   column_type = records.columns[column]
@@ -27,6 +29,8 @@ def read(records: FileDataset, ids: np.ndarray, num_frames: int) -> Iterator[tup
   def make(record):
     if isinstance(record, CorruptExample):
       return None
+    if column_type == 'array':
+      return record, record[column]
     try:
       return record, _image(record[column]) if column_type == 'image' else _frames(record[column], num_frames)
     except UsageError:  # videos need PyAV

@@ -12,7 +12,6 @@ Tar and Parquet files may be in a bucket: whoever reads a shard opens them there
 
 import codecs
 import collections
-import contextlib
 import csv
 import dataclasses
 import functools
@@ -26,7 +25,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
-from uni_moe_jax.data.formats import archives, input_copy
+from uni_moe_jax.data.formats import archives
 from uni_moe_jax.data.formats import rows as formats
 from uni_moe_jax.data.formats.rows import MEDIA_SUFFIXES, SPLIT_NAMES, Row, one_line, printable
 from uni_moe_jax.io import storage
@@ -80,25 +79,14 @@ class InputShard:
     return printable(f'{os.path.basename(self.file)}:{what}')
 
 
-@contextlib.contextmanager
-def opened(address: str, cache_dir: str) -> Iterator[storage.Path]:
-  """Yields the input; from a bucket it is copied for that time, unless its rows are in tar or Parquet files.
+def archives_of(source: storage.Path) -> list[storage.Path]:
+  """Return the tar and Parquet files of an input, which are read where they are, also in a bucket."""
+  return [file for file in _row_files(source) if file.suffix.lower() in _ARCHIVES]
 
-  Parquet files that name files are copied with their folder.
-  """
-  source = storage.path(address, '--input')
-  if storage.is_remote(source):
-    storage.check_access(source.parent if _RANGE.search(source.name) else source, '--input')
-    files = [file for file in _row_files(source) if file.suffix.lower() in _ARCHIVES]
-    if files and not (files[0].suffix.lower() == '.parquet' and archives.names_files(str(files[0]))):
-      yield source
-      return
-    if files and files[0].parent != source:
-      with input_copy.local_input(source.parent, '--input', cache_dir) as copy:
-        yield copy / source.name
-      return
-  with input_copy.local_input(address, '--input', cache_dir) as copy:
-    yield copy
+
+def folder_of(source: storage.Path) -> storage.Path:
+  """Return what exists of an address: a range of names stands for files of its folder."""
+  return source.parent if _RANGE.search(source.name) else source
 
 
 def plan(source: storage.Path) -> Iterator[InputShard]:

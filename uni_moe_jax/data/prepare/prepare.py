@@ -1,18 +1,13 @@
 """Preparation of a user's own data: read, check, split, write as a TFDS dataset of array records.
 
-  data_dir/own/NAME/VERSION/      features and shards as TFDS lays them out; tfds.builder_from_directory(…) reads them
-                    prepared.json splits, columns, classes, statistics, skipped rows (first locations), fingerprints,
-                                  identity of the input and the options
-                    {split}-{column}.npy: class indices int32 [N], -1 for none; of texts their numbers int32 [N]
-                    {split}-{column}.texts: a line each
-           own/NAME/.VERSION.unfinished/  what is done of it; the same command continues
+Its folder is described in `shards/record_format.py`. `own/NAME/.VERSION.unfinished/` has what is done of it; the same
+command continues.
 
 Images and videos keep the bytes of their files, except the few that `media.py` must rewrite.
 """
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -24,24 +19,22 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from uni_moe_jax.data.formats import input_shards
-from uni_moe_jax.data.formats.rows import LOCATION, MEDIA_TYPES
-from uni_moe_jax.data.prepare import workers
 from uni_moe_jax.data.prepare.merge import Merge, Merged, TooManySkippedError
 from uni_moe_jax.data.prepare.scan import MANIFEST, SPLITS, Scan, ScannedShard
 from uni_moe_jax.data.prepare.summary import summarize
-from uni_moe_jax.data.prepare.write import MODULUS, TEXT_TYPES, TEXTS, Write
-from uni_moe_jax.data.shards import mirror
+from uni_moe_jax.data.prepare.write import Write
+from uni_moe_jax.data.shards import mirror, writer
+from uni_moe_jax.data.shards.record_format import FORMAT, OWN_FOLDER, SUMMARY, VERSIONS
+from uni_moe_jax.data.shards.writer import RecordFile
 from uni_moe_jax.io import locks, storage
 from uni_moe_jax.io.files import check_renames_folders, read_json, write_json
+from uni_moe_jax.utils import workers
 from uni_moe_jax.utils.errors import UsageError
 
-FOLDER, SUMMARY, VERSIONS = 'own', 'prepared.json', re.compile(r'\d+\.\d+\.\d+')
-FORMAT = 5  # of prepared data; data of another format must be prepared again
 VERSION = '1.0.0'  # of a dataset, by default
 _FILE_BYTES, _FILE_ROWS = 2**28, 2**20  # after which another file of records begins
 
@@ -69,7 +62,7 @@ def prepare(
     raise UsageError(f'--name={name!r} must consist of lower-case letters, digits and underscores, a letter first.')
   if not VERSIONS.fullmatch(version):
     raise UsageError(f'--version={version!r} must look like {VERSION}.')
-  folder = pathlib.Path(data_dir) / FOLDER / name / version
+  folder = pathlib.Path(data_dir) / OWN_FOLDER / name / version
   work = folder.with_name(f'.{version}.unfinished')
   existing = UsageError(f'{folder} already exists; give another --version or --name, or remove it.')
   if not mirror.has_dataset(data_dir, folder):
@@ -108,9 +101,11 @@ def prepare(
     identity = _identity(test_fraction, [shard.name for shard in shards])
     target = work / f'final-{identity}'
     files = _write(merged, shards, target, work / f'written-{identity}', name, run)
-    summary = _describe(merged, files, target, name, version, test_fraction, identity)
+    layout = writer.Layout(merged.columns, merged.classes)
+    summary = writer.describe(
+        target, name, version, layout, files, identity=identity, **summarize(merged, test_fraction))
     # Until a bucket has all of it, it has a hidden name: who reads the mirror meanwhile takes no part of it.
-    mirror.publish(data_dir, folder, target, _required(summary, files))
+    mirror.publish(data_dir, folder, target, writer.required(summary, files))
   storage.remove_folder(work)
   return summary
 
@@ -122,7 +117,7 @@ def _identity(test_fraction: float, names: list[str]) -> str:
 
 def _read_summary(data_dir: str | os.PathLike[str], folder: pathlib.Path) -> dict:
   """The content of prepared.json of a dataset that is there; {} if it has none."""
-  mirror.sync(data_dir, f'{FOLDER}/{folder.parent.name}')
+  mirror.sync(data_dir, f'{OWN_FOLDER}/{folder.parent.name}')
   return read_json(mirror.local(data_dir, folder / SUMMARY), {})
 
 
@@ -154,36 +149,15 @@ def _scan(source: storage.Path, folder: storage.Path, scratch: pathlib.Path, run
   return [folder / name for name in names]
 
 
-@dataclasses.dataclass(frozen=True)
-class _File:
-  """A file of records that is written."""
-  name: str
-  split: str
-  folder: storage.Path  # of its arrays
-  facts: dict[str, Any]
-
-
-def file_name(name: str, split: str, number: int, total: int) -> str:
-  """The name of one of the `total` record files of a split."""
-  return str(_template(name, split).relative_filepath(shard_index=number, num_shards=total))
-
-
-def _template(name: str, split: str | None = None, folder: str | os.PathLike[str] = '') -> Any:
-  """How TFDS names record files."""
-  import tensorflow_datasets as tfds
-  return tfds.core.ShardedFileTemplate(
-      data_dir=folder, dataset_name=name, split=split, filetype_suffix='array_record')
-
-
 def _write(merged: Merged, shards: Sequence[storage.Path], target: storage.Path, done: storage.Path, name: str,
-           run: Run) -> list[_File]:
+           run: Run) -> list[RecordFile]:
   """Writes the files of all splits, but those that are done."""
   for folder in (target, done):
     storage.make_folder(folder)
   cuts = _cut(merged, len(shards))
   totals = collections.Counter(split for split, *_ in cuts)
   numbers = {split: itertools.count() for split in totals}
-  names = [file_name(name, split, next(numbers[split]), totals[split]) for split, *_ in cuts]
+  names = [writer.file_name(name, split, next(numbers[split]), totals[split]) for split, *_ in cuts]
   # Not those whose file is gone: what is published has all that was written.
   finished = _names_in(done) & storage.files_in(target).keys()
 
@@ -197,7 +171,7 @@ def _write(merged: Merged, shards: Sequence[storage.Path], target: storage.Path,
             merged.columns, merged.classes, merged.dropped)
 
   run(tasks(), len(set(names) - finished), 'written')
-  return [_File(file, split, done / file, json.loads((done / file / MANIFEST).read_text()))
+  return [RecordFile(file, split, done / file, json.loads((done / file / MANIFEST).read_text()))
           for file, (split, *_) in zip(names, cuts)]
 
 
@@ -216,64 +190,3 @@ def _cut(merged: Merged, num_shards: int) -> list[tuple[str, int, int, int]]:
         cuts.append((split, state[0], state[1], i + 1))
         state[:] = state[0] + state[2], i + 1, 0, 0
   return sorted(cuts, key=lambda cut: (SPLITS.index(cut[0]), cut[1]))
-
-
-def _describe(merged: Merged, files: Sequence[_File], folder: pathlib.Path, name: str, version: str,
-              test_fraction: float, identity: str) -> dict:
-  """Writes arrays and metadata; returns the content of prepared.json."""
-  folder.mkdir(exist_ok=True)
-  for split, size in merged.split_sizes.items():
-    members = [f for f in files if f.split == split]
-    for column, column_type in merged.columns.items():
-      if column_type not in MEDIA_TYPES:
-        # Written, since on a full disk an assignment to a mapped hole would end the process.
-        with (folder / f'{split}-{column}.npy').open('wb') as file:
-          np.lib.format.write_array_header_1_0(file, {'descr': '<i4', 'fortran_order': False, 'shape': (size,)})
-          for f in members:
-            with (f.folder / f'{column}.npy').open('rb') as part:
-              file.write(np.load(part).astype('<i4').tobytes())
-      if column_type in TEXT_TYPES:
-        with (folder / f'{split}-{column}{TEXTS}').open('wb') as file:
-          for f in members:
-            with (f.folder / f'{column}{TEXTS}').open('rb') as part:
-              shutil.copyfileobj(part, file)
-  _write_metadata(merged, files, folder, name, version)
-  # Of examples, which have indices of classes, and of what columns and classes are called.
-  names_of = repr((sorted(merged.columns.items()), sorted(merged.classes.items())))
-  sums = {split: sum(int(f.facts['fingerprint'], 16) for f in files if f.split == split) % MODULUS
-          for split in merged.split_sizes}
-  fingerprints = {split: hashlib.sha256(f'{x:064x}{names_of}'.encode()).hexdigest() for split, x in sums.items()}
-  summary = {'format': FORMAT, 'name': name, 'version': version, 'fingerprints': fingerprints, 'identity': identity,
-             **summarize(merged, test_fraction)}
-  (folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
-  return summary
-
-
-def _required(summary: dict, files: Sequence[_File]) -> list[str]:
-  """The names of what loading reads."""
-  names = [SUMMARY, *(f.name for f in files)]
-  for column, column_type in summary['columns'].items():
-    suffixes = () if column_type in MEDIA_TYPES else ('.npy', TEXTS) if column_type in TEXT_TYPES else ('.npy',)
-    names += [f'{split}-{column}{suffix}' for split in summary['splits'] for suffix in suffixes]
-  return names
-
-
-def _write_metadata(merged: Merged, files: Sequence[_File], folder: pathlib.Path, name: str, version: str) -> None:
-  """Writes what TFDS needs to read the files."""
-  import tensorflow_datasets as tfds
-  features = tfds.features
-  make = {'image': features.Image, 'video': lambda: features.Scalar(np.object_), 'text': features.Text,
-          'texts': lambda: features.Sequence(features.Text())}
-  features_dict = features.FeaturesDict({
-      column: features.ClassLabel(names=list(merged.classes[column])) if column_type == 'class' else make[column_type]()
-      for column, column_type in {**merged.columns, LOCATION: 'text'}.items()})
-  info = tfds.core.DatasetInfo(
-      builder=tfds.core.DatasetIdentity(name=name, version=tfds.core.Version(version), data_dir=str(folder),
-                                        module_name=''),
-      features=features_dict, description='Prepared by uni_moe_jax.', disable_shuffling=True)
-  info.set_file_format('array_record')
-  info.set_splits(tfds.core.splits.SplitDict([tfds.core.SplitInfo(
-      name=split, shard_lengths=[f.facts['size'] for f in files if f.split == split],
-      num_bytes=sum(f.facts['bytes'] for f in files if f.split == split),
-      filename_template=_template(name, folder=folder)) for split in merged.split_sizes]))
-  info.write_to_directory(folder)

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from uni_moe_jax.data.examples.npz_records import atomic_folder
 from uni_moe_jax.data.formats import input_shards, media
 from uni_moe_jax.data.formats import rows as formats
 from uni_moe_jax.data.formats.archives import open_binary
@@ -25,12 +24,13 @@ from uni_moe_jax.data.formats.input_shards import InputShard
 from uni_moe_jax.data.formats.npz_videos import NpzVideos, open_videos
 from uni_moe_jax.data.formats.rows import Row
 from uni_moe_jax.data.prepare import columns
+from uni_moe_jax.data.shards.writer import FACTS as MANIFEST
 from uni_moe_jax.io import storage
+from uni_moe_jax.io.files import atomic_folder
 
 SPLITS = ('train', 'validation', 'test')
 MAX_CLASSES = 10_000  # of a field; a field of more values is text
 MAX_LOCATIONS = 5  # per reason
-MANIFEST = 'manifest.json'  # written last
 _ROWS, _LABELS, _CONTENT = 'rows.npy', 'labels.npy', 'content'
 _RULES = 4  # raised when the same input becomes other rows: scans that an older version left are made again
 # Digests of 64 bits: of a billion rows, with a probability of 3 %, two are taken for equal that are not.

@@ -1,24 +1,18 @@
 """The second half of preparation: one pure function per file of array records, of rows that `merge` has selected."""
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
-from uni_moe_jax.data.examples.npz_records import atomic_folder
-from uni_moe_jax.data.formats.rows import LOCATION, MEDIA_TYPES
-from uni_moe_jax.data.prepare import columns
+from uni_moe_jax.data.formats.rows import MEDIA_TYPES
 from uni_moe_jax.data.prepare.merge import without
-from uni_moe_jax.data.prepare.scan import MANIFEST, ScannedShard
+from uni_moe_jax.data.prepare.scan import ScannedShard
+from uni_moe_jax.data.shards import writer
 from uni_moe_jax.io import storage
-
-MODULUS = 2**256  # of fingerprints, which are sums over examples, so that files are hashed independently
-TEXT_TYPES, TEXTS = ('text', 'texts'), '.texts'  # of columns, and the suffix of files with their texts
+from uni_moe_jax.io.files import atomic_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,32 +40,19 @@ class Write:
 
   def __call__(self) -> int:
     """Returns the number of examples."""
-    from array_record.python.array_record_module import ArrayRecordWriter
     target = storage.path(self.folder) / self.name
-    indices = {column: {name: i for i, name in enumerate(names)} for column, names in self.classes.items()}
-    arrays = {column: [] for column, column_type in self.columns.items() if column_type not in MEDIA_TYPES}
-    number, num_bytes, fingerprint = self.start, 0, 0
-    with contextlib.ExitStack() as stack:
-      temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix='.', dir=self.done))
-      folder = stack.enter_context(atomic_folder(storage.path(self.done) / self.name))
-      texts = {column: stack.enter_context((folder / f'{column}{TEXTS}').open('w', encoding='utf-8', newline='\n'))
-               for column, column_type in self.columns.items() if column_type in TEXT_TYPES}
-      writer = ArrayRecordWriter(path := f'{temporary}/records', 'group_size:1')
-      for header, data in self._examples():
-        values = {column: data if column_type in MEDIA_TYPES else _value(header, column, column_type, indices)
-                  for column, column_type in self.columns.items()}
-        for column, array in arrays.items():
-          array.append(_write_lines(texts[column], values[column]) if column in texts else values[column])
-        fingerprint = (fingerprint + _digest(number, values.values())) % MODULUS
-        writer.write(record := _example({**values, LOCATION: header['location']}))
-        number, num_bytes = number + 1, num_bytes + len(record)
-      writer.close()
-      facts = {'size': number - self.start, 'bytes': num_bytes, 'fingerprint': f'{fingerprint:064x}'}
+    with (tempfile.TemporaryDirectory(prefix='.', dir=self.done) as temporary,
+          atomic_folder(storage.path(self.done) / self.name) as folder):
+      facts = writer.write_records(
+          path := f'{temporary}/records', folder, writer.Layout(self.columns, self.classes), self._values(), self.start)
       storage.move_file(path, target)
-      for column, array in arrays.items():
-        columns.save(folder / f'{column}.npy', np.array(array, np.int32))
-      (folder / MANIFEST).write_text(json.dumps(facts))
-    return number - self.start
+    return facts['size']
+
+  def _values(self) -> Iterator[tuple[dict[str, Any], str]]:
+    indices = {column: {name: i for i, name in enumerate(names)} for column, names in self.classes.items()}
+    for header, data in self._examples():
+      yield {column: data if column_type in MEDIA_TYPES else _value(header, column, column_type, indices)
+             for column, column_type in self.columns.items()}, header['location']
 
   def _examples(self) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Yields (location, texts and labels; stored image or video)."""
@@ -94,31 +75,3 @@ def _value(header: Mapping[str, Any], column: str, column_type: str, indices: Ma
     return indices[column].get(header['labels'].get(column), -1)
   text = header['texts'].get(column) or header['labels'].get(column)
   return list(text or ()) if column_type == 'texts' else text or ''
-
-
-def _write_lines(file: TextIO, texts: str | list[str]) -> int:
-  """Writes texts, none of which has a line break; returns their number."""
-  lines = texts if isinstance(texts, list) else [texts] if texts else []
-  file.writelines(f'{line}\n' for line in lines)
-  return len(lines)
-
-
-def _digest(number: int, values) -> int:
-  digest = hashlib.sha256(number.to_bytes(8))
-  for value in values:
-    digest.update(hashlib.sha256(value if isinstance(value, bytes) else repr(value).encode()).digest())
-  return int.from_bytes(digest.digest())
-
-
-def _example(values: Mapping[str, Any]) -> bytes:
-  """A record as TFDS writes it: a tf.train.Example."""
-  from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
-  features = {}
-  for name, value in values.items():
-    if isinstance(value, int):
-      features[name] = tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=[value]))
-    else:
-      strings = [v.encode() if isinstance(v, str) else v for v in (value if isinstance(value, list) else [value])]
-      features[name] = tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=strings))
-  return tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=features)).SerializeToString(
-      deterministic=True)

@@ -1,9 +1,9 @@
-"""Datasets in files, read record by record: a user's own prepared data, and TFDS datasets.
+"""Datasets in files, read record by record: the embedded data, a user's own prepared data, and TFDS datasets.
 
-A source is named 'own:NAME' (`uni-moe prepare-data --name=NAME`; the newest version, or 'own:NAME/1.0.0') or
-'tfds:NAME[/CONFIG][:VERSION]' (`uni-moe prepare-data --tfds=…`). The columns of a TFDS dataset are its features:
-images, strings, lists of strings and class labels, nested names joined by '/'. A split is any that TFDS can read by
-index, such as 'train+restval'.
+A source is named as one of `EMBEDDED`, 'own:NAME' (`uni-moe prepare-data --name=NAME`; the newest version, or
+'own:NAME/1.0.0') or 'tfds:NAME[/CONFIG][:VERSION]' (`uni-moe prepare-data --tfds=…`). The columns of a TFDS dataset are
+its features: images, strings, lists of strings and class labels, nested names joined by '/'; a split is any that TFDS
+can read by index, such as 'train+restval'.
 """
 
 import contextlib
@@ -20,41 +20,52 @@ from typing import Any
 
 import numpy as np
 
-from uni_moe_jax.data.formats.rows import LOCATION, MEDIA_TYPES
-from uni_moe_jax.data.prepare import prepare
-from uni_moe_jax.data.shards import mirror
+from uni_moe_jax.data.formats.rows import LOCATION
+from uni_moe_jax.data.shards import mirror, writer
 from uni_moe_jax.data.shards.record_files import Shards
+from uni_moe_jax.data.shards.record_format import (
+  EMBEDDED,
+  EMBEDDED_FOLDER,
+  FORMAT,
+  OWN_FOLDER,
+  PIXEL_TYPES,
+  SUMMARY,
+  TEXT_TYPES,
+  TEXTS,
+  VERSIONS,
+  CorruptExample,
+  Record,
+  example_parser,
+  serialize,
+)
 from uni_moe_jax.io import storage
 from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError
 from uni_moe_jax.utils.suggest import nearest
 
 OWN, TFDS = 'own:', 'tfds:'
-_PREPARE_AGAIN = 'prepare the data again: uni-moe prepare-data --input=… --name=… --version=…'
+_COMMAND = 'uni-moe prepare-data --data_dir='
+_PREPARE_AGAIN = ('prepare the data again: uni-moe prepare-data, for your own data with --input=… --name=… '
+                  '--version=…; remove the folder before if it has embedded data')
 _NUM_PROBES = 8  # records that are tried before a source counts as unreachable
 _MAX_KEPT = 2**28  # bytes of a split whose records stay in memory
 _CHUNK = 256  # records in memory at once while the texts of a whole split are read
-
-Record = dict[str, Any]
-
-
-class CorruptExample(Exception):
-  """A record that gives no example; the message is the reason."""
-
 
 @dataclasses.dataclass(frozen=True)
 class FileDataset:
   """Records of one split, read by index.
 
-  The value of a column is the bytes of an image or video, a string, a tuple of strings, or the name of a class, '' for
-  none. Labels and the number of texts are known before a record is read for own data only.
+  The value of a column is the bytes of an image or video, an array uint8 [T, H, W, C], a string, a tuple of strings, or
+  the name of a class, '' for none. Of TFDS datasets, labels and the number of texts are not known before a record is
+  read.
   """
   name: str  # of the source
   size: int  # N
   read: Callable[[np.ndarray], list[Record]]  # ids int [n] → n records
-  columns: dict[str, str]  # name → 'image', 'video', 'text', 'texts' or 'class'
+  columns: dict[str, str]  # name → type, see `record_format`
   classes: dict[str, tuple[str, ...]]  # class column → names in order
   labels: dict[str, np.ndarray]  # class column → int32 [N], -1 for none
   fingerprint: str  # hex sha256 of the content
+  shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # array column → (T, H, W, C)
   num_texts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # column of texts → int32 [N]
   files: Sequence[str] = ()  # of the records, in a mirror
   prefetch: Callable[[np.ndarray], None] | None = None  # ids in the order in which they will be read
@@ -63,8 +74,15 @@ class FileDataset:
   cache: pathlib.Path | None = None  # folder for what is made of the data
 
   def media_column(self) -> str | None:
-    """The column of images or videos."""
-    return next((c for c, column_type in self.columns.items() if column_type in MEDIA_TYPES), None)
+    """The column of images, videos or arrays."""
+    return next((c for c, column_type in self.columns.items() if column_type in PIXEL_TYPES), None)
+
+  @property
+  def media_type(self) -> str:
+    """'image', 'video', or '' for neither; an array of several frames is a video."""
+    column = self.media_column() or ''
+    column_type = self.columns.get(column, '')
+    return column_type if column_type != 'array' else 'image' if self.shapes[column][0] == 1 else 'video'
 
   def read_valid(
       self, ids: np.ndarray, read: Callable[[np.ndarray], list[Any]] | None = None) -> list[Any | CorruptExample]:
@@ -123,7 +141,7 @@ class FileDataset:
     """Class names of some columns, and their texts in up to `max_records` evenly spaced records."""
     columns, ids = set(columns) & self.columns.keys() - {LOCATION}, _evenly_spaced(self.size, max_records)
     texts = [name for column in columns for name in self.classes.get(column, ())]
-    columns = [column for column in columns if self.columns[column] in prepare.TEXT_TYPES]
+    columns = [column for column in columns if self.columns[column] in TEXT_TYPES]
     if self.text_file and self.media_column():  # a record may have a video
       is_sampled = np.zeros(self.size, bool)
       is_sampled[ids] = True
@@ -143,19 +161,56 @@ def _evenly_spaced(size: int, number: int) -> np.ndarray:
 
 
 def load(source: str, directory: str | os.PathLike[str], split: str) -> FileDataset:
-  """Opens one split of a source 'own:…' or 'tfds:…' in a data directory.
+  """Opens one split of a source in a data directory.
 
   Raises:
-    MissingFileError: the source is not prepared; gives the command. UsageError: it has no such split, or is damaged.
+    MissingFileError: the source is not prepared; gives the command. UsageError: it is unknown, has no such split, or is
+      damaged.
   """
-  return (_load_own if source.startswith(OWN) else _load_tfds)(source, directory, split)
+  if source.startswith(TFDS):
+    return _load_tfds(source, directory, split)
+  if source.startswith(OWN):
+    mirror.sync(directory, f'{OWN_FOLDER}/{source.removeprefix(OWN).partition("/")[0]}')
+    return _load_prepared(source, own_folder(source.removeprefix(OWN), directory), directory, split)
+  if source not in EMBEDDED:
+    raise UsageError(f"source {source!r} is unknown; {nearest(source, EMBEDDED)}. Your own prepared data is "
+                     f"'{OWN}NAME', a TFDS dataset '{TFDS}NAME'.")
+  mirror.sync(directory, f'{EMBEDDED_FOLDER}/{source}')
+  folder = storage.path(directory) / embedded_folder(source)
+  if not folder.is_dir():
+    raise MissingFileError(f'No prepared data {source!r} in {directory}. Run: {_COMMAND}{directory}')
+  return _load_prepared(source, folder, directory, split)
+
+
+def in_memory(name: str, columns: writer.Columns, classes: Mapping[str, tuple[str, ...]]) -> FileDataset:
+  """A dataset of columns in memory, see `writer.layout_of`."""
+  layout = writer.layout_of(columns, classes)
+  rows = list(writer.rows(columns, layout))
+  examples = list(map(serialize, rows))
+  read = lambda ids: [examples[i] for i in np.asarray(ids).tolist()]
+  of_type = lambda *types: [c for c, column_type in layout.columns.items() if column_type in types]
+  return FileDataset(
+      name, len(rows), _record_reader(read, layout.columns, layout.classes, layout.shapes), layout.columns,
+      layout.classes, {c: np.array([row[c] for row in rows], np.int32) for c in of_type('class')}, 'in memory',
+      layout.shapes, {c: (columns[c] != '').astype(np.int32) for c in of_type('text')}, read_examples=read)
+
+
+def embedded_folder(name: str) -> str:
+  """The folder of an embedded dataset, relative to the data directory."""
+  return f'{EMBEDDED_FOLDER}/{name}/{EMBEDDED[name]}'
+
+
+def check_directory(directory: str | os.PathLike[str]) -> None:
+  """Raises MissingFileError unless the data directory exists, or is in a bucket."""
+  if not storage.is_remote(directory) and not storage.path(directory).is_dir():
+    raise MissingFileError(f'Data directory {directory} does not exist. Run: {_COMMAND}{directory}')
 
 
 def own_folder(name: str, directory: str | os.PathLike[str]) -> storage.Path:
   """The folder of the newest version of own data, or of the named one ('pets/1.0.0'). Raises MissingFileError."""
-  root, (base, _, version) = storage.path(directory) / prepare.FOLDER, name.partition('/')
-  folders = (p.parent for p in (root / base).glob(f'*/{prepare.SUMMARY}'))
-  folders = sorted((p for p in folders if prepare.VERSIONS.fullmatch(p.name)),  # others are copies of a user, say
+  root, (base, _, version) = storage.path(directory) / OWN_FOLDER, name.partition('/')
+  folders = (p.parent for p in (root / base).glob(f'*/{SUMMARY}'))
+  folders = sorted((p for p in folders if VERSIONS.fullmatch(p.name)),  # others are copies of a user, say
                    key=lambda p: tuple(map(int, p.name.split('.'))))
   matches = [p for p in folders if not version or p.name == version]
   if not matches:
@@ -168,31 +223,30 @@ def own_folder(name: str, directory: str | os.PathLike[str]) -> storage.Path:
 
 def read_summary(folder: storage.Path) -> dict[str, Any]:
   """The content of prepared.json in an `own_folder`. Raises UsageError if it is damaged or of another format."""
-  path = folder / prepare.SUMMARY
+  path = folder / SUMMARY
   try:
     summary = json.loads(path.read_text())
   except (ValueError, RecursionError) as e:
     raise UsageError(f'{path} is damaged ({e}); {_PREPARE_AGAIN}') from None
-  if summary.get('format') != prepare.FORMAT:
-    raise UsageError(f'{path} has format {summary.get("format")}, not {prepare.FORMAT}; {_PREPARE_AGAIN}')
+  if summary.get('format') != FORMAT:
+    raise UsageError(f'{path} has format {summary.get("format")}, not {FORMAT}; {_PREPARE_AGAIN}')
   return summary
 
 
-def _load_own(source: str, directory: str | os.PathLike[str], split: str) -> FileDataset:
-  mirror.sync(directory, f'{prepare.FOLDER}/{source.removeprefix(OWN).partition("/")[0]}')
-  folder = own_folder(source.removeprefix(OWN), directory)
+def _load_prepared(source: str, folder: storage.Path, directory: str | os.PathLike[str], split: str) -> FileDataset:
   summary = read_summary(folder)
   if split not in summary['splits']:
     raise UsageError(f'split {split!r} is not in source {source!r}; {nearest(split, summary["splits"])}.')
   classes = {column: tuple(c['names']) for column, c in summary['classes'].items()}
+  shapes = {column: tuple(shape) for column, shape in summary.get('shapes', {}).items()}
   arrays = {c: _load_array(mirror.local(directory, folder / f'{split}-{c}.npy'))
-            for c, t in summary['columns'].items() if t not in MEDIA_TYPES}
+            for c, t in summary['columns'].items() if t not in PIXEL_TYPES}
   labels, num_texts = ({c: a for c, a in arrays.items() if (c in classes) == is_class} for is_class in (True, False))
-  text_file = lambda column: mirror.local(directory, folder / f'{split}-{column}{prepare.TEXTS}')
+  text_file = lambda column: mirror.local(directory, folder / f'{split}-{column}{TEXTS}')
   columns = {**summary['columns'], LOCATION: 'text'}
   shards, read = _open(_builder(str(folder)), directory, split)
-  return FileDataset(source, summary['splits'][split], _record_reader(read, columns, classes), columns, classes,
-                     labels, summary['fingerprints'][split], num_texts, shards.names,
+  return FileDataset(source, summary['splits'][split], _record_reader(read, columns, classes, shapes), columns, classes,
+                     labels, summary['fingerprints'][split], shapes, num_texts, shards.names,
                      shards.prefetch if shards.names else None, read, text_file,
                      pathlib.Path(os.path.expanduser(directory)))
 
@@ -230,7 +284,7 @@ def _load_tfds(source: str, directory: str | os.PathLike[str], split: str) -> Fi
   shards, read = _open(builder, directory, split)
   # Name and version of a TFDS dataset identify its content.
   fingerprint = hashlib.sha256(f'{builder.info.full_name} {split} {len(shards)}'.encode()).hexdigest()
-  return FileDataset(source, len(shards), _record_reader(read, columns, classes), columns, classes, {}, fingerprint,
+  return FileDataset(source, len(shards), _record_reader(read, columns, classes, {}), columns, classes, {}, fingerprint,
                      files=shards.names, prefetch=shards.prefetch if shards.names else None, read_examples=read)
 
 
@@ -291,32 +345,7 @@ def keep_records(read: Callable[[np.ndarray], list[bytes]]) -> Callable[[np.ndar
 
 def _record_reader(
     read_examples: Callable[[np.ndarray], list[bytes]], columns: dict[str, str], classes: dict[str, tuple[str, ...]],
-) -> Callable[[np.ndarray], list[Record]]:
+    shapes: dict[str, tuple[int, ...]]) -> Callable[[np.ndarray], list[Record]]:
   """`FileDataset.read` of serialized examples."""
-  parse = example_parser(columns, classes)
+  parse = example_parser(columns, classes, shapes)
   return lambda ids: list(map(parse, read_examples(ids)))
-
-
-def example_parser(columns: dict[str, str], classes: dict[str, tuple[str, ...]]) -> Callable[[bytes], Record]:
-  """Serialized tf.train.Example → the record of some columns, see `FileDataset.columns`. Images stay encoded.
-
-  The function raises CorruptExample.
-  """
-  from tensorflow.train import Example
-
-  def get(feature, column_type, names):
-    if column_type == 'class':
-      [index] = feature.int64_list.value
-      return names[index] if index >= 0 else ''
-    if column_type == 'texts':
-      return tuple(text.decode() for text in feature.bytes_list.value)
-    [value] = feature.bytes_list.value
-    return value.decode() if column_type == 'text' else value
-
-  def parse(example):
-    try:
-      features = Example.FromString(example).features.feature
-      return {c: get(features[c], column_type, classes.get(c)) for c, column_type in columns.items()}
-    except Exception as e:  # protobuf documents no closed set of errors for damaged bytes
-      raise CorruptExample(f'a record that cannot be read ({e})') from e
-  return parse

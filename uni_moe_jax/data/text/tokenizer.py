@@ -160,14 +160,3 @@ def trained_parts(text: str) -> Iterator[str]:
 def before_eot(ids: Iterable[int], eot: int) -> list[int]:
   """Returns the ids before the first `eot`."""
   return list(itertools.takewhile(lambda i: i != eot, map(int, ids)))
-
-
-def pack_tokens(token_lists: Iterable[Sequence[int]], length: int, eot: int) -> np.ndarray:
-  """Concatenates tokenized texts, each followed by `eot`, and cuts them into full rows, int32 [N, length].
-
-  The last tokens are dropped if they do not fill a row. Raises UsageError if the texts do not fill one.
-  """
-  flat = np.array([token for ids in token_lists for token in (*ids, eot)], np.int32)
-  if len(flat) < length:
-    raise UsageError(f'{len(flat)} tokens do not fill a row of length {length}; give more text or a smaller length.')
-  return flat[:len(flat) // length * length].reshape(-1, length)

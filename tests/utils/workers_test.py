@@ -9,13 +9,13 @@ import types
 import pytest
 
 from tests.helpers import processes
-from uni_moe_jax.data.prepare import workers
+from uni_moe_jax.utils import workers
 from uni_moe_jax.utils.errors import RunError
 
 # It has no `if __name__ == '__main__'`, as is usual in scripts and never in a notebook.
 _PROGRAM = '''
 import functools, os
-from uni_moe_jax.data.prepare import workers
+from uni_moe_jax.utils import workers
 print('program', os.getpid(), flush=True)
 # By one call each: several processes write to this pipe, and `print` may write a line in parts.
 task = functools.partial(eval, "(o := __import__('os')).write(1, f'task {o.getpid()}{o.linesep}'.encode()) and 1")
@@ -65,7 +65,7 @@ def test_progress_has_rows_per_second_and_the_time_left(monkeypatch, capsys):
 
 _SLEEPS = '''
 import functools
-from uni_moe_jax.data.prepare import workers
+from uni_moe_jax.utils import workers
 task = functools.partial(eval, "print('started', flush=True) or __import__('time').sleep(100)")
 workers.run([task] * 3, 3, None, 2)
 '''

@@ -12,8 +12,8 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.examples import thumbnails
 from uni_moe_jax.data.shards.file_dataset import FileDataset
-from uni_moe_jax.eval import baselines, file_baselines
-from uni_moe_jax.eval.file_baselines import FileBaselines
+from uni_moe_jax.eval import baselines, dataset_baselines
+from uni_moe_jax.eval.dataset_baselines import DatasetBaselines
 
 _COLORS = tuple(own_files.COLORS)
 _SIDE = (thumbnails.SIDE,) * 2
@@ -42,7 +42,7 @@ def _baselines(task, keys, trained, evaluated, data_dir, evaluator='classificati
   c.tasks.t = task
   c.evaluators.e = config_lib.evaluator(evaluator, 't', split='test')
   [e] = make_plan(c).evaluations
-  return FileBaselines(e, trained, evaluated, keys, str(data_dir))
+  return DatasetBaselines(e, trained, evaluated, keys, str(data_dir))
 
 
 def _classified(trained, evaluated, data_dir, task_type='image_classification', keys=_COLORS, column='color', **values):
@@ -102,7 +102,7 @@ def test_a_damaged_result_is_computed_again_and_a_folder_without_rights_is_no_er
 
 
 def test_samples_are_bounded_by_counts(tmp_path, monkeypatch):
-  monkeypatch.setitem(file_baselines._NUM_EXAMPLES, 'image', (9, 5))
+  monkeypatch.setitem(dataset_baselines._NUM_EXAMPLES, 'image', (9, 5))
   trained, evaluated = _colors(0), _colors(100, 12)
   reads, original = [], FileDataset.read_valid
   monkeypatch.setattr(FileDataset, 'read_valid', lambda self, ids: reads.append(len(ids)) or original(self, ids))
@@ -114,7 +114,7 @@ def test_samples_are_bounded_by_counts(tmp_path, monkeypatch):
 
 
 def test_where_reading_takes_too_long_baselines_are_left_out_and_not_tried_again(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(file_baselines, '_SECONDS', -1.0)
+  monkeypatch.setattr(dataset_baselines, '_SECONDS', -1.0)
   made = _classified(_colors(0), _colors(100, 12), tmp_path)
   train_labels, _, predicted = made.classes(np.arange(12))
   [file] = (tmp_path / 'baselines').iterdir()
@@ -158,7 +158,7 @@ def test_the_first_text_of_the_nearest_image_is_copied(tmp_path, capsys, monkeyp
   made = _baselines(task, (), _colors(0), _colors(100, 6), tmp_path, 'retrieval')
   expected = [f'a {_COLORS[i % 3]} square!' for i in range(100, 106)]
   assert made.neighbor_texts(np.arange(6)) == expected
-  monkeypatch.setitem(file_baselines._NUM_EXAMPLES, 'image', (10_000, 5))
+  monkeypatch.setitem(dataset_baselines._NUM_EXAMPLES, 'image', (10_000, 5))
   capsys.readouterr()
   assert made.neighbor_texts(np.arange(6)) is None  # candidates are all texts: no part of them is comparable
   assert "set config.evaluators['e'].num_examples=5" in capsys.readouterr().out
@@ -219,7 +219,7 @@ def test_answers_that_are_evaluated_as_classes_are_those_entries_that_normalize_
 
 
 def test_rare_answers_are_left_out_but_no_class_is(tmp_path, monkeypatch):
-  monkeypatch.setattr(file_baselines, '_TEXT_CLASSES', 1)
+  monkeypatch.setattr(dataset_baselines, '_TEXT_CLASSES', 1)
   rows = [{'question': 'how many', 'answers': ('two',)}] * 3 + [{'question': 'who', 'answers': ('no one',)}]
   records = _records(rows, {'question': 'text', 'answers': 'texts'})
   values = dict(batch_size=1, target_set='s', label_column='answers', template='{question} <spe> <eot>', max_len=8)
@@ -243,3 +243,9 @@ def test_thumbnails_keep_colors_and_the_center_of_large_images_and_of_16_bits():
   white, gray = (image for _, image in thumbnails.read(records, np.arange(2), 0))
   assert white.shape == gray.shape == (1, 32, 32, 3)
   assert white[:, :, 1:-1].min() > 245 and (gray == 200).all()
+
+
+def test_no_training_example_of_the_embedded_data_is_left_out():
+  # Paragraphs with a label, videos and images, which are all fitted in a few seconds.
+  for kind, count in (('text', 33_555), ('video array', 16_008), ('image array', 30_541)):
+    assert len(baselines.subset(count, dataset_baselines._NUM_EXAMPLES[kind][0])) == count

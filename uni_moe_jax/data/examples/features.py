@@ -1,4 +1,13 @@
-"""Records in files to the text features of a task type: labels, captions, templates, running text."""
+"""From a record to the features of a task type: labels, captions, templates.
+
+Features, with the leading axis n of a batch:
+
+  pixels uint8 [n, T, H, W, C]                     visual segment, see `pixels.py`
+  text int32 [n, S], text_valid bool [n, S]        text segment; a caption is [words | queries], S = 2 · max_len
+  position int32 [n, M]                            readout positions of a text segment
+  label int32 [n, M], weight f32 [n, M]            targets in a set (classification: M = 1)
+  target int32 [n, S], target_valid bool [n, S], text_id int32 [n], weight f32 [n, 1]      paired text
+"""
 
 import collections
 import itertools
@@ -9,21 +18,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from uni_moe_jax.config.plan import TaskSpec
-from uni_moe_jax.data.examples.corrupt_examples import CorruptExampleCounter
-from uni_moe_jax.data.examples.examples import encode_texts, pad_tokens, template_features
-from uni_moe_jax.data.shards.file_dataset import CorruptExample, FileDataset, Record
-from uni_moe_jax.data.text.templates import fill_template
+from uni_moe_jax.data.shards.file_dataset import FileDataset
+from uni_moe_jax.data.shards.record_format import CorruptExample, Record
+from uni_moe_jax.data.text.templates import FilledTemplate, fill_template
+from uni_moe_jax.data.text.token_rows import encode_texts, pad_tokens
 from uni_moe_jax.data.text.tokenizer import Tokenizer
 from uni_moe_jax.data.text.vqa_answers import normalize_answer, soft_score
 from uni_moe_jax.data.text.words import IN_FIELD
 from uni_moe_jax.utils import splitmix, templates
-from uni_moe_jax.utils.errors import RunError, UsageError
+from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.suggest import nearest
-
-_MAX_READS_PER_TOKEN = 2  # of a row of running text; some records cannot be read
-_WINDOW_CHARS_PER_TOKEN = 12  # more than S tokens of any language
-_MAX_WORD = 50  # characters between spaces; some languages have none
-
 
 Specs = dict[str, tuple[type, tuple[int, ...]]]  # feature → dtype, shape without the batch axis
 
@@ -33,6 +37,18 @@ class FeatureReader(NamedTuple):
   specs: Specs
   read: Callable[[Record, int], Any]  # (record, the example's hash) → its content; raises CorruptExample
   collate: Callable[[list[Any]], dict[str, Any]]  # contents of n examples → features [n, …]
+
+
+def check_segments(task: TaskSpec) -> None:
+  """Raises UsageError for a task type of the config that reads a segment which examples with its readout lack."""
+  t = task.type
+  for readout, wrong, lacking, fix in (
+      ('cls', t.text_index is not None, 'text',
+       "fill a template and read it at its slot (readout 'slot'), or leave the segment out"),
+      ('masked', t.visual, 'visual', 'leave the segment out')):
+    if t.readout == readout and wrong:
+      raise UsageError(f'config.tasks.{task.name}: task type {t.name!r} has a {lacking} segment, but examples with '
+                       f'readout {readout!r} have no input of it; {fix}.')
 
 
 def feature_readers(
@@ -95,7 +111,7 @@ def _label_reader(task: TaskSpec, records: FileDataset, keys: Sequence[str], tra
   if column_type not in ('class', 'texts'):
     raise UsageError(
         f'config.tasks.{task.name}.label_column={column!r} is not a column of classes or answers of source '
-        f'{task.source!r}; {nearest(column, _columns_of_type(records, "class", "texts"))}.')
+        f'{task.source!r}; {nearest(column, columns_of_type(records, "class", "texts"))}.')
   is_class = column_type == 'class'
   M, normalize = (1, str) if is_class else (max(1, task.max_predictions), normalize_answer)
   index = _class_index(task, records, keys) if is_class else {normalize(key): i for i, key in enumerate(keys)}
@@ -175,7 +191,7 @@ def _phrase_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, t
 
 
 def _template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
-  """Reader of filled templates, see `examples.template_features`."""
+  """Reader of filled templates, see `template_features`."""
   S = task.max_len
   _check_columns(task, records, 'template', templates.columns(task.template), 'text', 'class')
   specs = {'text': (np.int32, (S,)), 'text_valid': (np.bool_, (S,)), 'position': (np.int32, (1,))}
@@ -183,6 +199,16 @@ def _template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer,
     specs[IN_FIELD] = np.bool_, (S,)
   return FeatureReader(specs, lambda record, _: fill_template(tokenizer, task.template, record, S),
                        lambda filled: template_features(filled, task, tokenizer, training))
+
+
+def template_features(
+    filled: Sequence[FilledTemplate], task: TaskSpec, tokenizer: Tokenizer, training: bool) -> dict[str, np.ndarray]:
+  """Features of filled templates: those of a text segment, and what `words.drop_words` needs if it will leave out."""
+  text, valid = pad_tokens([f.ids for f in filled], task.max_len, tokenizer.pad)
+  features = {'text': text, 'text_valid': valid, 'position': np.array([f.slot for f in filled], np.int32)[:, None]}
+  if training and task.word_dropout:
+    features[IN_FIELD] = pad_tokens([f.in_field for f in filled], task.max_len, False)[0].astype(bool)
+  return features
 
 
 def word_mirror(pairs: Sequence[Sequence[str]]) -> Callable[[Record], Record]:
@@ -202,88 +228,6 @@ def word_mirror(pairs: Sequence[Sequence[str]]) -> Callable[[Record], Record]:
       return tuple(map(mirror, value))
     return pattern.sub(exchange, value) if isinstance(value, str) else value
   return lambda record: {column: mirror(value) for column, value in record.items()}
-
-
-def read_or_stop(
-    records: FileDataset, ids: np.ndarray, counter: CorruptExampleCounter,
-    read: Callable[[np.ndarray], list[Any]] | None = None) -> list[Any | CorruptExample]:
-  """Reads records by id. If the source is unreachable, all are corrupt, and the training loop raises.
-
-  read: see `FileDataset.read_valid`.
-  """
-  if not counter.failure:
-    try:
-      return records.read_valid(ids, read)
-    except RunError as e:  # raised in a thread of TensorFlow it would arrive with an unrelated traceback
-      counter.failure = e
-  return [CorruptExample('source unreachable')] * len(ids)
-
-
-def running_text(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool,
-                 counter: CorruptExampleCounter) -> Callable[..., np.ndarray]:
-  """Running text for masked language modeling: (ids int [n], hashes uint64 [n]) → int32 [n, S].
-
-  Row i starts with record i and continues with the next ones until it is full. A row is thus found without packing the
-  whole text. In evaluation the row has the beginning of a long record; in training it has a window, which the hashes
-  choose, another one in every epoch. A record that cannot be read is skipped and counted, by
-  `CorruptExampleCounter.count` or a function like it, the third argument.
-  """
-  column, S, N = task.label_column or 'text', task.max_len, records.size
-  if records.columns.get(column) != 'text':
-    raise UsageError(
-        f'config.tasks.{task.name}: source {task.source!r} has no text column {column!r} (set by label_column; the '
-        f"default is 'text'); {nearest(column, _columns_of_type(records, 'text'))}.")
-
-  size = _WINDOW_CHARS_PER_TOKEN * S
-
-  def first_tokens(text, h):
-    """Of the record that a row starts with. Of a text much longer than a row only a part of `size` is tokenized."""
-    is_long, stop = len(text) > 2 * size, len(text)
-    if not training:
-      return [*tokenizer.encode(text[:size] if is_long else text), tokenizer.eot]
-    if is_long:
-      start = _window_start(len(text), size, h, 'window')
-      stop = start + size
-    tokens = tokenizer.encode(text[_word_start(text, start):_word_start(text, stop)] if is_long else text)
-    if stop == len(text):
-      tokens = [*tokens, tokenizer.eot]
-    return tokens[_window_start(len(tokens), S, h, 'token'):] if len(tokens) > S else tokens
-
-  def read(ids, hashes, count=counter.count):
-    out = np.zeros((len(ids), S), np.int32)
-    lengths, next_ids = np.zeros(len(ids), int), np.asarray(ids) % N
-    for turn in range(_MAX_READS_PER_TOKEN * S):  # a valid record gives at least one token, its `eot`
-      unfilled = np.flatnonzero(lengths < S)
-      if not len(unfilled):
-        return out
-      corrupt, chunk = [], read_or_stop(records, next_ids[unfilled], counter)
-      for i, record in zip(unfilled, chunk, strict=True):
-        if isinstance(record, CorruptExample):
-          corrupt.append(f'{records.location(int(next_ids[i]))}: {record}')
-          continue
-        text = record[column]
-        tokens = (first_tokens(text, int(hashes[i])) if turn == 0 else
-                  [*tokenizer.encode(text[:2 * size]), tokenizer.eot])[:S - lengths[i]]  # it may be a book
-        out[i, lengths[i]:lengths[i] + len(tokens)] = tokens
-        lengths[i] += len(tokens)
-      count(len(chunk), corrupt)
-      next_ids[unfilled] = (next_ids[unfilled] + 1) % N
-    counter.has_no_replacement = True
-    return out
-  return read
-
-
-def _window_start(length: int, size: int, h: int, purpose: str) -> int:
-  """Draws the start of a window of `size` of `length`. The ends are in a window as often as the middle."""
-  return min(max(0, splitmix.mix(h, purpose) % (length + size) - size), length - size)
-
-
-def _word_start(text: str, i: int) -> int:
-  """The start of the word that has character i, which may also be the end of the text."""
-  if i == len(text):
-    return i
-  start = text.rfind(' ', max(0, i - _MAX_WORD), i) + 1
-  return start if start or i <= _MAX_WORD else i
 
 
 def _phrase_chooser(task: TaskSpec, records: FileDataset, training: bool) -> Callable[[Record, int], str]:
@@ -318,12 +262,12 @@ def references(task: TaskSpec, record: Record) -> tuple[str, ...]:
   return tuple(templates.fill(template, dict(zip(values, chosen))) for chosen in itertools.product(*entries))
 
 
-def _columns_of_type(records: FileDataset, *types: str) -> list[str]:
+def columns_of_type(records: FileDataset, *types: str) -> list[str]:
   return [c for c, column_type in records.columns.items() if column_type in types]
 
 
 def _check_columns(task: TaskSpec, records: FileDataset, field: str, names: Sequence[str], *types: str) -> None:
-  choices = _columns_of_type(records, *types)
+  choices = columns_of_type(records, *types)
   for name in names:
     if name not in choices:
       raise UsageError(

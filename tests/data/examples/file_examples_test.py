@@ -16,12 +16,13 @@ from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data import hashing
 from uni_moe_jax.data.batches.assemble import Data
 from uni_moe_jax.data.batches.mixtures import BatchLayout, Mixture, evaluation_batches
-from uni_moe_jax.data.examples import file_dataset_examples, file_dataset_features
+from uni_moe_jax.data.examples import running_text
 from uni_moe_jax.data.examples.corrupt_examples import CorruptExampleCounter
-from uni_moe_jax.data.examples.examples import encode_texts
+from uni_moe_jax.data.examples.examples import example_ids
 from uni_moe_jax.data.formats.rows import LOCATION
 from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.data.shards import file_dataset
+from uni_moe_jax.data.text.token_rows import encode_texts
 from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer
 from uni_moe_jax.utils.errors import RunError
 
@@ -270,7 +271,7 @@ def test_running_text_skips_records_that_cannot_be_read(run):
       return [records[i] for i in ids]
     dataset = file_dataset.FileDataset('own:x', 6, read, {'text': 'text', LOCATION: 'text'}, {}, {}, '')
     counter = CorruptExampleCounter('tasks.x', 0.5)
-    return file_dataset_features.running_text(task, dataset, tokenizer, True, counter), counter
+    return running_text.running_text(task, dataset, np.arange(6), tokenizer, True, counter), counter
 
   ids, hashes = np.array([0, 3]), np.zeros(2, np.uint64)
   tokens = lambda *ids: [t for i in ids for t in [*tokenizer.encode(records[i]['text']), tokenizer.eot]][:24]
@@ -347,7 +348,7 @@ def test_examples_are_the_records_with_the_columns_that_templates_name(tmp_path)
   own_files.write_jsonl(root / 'data.jsonl', rows)
   prepare.prepare(root, tmp_path, 'some')
   dataset = file_dataset.load('own:some', tmp_path, 'train')  # eight: 0…3 and 5…8
-  ids = lambda *templates: file_dataset_examples.example_ids(
+  ids = lambda *templates: example_ids(
       dataset, plan_task('image_retrieval', caption_templates=templates, max_len=8)).tolist()
   assert ids('an image') == list(range(8))
   assert ids('{captions}') == [0, 1, 2, 3, 5, 6, 7]
@@ -381,8 +382,7 @@ def test_every_field_of_a_file_can_be_used_in_templates(name, tmp_path):
     ('color', dict(num_frames=1), 'num_frames=1: source .* has images, and it is for videos; set it to 0'),
     ('moves', dict(random_erasing=0.2), 'random_erasing=0.2: source .* has videos'),
     ('book', dict(label_column='texts'), "no text column 'texts'"),
-    ('book', dict(train_fraction=0.5), 'train_fraction=0.5: text in files is read as a stream'),
-    ('book', dict(shots=2, label_column='text'), 'shots=2: text in files is read as a stream'),
+    ('book', dict(shots=2, label_column='text'), 'shots=2: the labels of source .* are known only when its records'),
     ('color', dict(source='own:pairs', target_set='answers', label_column='label'), 'neither images nor videos')])
 def test_a_config_that_does_not_fit_its_source_is_an_error(run, name, changes, message):
   with pytest.raises(ValueError, match=message):

@@ -1,8 +1,9 @@
-"""Baselines of data in files: the predictors of `baselines` on bounded samples, computed once per dataset.
+"""Baselines of a dataset: the predictors of `baselines` on bounded samples, computed once per dataset.
 
 Samples are bounded by counts, so that the numbers do not depend on the machine: of images 10,000 training and 5,000
-evaluated examples, of videos 1,000 each, of texts 20,000 each. Where reading those of a split takes longer than 150
-seconds, the baselines are left out; they are never computed from fewer. Results are files in data_dir/baselines, named
+evaluated examples, of videos 1,000 each, of texts and of arrays 50,000 each, of arrays of frames 20,000 for training.
+Where reading those of a split takes longer than 150 seconds, the baselines are left out; they are never computed from
+fewer. Results are files in data_dir/baselines, named
 by the content of both splits and everything else that they depend on. Every process computes or reads them by itself.
 """
 
@@ -12,16 +13,17 @@ import json
 import secrets
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from uni_moe_jax.config.plan import Evaluation
 from uni_moe_jax.data.examples import thumbnails
-from uni_moe_jax.data.examples.file_dataset_examples import example_ids
-from uni_moe_jax.data.examples.file_dataset_features import references
-from uni_moe_jax.data.shards.file_dataset import CorruptExample, FileDataset, Record
+from uni_moe_jax.data.examples.examples import example_ids
+from uni_moe_jax.data.examples.features import references
+from uni_moe_jax.data.shards.file_dataset import FileDataset
+from uni_moe_jax.data.shards.record_format import CorruptExample, Record
 from uni_moe_jax.data.text.vqa_answers import normalize_answer
 from uni_moe_jax.eval import baselines
 from uni_moe_jax.io import storage
@@ -30,8 +32,9 @@ from uni_moe_jax.utils.errors import UsageError
 
 NEAREST = 'nearest neighbor'
 FOLDER = 'baselines'  # in data_dir
-_VERSION = 2  # of the results; raise it when a baseline changes
-_NUM_EXAMPLES = {'image': (10_000, 5_000), 'video': (1_000, 1_000), 'text': (20_000, 20_000)}  # trained, evaluated
+_VERSION = 3  # of the results; raise it when a baseline changes
+_NUM_EXAMPLES = {'image': (10_000, 5_000), 'video': (1_000, 1_000), 'text': (50_000, 50_000),  # trained, evaluated
+                 'image array': (50_000, 50_000), 'video array': (20_000, 50_000)}
 _SECONDS = 150.0  # of reading the examples of a split
 # Most classes of a logistic regression: its solver keeps twenty copies of features × classes.
 _PIXEL_CLASSES, _TEXT_CLASSES = 1_000, 100
@@ -42,7 +45,7 @@ class _LeftOut(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class FileBaselines:
+class DatasetBaselines:
   """The baselines of one evaluation."""
   evaluation: Evaluation
   trained: FileDataset  # the split that the task trains on
@@ -82,9 +85,9 @@ class FileBaselines:
 
     None: there are more examples than the bound, or the baseline is left out.
     """
-    task, (max_trained, max_evaluated) = self.evaluation.task, _NUM_EXAMPLES[self._media]
+    task, (max_trained, max_evaluated) = self.evaluation.task, _NUM_EXAMPLES[self._inputs_are]
     if len(ids) > max_evaluated:
-      print(f'{self.evaluation.name}: no baseline for more than {max_evaluated:,} {self._media}s; to get one, set '
+      print(f'{self.evaluation.name}: no baseline for more than {max_evaluated:,} {self._inputs_are}s; to get one, set '
             f'config.evaluators[{self.evaluation.name!r}].num_examples={max_evaluated}.', flush=True)
       return None
 
@@ -95,14 +98,21 @@ class FileBaselines:
     return self._once('texts', ids, compute, {'texts': None})['texts']
 
   @property
-  def _media(self) -> str:
-    """What baselines see: 'image', 'video' or 'text'; of questions about images the text."""
-    is_text = self.evaluation.task.type.readout == 'slot'
-    return 'text' if is_text else self.trained.columns[self.trained.media_column()]
+  def _inputs_are(self) -> str:
+    """What baselines see, a key of `_NUM_EXAMPLES`; of questions about images or videos in files the text alone."""
+    is_array = self.trained.columns.get(self.trained.media_column()) == 'array'
+    if not self.evaluation.task.type.visual or self._question and not is_array:
+      return 'text'
+    return f'{self.trained.media_type} array' if is_array else self.trained.media_type
+
+  @property
+  def _question(self) -> list[str]:
+    """Columns that the template of a task takes its text from."""
+    return templates.columns(self.evaluation.task.template)
 
   def _predict(self, ids: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
     """(rows of `ids`, {'trained': names of the sample's classes [N], 'predicted': {baseline: names [Q]}})."""
-    task, (max_trained, max_evaluated) = self.evaluation.task, _NUM_EXAMPLES[self._media]
+    task, (max_trained, max_evaluated) = self.evaluation.task, _NUM_EXAMPLES[self._inputs_are]
     column, rows = task.label_column, baselines.subset(len(ids), max_evaluated)
     is_class = self.trained.columns[column] == 'class'
 
@@ -123,20 +133,29 @@ class FileBaselines:
 
   def _fitted(self, trained: list, names: np.ndarray, evaluated: list) -> Iterator[tuple[str, np.ndarray]]:
     """Yields each baseline with its predictions; names: of the training inputs' classes."""
-    if self._media == 'text':
+    if self._inputs_are == 'text':
       columns = [list(zip(*inputs, strict=True)) for inputs in (trained, evaluated)]
       if len(columns[0]) in (1, 2) and len(np.unique(names)) <= _TEXT_CLASSES:
         yield 'tf-idf', baselines.tfidf_logistic(columns[0], names, columns[1])
       return
-    if self._media == 'image':
+    if self._question:
+      (questions, pixels), (asked, seen) = (zip(*inputs, strict=True) for inputs in (trained, evaluated))
+      pixels, seen = np.stack(pixels), np.stack(seen)
+      for name, predict in (
+          ('question alone', lambda a, b: baselines.majority_predictions(names[a], len(b))),
+          (NEAREST, lambda a, b: names[a][self._nearest(pixels[a], seen[b])])):
+        yield name, baselines.per_question(predict, np.array(questions), np.array(asked))
+      return
+    is_image = self.trained.media_type == 'image'
+    if is_image:
       yield NEAREST, names[self._nearest(trained, evaluated)]
-    if len(np.unique(names)) <= _PIXEL_CLASSES:
-      for name, frames in ([('logistic regression', 'all')] if self._media == 'image' else
-                           [('one frame', 'middle'), ('all frames', 'all')]):
+    if self._inputs_are != 'image array' and len(np.unique(names)) <= _PIXEL_CLASSES:
+      for name, frames in [('logistic regression', 'all')] if is_image else [
+          ('one frame', 'middle'), ('all frames', 'all')]:
         yield name, baselines.frame_logistic(np.stack(trained), names, np.stack(evaluated), frames)
 
   @staticmethod
-  def _nearest(trained: list[np.ndarray], evaluated: list[np.ndarray]) -> np.ndarray:
+  def _nearest(trained: Sequence[np.ndarray], evaluated: Sequence[np.ndarray]) -> np.ndarray:
     middle = lambda videos: np.stack([video[len(video) // 2] for video in videos])
     return baselines.nearest_neighbor(middle(trained), middle(evaluated))
 
@@ -156,22 +175,28 @@ class FileBaselines:
     """Inputs of evaluated examples; of an image that training decodes and Pillow does not, black."""
     examples = self._read(self.evaluated, example_ids(self.evaluated, self.evaluation.task)[ids])
     inputs = [example and example[1] for example in examples]
-    shape = next(x.shape for x in inputs if x is not None) if self._media != 'text' else ()
+    shape = next((x.shape for x in inputs if isinstance(x, np.ndarray)), ())
     return [np.zeros(shape, np.uint8) if x is None else x for x in inputs]
 
   def _read(self, records: FileDataset, ids: np.ndarray) -> Iterator[tuple[Record, Any] | None]:
     """Yields (record, input) in order, None for a damaged one. Raises _LeftOut after `_SECONDS`."""
     start = time.monotonic()
-    for example in (self._texts(records, ids) if self._media == 'text' else
-                    thumbnails.read(records, ids, self.evaluation.task.num_frames)):
+    for example in (self._texts(records, ids) if self._inputs_are == 'text' else self._pixels(records, ids)):
       if time.monotonic() - start > _SECONDS:
         raise _LeftOut(f'reading {len(ids)} examples of source {records.name!r} takes more than {_SECONDS:.0f} s')
       yield example
 
   def _texts(self, records: FileDataset, ids: np.ndarray) -> Iterator[tuple[Record, tuple[str, ...]] | None]:
-    columns = templates.columns(self.evaluation.task.template)
     for _, record in records.read_chunks(ids):
-      yield None if isinstance(record, CorruptExample) else (record, tuple(record[c] for c in columns))
+      yield None if isinstance(record, CorruptExample) else (record, tuple(record[c] for c in self._question))
+
+  def _pixels(self, records: FileDataset, ids: np.ndarray) -> Iterator[tuple[Record, Any] | None]:
+    """With the question in front, where there is one."""
+    for example in thumbnails.read(records, ids, self.evaluation.task.num_frames):
+      if example and self._question:
+        record, pixels = example
+        example = record, ('\0'.join(record[c] for c in self._question), pixels)
+      yield example
 
   def _once(self, purpose: str, ids: np.ndarray, compute: Callable[[], dict], otherwise: dict) -> dict:
     """The result that is kept, else of `compute`, or `otherwise` if that leaves the baselines out."""
@@ -200,5 +225,5 @@ class FileBaselines:
     """Of everything that a result depends on."""
     t = self.evaluation.task
     content = (_VERSION, purpose, self.trained.fingerprint, self.evaluated.fingerprint, np.asarray(ids).tolist(),
-               self._media, t.label_column, t.template, t.caption_templates, self.keys, t.num_frames)
+               self._inputs_are, t.label_column, t.template, t.caption_templates, self.keys, t.num_frames)
     return hashlib.sha256(repr(content).encode()).hexdigest()[:24]
