@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests in their own environment, in two processes. Arguments go to pytest:
-#   ./launch/test.sh                          the default lane: neither slow nor nightly tests
-#   ./launch/test.sh -m slow                  the slow tests
+#   ./launch/test.sh                          the default lane, without the nightly tests
+#   ./launch/test.sh -m nightly               the nightly tests, which take an hour and more
 #   ./launch/test.sh tests/moe -k merge -n 0  some tests, in one process
 # UNI_MOE_PYTHON=/path/to/python uses that interpreter and installs nothing (see env.sh).
 set -euo pipefail

@@ -49,7 +49,7 @@ def test_a_notebook_has_small_outputs_of_this_version(path):
   assert not re.search(r'Traceback|/root|/home|/tmp', path.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize('path', _NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
   monkeypatch.setenv('NOTEBOOK_STEPS', '4')

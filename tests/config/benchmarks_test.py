@@ -77,13 +77,8 @@ def _step(run):
   return state
 
 
-def _slow(names, first):
-  """CI runs one of each task type, `first`; the others run nightly."""
-  return [pytest.param(n, marks=pytest.mark.slow if n in first else pytest.mark.nightly) for n in names]
-
-
-@pytest.mark.parametrize('name', _slow(benchmarks.DOWNSTREAM,
-                                       ('imagenet1k', 'kinetics400', 'coco_caption', 'vqa', 'mrpc')))
+@pytest.mark.nightly
+@pytest.mark.parametrize('name', benchmarks.DOWNSTREAM)
 def test_a_shrunken_benchmark_takes_a_step_and_is_evaluated(name, synthetic, tmp_path):
   run = _run(_small(_config(name), synthetic))
   rows = _rows(run, _step(run).params, tmp_path)
@@ -93,8 +88,8 @@ def test_a_shrunken_benchmark_takes_a_step_and_is_evaluated(name, synthetic, tmp
   assert counts == {_EXAMPLES}  # each once, although they do not divide into batches of four
 
 
-@pytest.mark.parametrize('name', _slow(['mrpc', 'vqa', 'kinetics400', 'coco_retrieval'],
-                                       ('mrpc', 'vqa', 'coco_retrieval')))
+@pytest.mark.nightly
+@pytest.mark.parametrize('name', ['mrpc', 'vqa', 'kinetics400', 'coco_retrieval'])
 def test_evaluation_is_the_same_on_eight_devices(name, synthetic, tmp_path):
   """Metrics of GLUE, soft scores, views × crops, texts: six examples in batches of five, on four shards."""
   tables = []
@@ -124,7 +119,8 @@ _ENTRIES = {'imagenet1k': 1000, 'kinetics400': 400, 'vqa': 3129, 'cola': 2, 'sst
             'qnli': 2, 'rte': 2}
 
 
-@pytest.mark.parametrize('name', _slow(benchmarks.DOWNSTREAM, ('imagenet1k', 'msvd_caption', 'coco_retrieval', 'mnli')))
+@pytest.mark.nightly
+@pytest.mark.parametrize('name', benchmarks.DOWNSTREAM)
 def test_shapes_of_a_step_at_full_size(name):
   run, batch, state, metrics = _shapes(_config(name))
   assert run.spec.model.spec.num_layers == 12 and metrics['loss/total'].shape == ()
@@ -138,18 +134,16 @@ def test_shapes_of_a_step_at_full_size(name):
 
 
 def _every_pretraining():
-  """All arguments of configs/pretrain.py, each with one of the sixteen tasks in turn; two are for CI."""
+  """All arguments of configs/pretrain.py, each with one of the sixteen tasks in turn."""
   tasks = list(_config('size=tiny', 'pretrain').tasks)
-  first = {'size=base,router=attribute,stage=1,mixture=one_task': 'cc12m_caption',
-           'size=large,router=token,stage=2,mixture=one_task': 'kinetics700'}
   every = itertools.product(presets.SIZES, ROUTERS, '12')
   args = [f'size={size},router={router},stage={stage}' for size, router, stage in every]
   for i, arg in enumerate(args):
     for each in (arg, f'{arg},mixture=one_task'):
-      task = first.get(each, tasks[(i + i // 12) % 16])  # twelve of a size: the next has other tasks
-      yield pytest.param(each, task, marks=pytest.mark.slow if each in first else pytest.mark.nightly)
+      yield each, tasks[(i + i // 12) % 16]  # twelve of a size: the next has other tasks
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize('arg, task', list(_every_pretraining()))
 def test_shapes_of_a_step_of_pretraining_at_full_size(arg, task):
   run, batch, state, metrics = _shapes(_config(arg, 'pretrain'), task)
@@ -161,7 +155,7 @@ def test_shapes_of_a_step_of_pretraining_at_full_size(arg, task):
   assert fields['id'].shape == (1, run.config.tasks[task].batch_size)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_sixteen_tasks_give_one_batch_of_their_groups():
   run = compiled_programs.prepare(_small(_config('size=tiny', 'pretrain'), 'nowhere'), jax.devices()[:1])
   assert len(run.plan.tasks) == 16
@@ -173,11 +167,10 @@ def test_the_sixteen_tasks_give_one_batch_of_their_groups():
 _OF_EVERY_TYPE = ('imagenet21k', 'kinetics700', 'bookswiki', 'coco_caption', 'coco_retrieval')
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize('arg, names', [
-    pytest.param('size=tiny', _OF_EVERY_TYPE, marks=pytest.mark.slow),
-    pytest.param('size=tiny,stage=2', ('moments', 'coco_retrieval'), marks=pytest.mark.nightly),
-    # All sixteen, whose pipelines take a minute to start.
-    pytest.param('size=tiny,router=token,stage=2', (), marks=pytest.mark.nightly)])
+    ('size=tiny', _OF_EVERY_TYPE), ('size=tiny,stage=2', ('moments', 'coco_retrieval')),
+    ('size=tiny,router=token,stage=2', ())])  # all sixteen, whose pipelines take a minute to start
 def test_a_shrunken_pretraining_takes_a_step_and_is_evaluated(arg, names, synthetic, tmp_path):
   c = _small(_config(arg, 'pretrain'), synthetic)
   for name in set(c.tasks) - set(names or c.tasks):
@@ -312,9 +305,9 @@ def _trained(tmp_path_factory):
   return str(folder)
 
 
-@pytest.mark.parametrize('name, mode', [
-    pytest.param(name, mode, marks=pytest.mark.slow if (name, mode) == ('cola', 'prompts') else pytest.mark.nightly)
-    for name in ('cola', 'coco_caption', 'vqa') for mode in ('finetune', 'prompts', 'zero_shot')])
+@pytest.mark.nightly
+@pytest.mark.parametrize('name', ['cola', 'coco_caption', 'vqa'])
+@pytest.mark.parametrize('mode', ['finetune', 'prompts', 'zero_shot'])
 def test_a_run_is_adapted_to_a_benchmark_or_evaluated_on_it(name, mode, synthetic, tmp_path):
   first = _captioning()
   first.data.dir = str(synthetic)

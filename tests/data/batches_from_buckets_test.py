@@ -38,7 +38,7 @@ def _data(directory, cache) -> tuple[list[dict], str]:
 @pytest.mark.parametrize('scheme, faults', [
     ('gcs', {}), pytest.param('s3', {}, marks=pytest.mark.nightly),
     *(pytest.param(scheme, dict(errors=0.1, resets=0.05, truncated=0.05, delay=0.02, flipped='array_record', flips=1),
-                   marks=mark) for scheme, mark in (('gcs', pytest.mark.nightly), ('s3', pytest.mark.slow)))])
+                   marks=pytest.mark.nightly) for scheme in ('gcs', 's3'))])
 def test_a_bucket_gives_the_batches_of_a_folder(scheme, faults, request, tmp_path, monkeypatch, capsys):
   store = request.getfixturevalue(scheme)
   bucket = f'{store.address}/batches{len(faults)}'

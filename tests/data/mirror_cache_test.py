@@ -299,7 +299,7 @@ def test_records_of_training_that_do_not_fit_are_refused_before_any_is_fetched(b
 
 
 @pytest.mark.parametrize('has_tokenizer, evaluate_every, missing', [
-    (False, 0, '0.000131'), (False, 1, '0.000262'), pytest.param(True, 0, '0.000131', marks=pytest.mark.slow)])
+    (False, 0, '0.000131'), (False, 1, '0.000262'), pytest.param(True, 0, '0.000131', marks=pytest.mark.nightly)])
 def test_training_does_not_start_where_its_records_do_not_fit(
     bucket, tmp_path, monkeypatch, has_tokenizer, evaluate_every, missing):
   rows = own_files.write_captioned_images(tmp_path / 'in') / 'data.jsonl'

@@ -56,7 +56,7 @@ def test_features_and_probabilities_are_those_of_one_device(router):
     assert np.abs(value[1] - value[0]).max() > 1e-3, name  # the control: examples do differ
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize('router, beams', [('attribute', 2), ('token', 1)])
 def test_captions_are_those_of_one_device(router, beams):
   output = []
@@ -69,7 +69,7 @@ def test_captions_are_those_of_one_device(router, beams):
   assert len(output[0]) == 5 and any(output[0])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_row_of_the_table_is_that_of_one_device_and_counts_each_example_once(tmp_path):
   tables = []
   for mesh in _MESHES:

@@ -88,7 +88,7 @@ def test_of_a_beam_the_largest_sum_of_log_p_and_scaled_similarity_is_chosen():
       tasks['caption'], _pixels(), BEAMS, reranker=pair) == likeliest
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_mesh_chooses_as_one_device():
   params, tasks = _with_scale(_run()[1], 40.0), _tasks()
   mesh = sharding.make_mesh(dict(replica=1, data=4, expert=1, model=1), jax.devices()[:4])

@@ -124,12 +124,12 @@ def _task(trained, name):
   return next(t for t in (*trained[1].plan.tasks, *trained[1].plan.probes) if t.name == name)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_folder_runs_without_this_package(served):
   assert 'uni_moe_jax is not installed' in served[2]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize('batch', _BATCHES)
 def test_class_probabilities_equal_those_of_the_model_with_experts(trained, served, expected, batch):
   pixels, served_arrays, _ = served
@@ -138,13 +138,13 @@ def test_class_probabilities_equal_those_of_the_model_with_experts(trained, serv
   assert_close(served_arrays[f'shape{batch}'], expected.log_probabilities(features, task)[:batch, 0])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize('batch', _BATCHES)
 def test_captions_equal_those_of_the_evaluator_token_for_token(served, searched, batch):
   np.testing.assert_array_equal(served[1][f'tokens{batch}'], searched[:batch])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_captions_are_decoded_as_by_the_evaluator(trained, served, searched, expected):
   pixels, served_arrays, _ = served
   captions = expected.captions(_task(trained, 'caption'), pixels, beam_size=2, length_penalty=1.0)
@@ -152,12 +152,12 @@ def test_captions_are_decoded_as_by_the_evaluator(trained, served, searched, exp
   assert served_arrays['captions'].tolist() == captions[:3] == decoded
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_search_options_of_the_evaluator_give_other_captions_than_greedy_search(searched, greedy):
   assert (searched != greedy.tokens[:, 0]).any()  # otherwise captions that ignore them would pass
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize('batch', _BATCHES)
 def test_streamed_words_equal_the_greedy_captions(trained, served, greedy, batch):
   arrays, eot = served[1], trained[1].data.tokenizer.eot
@@ -167,7 +167,7 @@ def test_streamed_words_equal_the_greedy_captions(trained, served, greedy, batch
   assert_close(arrays[f'first{batch}'].max(-1), greedy.log_p[:batch, 0, 0])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize('batch', _BATCHES)
 def test_pairs_have_the_scores_of_the_model_with_experts(trained, served, expected, batch):
   pixels, served_arrays, _ = served
@@ -188,19 +188,19 @@ def _texts(tokenizer):
   return dict(zip(('target', 'target_valid'), pad_tokens(rows, 8, 0)))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_encoded_entries_of_a_target_set_equal_the_stored_features(served, exported):
   assert_close(served[1]['names'], exported[1].features['shapes'])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_examples_have_the_same_answers_as_at_export(served, exported):
   lines = [line for line in served[2].splitlines() if 'export' in line]
   assert len(lines) == len(exported[1].answers) == 2
   assert all(line.endswith('as at export') for line in lines)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_changed_byte_in_any_file_is_detected(exported):
   folder, _ = exported
   load, rng = shipped.module(folder), np.random.default_rng(1)
@@ -365,7 +365,7 @@ def test_one_condition_is_written_in_the_published_dense_layout(dense, tmp_path)
                {**kept, 'log_scale_img_cls': dense.params['log_scale_image_classification']})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_starts_from_the_hub_with_the_parameters_of_the_run_bit_for_bit(trained, dense, tmp_path, monkeypatch):
   workdir, _, params = trained
   origin = workdir_lib.provenance(workdir, 2)

@@ -64,7 +64,7 @@ def _compile_fast():
 
 @pytest.mark.usefixtures('compile_fast')
 @pytest.mark.parametrize('router, some', [
-    pytest.param('modality', True, marks=pytest.mark.slow),
+    pytest.param('modality', True, marks=pytest.mark.nightly),
     *(pytest.param(router, False, marks=pytest.mark.nightly) for router in ('attribute', 'task', 'modality'))])
 def test_programs_of_every_task_type_equal_the_model_with_experts(tmp_path, router, some):
   run = train_run.build(_config(router, some), jax.devices()[:1])

@@ -60,7 +60,7 @@ def _shapes(tree):
 
 
 @pytest.mark.parametrize('router', [
-    'attribute', *(pytest.param(router, marks=pytest.mark.slow) for router in ('task', 'modality'))])
+    'attribute', *(pytest.param(router, marks=pytest.mark.nightly) for router in ('task', 'modality'))])
 def test_every_task_type_has_the_features_of_the_model_with_experts(router):
   merged, expected = _features(*_merged(_spec(router), _conditions())), _features_with_experts(router)
   for name, a, b in zip((*TASK_TYPES, 'pair', *families()), merged, expected, strict=True):

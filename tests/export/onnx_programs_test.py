@@ -104,7 +104,7 @@ def test_models_equal_the_programs_where_onnxruntime_and_numpy_are_alone(tmp_pat
   assert b'params.safetensors' in models and not any(x in models for x in arrays)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_captions_that_are_searched_on_the_host_equal_the_program(monkeypatch):
   spec, name = small_model.spec('dense'), 'image_caption'
   exported = ExportedTask(

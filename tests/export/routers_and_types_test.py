@@ -18,7 +18,7 @@ from uni_moe_jax.train import run as train_run
 @pytest.mark.parametrize('router, dtype, bound', [
     pytest.param('token', 'float32', 1e-5, marks=pytest.mark.nightly),
     pytest.param('context', 'float32', 1e-5, marks=pytest.mark.nightly),
-    pytest.param('attribute', 'bfloat16', 0.05, marks=pytest.mark.slow)])
+    pytest.param('attribute', 'bfloat16', 0.05, marks=pytest.mark.nightly)])
 def test_routers_by_token_are_exported_and_products_can_be_bfloat16(tmp_path, router, dtype, bound):
   c = tiny.config('shape', 'package', data_dir=tiny.data_dir())
   c.moe.router, c.model.dtype = router, dtype

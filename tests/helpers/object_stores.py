@@ -155,13 +155,13 @@ def s3(object_stores: Stores, monkeypatch: pytest.MonkeyPatch) -> Store:
   return _use('s3', object_stores, monkeypatch)
 
 
-@pytest.fixture(params=['gs', pytest.param('s3', marks=pytest.mark.slow)])
+@pytest.fixture(params=['gs', pytest.param('s3', marks=pytest.mark.nightly)])
 def store(request: pytest.FixtureRequest, object_stores: Stores, monkeypatch: pytest.MonkeyPatch) -> Store:
   """Each of the two servers in turn, which this process uses."""
   return _use(request.param, object_stores, monkeypatch)
 
 
-@pytest.fixture(params=['gcs', pytest.param('s3', marks=pytest.mark.slow)])
+@pytest.fixture(params=['gcs', pytest.param('s3', marks=pytest.mark.nightly)])
 def bucket(request):
   """A data directory in a bucket that no other test uses."""
   return f'{request.getfixturevalue(request.param).address}/{abs(hash(request.node.nodeid))}'

@@ -62,8 +62,8 @@ def _disk(tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize('store', [
-    pytest.param('gs', marks=pytest.mark.slow), pytest.param('s3', marks=pytest.mark.nightly)], indirect=True)
+@pytest.mark.nightly
+@pytest.mark.parametrize('store', ['gs', 's3'], indirect=True)
 def test_a_run_in_a_bucket_that_is_stopped_and_continued_is_the_one_on_a_disk(disk, store, tmp_path, monkeypatch):
   bucket = storage.path(f'{store.address}/runs/{tmp_path.name}')
   _commands(disk / 'tiny_config.py', str(bucket), stop=True)
@@ -94,8 +94,8 @@ def test_a_run_in_a_bucket_that_is_stopped_and_continued_is_the_one_on_a_disk(di
   assert {row['step'] for row in _json(remote / 'evaluation.json')} == {4}
 
 
-@pytest.mark.parametrize('store', [
-    pytest.param('gs', marks=pytest.mark.nightly), pytest.param('s3', marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.nightly
+@pytest.mark.parametrize('store', ['gs', 's3'], indirect=True)
 def test_a_run_starts_from_one_in_a_bucket(disk, store, tmp_path):
   bucket = f'{store.address}/init/{tmp_path.name}'
   saved_run.copy(disk / 'run', storage.path(f'{bucket}/run'))

@@ -67,7 +67,7 @@ def _arguments(folder, workdir, checkpoint='theirs.pth'):
   return f'--checkpoint={folder / checkpoint}', f'--config={folder / "config.py"}', f'--workdir={workdir}'
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_converted_checkpoint_evaluates_trains_and_converts_back(files, tmp_path, capfd):
   folder, state, _ = files
   workdir = tmp_path / 'run'

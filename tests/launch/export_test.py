@@ -114,7 +114,7 @@ def test_the_guides_five_commands_print_captions_in_a_fresh_environment(root, tm
   assert arrays['captions'].tolist() == predictor.captions(caption, pixels) and len(set(arrays['captions'])) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_options_reduce_the_export(root, tmp_path):
   _write_evaluation(root / _RUN, step=1)
   done = _export(f'--workdir={root / _RUN}', f'--output={tmp_path}/out', '--tasks=shape', '--bake_targets',

@@ -76,7 +76,7 @@ def test_later_words_change_no_bit_of_earlier_states(router):
   _assert_no_leak(small_model.spec(router, num_layers=1), None)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize('router', ['token', pytest.param('context', marks=pytest.mark.nightly)])
 @pytest.mark.parametrize('gmm', ['batched', pytest.param('tiled', marks=pytest.mark.nightly)])
 def test_later_words_do_not_leak_at_half_the_capacity(router, gmm):
@@ -145,7 +145,7 @@ def test_a_permuted_batch_has_the_permuted_result(router):
     assert np.abs(other - straight[order]).max() > 1e-2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_readout_rows_have_the_noise_of_all_rows():
   spec, key = small_model.spec('token', num_layers=1, noise_std=8.0), jax.random.key(2)
   few, every = (small_model.run(spec, _mix(), key, all_rows=a)[0] for a in (False, True))

@@ -99,13 +99,13 @@ def _moe():
   return _loss('attribute', gradient=True)(_equal_experts('attribute'))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_loss_of_attribute_routing_is_the_dense_loss():
   np.testing.assert_allclose(_moe()[0], _dense()[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize('router', ['task', 'modality'])
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_loss_of_the_other_routers_is_the_dense_loss(router):
   np.testing.assert_allclose(_loss(router)(_equal_experts(router)), _dense()[0], rtol=1e-5)
 

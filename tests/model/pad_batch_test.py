@@ -69,7 +69,7 @@ def test_padding_changes_no_feature_gradient_or_count(router, valid):
     assert float(more[0]['mlp'].tokens.sum()) > float(counts[0]['mlp'].tokens.sum())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_deep_prompts_of_padding_are_not_counted():
   texts, actual = _texts(), _training('token', num_deep_prompts=2)
   (loss, (_, counts)), grads = actual(texts)

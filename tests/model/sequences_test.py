@@ -134,7 +134,7 @@ def test_padding_adds_no_valid_token_and_only_texts_that_are_read_at_their_prefi
   assert _lengths(pad_to_join(others, 4 * ('a',))) == [3, 5, 3, 5]
 
 
-@pytest.mark.parametrize('router', ['attribute', pytest.param('context', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('router', ['attribute', pytest.param('context', marks=pytest.mark.nightly)])
 def test_texts_that_are_padded_have_the_same_features(router):
   texts = [small_model.target(task_types.families()['names'], words=n) for n in (2, 5)]
   spec = small_model.spec(router)
@@ -185,7 +185,7 @@ def test_sequences_with_different_readout_segments_stay_separate():
   assert _count_joined('dense', *sequences) == 2
 
 
-@pytest.mark.parametrize('router', ['attribute', pytest.param('context', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('router', ['attribute', pytest.param('context', marks=pytest.mark.nightly)])
 def test_entries_in_buckets_have_the_features_and_gradients_of_entries_padded_to_the_longest(router, monkeypatch):
   spec, lengths = small_model.spec(router, num_layers=1), [4, 2, 3, 4, 2, 2]
   rng, condition = np.random.default_rng(0), task_types.families()['names']

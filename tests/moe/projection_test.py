@@ -110,7 +110,7 @@ def _arguments(run: train_run.Run):
   return run.init(), run.put_batch(batch), run.target_sets()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize('router', ['attribute', pytest.param('token', marks=pytest.mark.nightly)])
 def test_training_takes_the_step_of_float32_up_to_rounding(router):
   losses = []

@@ -68,7 +68,7 @@ def test_tokens_choose_among_the_experts_of_their_condition_by_hand():
   assert second.expert.tolist() == [[[2, 1], [2, 1]]]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_condition_has_no_other_experts_in_any_layer_and_its_router_learns():
   key, sequences = jax.random.key(0), [small_model.sequence('image_caption', 6)]  # two conditions
 

@@ -139,11 +139,11 @@ _LOST = 'error: another process of this run has died'
 @pytest.mark.parametrize('actions, codes, messages', [
     ('continue,continue', (0, 0), ('[1, 2199023255552]', '')),
     ('continue,mistake', (1, 2), (_LOST, 'error: the folder is missing for 1.')),
-    pytest.param('continue,failure', (1, 1), (_LOST, 'error: the checkpoint is damaged.'), marks=pytest.mark.slow),
-    pytest.param('continue,denied', (1, 1), (_LOST, 'error: /data: Permission denied. '), marks=pytest.mark.slow),
+    pytest.param('continue,failure', (1, 1), (_LOST, 'error: the checkpoint is damaged.'), marks=pytest.mark.nightly),
+    pytest.param('continue,denied', (1, 1), (_LOST, 'error: /data: Permission denied. '), marks=pytest.mark.nightly),
     ('continue,defect', (1, 1), (_LOST, "KeyError: 'image'")),
     pytest.param('mistake,later', (2, 2), ('error: the folder is missing for 0.',
-                                           'error: the folder is missing for 1.'), marks=pytest.mark.slow),
+                                           'error: the folder is missing for 1.'), marks=pytest.mark.nightly),
 ], ids=lambda x: x.replace(',', '_and_') if isinstance(x, str) else '')
 def test_a_process_that_fails_ends_at_once_with_its_code_and_reason_and_the_other_one_too(actions, codes, messages):
   command, started = [sys.executable, '-c', _COMMAND, processes.free_address()], time.monotonic()
@@ -154,7 +154,7 @@ def test_a_process_that_fails_ends_at_once_with_its_code_and_reason_and_the_othe
     assert output.count('error: ') == message.count('error: '), output
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_mistake_of_the_process_that_coordinates_ends_the_others_too():
   command = [sys.executable, '-c', _COMMAND, processes.free_address()]
   (code, output), (other, _) = processes.together(

@@ -46,7 +46,7 @@ def _step() -> Program:
   return _findings().programs[0]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_device_has_all_parameters_and_two_moments_of_each():
   total = _findings().parameters['total']
   assert _step().memory.params == 4 * total
@@ -228,7 +228,7 @@ def test_the_search_finds_a_change_and_estimates_a_larger_batch():
   assert result.largest_batch.examples < 16
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_smaller_batch_is_suggested_for_an_evaluation_that_does_not_fit():
   c = _config()
   c.tasks.shape.batch_size = 2
@@ -336,7 +336,7 @@ print(program.cost.flops / formula, program.cost.unknown_kernels)
   assert 1.6 < ratio < 2 and unknown == 0  # of a dense model; every expert for every token would be more than six times
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_libtpu_compiles_the_step_for_absent_devices(tmp_path):
   pytest.importorskip('libtpu')
   model = {'num_layers': 6, 'width': 128, 'num_heads': 2, 'mlp_dim': 256}

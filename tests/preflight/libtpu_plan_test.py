@@ -57,7 +57,7 @@ def test_the_compiling_process_ends_with_a_preflight_that_is_killed(tmp_path):
   assert not processes.is_running(child)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_subprocess_that_ends_without_a_plan_is_a_defect_and_its_output_is_shown():
   unknown = dataclasses.replace(topology.parse('v5e:2x2'), name='v5e:2x3')
   with pytest.raises(RuntimeError, match=r'(?s)exit code 1 and no plan: .*UsageError: --topology=.v5e:2x3.'):
@@ -115,7 +115,7 @@ print(program.memory, program.needs)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_libtpu_reports_the_need_of_a_program_that_is_too_large():
   pytest.importorskip('libtpu')
   memory, needs = processes.printed(_TOO_LARGE, 'v5e:2x2').split()

@@ -25,7 +25,7 @@ _FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '
 _SCREENS = {'desk': (1100, 850), 'phone': (360, 740)}
 _PANELS = ('classify', 'caption', 'search', 'fill')
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(
+pytestmark = [pytest.mark.nightly, pytest.mark.skipif(
     not _BROWSER, reason='no Chromium on PATH; install it, or name one by UNI_MOE_CHROMIUM')]
 
 

@@ -276,7 +276,7 @@ def test_a_port_in_use_is_reported_at_once(service):
   assert done.returncode == 2 and f'--port={service.port} cannot be used: Address already in use' in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_random_wrong_requests_are_refused_and_open_no_file(service, audit):
   serve_bad_requests.arm(audit)
   worker = service.worker()

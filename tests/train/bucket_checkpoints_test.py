@@ -208,7 +208,7 @@ print('restored step', newest)
 
 
 @pytest.mark.parametrize('flipped, flips, restored', [
-    pytest.param('default/d/', 99, 1, marks=pytest.mark.slow),
+    pytest.param('default/d/', 99, 1, marks=pytest.mark.nightly),
     *(pytest.param(flipped, 1, 2, marks=pytest.mark.nightly) for flipped in ('default/d/', 'manifest'))])
 def test_after_a_bit_that_changes_in_an_answer_it_is_read_again_and_after_more_the_earlier_step(
     gcs, flipped, flips, restored):
@@ -224,8 +224,8 @@ def test_after_a_bit_that_changes_in_an_answer_it_is_read_again_and_after_more_t
   assert ('arrays of the checkpoint of step 2 in' in done.stderr) == (flipped != 'manifest')
 
 
-@pytest.mark.parametrize('store', [
-    pytest.param('s3', marks=pytest.mark.slow), pytest.param('gs', marks=pytest.mark.nightly)], indirect=True)
+@pytest.mark.nightly
+@pytest.mark.parametrize('store', ['s3', 'gs'], indirect=True)
 def test_a_store_that_refuses_and_loses_requests_has_what_was_saved(store):
   # The server of GCS forgets a resumable upload when it is complete; GCS itself repeats the answer that was lost.
   lost = dict(resets=.03, truncated=.02) if store.address.startswith('s3:') else {}

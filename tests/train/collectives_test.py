@@ -16,7 +16,7 @@ from tests.helpers.processes import ROOT
 
 _D, _F = base_step.WIDTH, base_step.MLP_DIM
 _KERNELS = {'qkv': 3 * _D * _D, 'attention_out': _D * _D, 'ffn_in': _D * _F, 'ffn_out': _F * _D}
-slow, nightly = pytest.mark.slow, pytest.mark.nightly  # CI has no time for both models
+pytestmark = pytest.mark.nightly
 
 
 _GRID = np.arange(64).reshape(base_step.MESH['data'], base_step.MESH['expert'])
@@ -46,21 +46,18 @@ def _merges(sent: list[hlo.CollectiveArray]) -> list[int]:
   return sorted(s.size for s in reduced if s.size >= min(_KERNELS.values()))
 
 
-@slow
 @pytest.mark.parametrize('backward', [False, True], ids=['forward', 'recomputed'])
 def test_merged_kernels_of_a_layer_are_reduced_once_over_the_expert_axis(backward):
   expected = sorted(base_step.CONDITIONS * n for n in _KERNELS.values())
   assert _merges(_of_layer(_sent('attribute', 0.0), backward)) == expected
 
 
-@slow
 def test_merged_kernels_of_the_last_layer_are_reduced_once_and_recomputed_once():
   """XLA joins the reductions of both passes."""
   sent = [s for backward in (False, True) for s in _of_layer(_sent('attribute', 0.0), backward, tail=True)]
   assert _merges(sent) == sorted(2 * [base_step.CONDITIONS * n for n in _KERNELS.values()])
 
 
-@slow
 def test_gradients_of_a_layer_are_reduced_as_merged_kernels_over_all_devices():
   """One reduction for every product with a merged kernel: there are three arrays, of two conditions."""
   sent = _of_layer(_sent('attribute', 0.0), True)
@@ -72,7 +69,6 @@ def test_gradients_of_a_layer_are_reduced_as_merged_kernels_over_all_devices():
     assert base_step.CONDITIONS <= reduced <= base_step.NUM_ARRAYS, names
 
 
-@slow
 def test_no_expert_kernel_is_sent():
   sent = _sent('attribute', 0.0)
   assert {s.opcode for s in sent} <= {'all-reduce', 'all-gather'}
@@ -89,7 +85,6 @@ def _slots(*tokens: int) -> int:
   return base_step.NUM_EXPERTS * 16 * math.ceil(C / 16)
 
 
-@nightly
 @pytest.mark.parametrize('tail', [False, True], ids=['scanned', 'tail'])
 def test_all_to_alls_over_the_expert_axis_send_the_bytes_of_the_formula(tail):
   sent = _sent('token', _CAPACITY)
@@ -106,7 +101,6 @@ def test_all_to_alls_over_the_expert_axis_send_the_bytes_of_the_formula(tail):
     assert sum(s.bytes for s in all_to_alls) == 4 * total
 
 
-@nightly
 @pytest.mark.parametrize('tail', [False, True], ids=['scanned', 'tail'])
 def test_expert_kernels_are_not_sent_and_their_gradients_are_summed_over_data(tail):
   sent = _sent('token', _CAPACITY)

@@ -125,7 +125,7 @@ def _stopped(tmp_path_factory, capsys):
   return workdir
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_first_step_is_traced_once_before_the_run_waits_and_the_cores_are_measured_after_it(
     stopped, tmp_path, monkeypatch):
   events, train_step, take = [], step_lib.train_step, loop._Trainer._take
@@ -188,7 +188,7 @@ def test_several_processes_are_refused_before_they_meet(started, config_flag, tm
   assert not started and not (tmp_path / 'run').exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_reads_the_program_that_the_other_process_has_compiled(config_flag, tmp_path):
   cache = tmp_path / 'cache'
   output = processes.run([

@@ -51,7 +51,7 @@ def _claim(workdir, *args, **given):
   workdir_lib.claim_workdir(workdir, _config(*args), 'print', **{'extends': True, **given})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_with_a_constant_rate_four_steps_and_then_seven_equal_seven_at_once(
     tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(loop, 'commit', lambda: 'abc')
@@ -66,7 +66,7 @@ def test_with_a_constant_rate_four_steps_and_then_seven_equal_seven_at_once(
   assert (origin['extended from'], origin['trained by commit']) == ('4 steps', 'abc, def')
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_with_a_cosine_the_rate_keeps_its_last_value_or_is_drawn_over_all_steps(tmp_path):
   held = _train(tmp_path / 'held', 4)
   stretched = shutil.copytree(held, tmp_path / 'stretched')

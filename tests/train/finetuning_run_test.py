@@ -60,7 +60,7 @@ def _tuned(base, tmp_path_factory):
   return workdir, c, output.getvalue()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_prompt_tuning_changes_new_parameters_and_norms_and_leaves_the_rest_bit_identical(base, tuned):
   (workdir, config), (tuned_workdir, c, output) = base, tuned
   assert f'starts from {workdir}' in output and 'embed/spe_bias' in output

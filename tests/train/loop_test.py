@@ -53,7 +53,7 @@ def _one_step():
     yield
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiling_ahead_trains_nothing_and_creates_no_work_directory(tmp_path, capsys):
   assert loop.compile_steps(_config(), str(tmp_path / 'run'), jax.devices()[:1]) == loop.FINISHED
   assert 'compiled after' in capsys.readouterr().out
@@ -91,7 +91,7 @@ def test_compiling_ahead_makes_one_batch_of_each_task_that_the_run_draws(tmp_pat
   chex.assert_trees_all_equal(dict(compiled), batches)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiling_for_a_finished_run_is_skipped(uninterrupted, capsys):
   assert loop.compile_steps(_config(), str(uninterrupted), jax.devices()[:1]) == loop.FINISHED
   assert 'is finished: nothing to compile' in capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_a_line_has_the_speed_of_its_steps(uninterrupted):
     assert line['tokens_per_second'] > 0 and line['mfu'] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_only_a_late_batch_counts_as_waiting_for_input(tmp_path, monkeypatch):
   def slow_take(batches, take=lookahead.Lookahead.take):
     time.sleep(0.05)
@@ -133,7 +133,7 @@ def test_only_a_late_batch_counts_as_waiting_for_input(tmp_path, monkeypatch):
   assert max(waits[i] for i in (0, 1, 3, 5)) == 0  # the first step does not count
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_collections_of_garbage_do_not_visit_what_the_first_step_has_left(tmp_path):
   numbers = []
   hook = lambda *_: numbers.append(gc.get_freeze_count()) or {}
@@ -189,7 +189,7 @@ def killed(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize('interrupted', [pytest.param('restarted', marks=pytest.mark.slow), 'killed'])
+@pytest.mark.parametrize('interrupted', [pytest.param('restarted', marks=pytest.mark.nightly), 'killed'])
 def test_an_interrupted_run_ends_with_the_same_state_and_lines_bit_for_bit(uninterrupted, interrupted, request):
   workdir, (step, expected) = request.getfixturevalue(interrupted), _state(uninterrupted)
   assert step == 6
@@ -296,7 +296,7 @@ def test_the_command_leaves_an_allowed_mismatch_to_the_loop_which_has_the_lock(t
   assert in_process.run(*command) == 2 and passed == [True]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_where_folders_cannot_be_renamed_a_run_reports_it_at_the_start_and_ends_the_same(
     uninterrupted, tmp_path, monkeypatch, capfd):
   injected_faults.no_folder_renames(monkeypatch.setattr)
@@ -345,7 +345,7 @@ def test_the_log_states_parameters_and_conditions(uninterrupted, capsys):
   assert 'router: attribute; 4 conditions: 01010100, 10011000, 11010110, 10010110' in out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize('nonfinite, code', [((1, 2, 3), loop.ERROR), ((1, 2, 4, 5), loop.FINISHED)])
 def test_losses_that_stay_nonfinite_stop_the_run_and_are_named(tmp_path, capsys, monkeypatch, nonfinite, code):
   put, calls, logged = train_run.Run.put_batch, [], itertools.count(1)

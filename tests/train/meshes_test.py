@@ -44,9 +44,8 @@ def _assert_equal(case: Case, mesh: str):
 
 
 def _fast(*names: str):
-  """Parameters of a test: one runs in the default suite, and two only nightly."""
-  marks = {'attribute-mixed': [], 'token-fsdp': pytest.mark.nightly, 'context-expert': pytest.mark.nightly}
-  return [pytest.param(*FAST[n], id=n, marks=marks.get(n, pytest.mark.slow)) for n in names]
+  """Parameters of a test: one runs in the default suite."""
+  return [pytest.param(*FAST[n], id=n, marks=[] if n == 'attribute-mixed' else pytest.mark.nightly) for n in names]
 
 
 @pytest.mark.parametrize('case, mesh', _fast(*FAST))
@@ -136,7 +135,7 @@ def _forward(name: str) -> list[hlo.CollectiveArray]:
 # Of the two below: one layer, which is the last, D = F = 16. Images have 5 tokens, texts of pairs 9. All are sent for
 # keys and values, and those that are read for queries, after attention, and through the FFN.
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_over_a_model_axis_half_of_the_expert_outputs_is_sent():
   """Four shards with two pairs each, two captions of 6 words and 6 queries, and [spe, word, end] of 8 sampled words.
   A capacity for all is C = T tokens at each of 8 experts, in buffers of a multiple of 16 rows."""
@@ -147,7 +146,7 @@ def test_over_a_model_axis_half_of_the_expert_outputs_is_sent():
   assert sum(s.bytes for s in _forward('token-mixed') if s.opcode == 'all-to-all') == 4 * elements
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_tokens_that_are_routed_exactly_are_gathered_and_their_sums_scattered():
   """Eight devices with a pair each, all of which compute something for all tokens."""
   sent = _forward('context-expert')

@@ -16,7 +16,7 @@ from uni_moe_jax.data.shards import file_dataset, writer
 from uni_moe_jax.io import storage
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_loss_and_gradients_equal_those_of_one_device(tmp_path):
   """The launcher starts them, in a tree whose launch/train.py takes one step."""
   processes.copy_launcher(tmp_path)
@@ -91,7 +91,7 @@ def test_a_run_of_two_processes_that_was_stopped_is_the_undisturbed_one_and_eval
   assert {row['count'] for row in evaluated if row['evaluator'] == 'shape'} == {6}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_of_two_processes_stops_continues_and_equals_that_of_one(tmp_path):
   _stop_and_continue(_two(tmp_path, 'two'), tmp_path / 'two')
 
@@ -140,7 +140,7 @@ def test_work_directories_that_are_not_shared_are_refused_at_the_start(tmp_path,
   assert list(folders[0].iterdir()) == [] and not folders[1].exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_of_which_one_process_lacks_the_data_ends_within_seconds_and_names_the_folder(tmp_path):
   common = [sys.executable, 'launch/train.py', _config(tmp_path), f'--workdir={tmp_path / "run"}',
             f'--coordinator_address={processes.free_address()}', '--num_processes=2']
@@ -152,7 +152,7 @@ def test_a_run_of_which_one_process_lacks_the_data_ends_within_seconds_and_names
   assert not (tmp_path / 'run/config.json').exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize('script', ['train', 'evaluate'])
 def test_processes_of_which_one_has_another_validation_label_are_refused(tmp_path, script):
   config, (columns, classes) = _config(tmp_path), tiny.columns()['glyphs']
@@ -170,7 +170,7 @@ def test_processes_of_which_one_has_another_validation_label_are_refused(tmp_pat
     assert code == 2 and 'error: process 1 of 2 reads other data than process 0' in output, output
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize('script', ['train', 'evaluate'])
 def test_processes_of_which_one_has_another_config_are_refused_before_they_write_anything(tmp_path, script):
   common = [sys.executable, f'launch/{script}.py', _config(tmp_path), f'--workdir={tmp_path / "run"}',
@@ -183,7 +183,7 @@ def test_processes_of_which_one_has_another_config_are_refused_before_they_write
   assert list((tmp_path / 'run').iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize('shift, expected', [(1, 2), (0, 0)])
 def test_processes_of_which_one_has_another_checkpoint_to_start_from_are_refused(tmp_path, shift, expected):
   """Each has its own copy of that run, at the same address."""

@@ -51,7 +51,7 @@ def test_loss_weights_come_from_the_config():
   assert dict(_run().spec.auxiliary) == WEIGHTS
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_total_is_that_of_the_tasks_and_of_the_routers():
   output = _gradients(1)
   routed = sum(f * output.metrics[f'router/{n}'] for n, f in WEIGHTS.items())
@@ -96,7 +96,7 @@ def test_accumulation_includes_auxiliary_losses_of_micro_steps_and_target_sets()
   assert moved > 3  # the comparison sees them
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_step_reports_drop_rate_and_expert_balance():
   for accum in (1, 2):
     extra = _gradients(accum).metrics

@@ -49,7 +49,7 @@ def _compilation_cache_in(folder: str) -> Iterator[None]:
     use(before)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_second_run_finds_every_program_in_the_compilation_cache(tmp_path):
   def train(variant):
     c = _config(variant)

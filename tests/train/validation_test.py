@@ -69,7 +69,7 @@ def _measured(run, params) -> dict[str, float]:
   return {f'eval/masked/{s.name}': s.value for s in suite.scores(e, run.data, run.predictor(params), {})}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_evaluation_changes_no_bit_of_training(run, evaluated, plain):
   chex.assert_trees_all_equal(saved_run.state(run, evaluated, 5), saved_run.state(run, plain, 5))
   assert _lines(evaluated, False) == _lines(plain, False) and len(_lines(plain, False)) == 5
@@ -116,7 +116,7 @@ def _metrics(workdir, step):
   return {k: v for k, v in manifest['metrics'].items() if k not in TIMINGS}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_evaluation_that_a_signal_prevents_is_made_up_for_by_the_next_start(
     run, evaluated, tmp_path, monkeypatch, capfd):
   measured = lambda: [line['step'] for line in _lines(tmp_path, True)]
@@ -204,7 +204,7 @@ def test_an_evaluation_ends_before_the_next_batch_once_the_run_is_to_stop(run, m
   assert len(made) == 1 < num_batches
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_signal_during_an_evaluation_saves_its_step(tmp_path, monkeypatch):
   made = []
   _on_inputs(monkeypatch, lambda: made.append(1) or len(made) > 1 or signal.raise_signal(signal.SIGTERM))

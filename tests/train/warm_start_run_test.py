@@ -55,7 +55,7 @@ def _assert_sharded(params, run):
   chex.assert_trees_all_equal(jax.tree.map(lambda x: x.sharding, params), run.shardings.params)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_warm_start_reads_shared_parameters_onto_the_shardings_of_the_new_run(saved, read, capsys):
   folder, _, field, expected = saved
   c = _config()
@@ -178,7 +178,7 @@ def _build(folder, **given):
   return train_run.build(workdir.load_config(folder), jax.devices()[:1], **given)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_tuned_run_works_without_its_parent_and_from_another_folder(tuned, tmp_path, monkeypatch):
   folder, c, params = tuned
   (tmp_path / 'elsewhere').mkdir()

@@ -58,7 +58,7 @@ def test_its_parameters_are_those_of_the_run(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('task, task_type', [
-    ('digits', 'image_classification'), pytest.param('digit_question', 'vqa', marks=pytest.mark.slow),
+    ('digits', 'image_classification'), pytest.param('digit_question', 'vqa', marks=pytest.mark.nightly),
     ('digit_word', 'image_word')])
 def test_a_new_task_and_a_new_task_type_are_config_alone(run, tmp_path, task, task_type):
   c = _zero_shot(f'run={run[0]},task={task}')

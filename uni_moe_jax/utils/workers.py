@@ -85,9 +85,9 @@ class _Process:
     return num_rows
 
   def close(self) -> None:
-    self._connection.close()  # `main` returns
-    self._popen.wait()
-    self._popen.stdin.close()
+    with self._popen:  # closes its input only when it has ended
+      self._connection.close()  # `main` returns
+      self._popen.wait()
 
 
 def main() -> None:

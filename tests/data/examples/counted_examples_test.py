@@ -64,7 +64,7 @@ def counted():
   return count
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_batch_that_is_made_twice_is_counted_once(counted):
   valid = counted()
   assert valid == counted(once=True)

@@ -85,7 +85,7 @@ def batches(run, examples):
   return [batch for _, batch in _mixture(run, examples).iterate(0, 2)]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_global_batch_is_equal_in_any_layout_and_after_a_restart(run, examples, batches):
   again = next(_mixture(run, examples).iterate(1, 2))[1]
   halves = [next(_mixture(run, examples, BatchLayout(1, 2, (i,))).iterate(1, 2))[1] for i in range(2)]
@@ -215,7 +215,7 @@ def test_a_corrupt_example_is_replaced_in_place_and_the_others_stay():
   np.testing.assert_array_equal(make(build(_dataset({2, 5})), range(8))['pixels'], replaced['pixels'])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize('file_format, training, resize, fields', [
     ('PNG', True, 'fast', dict(random_erasing=0.5)), ('PNG', False, 'fast', {}),
     ('both', True, 'fast', {}), ('JPEG', True, 'pillow', {})])

@@ -66,7 +66,7 @@ def _one_image(encoded):
 
 
 @pytest.mark.parametrize('field', [
-    dict(random_erasing=0.5), pytest.param(dict(randaugment=9.0), marks=pytest.mark.slow)])
+    dict(random_erasing=0.5), pytest.param(dict(randaugment=9.0), marks=pytest.mark.nightly)])
 def test_images_are_augmented_in_training_only(field):
   image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)  # training takes all of it
   dataset = _one_image(own_files.encode_image(Image.fromarray(image), 'PNG'))

@@ -172,7 +172,7 @@ def test_workers_are_processes_that_give_the_same_files(source, tmp_path):
   assert one == two and len([name for name in one if 'array_record' in name]) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_preparations_killed_at_random_moments_end_like_an_undisturbed_one(tmp_path):
   source = preparation.write_rows(tmp_path / 'in', 5_000)
   assert not preparation.kills(tmp_path, source, 4, seed=0)
