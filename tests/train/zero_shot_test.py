@@ -14,6 +14,8 @@ from tests.helpers import in_process, saved_run, tiny
 from tests.helpers.processes import ROOT
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
+from uni_moe_jax.config.schema import DataConfig
+from uni_moe_jax.data.embedded import build
 from uni_moe_jax.eval import suite
 from uni_moe_jax.export import artifact, contents
 from uni_moe_jax.train import adaptation, loop, workdir
@@ -33,6 +35,11 @@ def _config(router):
   c.tokenizer.path = tiny.tokenizer_file()
   c.evaluators.package = config_lib.evaluator('classification', 'package', split='train')
   return c
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _digits():
+  build.build(DataConfig(dir=tiny.data_dir()), 1, ['digits'])
 
 
 @pytest.fixture(name='run', scope='module')
