@@ -17,6 +17,6 @@ tokamax="$PWD/.pytest_cache/tokamax"
 "$python" -m pip install -q --upgrade --no-deps -c "$(constraints)" --target "$tokamax" \
   tokamax einshape jaxtyping qwix tensorboardX typeguard wadler_lindig ||
   echo 'tokamax could not be installed: its tests are skipped.' >&2
-PYTHONPATH="$tokamax:$PYTHONPATH" ./launch/test.sh tests/moe -k tokamax -m 'not nightly' || code=$?
+PYTHONPATH="$tokamax:$PYTHONPATH" ./launch/test.sh tests/kernels tests/moe -k tokamax -m 'not nightly' || code=$?
 "$python" tests/stress/run.py "$@" || code=$?
 exit "$code"

@@ -43,6 +43,9 @@ _RULES = {
 }
 # The folders of data/ are the stages of a record, each of which may import the ones before it.
 _DATA_STAGES = ('hashing', 'formats', 'shards', 'prepare', 'embedded', 'text', 'examples', 'batches')
+# Packages that name no device, and how devices are named: what depends on one is a choice of kernels/.
+_WITHOUT_DEVICES = 'model', 'moe'
+_DEVICES = {'cpu', 'gpu', 'tpu', 'cuda', 'platform', 'platform_dependent', 'default_backend', 'on_one_cpu'}
 _NOT_IMPORTED = {
     'launch': 'the commands are the root: what two of them share belongs to the package',
     'configs': 'a config is named on the command line and read by path',
@@ -64,6 +67,14 @@ def _imports(path: pathlib.Path) -> list[tuple[int, str]]:
       if function in ('import_module', '__import__'):
         matches.append((node.lineno, str(node.args[0].value)))
   return matches
+
+
+def _devices(path: pathlib.Path) -> list[tuple[int, str]]:
+  """Return (line, name) of every device or query for one: a string, a name or an attribute."""
+  parts = {ast.Constant: 'value', ast.Name: 'id', ast.Attribute: 'attr'}
+  names = [(node.lineno, getattr(node, parts[type(node)])) for node in ast.walk(ast.parse(path.read_text(), str(path)))
+           if type(node) in parts]
+  return [(line, name) for line, name in names if isinstance(name, str) and name in _DEVICES]
 
 
 def _package_of(parts: Sequence[str]) -> str:
@@ -91,6 +102,8 @@ def violations(root: pathlib.Path) -> list[str]:
     if package and package not in _RULES:
       matches.append(f'{name}: {package!r} is no known package ({", ".join(_RULES)})')
       continue
+    if package in _WITHOUT_DEVICES:
+      matches += [f'{name}:{line}: names a device, {device!r}; let kernels/ choose' for line, device in _devices(path)]
     for line, target in _imports(path):
       top, *below = target.split('.')
       if not top:
@@ -128,6 +141,8 @@ def test_the_rules_allow_no_cycle():
     ('uni_moe_jax/eval/bad.py', 'from uni_moe_jax.train import loop', 'eval imports train'),
     ('uni_moe_jax/moe/bad.py', 'from uni_moe_jax.model import block', 'moe imports model'),
     ('uni_moe_jax/model/bad.py', 'from uni_moe_jax.data import texts', 'model imports data'),
+    ('uni_moe_jax/model/bad.py', "x = 'tpu'", "names a device, 'tpu'"),
+    ('uni_moe_jax/moe/bad.py', 'jax.default_backend()', "names a device, 'default_backend'"),
     ('uni_moe_jax/export/bad.py', 'from uni_moe_jax.train import step', 'export imports train'),
     ('uni_moe_jax/train/bad.py', 'from benchmarks import paired', 'imports benchmarks.paired'),
     ('uni_moe_jax/train/bad.py', 'from uni_moe_jax.analysis import interference', 'train imports analysis'),

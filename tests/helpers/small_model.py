@@ -33,7 +33,7 @@ def spec(router: str = 'attribute', **changes: Any) -> ModelSpec:
       patch_size=4, channels=1, max_num_frames=3, max_text_len=12, pixel_mean=(0.5,), pixel_std=(0.25,),
       layer_scale_init=0.8, remat=False, router=router, num_experts=4, top_k=2,
       router_names=routers.table_names(router, task_types.router_tasks()),
-      temperature_groups=('group',), gmm='batched')  # it compiles fastest; backends are compared in tests/moe
+      temperature_groups=('group',), gmm='batched')  # it compiles fastest; backends are compared in tests/kernels
   return dataclasses.replace(small, **changes)
 
 

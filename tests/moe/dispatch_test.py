@@ -11,6 +11,7 @@ from tests.helpers import gmm_backends, hlo, small_model
 from tests.helpers.gmm_backends import normal
 from uni_moe_jax.kernels import gmm
 from uni_moe_jax.kernels.gmm import tiled as gmm_tiled
+from uni_moe_jax.kernels.projection import project
 from uni_moe_jax.moe import dispatch, layers, routers
 from uni_moe_jax.tasks import router_names
 
@@ -217,7 +218,7 @@ def test_constant_gates_equal_the_merge():
   x, kernel, bias, _ = _inputs()
   logits = jnp.array([.3, -1., .9, .1])
   decision = routers.route(logits[None], _K)
-  merged = layers.project(x, *(layers.merge(w, decision.coef)[0] for w in (kernel, bias)))
+  merged = project(x, *(layers.merge(w, decision.coef)[0] for w in (kernel, bias)))
   actual = small_model.jit(_dispatched)(x, kernel, bias, jnp.broadcast_to(logits, (_B, _S, _E)))
   np.testing.assert_allclose(actual, merged, atol=2e-5)
 

@@ -1,4 +1,4 @@
-"""Merging kernels is mixing expert outputs, in values and gradients; projections and LayerNorm by hand."""
+"""Merging kernels is mixing expert outputs, in values and gradients; how layers declare, merge and scale them."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import hlo
 from tests.helpers.gmm_backends import normal
 from tests.helpers.jaxprs import equations
-from uni_moe_jax.kernels import layer_norm
+from uni_moe_jax.kernels.projection import project
 from uni_moe_jax.model.sublayer import MergedRouting
 from uni_moe_jax.moe import layers
 from uni_moe_jax.moe.routers import route
@@ -36,7 +36,7 @@ def test_merge_by_hand():
 def _merged(kernel, bias, coef, x):
   """[A, B, S, F]: add the kernels, then multiply."""
   kernels, biases = layers.merge(kernel, coef), layers.merge(bias, coef)
-  return jnp.stack([layers.project(x, k, b) for k, b in zip(kernels, biases)])
+  return jnp.stack([project(x, k, b) for k, b in zip(kernels, biases)])
 
 
 def _mixed(kernel, bias, coef, x):
@@ -121,20 +121,6 @@ def test_initial_kernels_differ_and_are_uniform_within_the_bound_of_the_fans():
   assert len(np.unique(kernel[:, 0, 0, 0, 0])) == 4
 
 
-def test_projection_by_hand():
-  # Token (1, 2): (1·1 + 2·10 + .5, 1·3 + 2·30).
-  y = layers.project(jnp.array([[[1., 2.]]]), jnp.array([[1., 3.], [10., 30.]]), jnp.array([.5, 0.]))
-  np.testing.assert_allclose(y, [[[21.5, 63.]]])
-
-
-@pytest.mark.parametrize('x, kernel, bias, product', [
-    ((2, 4, 6), (6, 3, 2, 5), (3, 2, 5), 'bsd,dqnh->bsqnh'), ((2, 4, 3, 5), (3, 5, 6), (6,), 'bsnh,nhd->bsd')])
-def test_one_axis_becomes_three_and_two_become_one(x, kernel, bias, product):
-  x, kernel, bias = normal(0, *x), normal(1, *kernel), normal(2, *bias)
-  expected = np.einsum(product, x, kernel) + np.asarray(bias)
-  np.testing.assert_allclose(layers.project(x, kernel, bias), expected, rtol=1e-5, atol=1e-5)
-
-
 def _scaled(by, values, coef=None, dtype=jnp.float32) -> layers.Projection:
   # 4 → 6, merged from two experts by `coef` or dense; outputs are multiplied by `by` [6].
   experts = 0 if coef is None else 2
@@ -148,7 +134,7 @@ def test_a_scaled_projection_multiplies_its_outputs(experts, coef):
   values = {'kernel': normal(0, *experts, 4, 6), 'bias': normal(1, *experts, 6)}
   scaled, plain = _scaled(by, values, coef), _scaled(None, values, coef)
   for row in range(len(plain.kernel)):
-    y, expected = (layers.project(x, of.kernel[row], of.bias[row]) for of in (scaled, plain))
+    y, expected = (project(x, of.kernel[row], of.bias[row]) for of in (scaled, plain))
     np.testing.assert_allclose(y, expected * by[None, None], rtol=1e-5, atol=1e-6)
 
 
@@ -171,7 +157,7 @@ def _gradient_of_257_ones(project) -> float:
 def test_the_gradient_of_a_rounded_kernel_is_not_rounded():
   assert _gradient_of_257_ones(lambda x, of: MergedRouting().apply(x, of)[0]) == 257
   # Control: the gradient of the rounded values.
-  round_first = lambda x, of: layers.project(x, of.unrounded[0].astype(x.dtype), of.bias[0])
+  round_first = lambda x, of: project(x, of.unrounded[0].astype(x.dtype), of.bias[0])
   assert _gradient_of_257_ones(round_first) in (256, 258)
 
 
@@ -211,7 +197,7 @@ def test_a_rematerialized_product_is_not_computed_again(weights, products, dtype
   # Forward, and the gradients of x and of the kernel; a fourth computes the output again, for the gradient of `by`.
   def block(x, values, by):
     of = _scaled(by if weights else None, values, dtype=dtype)
-    y = layers.project(jnp.sin(x), of.kernel[0], of.bias[0])
+    y = project(jnp.sin(x), of.kernel[0], of.bias[0])
     return y if weights else y * by[None, None]
 
   def loss(*operands):
@@ -219,39 +205,3 @@ def test_a_rematerialized_product_is_not_computed_again(weights, products, dtype
   operands = normal(2, 30, 50, 4), {'kernel': normal(0, 4, 6), 'bias': normal(1, 6)}, normal(3, 6)
   program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*operands).compile()
   assert hlo.count_matmuls(program.as_text()) == products
-
-
-def _norm(x, scale, bias):
-  return layers.LayerNorm().apply({'params': {'scale': jnp.asarray(scale), 'bias': jnp.asarray(bias)}}, jnp.asarray(x))
-
-
-def test_layer_norm_by_hand():
-  # Mean 5, variance ((-4)² + 0 + 4² + 0) / 4 = 8, of which 1e-5 is a millionth.
-  y = _norm([[1., 5., 9., 5.]], [1., 1., 2., 1.], [0., .5, 0., 0.])
-  np.testing.assert_allclose(y, [[-math.sqrt(2), .5, 2 * math.sqrt(2), 0.]], rtol=1e-5)
-  # A row without variance is its bias, with finite gradients.
-  constant = jnp.full((1, 4), 7.)
-  np.testing.assert_array_equal(_norm(constant, jnp.ones(4), [1., 2., 3., 4.]), [[1., 2., 3., 4.]])
-  assert np.isfinite(jax.grad(lambda x: _norm(x, jnp.ones(4), jnp.zeros(4)).sum())(constant)).all()
-
-
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize('rows', [(3,), (2, 5), (2, 5, 3)])
-def test_layer_norm_and_its_gradients_are_those_of_flax(rows, dtype):
-  x, weights = (3 * normal(0, *rows, 8) + 1).astype(dtype), normal(3, *rows, 8)
-  params = {'scale': normal(1, 8), 'bias': normal(2, 8)}
-
-  def value_and_gradients(module):
-    loss = lambda x, params: ((y := module.apply({'params': params}, x)) * weights).sum() + jnp.square(y).sum()
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, params)
-
-  flax_norm = nn.LayerNorm(epsilon=layer_norm.NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False)
-  (value, (dx, dparams)), (expected, (dx_expected, dparams_expected)) = map(
-      value_and_gradients, (layers.LayerNorm(), flax_norm))
-  assert dx.dtype == dtype
-  rounding = 1e-4 if dtype == jnp.float32 else 1e-2
-  np.testing.assert_allclose(value, expected, rtol=1e-5)
-  as_float = lambda x: np.asarray(x, np.float32)
-  np.testing.assert_allclose(as_float(dx), as_float(dx_expected), rtol=rounding, atol=rounding)
-  for name, gradient in dparams.items():
-    np.testing.assert_allclose(gradient, dparams_expected[name], rtol=1e-4, atol=1e-4, err_msg=name)

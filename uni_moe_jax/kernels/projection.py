@@ -5,16 +5,19 @@ CPUs multiply bfloat16 several times as fast as float32, if the product is writt
 """
 
 import functools
+import math
 import pathlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from uni_moe_jax.parallel import sharding
 
 PLAIN, CPU, ROUNDED = 'plain', 'cpu', 'rounded'  # methods
+PRODUCT = 'product'  # `checkpoint_name` of what is worth keeping where memory is cheaper than computing it again
 CPUINFO = pathlib.Path('/proc/cpuinfo')  # of Linux
 _BFLOAT16 = {'amx_bf16', 'avx512_bf16'}  # flags of Intel's Xeons since 2023 and of AMD's Zen 4
 
@@ -30,11 +33,36 @@ def multiplies_bfloat16() -> bool:
   return not _BFLOAT16.isdisjoint(processor_flags())
 
 
-def choose_method(mesh: Mesh | None, cpu_bfloat16: bool) -> str:
+def choose(mesh: Mesh | None, cpu_bfloat16: bool) -> str:
   """How to multiply on a mesh. cpu_bfloat16: float32 operands may be rounded where that is fast, see config.train."""
   if not sharding.on_one_cpu(mesh):
     return PLAIN
   return ROUNDED if cpu_bfloat16 and multiplies_bfloat16() else CPU
+
+
+def remat_policy(mesh: Mesh | None) -> Callable[..., bool] | None:
+  """What a rematerialized block keeps: on a CPU its projections, which cost more than memory; elsewhere nothing."""
+  return jax.checkpoint_policies.save_only_these_names(PRODUCT) if sharding.on_one_cpu(mesh) else None
+
+
+def project(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, unrounded: jax.Array | None = None, method: str = PLAIN
+) -> jax.Array:
+  """x [B, S, *in] · kernel [*in, *out] + bias [*out] → [B, S, *out], of the kernel's type. The bias is float32.
+
+  The product has heads and head dimension as one axis, because a TPU would pad and copy two. On one CPU they stay two
+  axes, unless operands are rounded: such a product has a single output axis.
+
+  unrounded, method: see `dot`.
+  """
+  ins, out = x.shape[2:], kernel.shape[x.ndim - 2:]
+  rows = ins if method == CPU else (math.prod(ins),)
+  joined = {CPU: 0, PLAIN: 2, ROUNDED: len(out)}[method]  # axes out that become one
+  columns = (*out[:len(out) - joined], math.prod(out[-joined:])) if joined else out
+  kernel, unrounded = (None if w is None else w.reshape(*rows, *columns) for w in (kernel, unrounded))
+  x = x.astype(kernel.dtype).reshape(*x.shape[:2], *rows)
+  y = checkpoint_name(dot(x, kernel, unrounded, method), PRODUCT)
+  return add_bias(y, bias.reshape(1, 1, *columns)).reshape(*y.shape[:2], *out)
 
 
 def dot(x: jax.Array, kernel: jax.Array, unrounded: jax.Array | None = None, method: str = PLAIN) -> jax.Array:
@@ -43,14 +71,15 @@ def dot(x: jax.Array, kernel: jax.Array, unrounded: jax.Array | None = None, met
   Args:
     unrounded: the kernel's float32 values, where it was rounded. The gradient is theirs, and not rounded before it is
       summed over arrays and devices. Nothing reads their values.
-    method: see `choose_method`. If ROUNDED, there is one axis in and one out.
+    method: see `choose`. If ROUNDED, there is one axis in and one out.
   """
   if unrounded is not None and unrounded.dtype != kernel.dtype:
     return _dot_of_rounded(x, kernel, unrounded)
-  return {PLAIN: _dot, CPU: _dot_on_cpu, ROUNDED: _dot_rounded}[method](x, kernel)
+  return {PLAIN: reference, CPU: _dot_on_cpu, ROUNDED: _dot_rounded}[method](x, kernel)
 
 
-def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def reference(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """x [B, S, *in] · kernel [*in, *out] → [B, S, *out], as XLA computes it."""
   return jnp.tensordot(x, kernel, axes=(tuple(range(2, x.ndim)), tuple(range(x.ndim - 2))))
 
 
@@ -60,7 +89,7 @@ def _dx(x, kernel, dy):
 
 @jax.custom_vjp
 def _dot_of_rounded(x, kernel, unrounded):
-  return _dot(x, kernel)
+  return reference(x, kernel)
 
 
 def _dot_of_rounded_backward(saved, dy):
@@ -69,10 +98,10 @@ def _dot_of_rounded_backward(saved, dy):
   return _dx(x, kernel, dy), jnp.zeros_like(kernel), dkernel
 
 
-_dot_of_rounded.defvjp(lambda x, kernel, unrounded: (_dot(x, kernel), (x, kernel)), _dot_of_rounded_backward)
+_dot_of_rounded.defvjp(lambda x, kernel, unrounded: (reference(x, kernel), (x, kernel)), _dot_of_rounded_backward)
 
 
-_dot_on_cpu = jax.custom_vjp(_dot)
+_dot_on_cpu = jax.custom_vjp(reference)
 
 
 def _dot_on_cpu_backward(saved, dy):
@@ -81,7 +110,7 @@ def _dot_on_cpu_backward(saved, dy):
   return _dx(x, kernel, dy), _of_kernel(lambda x, y: x.T @ y, x, dy).reshape(kernel.shape)
 
 
-_dot_on_cpu.defvjp(lambda x, kernel: (_dot(x, kernel), (x, kernel)), _dot_on_cpu_backward)
+_dot_on_cpu.defvjp(lambda x, kernel: (reference(x, kernel), (x, kernel)), _dot_on_cpu_backward)
 
 
 def _of_kernel(transposed_matmul: Callable[..., jax.Array], x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -123,3 +152,18 @@ def _dot_rounded_backward(saved, dy):
 
 
 _dot_rounded.defvjp(_dot_rounded_forward, _dot_rounded_backward)
+
+
+def with_gradient_of(kernel: jax.Array, unrounded: jax.Array | None) -> jax.Array:
+  """A kernel with the gradient of its float32 values, see `dot`, rounded once but summed in float32."""
+  return kernel if unrounded is None else _with_gradient_of(kernel, unrounded)
+
+
+_with_gradient_of = jax.custom_vjp(lambda kernel, unrounded: kernel)
+_with_gradient_of.defvjp(
+    lambda kernel, unrounded: (kernel, None), lambda _, d: (jnp.zeros_like(d), d.astype(jnp.float32)))
+
+
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+  """y + bias of y's type, added in float32: the gradient of a bias is a sum over all tokens."""
+  return (y.astype(jnp.float32) + bias).astype(y.dtype)

@@ -1,17 +1,16 @@
-"""Attention over separate parts of keys and values: of a cache, of prompts, of the tokens themselves."""
+"""Multi-head attention of all sequences: within segments, between them, and to caches and prompts."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from uni_moe_jax.kernels import attention as attention_kernels
-from uni_moe_jax.kernels.attention import heads_first
-from uni_moe_jax.kernels.attention import short as short_attention
+from uni_moe_jax.kernels import attention as kernels
+from uni_moe_jax.kernels.attention import heads_first, parts
+from uni_moe_jax.kernels.attention.parts import KeysValues
 from uni_moe_jax.model import masks
 from uni_moe_jax.model.prompts import prompt_table
-from uni_moe_jax.model.sequences import EmbeddedSequence, KeysValues, KVCache
+from uni_moe_jax.model.sequences import EmbeddedSequence, KVCache
 from uni_moe_jax.model.sublayer import Context, Hidden, MergedRouting, Pools, Sublayer, output_projection
 from uni_moe_jax.moe.layers import Projection, xavier_uniform
 
@@ -65,23 +64,20 @@ class Attention(Sublayer):
         if not context.readout_only:
           y, usage = routing.apply(x, qkv)
           q, k, v = (y[:, :, j] for j in range(3))
-          if not extra_kv and self._is_short(q, i, sequence):
-            ys[i] = short_attention.attend(y, sequence.valid[i], self.mesh)
-          else:
-            queries[i] = q
+          queries[i] = q, y
         else:
           y, usage = routing.apply(x, kv_only)
           k, v = y[:, :, 0], y[:, :, 1]
           if i == layout.readout_segment:
             routings[i] = routing.take(rows, sequence.tokens(i, readout_only=True)['valid'])
             y, repeated = routings[i].apply(rows(x), q_only)
-            queries[i] = y[:, :, 0]
+            queries[i] = y[:, :, 0], None
             usages.append((condition, repeated))
         kv.append((k, v))
         usages.append((condition, usage))
 
-      for i, q in queries.items():
-        ys[i] = self._attend(q, kv, extra_kv, i, sequence, context.readout_only)
+      for i, (q, own_qkv) in queries.items():
+        ys[i] = self._attend(q, own_qkv, kv, extra_kv, i, sequence)
       outputs.append(tuple(
           None if y is None else scale * routing.apply(y, out)[0] for y, routing in zip(ys, routings, strict=True)))
       all_kv.append(tuple(kv))
@@ -100,73 +96,25 @@ class Attention(Sublayer):
     y, usage = routing.apply(prompts, kv_only)
     return (heads_first(y[:, :, 0]), heads_first(y[:, :, 1]), None), usage
 
-  def _is_short(self, q: jax.Array, index: int, sequence: EmbeddedSequence) -> bool:
-    """Whether a segment attends within itself alone, by the kernel for short sequences."""
-    visible = masks.visible_segments(sequence.layout.masks, index)
-    return sequence.layout.masks[index] == 'full' and visible == (index,) and (
-        attention_kernels.serves_short(self.spec.attention_impl, q, self.mesh))
-
   def _attend(
-      self, q: jax.Array, kv: list[tuple[jax.Array, jax.Array]], extra_kv: list[KeysValues], index: int,
-      sequence: EmbeddedSequence, readout_only: bool) -> jax.Array:
-    """Attention of one segment's queries [B, Q, N, H] over its visible keys and extra ones → [B, Q, N, H]."""
+      self, q: jax.Array, qkv: jax.Array | None, kv: list[tuple[jax.Array, jax.Array]], extra_kv: list[KeysValues],
+      index: int, sequence: EmbeddedSequence) -> jax.Array:
+    """Attention of one segment's queries [B, Q, N, H] over its visible keys and extra ones → [B, Q, N, H].
+
+    qkv: [B, S, 3, N, H] of the segment, of which q is a part; None: q are the rows of the readout alone.
+    """
     layout = sequence.layout
     visible = masks.visible_segments(layout.masks, index)
     k, v = (kv[visible[0]] if len(visible) == 1 else
             tuple(jnp.concatenate([kv[i][j] for i in visible], axis=1) for j in (0, 1)))
-    queries_only = readout_only and layout.readout == 'queries'
+    queries_only = qkv is None and layout.readout == 'queries'
     mask = masks.attention_mask(layout.masks, index, sequence.lengths, sequence.valid, queries_only)
     if extra_kv:
-      return attend(q, [*extra_kv, (heads_first(k), heads_first(v), mask)])
-    if layout.masks[index] == 'full':
-      padding_trails = all(sequence.valid[i] is None for i in visible[:-1])
-      implementation = attention_kernels.choose(self.spec.attention_impl, q, k, padding_trails, self.mesh)
-      if implementation != attention_kernels.XLA:
-        valid = None if mask is None else mask[:, 0, 0]
-        return attention_kernels.attend(q, k, v, valid, implementation, self.mesh)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
-
-
-def attend(q: jax.Array, parts: Sequence[KeysValues]) -> jax.Array:
-  """softmax(q kᵀ / √H) v over the keys of all parts together, scores and sums in float32.
-
-  Concatenation would copy a cache for every decoded word. Instead each part has its own scores, under one softmax.
-
-  q and the result are [B, Q, N, H] of one type; every query must see a key of some part.
-  """
-  scores = [_scores(q, k) for k, _, _ in parts]
-  scores = [s if mask is None else jnp.where(mask, s, -jnp.inf) for s, (_, _, mask) in zip(scores, parts, strict=True)]
-  top = jax.lax.stop_gradient(jnp.stack([s.max(-1) for s in scores]).max(0))[..., None]
-  weights = [jnp.exp(s - top) for s in scores]
-  out = sum(_weighted(w, v) for w, (_, v, _) in zip(weights, parts, strict=True))
-  total = sum(w.sum(-1) for w in weights)  # [B, N, Q]
-  return (out / total.swapaxes(1, 2)[..., None]).astype(q.dtype)
-
-
-def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-  """q [B, Q, N, H], k [b, N, S, H] → f32 [B, N, Q, S]."""
-  k = _per_example(k, q.shape[0])
-  (B, Q, N, H), (b, _, S, _) = q.shape, k.shape
-  s = jnp.einsum('bqnh,bnsh->bnqs', q.reshape(b, -1, N, H), k, preferred_element_type=jnp.float32) / H**0.5
-  return s.reshape(b, N, B // b, Q, S).swapaxes(1, 2).reshape(B, N, Q, S)
-
-
-def _weighted(w: jax.Array, v: jax.Array) -> jax.Array:
-  """w f32 [B, N, Q, S], v [b, N, S, H] → f32 [B, Q, N, H]."""
-  v = _per_example(v, w.shape[0])
-  (B, N, Q, S), (b, _, _, H) = w.shape, v.shape
-  w = w.astype(v.dtype).reshape(b, B // b, N, Q, S).swapaxes(1, 2).reshape(b, N, -1, S)
-  # Transposed afterwards: of 'bqnh' einsum makes a product of transposed operands, for which XLA's CPU backend has only
-  # a loop, ten times as slow.
-  y = jnp.einsum('bnqs,bnsh->bnqh', w, v, preferred_element_type=jnp.float32)
-  return y.swapaxes(1, 2).reshape(B, Q, N, H)
-
-
-def _per_example(x: jax.Array, batch: int) -> jax.Array:
-  """Repeats a part that all examples share: a mesh must not join uneven rows (see `decoding._repeat`).
-
-  In float32, as the gradient of a shared part is a sum over examples.
-  """
-  if x.shape[0] != 1:  # symbolic sizes have no order
-    return x
-  return jnp.broadcast_to(x.astype(jnp.float32), (batch, *x.shape[1:])).astype(x.dtype)
+      return parts.attend(q, [*extra_kv, (heads_first(k), heads_first(v), mask)])
+    if layout.masks[index] != 'full':
+      return kernels.reference(q, k, v, mask)
+    implementation = kernels.choose(
+        self.spec.attention_impl, q, k, self.mesh, within=qkv is not None and visible == (index,),
+        padding_trails=all(sequence.valid[i] is None for i in visible[:-1]))
+    valid = None if mask is None else mask[:, 0, 0]
+    return kernels.attend(q, k, v, valid, implementation, self.mesh, qkv)

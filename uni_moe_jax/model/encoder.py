@@ -4,7 +4,6 @@ All sequences of a call go through each layer together, so that each layer's exp
 many task types and target sets a step encodes. Periods of blocks are scanned; the tail is unrolled (see `spec.Stack`).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,13 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from uni_moe_jax.kernels.projection import remat_policy
 from uni_moe_jax.model.block import Block
 from uni_moe_jax.model.sequences import EmbeddedSequence, KVCache
 from uni_moe_jax.model.spec import ModelSpec
 from uni_moe_jax.model.sublayer import Context, Hidden
 from uni_moe_jax.moe import routers
-from uni_moe_jax.moe.layers import PRODUCT
-from uni_moe_jax.parallel import sharding
 
 Collected = dict[str, Any]
 
@@ -40,15 +38,10 @@ class Period(nn.Module):
       # product of every block but the last.
       block = Block
       if self.spec.remat:
-        block = nn.remat(Block, prevent_cse=self.is_tail, policy=_kept(context.mesh))
+        block = nn.remat(Block, prevent_cse=self.is_tail, policy=remat_policy(context.mesh))
       x, out = block(self.spec, sublayers, last, name=f'block{j}')(x, first + j, caches[j], context)
       collected.append(out)
     return x, tuple(collected)
-
-
-def _kept(mesh: Mesh | None) -> Callable[..., bool] | None:
-  """What a rematerialized block keeps: on a CPU its projections, which cost more than memory; elsewhere nothing."""
-  return jax.checkpoint_policies.save_only_these_names(PRODUCT) if sharding.on_one_cpu(mesh) else None
 
 
 class Encoder(nn.Module):

@@ -14,6 +14,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from uni_moe_jax.kernels.attention.parts import KeysValues
 from uni_moe_jax.tasks.attributes import Condition
 from uni_moe_jax.tasks.task_types import TaskType
 
@@ -21,10 +22,6 @@ Fields = dict[str, jax.Array]  # of a batch, [shards, b, …], or of an evaluati
 NO_WORD = -1  # in place of a neighbor
 READ_NOTHING = 'nothing'  # prefill: only keys and values of the last layer are wanted
 _MAX_PADDING = 128  # most tokens of padding, over all its examples, to join a longer sequence: what a bucket must save
-# (keys, values [b, N, S, H] in the order of the products, mask bool [B or 1, 1, Q or 1, S] or None: all visible). b
-# divides B, and each row serves B / b consecutive examples: hypotheses about one image share its keys, all examples
-# those of prompts.
-KeysValues = tuple[jax.Array, jax.Array, jax.Array | None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,8 +89,8 @@ class ModelSpec(ModelConfig, MoeConfig):
     return tuple(self.sublayers if i in chosen else () for i in range(self.num_layers))
 
   def product_method(self, mesh: Mesh | None) -> str:
-    """How layers multiply on a mesh, see `projection.choose_method`."""
-    return projection.choose_method(mesh, self.cpu_bfloat16)
+    """How layers multiply on a mesh, see `projection.choose`."""
+    return projection.choose(mesh, self.cpu_bfloat16)
 
   def kernel_of(self, condition: Condition) -> int:
     """Index of the kernel of a condition in a merged model.

@@ -49,7 +49,7 @@ def conv_stem(
     pixels: normalized; H and W are multiples of the patch size, a power of two.
     params: see `stem_params`.
     dtype: of the products.
-    method: see `projection.choose_method`.
+    method: see `projection.choose`.
   """
   B, T, *image = pixels.shape
   x = pixels.reshape(B * T, *image)

@@ -12,9 +12,10 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
+from uni_moe_jax.kernels.projection import project
 from uni_moe_jax.model.sequences import EmbeddedSequence
 from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
-from uni_moe_jax.moe import expert_parallel, layers, routers
+from uni_moe_jax.moe import expert_parallel, routers
 from uni_moe_jax.moe.dispatch import DispatchPlan
 from uni_moe_jax.moe.expert_parallel import Activation
 from uni_moe_jax.moe.layers import MoeDense, Projection
@@ -53,7 +54,7 @@ class MergedRouting:
     """x [B, S, *in] → (activation([B, S, *out]), None): nothing is dispatched, nothing counted."""
     weights = projection.kernel, projection.bias, projection.unrounded
     kernel, bias, unrounded = (None if x is None else x[self.kernel] for x in weights)
-    return activation(layers.project(x, kernel, bias, unrounded, projection.method)), None
+    return activation(project(x, kernel, bias, unrounded, projection.method)), None
 
   def take(self, rows: Callable[[jax.Array], jax.Array], valid: jax.Array | None) -> 'MergedRouting':
     """The routing of some rows of the segment."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from uni_moe_jax.kernels import gmm
 from uni_moe_jax.kernels.gmm import tiled as gmm_tiled
-from uni_moe_jax.moe.layers import add_bias
+from uni_moe_jax.kernels.projection import add_bias
 from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.moe.routers import RouterOutput
 
@@ -72,7 +72,7 @@ def make_plan(
   """
   B, S, K = output.expert.shape
   E = output.logits.shape[-1]
-  backend = gmm.choose_backend(backend, bool(capacity_factor))
+  backend = gmm.choose(backend, bool(capacity_factor), None)
   n = S // groups
   capacity = capacity_of(capacity_factor, B * n, K, E)
   by_position = lambda x: x.reshape(B, groups, n, K).transpose(1, 2, 3, 0).reshape(groups, n * K * B)
@@ -122,10 +122,8 @@ def project(x: jax.Array, kernel: jax.Array, bias: jax.Array, plan: DispatchPlan
   if plan.backend == gmm.EVERY_EXPERT:
     y = jnp.einsum('te,etf->tf', plan.coef, jnp.einsum('td,edf->etf', x, kernel)).astype(x.dtype)
     y = add_bias(y, _bias_of_tokens(plan.coef, bias))
-  elif plan.backend == gmm.PORTABLE:
-    y = jax.lax.platform_dependent(x, kernel, bias, plan, cpu=tiled, default=through_experts)
   else:
-    y = (tiled if plan.backend == 'tiled' else through_experts)(x, kernel, bias, plan)
+    y = gmm.by_backend(plan.backend, tiled, through_experts, x, kernel, bias, plan)
   return y.reshape(B * S, *out)
 
 

@@ -26,9 +26,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from uni_moe_jax.kernels import gmm
+from uni_moe_jax.kernels.projection import add_bias, with_gradient_of
 from uni_moe_jax.moe import dispatch, routers
 from uni_moe_jax.moe.dispatch import DispatchPlan
-from uni_moe_jax.moe.layers import Projection, add_bias, with_gradient_of
+from uni_moe_jax.moe.layers import Projection
 from uni_moe_jax.moe.routers import RouterOutput
 from uni_moe_jax.parallel import sharding
 
@@ -65,7 +66,7 @@ def make_plan(
   if transport == ALL_TO_ALL:
     backend = 'batched'
   else:
-    backend = gmm.choose_backend(backend, bool(capacity_factor), sharding.platform(mesh))
+    backend = gmm.choose(backend, bool(capacity_factor), mesh)
   shards = expert_shards if transport == ALL_GATHER else 1
   E = output.logits.shape[-1] // shards
   if valid is None:

@@ -20,8 +20,6 @@ from uni_moe_jax.kernels.layer_norm import layer_norm
 from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.parallel import sharding
 
-PRODUCT = 'product'  # `checkpoint_name` of what is worth keeping where memory is cheaper than computing it again
-
 
 @jax.custom_vjp
 def merge(kernel: jax.Array, coef: jax.Array) -> jax.Array:
@@ -93,7 +91,7 @@ class Projection:
   in_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # logical names of the contracted axes
   out_axes: tuple[str, ...] = flax.struct.field(pytree_node=False)  # and of the resulting ones
   unrounded: PerCondition | jax.Array | None = None  # f32 values, see `projection.dot`; None where the kernel is f32
-  method: str = flax.struct.field(pytree_node=False, default=projection.PLAIN)  # see `projection.choose_method`
+  method: str = flax.struct.field(pytree_node=False, default=projection.PLAIN)  # see `projection.choose`
 
   def slice(self, part: slice) -> 'Projection':
     """The projection to a slice of its first output axis."""
@@ -109,7 +107,7 @@ class MoeDense(nn.Module):
   kernel_init: Callable
   num_experts: int  # E, or 0 for a dense projection
   dtype: jnp.dtype  # of the kernels that are returned, that is of the product; see `precision`
-  method: str = projection.PLAIN  # see `projection.choose_method`
+  method: str = projection.PLAIN  # see `projection.choose`
   mesh: Mesh | None = None
 
   @nn.compact
@@ -127,7 +125,7 @@ class MoeDense(nn.Module):
     bias = param(self, 'bias', nn.initializers.zeros, experts | out_axes)
     merges = self.num_experts and coef is not None
     if merges:
-      kernel, bias = (checkpoint_name(merge(x, coef), PRODUCT) for x in (kernel, bias))
+      kernel, bias = (checkpoint_name(merge(x, coef), projection.PRODUCT) for x in (kernel, bias))
     elif not self.num_experts:
       kernel, bias = kernel[None], bias[None]
     if scale is not None:  # in float32: the gradient of the scale is a sum over the input axes
@@ -150,38 +148,3 @@ def _unstack(x: jax.Array) -> PerCondition:
   The gradients of all uses of a part are summed first. With x[i], each would be padded to [A, …] before the sum.
   """
   return tuple(part.squeeze(0) for part in jax.lax.split(x, (1,) * len(x)))
-
-
-def project(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, unrounded: jax.Array | None = None, method: str = projection.PLAIN
-) -> jax.Array:
-  """x [B, S, *in] · kernel [*in, *out] + bias [*out] → [B, S, *out], of the kernel's type. The bias is float32.
-
-  The product has heads and head dimension as one axis, because a TPU would pad and copy two. On one CPU they stay two
-  axes, unless operands are rounded: such a product has a single output axis.
-
-  unrounded, method: see `projection.dot`.
-  """
-  ins, out = x.shape[2:], kernel.shape[x.ndim - 2:]
-  rows = ins if method == projection.CPU else (math.prod(ins),)
-  joined = {projection.CPU: 0, projection.PLAIN: 2, projection.ROUNDED: len(out)}[method]  # axes out that become one
-  columns = (*out[:len(out) - joined], math.prod(out[-joined:])) if joined else out
-  kernel, unrounded = (None if w is None else w.reshape(*rows, *columns) for w in (kernel, unrounded))
-  x = x.astype(kernel.dtype).reshape(*x.shape[:2], *rows)
-  y = checkpoint_name(projection.dot(x, kernel, unrounded, method), PRODUCT)
-  return add_bias(y, bias.reshape(1, 1, *columns)).reshape(*y.shape[:2], *out)
-
-
-def with_gradient_of(kernel: jax.Array, unrounded: jax.Array | None) -> jax.Array:
-  """A kernel with the gradient of its float32 values, see `projection.dot`, rounded once but summed in float32."""
-  return kernel if unrounded is None else _with_gradient_of(kernel, unrounded)
-
-
-_with_gradient_of = jax.custom_vjp(lambda kernel, unrounded: kernel)
-_with_gradient_of.defvjp(
-    lambda kernel, unrounded: (kernel, None), lambda _, d: (jnp.zeros_like(d), d.astype(jnp.float32)))
-
-
-def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-  """y + bias of y's type, added in float32: the gradient of a bias is a sum over all tokens."""
-  return (y.astype(jnp.float32) + bias).astype(y.dtype)

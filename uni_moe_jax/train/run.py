@@ -88,7 +88,7 @@ class Run:
   @property
   def rounds_products(self) -> bool:
     """Whether training rounds operands of products to bfloat16, see `config.train.cpu_bfloat16`."""
-    return projection.choose_method(self.mesh, self.spec.cpu_bfloat16) == projection.ROUNDED
+    return projection.choose(self.mesh, self.spec.cpu_bfloat16) == projection.ROUNDED
 
   def put_batch(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
     """Puts a host batch on the mesh; every process contributes its own shards."""

@@ -1,9 +1,10 @@
-"""Kernels of attention in which all queries see the same keys.
+"""Attention: XLA's, and kernels of attention in which all queries see the same keys.
 
 XLA writes scores [B, N, Q, K] to main memory: of a video of eight frames at 224 pixels, 1,569 tokens, 118 MB in float32
 per layer of twelve heads. These kernels keep a block of scores at a time next to the processor: cuDNN's on NVIDIA GPUs
 (Ampere or newer), and on TPUs splash attention, a Pallas kernel that is part of JAX. Backward, both compute the scores
-again from one float32 per query and head.
+again from one float32 per query and head. `short.py` is a kernel of our own for what attends within itself, and
+`parts.py` attends to caches and prompts beside it.
 """
 
 import functools
@@ -15,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from uni_moe_jax.kernels.attention import short
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.utils.errors import UsageError
 
@@ -36,19 +38,23 @@ def heads_first(x: jax.Array) -> jax.Array:
   return x.swapaxes(-3, -2)
 
 
-def choose(implementation: str, q: jax.Array, k: jax.Array, padding_trails: bool, mesh: Mesh | None) -> str:
-  """Resolves 'auto', and refuses what cannot serve: returns 'xla', 'cudnn' or 'splash'.
+def choose(implementation: str, q: jax.Array, k: jax.Array, mesh: Mesh | None, *, padding_trails: bool, within: bool
+           ) -> str:
+  """Resolves 'auto', and refuses what cannot serve: returns 'xla', 'cudnn', 'splash' or 'short'.
 
   Args:
     implementation: `ModelConfig.attention_impl`; what 'short' does not serve is XLA's.
     q, k: [B, Q, N, H] and [B, K, N, H]; every query sees the same keys.
-    padding_trails: whether all keys that are not valid follow those that are.
     mesh: of the arrays; None: one device of this process.
+    padding_trails: whether all keys that are not valid follow those that are.
+    within: whether queries, keys and values are those of the same tokens, in one array, which 'short' requires.
 
   Raises:
     UsageError: 'cudnn' on other devices than GPUs.
   """
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  if within and (implementation == SHORT or implementation == AUTO and device.platform == 'tpu' and _fits_short(q)):
+    return SHORT
   if implementation == SHORT:
     return XLA
   if implementation == CUDNN and device.platform != 'gpu':
@@ -63,10 +69,8 @@ def choose(implementation: str, q: jax.Array, k: jax.Array, padding_trails: bool
   return XLA if implementation == CUDNN and not padding_trails else implementation
 
 
-def serves_short(implementation: str, q: jax.Array, mesh: Mesh | None) -> bool:
-  """Whether `short_attention` serves queries [B, S, N, H] that see the keys of their own segment alone."""
-  if implementation != AUTO or sharding.platform(mesh) != 'tpu':
-    return implementation == SHORT
+def _fits_short(q: jax.Array) -> bool:
+  """Whether the kernel for short sequences is the fastest of TPUs for queries [B, S, N, H]."""
   _, S, N, H = q.shape
   return q.dtype == jnp.bfloat16 and _LEAST_TOKENS[SHORT] <= S < _LEAST_TOKENS[SPLASH] and (
       N * H % _LANES == 0 and _LANES % H == 0)
@@ -78,20 +82,30 @@ def _runs_cudnn(device: Any, q: jax.Array) -> bool:
   return capability is not None and capability >= sharding.AMPERE and q.dtype == jnp.bfloat16 and not q.shape[3] % 8
 
 
+def reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+  """softmax(q kᵀ / √H) v over the keys of each query's mask, bool [B or 1, 1, Q or 1, K] → [B, Q, N, H]."""
+  return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, implementation: str, mesh: Mesh | None
-) -> jax.Array:
-  """softmax(q kᵀ / √H) v over the valid keys → [B, Q, N, H] in the type of q.
+    q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, implementation: str, mesh: Mesh | None,
+    qkv: jax.Array | None = None) -> jax.Array:
+  """`reference` over the valid keys, by the chosen implementation → [B, Q, N, H] in the type of q.
 
   A partitioner does not know the kernels: on a mesh, every device runs them on its own examples and heads.
 
   Args:
     q, k, v: [B, Q, N, H], [B, K, N, H] and [B, K, N, H].
     valid: bool [B, K]; None: all keys are.
-    implementation: 'cudnn', for which keys that are not valid come last, or 'splash', which is interpreted on devices
-      other than TPUs.
+    implementation: of `choose`. For 'cudnn' keys that are not valid come last; 'splash' and 'short' are interpreted on
+      devices other than TPUs.
     mesh: as of `choose`.
+    qkv: [B, S, 3, N, H], for 'short': the one array that has queries, keys and values.
   """
+  if implementation == XLA:
+    return reference(q, k, v, None if valid is None else valid[:, None, None])
+  if implementation == SHORT:
+    return short.attend(qkv, valid, mesh)
   if implementation == CUDNN:
     local = _cudnn
   else:

@@ -6,10 +6,14 @@ kernel of JAX on TPU. On CPU a loop over tiles gathers and sums tokens itself, s
 the same. A program that is exported for several platforms has one product for CPUs and one for others, see `PORTABLE`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
+from jax.sharding import Mesh
 
 from uni_moe_jax.kernels.gmm import tiled as gmm_tiled
 from uni_moe_jax.kernels.gmm import triton as gmm_triton
@@ -28,22 +32,30 @@ _TPU_ROWS = 128  # of a tile
 _TPU_SUBLANES = 16  # of a register: rows of bfloat16
 
 
-def choose_backend(backend: str, capacity: bool, platform: str | None = None) -> str:
+def choose(backend: str, capacity: bool, mesh: Mesh | None) -> str:
   """Resolves 'auto' to the fastest backend, and 'xla' to the fastest without custom kernels.
 
   Args:
     capacity: whether groups are bounded. Without a bound, each of the equal groups would need slots for every token.
-    platform: 'cpu', 'gpu' or 'tpu'; by default that of the first device.
+    mesh: of the arrays; None: one device of this process.
   """
   if backend not in (AUTO, XLA):
     return backend
-  platform = platform or jax.default_backend()
   if capacity:
     return 'batched'
   kernels = {device: kernel for kernel, device in DEVICES.items()} if backend == AUTO else {}
-  if (sharding.compute_capability(jax.devices()[0]) or sharding.AMPERE) < sharding.AMPERE:
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  if (sharding.compute_capability(device) or sharding.AMPERE) < sharding.AMPERE:
     kernels.pop('gpu', None)
-  return {'cpu': 'tiled', **kernels}.get(platform, 'ragged')
+  return {'cpu': 'tiled', **kernels}.get(device.platform, 'ragged')
+
+
+def by_backend(
+    backend: str, tiled: Callable[..., jax.Array], grouped: Callable[..., jax.Array], *operands: Any) -> jax.Array:
+  """tiled(*operands) where tokens are gathered tile by tile, else grouped(*operands); a `PORTABLE` program has both."""
+  if backend == PORTABLE:
+    return jax.lax.platform_dependent(*operands, cpu=tiled, default=grouped)
+  return (tiled if backend == 'tiled' else grouped)(*operands)
 
 
 def num_rows(backend: str, most: int) -> int:
@@ -59,6 +71,11 @@ def num_rows(backend: str, most: int) -> int:
 def group_rows(capacity: int) -> int:
   """Number of rows of each group of 'batched': groups begin with a register, or a TPU would copy them apart."""
   return capacity + -capacity % _TPU_SUBLANES
+
+
+def reference(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
+  """`grouped_matmul` as XLA does it."""
+  return jax.lax.ragged_dot(x, kernel, sizes)
 
 
 def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: str) -> jax.Array:
@@ -79,7 +96,7 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array, backend: s
     rows = x.reshape(kernel.shape[0], -1, x.shape[1])
     return jnp.einsum('ecd,edf->ecf', rows, kernel).reshape(x.shape[0], -1)
   if backend == 'ragged':
-    return jax.lax.ragged_dot(x, kernel, sizes)
+    return reference(x, kernel, sizes)
   if backend == 'megablox':
     tiling = (_TPU_ROWS, 128, 128)
     run = lambda *operands, interpret: gmm(*operands, x.dtype, tiling, None, None, False, interpret)

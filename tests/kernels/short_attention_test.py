@@ -1,8 +1,7 @@
-"""The kernel for short sequences equals XLA's attention; which segments it serves; what it writes on a TPU."""
+"""The kernel for short sequences equals XLA's attention, and writes no scores on a TPU."""
 
 import functools
 import re
-import types
 from unittest import mock
 
 import jax
@@ -10,9 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import small_model
 from tests.helpers.attention import with_gradients
-from uni_moe_jax.kernels import attention as attention_kernels
 from uni_moe_jax.kernels.attention import short as short_attention
 from uni_moe_jax.parallel import sharding
 
@@ -62,38 +59,6 @@ def test_devices_of_a_mesh_attend_in_their_own_examples_and_heads():
   mesh = sharding.make_mesh(dict(replica=1, data=2, expert=2, model=2))
   arrays = _arrays(4, 8)  # three examples on four shards
   _compare(with_gradients(functools.partial(_short, mesh=mesh))(*arrays), with_gradients(_xla)(*arrays))
-
-
-def _served(sequence) -> set[int]:
-  """Tokens of the segments that the kernel serves in a model of two layers, of which the last reads one token."""
-  spec = small_model.spec(num_layers=2, attention_impl='short')
-  small_model.params(spec)  # which traces the model, too
-  with mock.patch.object(short_attention, 'attend', side_effect=lambda qkv, *_: qkv[:, :, 0]) as attend:
-    jax.eval_shape(lambda s: small_model.encode(spec, [s]), sequence)
-  return {call.args[0].shape[1] for call in attend.call_args_list}
-
-
-def test_the_kernel_serves_segments_that_attend_within_themselves_alone():
-  assert _served(small_model.sequence('image_classification')) == {5}
-  assert _served(small_model.sequence('image_caption')) == {5}  # the image; words see it as well
-  assert not _served(small_model.sequence('vqa'))  # image and question see each other
-
-
-def test_a_model_with_the_kernel_equals_one_with_xla():
-  features = [small_model.run(small_model.spec(num_layers=2, attention_impl=implementation),
-                              [small_model.sequence('image_caption')])[0] for implementation in ('short', 'xla')]
-  np.testing.assert_allclose(*(x[0] for x in features), atol=1e-5)
-
-
-@pytest.mark.parametrize('expected, platform, options', [
-    (True, 'tpu', {}), (False, 'cpu', {}), (False, 'tpu', {'tokens': 33}), (False, 'tpu', {'tokens': 512}),
-    (False, 'tpu', {'dtype': jnp.float32}), (False, 'tpu', {'head': 96}), (False, 'tpu', {'implementation': 'xla'}),
-    (True, 'cpu', {'implementation': 'short', 'tokens': 5}), (False, 'tpu', {'implementation': 'splash'})])
-def test_it_is_chosen_by_device_type_and_length(expected, platform, options):
-  def choice(implementation='auto', tokens=129, head=64, dtype=jnp.bfloat16):
-    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
-    return attention_kernels.serves_short(implementation, jax.ShapeDtypeStruct((2, tokens, 4, head), dtype), mesh)
-  assert choice(**options) == expected
 
 
 def test_the_kernel_writes_no_scores():

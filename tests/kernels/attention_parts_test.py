@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from uni_moe_jax.kernels.attention import heads_first
-from uni_moe_jax.model.attention import attend
+from uni_moe_jax.kernels.attention.parts import attend
 
 _B, _Q, _N, _H = 4, 3, 2, 8
 

@@ -185,22 +185,25 @@ def test_rounds_compute_every_row_of_every_group(sizes):
   np.testing.assert_allclose(np.where(member.any(0)[:, None], y, 0), _plain(x, kernel, member), atol=1e-5)
 
 
+def _mesh(platform, **of_device):
+  return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform, **of_device)]))
+
+
 @pytest.mark.parametrize('device, capacity, auto, xla', [
     ('cpu', False, 'tiled', 'tiled'), ('cpu', True, 'batched', 'batched'), ('tpu', False, 'megablox', 'ragged'),
     ('tpu', True, 'batched', 'batched'), ('gpu', True, 'batched', 'batched'), ('gpu', False, 'triton', 'ragged')])
 def test_auto_follows_the_device_and_xla_is_auto_without_the_kernels(device, capacity, auto, xla):
-  with mock.patch.object(jax, 'default_backend', lambda: device):
-    assert gmm.choose_backend('auto', capacity) == auto
-  assert gmm.choose_backend('xla', capacity, device) == xla
-  for backend in GMM_BACKENDS:  # a named one is kept
-    assert gmm.choose_backend(backend, capacity) == backend
+  for backend, expected in (('auto', auto), ('xla', xla), *zip(GMM_BACKENDS, GMM_BACKENDS)):  # a named one is kept
+    assert gmm.choose(backend, capacity, _mesh(device)) == expected
+
+
+def test_auto_without_a_mesh_follows_the_device_of_this_process():
+  assert gmm.choose('auto', False, None) == 'tiled'
 
 
 @pytest.mark.parametrize('capability, expected', [('7.5', 'ragged'), ('8.0', 'triton'), ('gfx90a', 'triton')])
 def test_auto_takes_no_triton_kernel_on_a_gpu_that_cannot_compile_it(capability, expected):
-  device = types.SimpleNamespace(compute_capability=capability)
-  with mock.patch.object(jax, 'devices', lambda: [device]):
-    assert gmm.choose_backend('auto', False, 'gpu') == expected
+  assert gmm.choose('auto', False, _mesh('gpu', compute_capability=capability)) == expected
 
 
 @pytest.mark.parametrize('backend, most, rows', [

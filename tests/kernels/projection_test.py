@@ -13,7 +13,6 @@ import pytest
 from tests.helpers import small_model, tiny
 from uni_moe_jax.eval import predictor
 from uni_moe_jax.kernels import projection
-from uni_moe_jax.moe import layers
 from uni_moe_jax.train import run as train_run
 
 SHAPES = [((2, 4, 6), (6, 3, 2, 5)), ((2, 4, 3, 5), (3, 5, 6)), ((2, 4, 6), (6, 5)), ((2, 4, 5), (5, 6))]
@@ -31,13 +30,27 @@ def _product(x, kernel):
   return jnp.tensordot(x, kernel, x.ndim - 2)
 
 
+def test_projection_by_hand():
+  # Token (1, 2): (1·1 + 2·10 + .5, 1·3 + 2·30).
+  y = projection.project(jnp.array([[[1., 2.]]]), jnp.array([[1., 3.], [10., 30.]]), jnp.array([.5, 0.]))
+  np.testing.assert_allclose(y, [[[21.5, 63.]]])
+
+
+@pytest.mark.parametrize('x, kernel, bias, product', [
+    ((2, 4, 6), (6, 3, 2, 5), (3, 2, 5), 'bsd,dqnh->bsqnh'), ((2, 4, 3, 5), (3, 5, 6), (6,), 'bsnh,nhd->bsd')])
+def test_one_axis_becomes_three_and_two_become_one(x, kernel, bias, product):
+  x, kernel, bias = _normal(0, x), _normal(1, kernel), _normal(2, bias)
+  expected = np.einsum(product, x, kernel) + np.asarray(bias)
+  np.testing.assert_allclose(projection.project(x, kernel, bias), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize('method', [projection.PLAIN, projection.CPU])
 @pytest.mark.parametrize('x, kernel', SHAPES)
 def test_a_product_has_the_same_gradients_by_every_method(x, kernel, method):
   x, kernel = _normal(0, x), _normal(1, kernel)
   bias = jnp.zeros(_product(x, kernel).shape[2:])
   expected = jax.grad(lambda *args: jnp.sin(_product(*args)).sum(), (0, 1))(x, kernel)
-  grads = jax.grad(lambda *args: jnp.sin(layers.project(*args, bias, None, method)).sum(), (0, 1))(x, kernel)
+  grads = jax.grad(lambda *args: jnp.sin(projection.project(*args, bias, None, method)).sum(), (0, 1))(x, kernel)
   for a, b in zip(grads, expected, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -55,7 +68,7 @@ def test_the_gradient_of_a_kernel_transposes_the_narrower_side(inputs, outputs):
 def test_operands_are_rounded_and_sums_are_not(x, kernel):
   x, kernel = _normal(0, x), _normal(1, kernel)
   dy = _normal(2, _product(x, kernel).shape)
-  y, pull = jax.vjp(lambda x, w: layers.project(x, w, jnp.zeros(dy.shape[2:]), None, projection.ROUNDED), x, kernel)
+  y, pull = jax.vjp(lambda x, w: projection.project(x, w, jnp.zeros(dy.shape[2:]), None, projection.ROUNDED), x, kernel)
   expected, pull_expected = jax.vjp(_product, _rounded(x), _rounded(kernel))
   for a, b in zip((y, *pull(dy)), (expected, *pull_expected(_rounded(dy))), strict=True):
     assert a.dtype == jnp.float32
@@ -95,7 +108,7 @@ def test_processors_that_multiply_bfloat16(flags, multiplies, tmp_path):
 def test_the_method_of_a_mesh(wanted, multiplies, cpus, method):
   mesh = jax.make_mesh((cpus,), ('data',), devices=jax.devices()[:cpus])
   with mock.patch.object(projection, 'multiplies_bfloat16', lambda: multiplies):
-    assert projection.choose_method(mesh, wanted) == method
+    assert projection.choose(mesh, wanted) == method
 
 
 @functools.cache
