@@ -15,8 +15,6 @@ from absl import flags
 
 from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.parallel import distributed, shared_folder
-from uni_moe_jax.tasks.router_names import MERGED
-from uni_moe_jax.utils.errors import UsageError
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -24,8 +22,6 @@ _WORKDIR = flags.DEFINE_string(
 _BEST = flags.DEFINE_bool(
     'best', False, 'Evaluate the checkpoint with the best config.train.best_metric, not the newest.')
 _FORCE = flags.DEFINE_bool('force', False, 'Repeat a finished evaluation.')
-_MERGED = flags.DEFINE_bool(
-    'merged', False, 'Also merge the experts permanently, evaluate that model in WORKDIR/merged and compare.')
 _CLUSTER = distributed.define_flags()
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder of the prepared data; default: the one of training.')
 
@@ -35,8 +31,6 @@ def main() -> int:
   from uni_moe_jax.train import same_config
   from uni_moe_jax.train import workdir as workdir_lib
   workdir, cluster = _WORKDIR.value, _CLUSTER()
-  if _MERGED.value and cluster is not None:
-    raise UsageError('--merged evaluates in one process; run it once, without --distributed.')
   writes = distributed.initialize(cluster)
   shared_folder.check(cluster, workdir, create=_CONFIG.present)
   # Mistakes are reported before the slow libraries below are imported.
@@ -45,9 +39,6 @@ def main() -> int:
   if _CONFIG.present:
     workdir_lib.claim_workdir(workdir, config)
   plan = make_plan(config)
-  if _MERGED.value and config.moe.router not in MERGED:
-    raise UsageError(f'--merged: experts of config.moe.router={config.moe.router!r} cannot be merged; those of '
-                     f'{", ".join(MERGED)} can.')
   from uni_moe_jax.eval import headline, suite
   from uni_moe_jax.train import checkpoint
   from uni_moe_jax.train import run as train_run
@@ -55,22 +46,18 @@ def main() -> int:
   with checkpoint.Checkpoints(workdir, max_to_keep=None, best_metric=config.train.best_metric) as checkpoints:
     step = train_run.find_step(config, plan, checkpoints, workdir, _BEST.value)
     model = workdir_lib.model_fingerprint(workdir, config.train.init, step)
-    old = [] if _FORCE.value else suite.finished_rows(workdir, plan, step, config, model)
-    if rows := old:
+    rows = [] if _FORCE.value else suite.finished_rows(workdir, plan, step, config, model)
+    if rows:
       print(f'step {step} is already evaluated; --force evaluates it again.')
-    if not old or _MERGED.value:
+    else:
       from uni_moe_jax.analysis import run_expert_usage
-      from uni_moe_jax.export import merged_scores
       run = (train_run.build if _CONFIG.present else train_run.build_to_read)(config, workdir=workdir, trains=False)
       if _CONFIG.present:
         workdir_lib.claim_workdir(workdir, config, run.data.fingerprint, writes, extends=not plan.tasks)
       params, step = train_run.read_params(run, checkpoints, step if _BEST.value else None)
-      if not old:
-        model = workdir_lib.model_fingerprint(workdir, config.train.init, step)
-        run_expert_usage.write_after_evaluation(run, params, step, workdir)
-        rows = suite.evaluate(run.plan, run.data, run.predictor(params), step, workdir, writes, model)
-      if _MERGED.value:
-        print(merged_scores.evaluate(run.spec.model.spec, params, plan.conditions, run.data, plan, workdir))
+      model = workdir_lib.model_fingerprint(workdir, config.train.init, step)
+      run_expert_usage.write_after_evaluation(run, params, step, workdir)
+      rows = suite.evaluate(run.plan, run.data, run.predictor(params), step, workdir, writes, model)
   print(headline.table(rows))
   return 0
 

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import math
-import re
 import threading
 import types
 import warnings
@@ -25,12 +24,10 @@ from uni_moe_jax.data.batches.assemble import Data
 from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.eval import baselines, samples, suite
 from uni_moe_jax.eval.metrics import Score
-from uni_moe_jax.export import merged_scores
 from uni_moe_jax.reporting import html
 from uni_moe_jax.train import checkpoint, loop
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.workdir import load_config
-from uni_moe_jax.utils.errors import UsageError
 
 
 @pytest.fixture(scope='module')
@@ -197,48 +194,6 @@ def test_a_damaged_file_of_evaluators_is_written_again(tmp_path, monkeypatch):
   (tmp_path / suite.EVALUATORS_FILE).write_text('{')
   plan = _evaluate_one(tmp_path, monkeypatch, .75, 2)
   assert [row['value'] for row in suite.finished_rows(tmp_path, plan, 3)] == [.75]
-
-
-def test_a_model_with_merged_experts_has_the_scores_of_the_trained_one(finished):
-  workdir, rows = finished
-  with checkpoint.Checkpoints(workdir, 1) as checkpoints:
-    run = train_run.build(load_config(workdir), jax.devices()[:1])
-    params, _ = train_run.read_params(run, checkpoints)
-
-  def merged(params):
-    spec, conditions = run.spec.model.spec, run.plan.conditions
-    sentence = merged_scores.evaluate(spec, params, conditions, run.data, run.plan, workdir)
-    return float(re.match(r'merged: the largest difference of a score is (\S+), in my ', sentence)[1])
-
-  assert merged(params) < 1e-5
-  assert len(json.loads((workdir / 'merged' / suite.EVALUATION_FILE).read_text())) == len(rows)
-  others = jax.tree_util.tree_map_with_path(
-      lambda path, x: -x if 'gate' in jax.tree_util.keystr(path) else x, params)
-  assert merged(others) > 1e-3  # other experts
-
-
-def test_a_merged_model_cannot_be_compared_without_evaluators(tmp_path):
-  plan = make_plan(tiny.config('shape', data_dir=tiny.data_dir()))
-  assert suite.evaluate(plan, None, types.SimpleNamespace(mesh=None), 3, tmp_path) == []
-  with pytest.raises(UsageError, match='config.evaluators is empty; add an evaluator'):
-    merged_scores.evaluate(None, None, (), None, plan, tmp_path)
-
-
-def test_the_largest_difference_is_relative_above_1():
-  row = lambda metric, value: {'evaluator': 'e', 'metric': metric, 'value': value}
-  rows, others = [row('a', .5), row('b', 110.)], [row('b', 100.), row('a', .45)]
-  difference, where = merged_scores.largest_difference(rows, others)
-  assert (difference, where) == (pytest.approx(.1), 'e, b')
-  with pytest.raises(UsageError, match='--force'):
-    merged_scores.largest_difference(rows, others[:1])
-
-
-@pytest.mark.parametrize('merged, own, difference', [
-    (math.nan, .5, math.inf), (.5, math.nan, math.inf), (math.inf, 9., math.inf), (math.inf, math.inf, 0.),
-    (math.nan, math.nan, 0.), (.5, .5, 0.)])
-def test_a_score_that_is_not_finite_in_one_evaluation_alone_differs(merged, own, difference):
-  of = lambda value: [{'evaluator': 'e', 'metric': m, 'value': v} for m, v in (('a', .5), ('b', value), ('c', .5))]
-  assert merged_scores.largest_difference(of(merged), of(own))[0] == difference
 
 
 def test_experts_have_two_coefficients_per_layer_router_and_condition(finished):

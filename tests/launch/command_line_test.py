@@ -16,7 +16,7 @@ _ALONE = [
     ('preflight', (_QUICKSTART, '--topology=cpu:2', '--output=/no/where.json'),
      '--output=/no/where.json: its folder does not exist'),
     ('train', (_QUICKSTART,), '--workdir'),
-    ('evaluate', (_NONE, '--merged', '--distributed=auto'), '--merged evaluates in one process'),
+    ('evaluate', (_NONE,), _NO_RUN),
     ('sweep', ('--sweep=adaptation', '--workdir={folder}/out'), '--sweep=adaptation needs --run'),
     ('serve', ('--model=gs://b/x',), 'must be a path of a disk'),
     ('export', ('--output={folder}/out',), 'workdir'),
