@@ -10,6 +10,7 @@ given, and opens no path or URL from a request. On Ctrl-C or SIGTERM it finishes
 
 import asyncio
 import dataclasses
+import os
 import pathlib
 import sys
 
@@ -50,7 +51,7 @@ def main() -> int:
     from uni_moe_jax.serve import gallery, server
   except ModuleNotFoundError as e:
     raise UsageError(f"the service needs {e.name}; run: pip install 'uni-moe-jax[serve]'") from None
-  token = server.read_token(_TOKEN_FILE.value)
+  token = server.read_token(_TOKEN_FILE.value, os.environ.get('UNI_MOE_TOKEN', ''))
   bound = None if _EXPORT_ONLY.value else server.bind(_HOST.value, _PORT.value)
   gallery_files = [] if _GALLERY.value is None else gallery.files_of(_GALLERY.value)
   model, workdir = _MODEL.value, _WORKDIR.value

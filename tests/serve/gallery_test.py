@@ -8,7 +8,6 @@ import types
 import numpy as np
 import pytest
 
-from uni_moe_jax.serve import gallery as gallery_lib
 from uni_moe_jax.serve import server
 from uni_moe_jax.serve.batching import Batcher
 from uni_moe_jax.serve.gallery import Gallery
@@ -38,7 +37,7 @@ def _encoded(tmp_path, searched, names=(), **fields):
   files, notes, batcher = [tmp_path / name for name in names], [], _Batcher()
   for file in files:
     file.write_bytes(os.fsencode(file.name))
-  gallery = Gallery(Facts({'tasks': tasks}, examples, {}, {}), files, tmp_path / 'cache.npz')
+  gallery = Gallery(Facts({'tasks': tasks}, examples, {}, {}), files)
   asyncio.run(gallery.encode(batcher, Limits(), notes.append))
   return gallery, notes, batcher.tasks
 
@@ -83,22 +82,8 @@ def test_a_file_name_that_is_not_utf8_becomes_text_that_json_and_tokenizers_take
   json.dumps([item.name, item.text], ensure_ascii=False).encode()
 
 
-def test_what_is_encoded_is_in_the_cache_and_not_twice_in_memory(tmp_path):
-  gallery, _, sent = _encoded(tmp_path, ['image'], ['a.png', 'b.png'])
-  assert len(sent) == 2 and not gallery._stored
-  with np.load(tmp_path / 'cache.npz') as cached:  # features and a thumbnail of each
-    assert len(cached) == 4
-  again, _, sent = _encoded(tmp_path, ['image'], ['a.png', 'b.png'])
-  assert not sent and not again._stored
-  for before, after in zip(gallery.items, again.items, strict=True):
-    assert after.png == before.png == b'png'
-    np.testing.assert_array_equal(after.features['image search'], before.features['image search'])
-
-
 @pytest.mark.parametrize('has_files', [True, False])
-def test_files_are_sent_only_when_all_is_compiled_because_those_that_end_workers_would_end_the_service(
-    monkeypatch, has_files):
-  monkeypatch.setattr(server, '_PAUSE', 0.0)
+def test_files_are_sent_only_when_all_is_compiled_because_those_that_end_workers_would_end_the_service(has_files):
   supervisor, sent = types.SimpleNamespace(ready=False), []
 
   async def encode(batcher, limits, note):
@@ -114,15 +99,6 @@ def test_files_are_sent_only_when_all_is_compiled_because_those_that_end_workers
 
   asyncio.run(start())
   assert sent == [has_files]  # examples of the model end no worker, and the page needs them at once
-
-
-def test_galleries_are_cached_by_model_and_version(tmp_path, monkeypatch):
-  names = set()
-  for sums, version in (('a', '1.0'), ('b', '1.0'), ('a', '1.1'), ('a', '1.0')):
-    (tmp_path / 'SHA256SUMS').write_text(sums)
-    monkeypatch.setattr(server, '__version__', version)
-    names.add(server.gallery_name(tmp_path))
-  assert len(names) == 3 and all(name.endswith('.npz') for name in names)
 
 
 class _Supervisor:
@@ -143,8 +119,7 @@ class _Supervisor:
 
 
 @pytest.mark.parametrize('restarts', [0, 1])
-def test_a_file_that_ends_workers_is_refused_and_the_others_are_encoded(tmp_path, monkeypatch, restarts):
-  monkeypatch.setattr(gallery_lib, '_PAUSE', 0.0)
+def test_a_file_that_ends_workers_is_refused_and_the_others_are_encoded(tmp_path, restarts):
   tasks = {'image search': {'num_frames': 1, 'target': 'pair', 'programs': {
       'encode': {'inputs': {'pixels': ''}}, 'encode_text': {}}}}
   files, notes = [tmp_path / f'{name}.png' for name in 'abcd'], []
@@ -152,7 +127,7 @@ def test_a_file_that_ends_workers_is_refused_and_the_others_are_encoded(tmp_path
     file.write_bytes(file.stem.encode())
 
   async def encode(fatal):
-    gallery = Gallery(Facts({'tasks': tasks}, [], {}, {}), files, tmp_path / 'none' / f'{fatal}.npz')
+    gallery = Gallery(Facts({'tasks': tasks}, [], {}, {}), files)
     supervisor = _Supervisor(tasks, fatal, restarts)
     batcher = Batcher(supervisor, Limits(batch_wait_ms=50))
     await asyncio.wait_for(gallery.encode(batcher, Limits(), notes.append), 10)

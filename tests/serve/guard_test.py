@@ -74,33 +74,28 @@ def test_the_token_is_needed_for_everything_that_knows_the_model():
 
 
 @pytest.mark.parametrize('text, token', [('secret', 'secret'), ('secret\n', 'secret'), (' s 1\r\n', 's 1')])
-def test_a_token_is_read_without_the_line_end_that_editors_and_secrets_have(monkeypatch, tmp_path, text, token):
+def test_a_token_is_read_without_the_line_end_that_editors_and_secrets_have(tmp_path, text, token):
   (tmp_path / 'token').write_text(text)
-  monkeypatch.setenv('UNI_MOE_TOKEN', text)
-  assert server.read_token(None) == token
-  monkeypatch.setenv('UNI_MOE_TOKEN', 'another')
-  assert server.read_token(str(tmp_path / 'token')) == token
-  monkeypatch.delenv('UNI_MOE_TOKEN')
-  assert server.read_token(None) == ''
+  assert server.read_token(None, text) == server.read_token(str(tmp_path / 'token'), 'another') == token
+  assert server.read_token(None, '') == ''
 
 
 def test_a_token_file_of_windows_is_read_without_its_mark_or_refused(tmp_path):
   file = tmp_path / 'token'
   for encoding in ('utf-8', 'utf-8-sig'):
     file.write_text('sécret\n', encoding=encoding)
-    assert server.read_token(str(file)) == 'sécret'
+    assert server.read_token(str(file), '') == 'sécret'
   file.write_text('secret\n', encoding='utf-16')
   with pytest.raises(UsageError, match='^--token_file=.*token is not UTF-8 \\(perhaps UTF-16\\); save it as UTF-8.$'):
-    server.read_token(str(file))
+    server.read_token(str(file), '')
 
 
-def test_a_blank_token_is_no_open_service(monkeypatch, tmp_path):
-  monkeypatch.setenv('UNI_MOE_TOKEN', '\n')
+def test_a_blank_token_is_no_open_service(tmp_path):
   with pytest.raises(UsageError, match='^UNI_MOE_TOKEN is empty; put the token in it'):
-    server.read_token(None)
+    server.read_token(None, '\n')
   (tmp_path / 'token').touch()
   with pytest.raises(UsageError, match='^--token_file=.*token is empty; put the token in it'):
-    server.read_token(str(tmp_path / 'token'))
+    server.read_token(str(tmp_path / 'token'), '')
 
 
 def test_a_body_is_bounded_by_its_length_and_by_its_content():

@@ -15,14 +15,9 @@ from uni_moe_jax.serve.worker import Item
 from uni_moe_jax.utils.errors import RunError
 
 
-@pytest.fixture(autouse=True)
-def _fake(monkeypatch):
-  monkeypatch.setattr(supervisor.worker_lib, 'main', fake_worker.main)
-
-
 def _run(check, folder: str = '', timeout: float = 30) -> None:
   async def main():
-    started = supervisor.Supervisor(folder, Limits(timeout=timeout), '')
+    started = supervisor.Supervisor(folder, Limits(timeout=timeout), '', fake_worker.main)
     try:
       await asyncio.wait_for(check(started), 60)
     finally:

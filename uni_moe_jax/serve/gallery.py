@@ -1,9 +1,7 @@
 """The gallery: images and videos that texts search, encoded when the service starts."""
 
 import asyncio
-import contextlib
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +17,7 @@ from uni_moe_jax.utils.errors import UsageError
 
 _MAX_FILES = 5000
 _MAX_ENDED = 3  # workers that end with a file before it is refused
-_PAUSE = 1.0  # seconds before a file is sent again
+_PAUSE = 0.1  # seconds before a file is sent again
 
 
 @dataclasses.dataclass
@@ -45,22 +43,15 @@ def files_of(folder: str) -> list[pathlib.Path]:
 
 
 class Gallery:
-  """Encoded images and videos.
+  """Encoded images and videos. sources: files; none: the model's examples."""
 
-  Args:
-    sources: files; none: the model's examples.
-    cache: .npz file of features and thumbnails by content, rewritten at the end.
-  """
-
-  def __init__(self, facts: Facts, sources: Sequence[pathlib.Path], cache: pathlib.Path):
-    self._facts, self._tasks, self._cache = facts, facts.manifest['tasks'], cache
+  def __init__(self, facts: Facts, sources: Sequence[pathlib.Path]):
+    self._facts, self._tasks = facts, facts.manifest['tasks']
     searched = {self._tasks[task]['num_frames'] for task in self.searchers()}
     self._sources = list(sources) or [
         Item(example=i, thumbnail=True) for i, e in enumerate(facts.examples) if e['num_frames'] in searched]
     self._slots: list[GalleryItem | None] = [None] * len(self._sources)
     self._num_refused = 0
-    self._stored: dict[str, np.ndarray] = {}  # by content; empty after `encode`
-    self._used: set[str] = set()  # keys of `_stored`
 
   @property
   def items(self) -> list[GalleryItem]:
@@ -85,7 +76,6 @@ class Gallery:
 
   async def encode(self, batcher: Batcher, limits: Limits, note: Callable[[str], None]) -> None:
     """Encodes everything. note: called with one sentence about each file that is not accepted."""
-    await asyncio.to_thread(self._load)
     waiting = asyncio.Semaphore(2 * limits.max_batch)
 
     async def add(index: int) -> None:
@@ -97,46 +87,27 @@ class Gallery:
           note(f'{self._sources[index]}: {e}' if isinstance(e, Refused) else str(e))
 
     await asyncio.gather(*map(add, range(len(self._sources))))
-    await asyncio.to_thread(self._save)
-    self._stored, self._used = {}, set()  # the items have their own
 
   async def _encoded(self, index: int, batcher: Batcher) -> GalleryItem:
     source = self._sources[index]
     if isinstance(source, Item):
       example = self._facts.examples[source.example]
       item, media, fits = source, '', lambda entry: entry['num_frames'] == example['num_frames']
-      made, digest = GalleryItem(index, f'example {source.example}', example['answer']), f'example {source.example}'
+      made = GalleryItem(index, f'example {source.example}', example['answer'])
     else:
       data, suffix = await asyncio.to_thread(source.read_bytes), source.suffix.lower()
       media = 'video' if suffix == '.gif' else media_type_of(suffix)
       item, fits = Item(thumbnail=True, **{media: data}), lambda entry: media_of(entry) == media
       name = source.name.encode(errors='surrogateescape').decode(errors='replace')  # the bytes may be no UTF-8
       made = GalleryItem(index, name, pathlib.PurePath(name).stem.replace('_', ' '))
-      digest = hashlib.sha256(data).hexdigest()
     for task in self.searchers():
       if not fits(self._tasks[task]):
         continue
-      key, png = f'{task} {digest}', f'png {self._tasks[task]["num_frames"]} {digest}'
-      if key not in self._stored or png not in self._stored:
-        output = await _output(batcher, task, item)
-        self._stored |= {key: output['features'], png: np.frombuffer(output['png'], np.uint8)}
-      self._used |= {key, png}
-      made.features[task], made.png = self._stored[key], self._stored[png].tobytes()
+      output = await _output(batcher, task, item)
+      made.features[task], made.png = output['features'], output['png']
     if not made.features:  # a file: of the examples only those that a task searches are sources
       raise Refused(422, f'No task of this model searches {media}s; remove the file.')
     return made
-
-  def _load(self) -> None:
-    with contextlib.suppress(Exception):  # it is missing or damaged, and will be written again
-      with np.load(self._cache, allow_pickle=False) as stored:
-        self._stored = dict(stored)
-
-  def _save(self) -> None:
-    with contextlib.suppress(OSError):  # the next start encodes again
-      self._cache.parent.mkdir(parents=True, exist_ok=True)
-      temporary = self._cache.with_suffix('.tmp.npz')
-      np.savez(temporary, **{key: self._stored[key] for key in self._used})
-      temporary.replace(self._cache)
 
 
 async def _output(batcher: Batcher, task: str, item: Item) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from uni_moe_jax import __version__
 from uni_moe_jax.io import storage
 from uni_moe_jax.serve import app as app_lib
 from uni_moe_jax.serve.batching import Batcher
@@ -102,7 +101,7 @@ def protocol(timeout: float) -> type[H11Protocol]:
 
 
 def cache_folder() -> pathlib.Path:
-  """Of compiled programs and encoded galleries. XLA's programs are valid only for the processor that compiled them."""
+  """Of compiled programs, which are valid only for the processor that compiled them."""
   with contextlib.suppress(OSError):
     lines = [line for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines()
              if line.startswith(('flags', 'Features'))]
@@ -110,23 +109,17 @@ def cache_folder() -> pathlib.Path:
   return _caches() / 'any'
 
 
-def gallery_name(folder: pathlib.Path) -> str:
-  """The file of encoded galleries of a model. Another version of the package may resize images in another way."""
-  digest = hashlib.sha256((folder / 'SHA256SUMS').read_bytes()).hexdigest()[:16]
-  return f'gallery-{digest}-{__version__}.npz'
-
-
 def _caches() -> pathlib.Path:
   return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'uni_moe_jax/serve'
 
 
-def read_token(file: str | None) -> str:
-  """The bearer token of a file or, without one, of UNI_MOE_TOKEN; '' if there is neither.
+def read_token(file: str | None, variable: str) -> str:
+  """The bearer token of a file or, without one, of the variable UNI_MOE_TOKEN; '' if there is neither.
 
   Without spaces and line ends around it, and a mark of UTF-8 before it, which no header has. Raises UsageError: nothing
   is left, or the file is not UTF-8.
   """
-  source, text = 'UNI_MOE_TOKEN', os.environ.get('UNI_MOE_TOKEN', '')
+  source, text = 'UNI_MOE_TOKEN', variable
   if file is not None:
     source = f'--token_file={file}'
     try:
@@ -167,8 +160,8 @@ async def serve(
   stop, loop = asyncio.Event(), asyncio.get_running_loop()
   for number in (signal.SIGINT, signal.SIGTERM):
     loop.add_signal_handler(number, stop.set)
-  cache = cache_folder()
-  supervisor = Supervisor(str(folder), limits, os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(cache / 'jax'))
+  cache = os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(cache_folder() / 'jax')
+  supervisor = Supervisor(str(folder), limits, cache)
   async with contextlib.AsyncExitStack() as stack:
     stack.callback(bound.close)
     stack.push_async_callback(supervisor.close)
@@ -181,7 +174,7 @@ async def serve(
     metrics = Metrics()
     batcher = Batcher(supervisor, limits, lambda program, size: metrics.batch.labels(program).observe(size))
     stack.push_async_callback(batcher.close)
-    gallery = Gallery(supervisor.facts, gallery_files, cache / gallery_name(folder))
+    gallery = Gallery(supervisor.facts, gallery_files)
     service = Service(supervisor, batcher, gallery, limits)
     app = app_lib.create(supervisor, service, gallery, limits, metrics)
     guard = Guard(app, limits, metrics, token, any_host=host not in _LOOPBACK)

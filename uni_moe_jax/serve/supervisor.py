@@ -29,8 +29,9 @@ class Supervisor:
     restarts: of the worker.
   """
 
-  def __init__(self, folder: str, limits: Limits, cache: str):
-    self._folder, self._limits, self._cache = folder, limits, cache
+  def __init__(self, folder: str, limits: Limits, cache: str, main: Callable[..., None] = worker_lib.main):
+    """main: of the worker; it gets its end of the pipe, then the other arguments."""
+    self._main, self._folder, self._limits, self._cache = main, folder, limits, cache
     self._context = multiprocessing.get_context('spawn')  # a fork would inherit the front's threads and sockets
     self._sender = ThreadPoolExecutor(1, 'sender')  # a pipe may block
     self._process = self._connection = self._receiver = self._restarting = None
@@ -58,7 +59,7 @@ class Supervisor:
     self._warm = False
     connection, theirs = self._context.Pipe()
     process = self._context.Process(
-        target=worker_lib.main, args=(theirs, self._folder, self._limits, self._cache), daemon=True)
+        target=self._main, args=(theirs, self._folder, self._limits, self._cache), daemon=True)
     started = loop.run_in_executor(None, process.start)
     try:
       await asyncio.shield(started)

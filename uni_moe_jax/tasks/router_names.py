@@ -26,7 +26,6 @@ CONDITION_ROUTERS = {
     'task': ConditionInput(lambda c: c.task, names=lambda router_tasks: router_tasks),
     'modality': ConditionInput(lambda c: c.modality, names=lambda _: ('visual', 'text')),
 }
-MERGED = tuple(CONDITION_ROUTERS)
 DISPATCHED = ('token', 'context')  # these route tokens: each token is dispatched to its experts
-ROUTERS = (DENSE, *MERGED, *DISPATCHED)
+ROUTERS = (DENSE, *CONDITION_ROUTERS, *DISPATCHED)
 GMM_BACKENDS = ('tiled', 'batched', 'ragged', 'megablox', 'triton', 'tokamax')  # of dispatched tokens: `kernels/gmm/`
