@@ -65,11 +65,10 @@ def main() -> int:
       from uni_moe_jax.train import compiler_process
       if compiler := compiler_process.start([sys.executable, __file__, *sys.argv[1:], '--compile_only']):
         stack.enter_context(compiler)
-    from uni_moe_jax.analysis.task_gradients import interference_hook
     from uni_moe_jax.train import loop
     if _COMPILE_ONLY.value:
       return loop.compile_steps(config, _WORKDIR.value)
-    return loop.train(config, _WORKDIR.value, hooks=(interference_hook,), compiler=compiler,
+    return loop.train(config, _WORKDIR.value, compiler=compiler,
                       allow_version_mismatch=_ALLOW_VERSION_MISMATCH.value)
 
 

@@ -28,7 +28,7 @@ _RULES = {
     'eval': ('utils io tasks config parallel moe model data',
              'an evaluator is given functions, so that every model is measured the same way'),
     'train': ('utils io cli tasks config parallel kernels moe model data eval',
-              'the trainer joins the other packages; analysis reaches the loop as hooks'),
+              'the trainer joins the other packages'),
     'analysis': ('utils io cli tasks config parallel moe model data eval train',
                  'it measures trained models and runs, and nothing that is measured depends on it'),
     'convert': ('utils io cli tasks config parallel moe model',

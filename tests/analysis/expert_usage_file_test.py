@@ -1,4 +1,4 @@
-"""experts.json, its figure and its section of the report."""
+"""experts.json and its figure."""
 
 import json
 
@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from uni_moe_jax.analysis import expert_usage_file
-from uni_moe_jax.reporting import html
 
 
 def content(**changes):
@@ -28,12 +27,6 @@ def test_the_label_of_a_condition_has_its_spans_unless_its_name_has_one():
       'motion visual', 'classes', 'words']
   many = {f't{i}': {f'set{i}': 0} for i in range(6)}
   assert expert_usage_file.labels(content(tasks=many))[0] == '1001 (set0, set1, set2, set3, …)'
-  assert expert_usage_file.users(content(), 0) == 'names <a>: visual; motion: visual'
-  assert expert_usage_file.users(content(), 2) == 'motion: words, queries'
-
-
-def test_effective_numbers_are_averaged_over_layers():
-  np.testing.assert_allclose(expert_usage_file.mean_effective(content()), [[1, 1.5, 1]])
 
 
 def test_the_figure_has_dark_cells_only_where_an_expert_has_a_full_share(tmp_path):
@@ -52,13 +45,3 @@ def test_nan_is_not_written(tmp_path):
   with pytest.raises(ValueError):
     expert_usage_file.write(content(entropy=[float('nan')]), tmp_path, 'experts')
   assert not (tmp_path / 'experts.json').exists()
-
-
-def test_the_report_shows_conditions_their_tasks_and_the_overlap_of_tasks(tmp_path):
-  (tmp_path / expert_usage_file.FILE).write_text(json.dumps(content()))
-  page = html.write_report(tmp_path).read_text()
-  section = page[page.index('id="experts"'):page.index('id="run"')]
-  for text in ('mlp router', '1001 (visual)', 'names &lt;a&gt;: visual; motion: visual', '>1.50<', 'at step &lt;7&gt;',
-               'names &lt;a&gt; and motion; layer 0: 0.50, layer 4: 0.00', '>0.25<'):
-    assert text in section, text
-  assert section.count('signed matrix') == 1

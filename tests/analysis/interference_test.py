@@ -52,17 +52,6 @@ def test_both_ratios_by_hand():
     assert np.isnan(ratio.value[1]).all()
 
 
-def test_resampled_batches_count_as_affected_and_as_step_batches_by_hand():
-  products, _ = _measure(_HAND, 2)
-  weights = np.array([[[1, 1], [2, 0]]])  # both batches of one; of other the first, twice
-  delta, ratio, mean = interference._ratios(np.asarray(products.rows), np.asarray(products.columns), weights)
-  # The mean of one, (6.5, 2), along other's (0, 1); other's (0, 5) along one's mean (.8, .4).
-  np.testing.assert_allclose(delta[0], [[4.5, 2], [2, 0]], rtol=1e-6, atol=1e-6)
-  np.testing.assert_allclose(ratio[0, 0], [1, 2 / 4.5], rtol=1e-6)
-  # Every Δ moves with the mean, by 2 - 4.25.
-  np.testing.assert_allclose(mean[0, 0], [1, (1.25 / 3 + 2.75 / 6) / 2], rtol=1e-6)
-
-
 def test_gradients_of_the_caller_are_not_donated():
   gradients = {(t, b): {'p': jnp.asarray(g, jnp.float32)} for t, gs in _HAND.items() for b, g in enumerate(gs)}
   once, again = (interference.products(lambda t, b: gradients[t, b], list(_HAND), 2)[ALL].rows for _ in range(2))
@@ -138,21 +127,6 @@ def test_quadratic_losses_by_closed_form_without_noise():
   expected = [[1, 4 / 5, -7 / 5 / s], [4 / 5, 1, -1 / s], [-7 / 5 / s, -1 / s, 1]]
   for ratio in (estimate.ratio_of_means, estimate.mean_of_ratios):
     np.testing.assert_allclose(list(vars(ratio).values()), [expected] * 3, rtol=1e-6)
-  # Of six pairs: 4/5 twice, -7/5/√2 and -1/√2 twice.
-  for interval, share in ((estimate.mean_of_pairs, (8 / 5 - 24 / 5 / s) / 6), (estimate.negative_share, 4 / 6)):
-    np.testing.assert_allclose(list(vars(interval).values()), [share] * 3, rtol=1e-6)
-
-
-def test_values_over_all_pairs_have_intervals_and_leave_out_rows_without_a_base():
-  means = {'i': _DIRECTION, 'j': -_DIRECTION, 'lost': 0 * _DIRECTION}
-  _, estimate = _measure(_noisy(means, 24, seed=1, noise=1.0), 24)
-  assert estimate.delta.low[2, 2] < 0 < estimate.delta.low[0, 0]
-  counted = estimate.ratio_of_means.value[[0, 0, 1, 1], [1, 2, 0, 2]]  # not the third row
-  assert estimate.mean_of_pairs.value == pytest.approx(counted.mean())
-  assert estimate.mean_of_pairs.low < -.5 < estimate.mean_of_pairs.high < 0  # the truth: -1, 0, -1, 0
-  assert estimate.negative_share.value == (counted < 0).mean() >= .5 and estimate.negative_share.low >= .5
-  _, unknown = _measure(_noisy({'a': 0 * _DIRECTION, 'b': 0 * _DIRECTION}, 6, seed=1), 6)
-  assert np.isnan([*vars(unknown.mean_of_pairs).values(), *vars(unknown.negative_share).values()]).all()
 
 
 def test_intervals_cover_the_truth_about_as_often_as_stated():

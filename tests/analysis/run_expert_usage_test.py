@@ -105,14 +105,13 @@ def test_a_run_is_read_on_one_device_if_its_mesh_does_not_fit_and_other_data_is_
 
 
 @pytest.mark.parametrize('router, advice', [
-    ('task', "'runs/quickstart', or --at_init for its parameters in the tasks of this one."),
-    ('token', "'runs/quickstart'.")])
-def test_a_run_that_trains_no_task_names_what_can_be_measured(tmp_path, monkeypatch, router, advice):
-  run = train_run.build(config := _config(router, 'shape'), jax.devices()[:1])
-  config.train.init = 'runs/quickstart'
-  without = dataclasses.replace(run, plan=dataclasses.replace(run.plan, tasks=()))
-  monkeypatch.setattr(run_expert_usage, 'build_to_read', lambda *_: without)
+    ('task', ', or --at_init for its parameters in the tasks of this one.'), ('token', '.')])
+def test_a_run_that_trains_no_task_names_what_can_be_measured(tmp_path, router, advice):
+  init = str(tmp_path / 'trained')
+  workdir.claim_workdir(init, _config(router, 'pair'), 'print')
+  c = tiny.untrained(init)
+  c.moe.router = router
   with pytest.raises(UsageError) as error:
-    run_expert_usage.measure_expert_usage(config, tmp_path, None, False, 1, 0)
-  assert str(error.value) == (
-      f'this run trains no task and has no checkpoints; give --workdir of the run that it starts from, {advice}')
+    run_expert_usage.measure_expert_usage(c, tmp_path, None, False, 1, 0, jax.devices()[:1])
+  assert str(error.value) == ('this run trains no task and has no checkpoints; give --workdir of the run that it '
+                              f'starts from, {init!r}{advice}')

@@ -10,19 +10,12 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from tests.helpers import saved_run, tiny
+from tests.helpers import tiny
 from tests.helpers.small_model import jit
-from tests.helpers.stop_request import StopAfterThreeSteps
 from uni_moe_jax.analysis import interference, param_subsets, run_interference
-from uni_moe_jax.analysis.task_gradients import (
-  TaskGradients,
-  half_gradient,
-  interference_hook,
-  quiet_spec,
-  task_gradient,
-)
-from uni_moe_jax.train import loop
+from uni_moe_jax.analysis.task_gradients import TaskGradients, quiet_spec, task_gradient
 from uni_moe_jax.train import run as train_run
+from uni_moe_jax.train import workdir
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.tree_paths import by_path
@@ -128,62 +121,13 @@ def test_batches_repeat_with_their_seed_and_are_not_those_of_training():
   assert len({x for batch in ids(0).values() for row in batch for x in row}) == 12  # 3 batches of 4, no example twice
 
 
-@pytest.mark.parametrize('accum', [1, 2])
-def test_the_gradient_of_a_half_is_that_of_its_examples(accum):
-  """Examples of 'pair', which follow those of 'other' in their group; the halves differ."""
-  c = _config('shape', 'pair', grad_accum_steps=accum)
-  c.tasks.other, c.tasks.pair.batch_size = c.tasks.pair.copy_and_resolve_references(), 8
-  c.tasks = type(c.tasks)({name: c.tasks[name] for name in ('shape', 'other', 'pair')})
-  run = train_run.build(c, _one_device())
-  slices, params, sets = _select(run), run.init().params, run.target_sets()
-  _, batch = next(run.mixture().iterate(0, 1))
-  names = [t.name for t in run.plan.tasks]
-  start, size = (4 // accum if names.index('other') < names.index('pair') else 0), 4 // accum
-  half_of_batch = jit(functools.partial(half_gradient, spec=run.spec, task='pair', slices=slices))
-  separate = jit(functools.partial(task_gradient, spec=quiet_spec(run.spec, 'pair', 2), slices=slices))
-  results = []
-  for half in (0, 1):
-    examples = (slice(None),) * (1 if accum == 1 else 2) + (slice(start + half * size, start + (half + 1) * size),)
-    fields = {k: v if k == 'temporal_offset' else v[examples] for k, v in batch['image_retrieval'].items()}
-    expected = separate(params, {'image_retrieval': fields}, sets, jax.random.key(0))[0]
-    got = half_of_batch(params, run.put_batch(batch), sets, jax.random.key(0), half)
-    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-6)
-    results.append(ravel_pytree(got)[0])
-  assert np.abs(results[0] - results[1]).max() > 1e-3
-
-
-def test_the_metric_is_delta_of_the_two_halves_at_every_nth_step():
-  run = train_run.build(_config(interference_every=3), _one_device())
-  metric, params, sets = interference_hook(run), _params(), run.target_sets()
-  _, batch = next(run.mixture().iterate(0, 1))
-  batch = run.put_batch(batch)
-  assert metric(0, params, batch, sets) == metric(1, params, batch, sets) == metric(3, params, batch, sets) == {}
-  got = metric(2, params, batch, sets)
-  half = {t: jit(functools.partial(half_gradient, spec=run.spec, task=t, slices=_slices())) for t in TASKS}
-  g = {(t, h): np.asarray(ravel_pytree(half[t](params, batch, sets, jax.random.key(0), h))[0])
-       for t in TASKS for h in (0, 1)}
-  u = {k: v / np.linalg.norm(v) for k, v in g.items()}
-  own = (g['answer', 0] @ u['answer', 1] + g['answer', 1] @ u['answer', 0]) / 2
-  cross = (g['answer', 0] + g['answer', 1]) @ (u['package', 0] + u['package', 1]) / 4
-  assert set(got) == {f'interference/{i}<-{j}' for i in TASKS for j in TASKS}
-  np.testing.assert_allclose(got['interference/answer<-answer'], own, rtol=1e-4)
-  np.testing.assert_allclose(got['interference/answer<-package'], cross, rtol=1e-4, atol=1e-6)
-  assert not np.isclose(got['interference/package<-answer'], got['interference/answer<-package'], rtol=1e-3)
-
-
-def test_parameters_of_the_metric_that_do_not_exist_are_an_error():
-  run = dataclasses.replace(_run(), config=_config(interference_every=3, interference_parameters='nothing'))
-  with pytest.raises(UsageError, match="config.train.interference_parameters='nothing' matches nothing"):
-    interference_hook(run)
-
-
 @pytest.mark.parametrize('at_init', [False, True])
-def test_a_run_that_trains_no_task_is_an_error_that_names_the_run_it_starts_from(tmp_path, monkeypatch, at_init):
-  run, config = _run(), _config(init='runs/quickstart')
-  without = dataclasses.replace(run, config=config, plan=dataclasses.replace(run.plan, tasks=()))
-  monkeypatch.setattr(run_interference, 'build_to_read', lambda *_: without)
-  with pytest.raises(UsageError, match="trains no task.*--workdir of the run that it starts from, 'runs/quickstart'"):
-    run_interference.measure_interference(config, tmp_path, None, at_init, PATTERN, None, 2, 0)
+def test_a_run_that_trains_no_task_is_an_error_that_names_the_run_it_starts_from(tmp_path, at_init):
+  init = str(tmp_path / 'trained')
+  workdir.claim_workdir(init, _config(), 'print')
+  c = tiny.untrained(init)
+  with pytest.raises(UsageError, match=f'trains no task.*--workdir of the run that it starts from, {init!r}'):
+    run_interference.measure_interference(c, tmp_path, None, at_init, PATTERN, None, 2, 0, _one_device())
 
 
 def test_a_run_whose_mesh_does_not_fit_is_measured_on_one_device(tmp_path, capsys):
@@ -195,7 +139,7 @@ def test_a_run_whose_mesh_does_not_fit_is_measured_on_one_device(tmp_path, capsy
   assert 'does not fit here (devices: 8); one device is used' in capsys.readouterr().err
 
 
-def test_only_parameters_are_read_and_averages_are_if_they_are_wanted_and_not_measured(tmp_path, monkeypatch):
+def test_only_parameters_are_read_and_averages_are_if_they_are_wanted(tmp_path):
   run, params = _run(), _params()
   with Checkpoints(tmp_path, 1) as checkpoints:  # without moments, as an export has it
     checkpoints.save(3, {'params': params, 'ema_params': jax.tree.map(lambda x: x + 1, params)})
@@ -204,54 +148,27 @@ def test_only_parameters_are_read_and_averages_are_if_they_are_wanted_and_not_me
     assert name == 'step 3'
     chex.assert_trees_all_equal(got, jax.tree.map(lambda x: x + averaged, params))
 
-  def start(run, got, *_):  # of the measurement
-    chex.assert_trees_all_equal(got, params)
-    raise UsageError('it has started')
-  monkeypatch.setattr(run_interference, 'build_to_read', lambda *_: run)
-  monkeypatch.setattr(run_interference, 'TaskGradients', start)
-  with pytest.raises(UsageError, match='it has started'):
-    run_interference.measure_interference(run.config, tmp_path, None, False, PATTERN, None, 2, 0)
-
-
-@pytest.fixture(scope='module')
-def runs(tmp_path_factory):
-  """The same run without the metric, with it, and with it and a stop after three of its five steps."""
-  out = {}
-  for name, every in (('off', 0), ('on', 2), ('stopped', 2)):
-    out[name] = str(tmp_path_factory.mktemp(name))
-    c = _config(interference_every=every, steps=5)
-    if name == 'stopped':
-      with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, 'Stop', StopAfterThreeSteps)
-        assert loop.train(c, out[name], _one_device(), hooks=(interference_hook,)) == loop.PREEMPTED
-    assert loop.train(c, out[name], _one_device(), hooks=(interference_hook,)) == loop.FINISHED
-  return out
-
 
 @pytest.mark.nightly
-def test_the_metric_changes_no_other_metric_and_is_the_same_after_a_restart(runs):
-  off, on, stopped = (saved_run.lines(runs[k]) for k in ('off', 'on', 'stopped'))
-  assert on == stopped
-  assert [any(k.startswith('interference/') for k in line) for line in on] == [False, True, False, True, False]
-  assert all(np.isfinite(v) for line in on for v in line.values())
-  assert [{k: v for k, v in line.items() if not k.startswith('interference/')} for line in on] == off
-
-
-@pytest.mark.nightly
-def test_any_checkpoint_and_the_initial_parameters_can_be_measured(runs):
-  c = _config(interference_every=2, steps=5)
+def test_any_checkpoint_and_the_initial_parameters_can_be_measured(tmp_path):
+  c, params = _config(), _params()
+  with Checkpoints(tmp_path, 2) as checkpoints:
+    for step, factor in ((3, 1.), (5, 1.1)):
+      checkpoints.save(step, {'params': jax.tree.map(lambda x, f=factor: f * x, params),
+                              'ema_params': jax.tree.map(lambda x: x + 1, params)})
   contents = {}
-  for step, at_init in ((None, False), (5, False), (None, True)):
-    paths = run_interference.measure_interference(c, runs['stopped'], step, at_init, PATTERN, None, 2, 0, _one_device())
+  for step, at_init in ((None, False), (5, False), (3, False), (None, True)):
+    paths = run_interference.measure_interference(c, tmp_path, step, at_init, PATTERN, None, 2, 0, _one_device())
     assert all(p.stat().st_size > 100 for p in paths)
     contents[paths[0].name] = json.loads(paths[0].read_text())
-  assert list(contents) == ['interference.json', 'interference_step_5.json', 'interference_init.json']
-  newest, named, initial = (content['subsets'] for content in contents.values())
-  assert newest == named != initial
+  assert list(contents) == [
+      'interference.json', 'interference_step_5.json', 'interference_step_3.json', 'interference_init.json']
+  newest, named, first, initial = (content['subsets'] for content in contents.values())
+  assert newest == named != first == initial  # not of the averages
   total, subset = newest
   assert (total['subset'], subset['subset']) == ('all', 'layer 0 ffn_out')
   assert (subset['layer'], subset['projection']) == (0, 'ffn_out')
   assert total['ratio_of_means'] == subset['ratio_of_means']  # it is the only subset
   assert np.shape(total['delta']['value']) == (2, 2)
   with pytest.raises(ValueError, match='has no checkpoint of step 4; it has those of 3, 5'):
-    run_interference.measure_interference(c, runs['stopped'], 4, False, PATTERN, None, 2, 0, _one_device())
+    run_interference.measure_interference(c, tmp_path, 4, False, PATTERN, None, 2, 0, _one_device())

@@ -157,14 +157,6 @@ def test_mixup_needs_pairs_on_every_shard(c):
     make_plan(c).only('shape').check_batches(shards=8, accum=1)
 
 
-def test_the_interference_metric_needs_halves(c):
-  make_plan(c).check_halves(shards=2, accum=1)
-  message = (r'config\.tasks\.name\.batch_size=4 must be a multiple of 8 for config\.train\.interference_every > 0, '
-             r'which halves it \(4 batch shards × 1 micro-steps × 2\); try 8, or interference_every=0')
-  with pytest.raises(UsageError, match=message):
-    make_plan(c).check_halves(shards=4, accum=1)
-
-
 @pytest.mark.parametrize('sizes, message', [
     (dict(model=3), r'config\.mesh\.model=3 must divide config\.model\.num_heads=2, which it splits; try 1'),
     (dict(expert=3), r'config\.mesh\.expert=3 must divide config\.moe\.num_experts=8, which it splits; try 1'),

@@ -67,6 +67,14 @@ def config(*tasks: str, data_dir: str = '') -> ml_collections.ConfigDict:
   return c
 
 
+def untrained(init: str) -> ml_collections.ConfigDict:
+  """Return a config that trains nothing: it evaluates the run in `init` on a task."""
+  c = config('pair', data_dir=data_dir())
+  c.tasks.pair.batch_size, c.train.init, c.tokenizer.path = 0, init, tokenizer_file()
+  c.evaluators.pair = config_lib.evaluator('retrieval', 'pair', split='train')
+  return c
+
+
 def write_config(file: pathlib.Path, *tasks: str, steps: int = 6) -> str:
   """Write a config file for commands, `config` over `data_dir`. Return the flag that names it."""
   root = str(pathlib.Path(__file__).parents[2])

@@ -1,4 +1,4 @@
-"""experts.json and its figure. The report reads the file too; nothing here needs JAX."""
+"""experts.json and its figure, which the report shows; nothing here needs JAX."""
 
 import os
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from uni_moe_jax.analysis import heat_map
 from uni_moe_jax.io import storage
 from uni_moe_jax.io.files import save_figure, write_json
 
-FILE = 'experts.json'  # of the newest checkpoint; the report shows it
+FILE, FIGURE = 'experts.json', 'experts.png'  # of the newest checkpoint
 _CELL, _TASK_CELL, _LETTER = 0.21, 0.42, 0.07  # inches
 _MAX_SPANS = 4  # in the label of a condition
 
@@ -33,25 +33,11 @@ def labels(content: Mapping[str, Any]) -> list[str]:
   """Names of conditions, with their spans unless the name contains one: '10011000 (visual)'."""
   names = []
   for i, condition in enumerate(content['conditions']):
-    spans = list(dict.fromkeys(span for spans in _users(content, i).values() for span in spans))
+    spans = list(dict.fromkeys(
+        span for by_span in content['tasks'].values() for span, index in by_span.items() if index == i))
     listed = ', '.join(spans[:_MAX_SPANS]) + (', …' if len(spans) > _MAX_SPANS else '')
     names.append(f'{condition} ({listed})' if spans and not any(span in condition for span in spans) else condition)
   return names
-
-
-def users(content: Mapping[str, Any], condition: int) -> str:
-  """The tasks and spans that have a condition: 'a: visual; b: words, queries'."""
-  return '; '.join(f'{task}: {", ".join(spans)}' for task, spans in _users(content, condition).items() if spans)
-
-
-def _users(content: Mapping[str, Any], condition: int) -> dict[str, list[str]]:
-  return {task: [span for span, index in by_span.items() if index == condition]
-          for task, by_span in content['tasks'].items()}
-
-
-def mean_effective(content: Mapping[str, Any]) -> np.ndarray:
-  """[R, A]: effective number of experts, mean over layers."""
-  return np.asarray(content['effective_experts'], np.float64).mean(0)
 
 
 def draw(path: storage.Path, content: Mapping[str, Any]) -> None:

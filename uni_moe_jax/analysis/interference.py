@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from uni_moe_jax.analysis import interference_file
 from uni_moe_jax.utils.errors import UsageError
 
 ALL = 'all'  # the subset of all selected parameters
@@ -56,14 +55,12 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """Measurements over one subset: three matrices [T, T] (affected task, task of the step), two scalars."""
+  """Measurements over one subset: three matrices [T, T] (affected task, task of the step)."""
   # mean_a Δ_{j→i}(a). Its diagonal is the base of the ratios: where its interval reaches 0, the row has no meaning.
   delta: Interval
   ratio_of_means: Interval  # I(i, j) = mean_a Δ_{j→i}(a) / mean_a Δ_{i→i}(a)
   # mean_a [Δ_{j→i}(a) / Δ_{i→i}(a)], as in the published notebook; a batch whose own Δ is near 0 dominates.
   mean_of_ratios: Interval
-  mean_of_pairs: Interval  # of ratio_of_means, different tasks, in the rows that have a base; NaN without pairs
-  negative_share: Interval  # of these pairs. Wide, because resampling moves pairs near 0 across it.
 
 
 def products(gradient: Callable[[str, int], Gradient], tasks: Sequence[str], num_batches: int) -> dict[str, Products]:
@@ -111,12 +108,7 @@ def estimate(measured: Products, num_resamples: int = 2000, seed: int = 0) -> Es
   weights = np.concatenate([np.ones((1, T, N)), resamples])  # first the measurement itself
   chunks = [_ratios(rows, columns, weights[i:i + _CHUNK]) for i in range(0, len(weights), _CHUNK)]
   draws = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]  # each [1 + R, T, T]
-  intervals = [_interval(x) for x in draws]
-  pairs = np.array(interference_file.has_base({'delta': vars(intervals[0])}))[:, None] & ~np.eye(T, dtype=bool)
-  if not pairs.any():
-    return Estimate(*intervals, *[Interval(*[np.array(np.nan)] * 3)] * 2)
-  ratios = draws[1][:, pairs]
-  return Estimate(*intervals, _interval(ratios.mean(-1)), _interval((ratios < 0).mean(-1)))
+  return Estimate(*map(_interval, draws))
 
 
 def _interval(draws: np.ndarray) -> Interval:

@@ -1,4 +1,4 @@
-"""interference.json and its heat maps. The report reads the file too; nothing here needs JAX."""
+"""interference.json and its heat maps, which the report shows; nothing here needs JAX."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,12 @@ from uni_moe_jax.analysis import heat_map
 from uni_moe_jax.io import storage
 from uni_moe_jax.io.files import save_figure, write_json
 
-FILE = 'interference.json'  # of the newest checkpoint; the report shows it
+FILE = 'interference.json'  # of the newest checkpoint
+FIGURES = ('interference.png', 'interference_subsets.png')  # of all parameters; of layers × projections
 _BOUNDS = ('value', 'low', 'high')
 _CELL = 0.95  # inches
 _LEGEND = 'row: task whose loss is measured; column: task of the step; below each value: 95 % interval'
-NO_BASE_LEGEND = '° a step on the task itself has no certain effect: its row has no meaning'  # of the mark °
+_NO_BASE_LEGEND = '° a step on the task itself has no certain effect: its row has no meaning'  # of the mark °
 
 
 def write(content: Mapping[str, Any], workdir: str | os.PathLike[str], stem: str) -> list[storage.Path]:
@@ -43,24 +44,6 @@ def labels(subset: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
   return [task if ok else f'{task} °' for task, ok in zip(tasks, has_base(subset), strict=True)]
 
 
-def summary(subset: Mapping[str, Any]) -> str:
-  """One line about all pairs of different tasks; '' if the file does not have these values."""
-  mean, share = (subset.get(key, {}) for key in ('mean_of_pairs', 'negative_share'))
-  if mean.get('value') is None:
-    return ''
-  return (f'mean of different tasks {mean["value"]:.3f} ({mean["low"]:.3f} … {mean["high"]:.3f}), '
-          f'below 0: {share["value"]:.0%} ({share["low"]:.0%} … {share["high"]:.0%})')
-
-
-def note(subset: Mapping[str, Any], tasks: Sequence[str], i: int, j: int) -> str:
-  """One line about a pair of tasks: both ratios with their intervals."""
-  phrases = [f'a step on {tasks[j]} for the loss of {tasks[i]}']
-  for key in ('ratio_of_means', 'mean_of_ratios'):
-    name, bounds = key.replace('_', ' '), [subset[key][bound][i][j] for bound in _BOUNDS]
-    phrases.append(f'{name} unknown' if None in bounds else '{} {:.3f} ({:.3f} … {:.3f})'.format(name, *bounds))
-  return '; '.join(phrases)
-
-
 def draw(
     path: storage.Path, grid: Sequence[Sequence[Mapping[str, Any] | None]], tasks: Sequence[str], title: str) -> None:
   """Draws a heat map of I(i, j) per subset; None leaves a gap.
@@ -82,7 +65,7 @@ def draw(
     heat_map.draw(axes, values, labels(subset, tasks), tasks, texts, colormap='RdBu', lowest=-1)
     axes.set_title(subset['subset'], fontsize=10)
   if not all(all(has_base(s)) for s in subsets if s):
-    figure.supxlabel(NO_BASE_LEGEND, fontsize=9)
+    figure.supxlabel(_NO_BASE_LEGEND, fontsize=9)
   save_figure(figure, path, dpi=110, bbox_inches='tight', pad_inches=0.15)
 
 

@@ -31,7 +31,7 @@ T = TypeVar('T')
 def field(
     default: Any, doc: str, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None,
     below: float | None = None, choices: Iterable[str] = (), off: float | None = None, published: Any = REQUIRED,
-    path: bool = False, pattern: bool = False, template: bool = False) -> Any:
+    path: bool = False, template: bool = False) -> Any:
   """Declare a config field.
 
   Args:
@@ -42,11 +42,10 @@ def field(
     off: value that disables the feature, for the error message.
     published: value in the published system, which `compat='published'` sets.
     path: whether it is, or may be, a path: a wrong address such as gcs://… is refused.
-    pattern: whether it is a regular expression.
     template: whether it is a template over columns, or a tuple of them; see `utils.templates`.
   """
   metadata = dict(doc=doc, at_least=at_least, above=above, at_most=at_most, below=below, choices=tuple(choices),
-                  off=off, published=published, path=path, pattern=pattern, template=template)
+                  off=off, published=published, path=path, template=template)
   return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -148,8 +147,6 @@ def _check_value(name: str, value: Any, m: Mapping[str, Any]) -> None:
     storage.path(value, f'config.{name}')
   if m['choices'] and isinstance(value, str):
     check_choice(name, value, m['choices'])
-  if m['pattern']:
-    check_pattern(name, value)
   if m['template']:
     _check_template(name, value)
   if isinstance(value, (int, float)) and not all(

@@ -133,16 +133,10 @@ class Plan:
         _check_multiple(t, 2 * shards * accum, 'for mixup or CutMix, which mix pairs of a shard '
                         f'({shards} batch shards × {accum} micro-steps × 2)')
 
-  def check_halves(self, shards: int, accum: int) -> None:
-    """Raise UsageError if the interference metric cannot halve a task's micro-batch on a shard."""
-    for t in self.tasks:
-      _check_multiple(t, 2 * shards * accum, 'for config.train.interference_every > 0, which halves it '
-                      f'({shards} batch shards × {accum} micro-steps × 2)', ', or interference_every=0')
 
-
-def _check_multiple(t: TaskSpec, unit: int, reason: str, otherwise: str = '') -> None:
+def _check_multiple(t: TaskSpec, unit: int, reason: str) -> None:
   fail_if(t.batch_size % unit, f'tasks.{t.name}.batch_size={t.batch_size} must be a multiple of {unit} {reason}; try '
-                               f'{validate.nearest_multiple(t.batch_size, unit)}{otherwise}.')
+                               f'{validate.nearest_multiple(t.batch_size, unit)}.')
 
 
 def make_plan(c: ml_collections.ConfigDict) -> Plan:

@@ -267,11 +267,6 @@ class TrainConfig:
   max_nonfinite_steps: int = field(10, 'Consecutive steps with a non-finite loss before the run stops.', at_least=1)
   hang_timeout: float = field(
       600.0, 'Seconds that a batch, step or save may take before the run counts as hung and ends.', at_least=0, off=0)
-  interference_every: int = field(
-      0, 'Steps between estimates of task interference (analysis/task_gradients.py).', at_least=0, off=0)
-  interference_parameters: str = field(
-      r'ffn_out/kernel$', 'Pattern of the parameters whose gradients are compared; of models with more than 7 layers, '
-      'in every fourth layer (3, 7, 11 …).', pattern=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

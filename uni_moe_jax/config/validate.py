@@ -104,9 +104,6 @@ def _check_train(c: Config) -> None:
   one_task = t.mixture == 'one_task'
   fail_if(one_task and t.grad_accum_steps > 1,
           f"train.grad_accum_steps={t.grad_accum_steps} needs config.train.mixture='all_tasks', not 'one_task'.")
-  fail_if(one_task and t.interference_every,
-          f"train.interference_every={t.interference_every} needs config.train.mixture='all_tasks': it compares the "
-          'tasks of one step. Set it to 0, and use uni-moe interference.')
   end, schedule = c.optim.decay_steps, c.optim.schedule
   fail_if(end and schedule == 'constant', f"optim.decay_steps={end}: the schedule 'constant' has no end; set it to 0.")
   fail_if(schedule == 'published' and 0 < end < t.steps,

@@ -4,6 +4,7 @@ The page needs no network and no other file. A section whose file is missing, ha
 replaced by a sentence, because a report is also read when something went wrong.
 """
 
+import base64
 import json
 import math
 import os
@@ -11,8 +12,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
-
-import numpy as np
 
 from uni_moe_jax.analysis import expert_usage_file, interference_file, metric_curves
 from uni_moe_jax.eval import headline, metrics
@@ -23,8 +22,7 @@ from uni_moe_jax.utils.errors import MissingFileError, UsageError
 _OWN_PANELS = ('loss/total', 'learning_rate', 'grad_norm', 'steps_per_second', 'input_wait_share', 'images_per_second',
                'tokens_per_second', 'mfu')
 _GROUP_TITLES = {'run': 'The run', 'loss': 'Loss by task', 'accuracy': 'Accuracy by task',
-                 'eval': 'Evaluations during training',
-                 'interference': "Interference during training: Δ of the first task's loss by a step on the second"}
+                 'eval': 'Evaluations during training'}
 _VERDICTS = {metrics.BETTER: ('better', '▲'), metrics.LEVEL: ('level', '='), metrics.WORSE: ('worse', '▼')}
 _NOTE = '<p class="quiet">{}</p>'
 
@@ -61,6 +59,7 @@ th { font-weight: 600; font-size: 12px; color: var(--muted); white-space: nowrap
 figure { margin: 0; padding: 12px; font-size: 13px; line-height: 1.4; }
 figure img { image-rendering: pixelated; width: 84px; height: 84px; object-fit: contain; display: block;
   margin-bottom: 8px; border: 1px solid var(--line); border-radius: 3px; }
+figure img.map { image-rendering: auto; width: auto; height: auto; max-width: 100%; margin: 0; border: 0; }
 .strip { display: flex; gap: 3px; } .strip img { flex: 1; min-width: 0; width: auto; height: auto; }
 figcaption b { font-weight: 600; } .truth { color: var(--muted); display: block; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 24px; margin: 8px 0 14px; }
@@ -73,8 +72,8 @@ summary { cursor: pointer; color: var(--accent); margin: 10px 0; }
 def write_report(workdir: str | os.PathLike[str]) -> storage.Path:
   """Writes report.html from the files in a workdir, or in a bucket, and returns its path.
 
-  Reads metrics.jsonl, evaluation.json, experts.json, samples.json and run.json; a missing or unreadable one is named
-  in the page. Reads interference.json where it is.
+  Reads metrics.jsonl, evaluation.json, experts.png, samples.json and run.json; a missing or unreadable one is named
+  in the page. Reads interference.png and interference_subsets.png where they are.
 
   Raises:
     MissingFileError: the folder does not exist.
@@ -86,15 +85,16 @@ def write_report(workdir: str | os.PathLike[str]) -> storage.Path:
   evaluation = _Source(workdir / 'evaluation.json', 'evaluation writes it')
   curves = _Source(workdir / 'metrics.jsonl', 'training writes it', _read_curves)
   samples = _Source(workdir / 'samples.json', 'evaluation writes it')
-  experts = _Source(workdir / expert_usage_file.FILE, 'only models with experts have one')
+  experts = _Source(workdir / expert_usage_file.FIGURE, 'only models with experts have one', _read_png)
   run = _Source(workdir / 'run.json', 'training writes it at the start')
-  interference = _Source(workdir / interference_file.FILE, 'uni-moe interference writes it')
+  interference = [_Source(workdir / name, 'uni-moe interference writes it', _read_png)
+                  for name in interference_file.FIGURES]
   references = evaluation.render(_strongest_baselines, otherwise={})
   sections = {
       'Evaluation': evaluation.render(_evaluation),
       'Curves': curves.render(lambda content: _curves(*content, references)),
-      'Samples': samples.render(_samples), 'Experts': experts.render(_experts),
-      **({'Interference': interference.render(_interference)} if interference.exists else {}),
+      'Samples': samples.render(_samples), 'Experts': experts.render(_image),
+      **({'Interference': ''.join(x.render(_image) for x in interference)} if interference[0].exists else {}),
       'Run': run.render(_run)}
   last_step = lambda content: [f'step {max(steps[-1] for steps, _ in content[0].values()):,}']
   facts = curves.render(last_step, otherwise=[]) + run.render(_headline, otherwise=[])
@@ -110,14 +110,20 @@ def write_report(workdir: str | os.PathLike[str]) -> storage.Path:
   return path
 
 
-def _read_json(text: str) -> Any:
-  if not (content := json.loads(text)):
+def _read_json(data: bytes) -> Any:
+  if not (content := json.loads(data)):
     raise UsageError('it has no content')
   return content
 
 
-def _read_curves(text: str) -> tuple[metric_curves.Curves, int]:
-  curves, bad_lines = metric_curves.read(text)
+def _read_png(data: bytes) -> bytes:
+  if not data.startswith(b'\x89PNG'):
+    raise UsageError('it is no PNG image')
+  return data
+
+
+def _read_curves(data: bytes) -> tuple[metric_curves.Curves, int]:
+  curves, bad_lines = metric_curves.read(data.decode())
   if not curves:
     raise UsageError(f'no line contains a metric; unreadable lines: {bad_lines}')
   return curves, bad_lines
@@ -126,10 +132,10 @@ def _read_curves(text: str) -> tuple[metric_curves.Curves, int]:
 class _Source:
   """One file of the workdir: its content, or the sentence that replaces it."""
 
-  def __init__(self, path: storage.Path, origin: str, read: Callable[[str], Any] = _read_json):
+  def __init__(self, path: storage.Path, origin: str, read: Callable[[bytes], Any] = _read_json):
     self.name, self.content, self.absence, self.exists = path.name, None, '', True
     try:
-      self.content = read(path.read_text(encoding='utf-8'))
+      self.content = read(path.read_bytes())
     except FileNotFoundError:
       self.absence, self.exists = f'There is no {self.name} in this workdir; {origin}.', False
     except ValueError as error:  # not JSON, not UTF-8
@@ -182,13 +188,13 @@ def _evaluation(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _all_metrics(rows: Sequence[Mapping[str, Any]]) -> str:
   margin = f'{metrics.SIGNIFICANT:.0f}'
-  columns = {'evaluator': '', 'metric': '', 'value ± s.e.': 'number', '': '', 'chance': 'mark', 'baselines': '',
+  columns = {'evaluator': '', 'metric': '', 'value ± s.e.': 'number', 'chance': 'mark', 'baselines': '',
              'examples': 'number', 'step': 'number'}
   return _NOTE.format(
       'A baseline is the score of a simple predictor on the same examples, or on some of them with a wider margin. '
       f'<span class="better">▲</span> the model is better by at least {margin} standard errors, '
       '<span class="level">=</span> closer than that, <span class="worse">▼</span> worse; without a standard error, '
-      'any difference counts. Each bar has its own scale; tick marks show chance and baselines.'
+      'any difference counts.'
   ) + _table(columns, map(_score, rows), 'scores')
 
 
@@ -196,14 +202,12 @@ def _score(row: Mapping[str, Any]) -> list[str]:
   """Cells of one row of evaluation.json."""
   error, chance, baselines = row.get('standard_error'), row.get('chance'), row.get('baselines', {})
   higher = row['higher_is_better']
-  # A blind guess at something that is better low (perplexity) would flatten the bar.
-  references = {'chance': chance, **baselines} if chance is not None and higher else baselines
   return [
       escape(row['evaluator']),
       escape(row['metric']) + ('' if higher else '<br><span class="quiet">lower is better</span>'),
       f'<b>{metrics.format_number(row["value"])}</b>' + (
           '' if error is None else f' <span class="quiet">± {metrics.format_error(error)}</span>'),
-      figures.bullet(row['value'], references), '—' if chance is None else _judged(row, chance),
+      '—' if chance is None else _judged(row, chance),
       ''.join(f'<span class="baseline">{escape(name)} {_judged(row, reference, name)}</span>'
               for name, reference in baselines.items()) or '—',
       f'{row["count"]:,}', '—' if row.get('step') is None else f'{row["step"]:,}']
@@ -219,10 +223,9 @@ def _curves(curves: metric_curves.Curves, bad_lines: int, references: Mapping[st
     steps, values = curves[name]
     title, _, detail = name.removeprefix(f'{group}/').partition('/' if group == 'eval' else '\n')
     return figures.line_panel(title, steps, values, metrics.format_number(values[-1]), detail, references.get(name),
-                              smoothed=group != 'eval')
+                              dots=group == 'eval')
 
-  parts = [_NOTE.format('By step. The bold line averages a window that grows with the step; the faint one shows '
-                        'every point. Dashed: the strongest baseline.')]
+  parts = [_NOTE.format('By step. The bold line is a local mean of the faint one. Dashed: the strongest baseline.')]
   if bad_lines:
     parts.append(f'<p class="absent">Unreadable lines skipped in metrics.jsonl: {bad_lines}.</p>')
   groups = {group: [] for group in _GROUP_TITLES}
@@ -261,46 +264,8 @@ def _card(card: Mapping[str, Any]) -> str:
   return f'<figure>{images}<figcaption><b>{answer}</b> {verdict}</figcaption></figure>'
 
 
-def _experts(experts: Mapping[str, Any]) -> str:
-  coefficients = np.asarray(experts['coefficients'], np.float64)  # [L, router, A, E]
-  parts = [_NOTE.format('How much each condition uses each expert of a layer (no noise, exact routing). Columns are '
-                        'experts; a stronger color is a larger share. Hover for numbers.')]
-  for index, router in enumerate(experts['sublayers']):
-    figure = figures.heat_map(expert_usage_file.labels(experts), experts['layers'], coefficients[:, index])
-    parts.append(f'<h3>{escape(router)} router</h3><div class="wide">{figure}</div>')
-
-  effective = expert_usage_file.mean_effective(experts)
-  columns = {'condition': '', 'used by': '', **{escape(router): 'number' for router in experts['sublayers']}}
-  rows = [[escape(condition), escape(expert_usage_file.users(experts, a)) or '—',
-           *(f'{number:.2f}' for number in effective[:, a])]
-          for a, condition in enumerate(experts['conditions'])]
-  parts.append(f'<h3>Effective number of experts at {escape(experts["checkpoint"])}, mean over layers (1 to '
-               f'{int(experts["num_experts"])})</h3>{_table(columns, rows)}')
-
-  tasks, by_layer = list(experts['tasks']), np.asarray(experts['task_overlap'], np.float64).mean(1)  # [L, T, T]
-  notes = [[f'{a} and {b}; ' + ', '.join(
-      f'layer {layer}: {overlap[i, j]:.2f}' for layer, overlap in zip(experts['layers'], by_layer))
-            for j, b in enumerate(tasks)] for i, a in enumerate(tasks)]
-  figure = figures.signed_map(tasks, experts['mean_task_overlap'], [True] * len(tasks), notes)
-  parts.append('<h3>Overlap of two tasks: 1 for equal usage, 0 without shared experts</h3>'
-               f'<div class="wide">{figure}</div>')
-  return ''.join(parts)
-
-
-def _interference(content: Mapping[str, Any]) -> str:
-  tasks = content['tasks']
-  parts = [_NOTE.format(
-      f'I(i, j) at {escape(content["checkpoint"])}, over <code>{escape(content["parameters"])}</code>, '
-      f'{int(content["num_batches"])} batches per task: how much a short step on the column’s task reduces the '
-      'loss of the row’s task, relative to a step on the row’s own task. Below 0, it hurts. Hover for 95 % '
-      f'intervals and the mean of ratios. {interference_file.NO_BASE_LEGEND}.')]
-  for subset in content['subsets']:
-    sure, short = interference_file.has_base(subset), interference_file.summary(subset)
-    names = interference_file.labels(subset, tasks)
-    notes = [[interference_file.note(subset, tasks, i, j) for j in range(len(tasks))] for i in range(len(tasks))]
-    figure = figures.signed_map(names, np.array(subset['ratio_of_means']['value'], np.float64), sure, notes)
-    parts.append(f'<h3>{escape(subset["subset"])}{short and f": {short}"}</h3><div class="wide">{figure}</div>')
-  return ''.join(parts)
+def _image(png: bytes) -> str:
+  return f'<figure><img class="map" alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
 
 
 def _run(run: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -113,19 +113,14 @@ def _run_facts(run: Run, file: storage.Path) -> dict[str, Any]:
           'command': cli.command_line()}
 
 
-# (step about to be taken, its parameters, its batch, target sets) → scalars to log with that step.
-StepHook = Callable[[int, Any, Any, Any], dict[str, jax.Array]]
-
-
 def train(
-    config, workdir: str, devices=None, hooks: Sequence[Callable[[Run], StepHook | None]] = (),
-    compiler: CompilerProcess | None = None, allow_version_mismatch: bool = False) -> int:
+    config, workdir: str, devices=None, compiler: CompilerProcess | None = None,
+    allow_version_mismatch: bool = False) -> int:
   """Trains to `config.train.steps`, from the newest checkpoint of `workdir` if there is one. Returns an exit code.
 
   Args:
     config, workdir: of the run.
     devices: of the mesh; default: all.
-    hooks: called with the run before the first step; each returns a `StepHook`, or None if the config disables it.
     compiler: compiles the steps meanwhile, by `compile_steps`; the first step waits for it.
     allow_version_mismatch: whether the run may continue with other package versions, which are then recorded.
 
@@ -166,7 +161,7 @@ def train(
                                 evaluations)
     stack.push(functools.partial(_close, checkpoints, detector))
     with multihost.exit_with_peers():
-      return _loop(run, workdir, checkpoints, validation, stop, detector, started, hooks, compiler)
+      return _loop(run, workdir, checkpoints, validation, stop, detector, started, compiler)
 
 
 def _buckets(workdir: str, data_dir: str) -> dict[str, str]:
@@ -198,7 +193,7 @@ def compile_steps(config, workdir: str, devices=None) -> int:
 
 def _loop(
     run: Run, workdir: str, checkpoints: Checkpoints, validation: Validation, stop: Stop, detector: HangDetector,
-    started: float, hooks, compiler: CompilerProcess | None) -> int:
+    started: float, compiler: CompilerProcess | None) -> int:
   saved, last = checkpoints.latest(), run.config.train.steps
   first = saved or 0
   finished = f'{workdir} is finished: {first} of {last} steps.'
@@ -214,7 +209,7 @@ def _loop(
     if saved is None:
       state = initial_state(run)
     log = MetricsLog(workdir, first, last, distributed.is_primary())
-    trainer = _Trainer(run, checkpoints, detector, log, validation, hooks, compiler)
+    trainer = _Trainer(run, checkpoints, detector, log, validation, compiler)
   is_missing = validation.is_missing(first, workdir)
   print(f'ready after {time.perf_counter() - started:.0f} s; {"another process" if compiler else "the first step"} '
         'compiles', flush=True)
@@ -235,14 +230,13 @@ class _Trainer:
   """Takes the steps of a run, logs their metrics, evaluates and saves checkpoints; each phase has a time limit."""
 
   def __init__(
-      self, run: Run, checkpoints: Checkpoints, detector: HangDetector, log: MetricsLog, validation: Validation, hooks,
+      self, run: Run, checkpoints: Checkpoints, detector: HangDetector, log: MetricsLog, validation: Validation,
       compiler: CompilerProcess | None):
     self.lacks_evaluation = False  # whether a stop was requested before the newest evaluation that was due had ended
     self._compiler = compiler
     self._run, self._checkpoints, self._phase, self._log = run, checkpoints, detector.phase, log
     self._config, self._mixture, self._target_sets = run.config.train, run.mixture(), run.target_sets()
     self._validation = validation
-    self._hooks = [hook for make in hooks if (hook := make(run))]
     self._step_fn = functools.cache(run.step_fn)  # by task
     self._peak = self._measure_peak() if compiler is None else None  # its process uses the cores: after it
     self._ideal_seconds: dict[str | None, float] = {}  # by task, of a step's products at the peak of the devices
@@ -337,18 +331,15 @@ class _Trainer:
     return task, self._run.put_batch(batch), batch_sizes(batch, self._mixture.layout)
 
   def _take(self, step: int, task: str | None, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-    """(state, metrics with those of the hooks) after step `step + 1`; donates the buffers of the state."""
+    """(state, metrics) after step `step + 1`; donates the buffers of the state."""
     compiles = task not in self._ideal_seconds
-    with self._phase(START, step + 1):  # hooks compile, too
-      # Hooks run before the step, which donates the buffers of the state.
-      extra = {k: v for hook in self._hooks for k, v in hook(step, state.params, batch, self._target_sets).items()}
     with self._phase(START if compiles else STEP, step + 1):
       state, metrics = self._step_fn(task)(state, batch, self._target_sets)
       if compiles:
         self._ideal_seconds[task] = (
             self._run.step_flops(task, batch, self._target_sets) / self._peak if self._peak else 0.0)
         jax.block_until_ready(metrics)
-    return state, {**metrics, **extra}
+    return state, metrics
 
   def _measure_peak(self) -> float | None:
     return peaks.of_mesh(self._run.mesh, projection.matmul_rounded if self._run.rounds_products else jax.numpy.matmul)

@@ -303,8 +303,6 @@ def _check_layout(config: ml_collections.ConfigDict, plan: Plan, mesh: Mapping[s
     return
   shards = sharding.batch_shards(mesh)
   plan.check_batches(shards, config.train.grad_accum_steps)
-  if config.train.interference_every:
-    plan.check_halves(shards, config.train.grad_accum_steps)
 
 
 def _unfitting_kernels(config: ml_collections.ConfigDict, device: jax.Device) -> dict[str, tuple[str, str]]:

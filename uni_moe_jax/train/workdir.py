@@ -40,10 +40,9 @@ _CLASSES = 'classes (fingerprints)'  # of `class_digests` in the provenance of a
 # content of tokenizer.merges_path is part of the data's fingerprint.
 MAY_CHANGE = (
     'train.log_every', 'train.checkpoint_every', 'train.max_to_keep', 'train.keep_every', 'train.best_metric',
-    'train.evaluate_every', 'train.max_nonfinite_steps', 'train.hang_timeout', 'train.interference_every',
-    'train.interference_parameters', 'train.deterministic', 'data.dir', 'data.cache_dir', 'data.cache_gb',
-    'data.max_corrupt_fraction', 'preflight', 'mesh', 'model.attention_impl', 'moe.gmm', 'evaluators',
-    'tokenizer.merges_path')
+    'train.evaluate_every', 'train.max_nonfinite_steps', 'train.hang_timeout', 'train.deterministic',
+    'data.dir', 'data.cache_dir', 'data.cache_gb', 'data.max_corrupt_fraction', 'preflight', 'mesh',
+    'model.attention_impl', 'moe.gmm', 'evaluators', 'tokenizer.merges_path')
 _NO_PROTOCOL = ('batch_size', 'baselines', 'during_training')  # fields of an evaluator that change no score
 _OTHER_DATA = ('a source was prepared again or has a newer version (the newest is read), the data directory or '
                'tokenizer file has changed, or an older version of this package trained the tokenizer.')
