@@ -212,7 +212,8 @@ def _tasks(run: Run, task: str | None) -> Sequence[TaskSpec]:
 def _field_shapes(run: Run, task: TaskSpec, training: bool) -> Mapping[str, tuple[tuple[int, ...], np.dtype]]:
   """Return {field: (shape of one example, dtype)} by tracing the input pipeline."""
   make = run.data.examples(task, training=training).make
-  traced = tf.function(make).get_concrete_function(tf.TensorSpec([2], tf.int64), tf.TensorSpec([2], tf.uint64))
+  signature = tf.TensorSpec([2], tf.int64), tf.TensorSpec([2], tf.uint64)
+  traced = tf.function(make, autograph=False).get_concrete_function(*signature)
   fields = {k: (tuple(v.shape[1:]), np.dtype(v.dtype.as_numpy_dtype)) for k, v in traced.structured_outputs.items()}
   if training and task.mixes or task.type.readout == 'slot' and task.max_predictions:  # two classes, or several answers
     fields |= {k: ((2 if task.mixes else task.max_predictions,), fields[k][1]) for k in ('label', 'weight')}

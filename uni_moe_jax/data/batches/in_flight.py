@@ -42,7 +42,8 @@ def make_ahead(
     max_together: largest k.
   """
   specs = [tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in inputs]
-  trace = lambda flag: tf.function(functools.partial(make, flag), input_signature=specs).get_concrete_function
+  trace = lambda flag: tf.function(
+      functools.partial(make, flag), input_signature=specs, autograph=False).get_concrete_function
   undamaged, any_batch = (functools.cache(trace(flag)) for flag in (True, False))
 
   num_failed, as_numpy = itertools.count(), lambda x: np.asarray(memoryview(x))

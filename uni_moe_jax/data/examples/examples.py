@@ -227,7 +227,8 @@ class _Batch:
       self._specs['pixels'] = np.uint8, self._video_reader.shape
     # Traced once, and then inlined by pipelines of training and evaluation.
     self.make, self.make_undamaged = (
-        tf.function(make, input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.uint64)])
+        tf.function(make, input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.uint64)],
+                    autograph=False)
         for make in (self._make, self._make_undamaged))
 
   def _make(self, ids: tf.Tensor, hashes: tf.Tensor) -> Features:

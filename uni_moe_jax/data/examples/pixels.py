@@ -43,7 +43,7 @@ class Pixels:
 
     def decode_all(read, unroll):
       # A function that is not inlined is traced and optimized once, and costs nothing in the branch that is not taken.
-      @functools.partial(tf.function, experimental_attributes={'_noinline': True})
+      @functools.partial(tf.function, autograph=False, experimental_attributes={'_noinline': True})
       def decode_part(start, stop):
         # One after the other: handing each image to another thread would take as long as decoding a small one.
         images = tf.map_fn(
@@ -71,6 +71,7 @@ class Pixels:
     """As `decode`, but a damaged example is black: (pixels, whether each is undamaged, bool [n])."""
     draws, n = self._draws(hashes), tf.size(data)
 
+    @tf.autograph.experimental.do_not_convert
     def read(i):
       encoded = self._encoded(tf.gather(data, i))
       return i, self._read_arrays(encoded[None])[0] if self._stored else self._read_image(encoded, draws, i)[None]
