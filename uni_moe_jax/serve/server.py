@@ -9,7 +9,9 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -37,65 +39,30 @@ class _Server(uvicorn.Server):
 
 
 def protocol(timeout: float) -> type[H11Protocol]:
-  """HTTP connections that end when a head does not arrive, or an answer is not read, within `timeout` seconds.
+  """HTTP connections that end when a head does not arrive, or an answer is not read, within `timeout` to twice as long.
 
   uvicorn would wait forever for a client that sends a byte now and then, and for one that reads nothing.
   """
   class Protocol(H11Protocol):
-    _deadline: asyncio.TimerHandle | None = None
-    _unread: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
       super().connection_made(transport)
-      self._watch()
-
-    def data_received(self, data: bytes) -> None:
-      super().data_received(data)
-      self._watch()
+      self._watch(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
       super().connection_lost(exc)
-      for timer in (self._deadline, self._unread):
-        if timer:
-          timer.cancel()
+      self._timer.cancel()
 
-    def pause_writing(self) -> None:
-      super().pause_writing()
-      self._limit_reading()
-
-    def resume_writing(self) -> None:
-      super().resume_writing()
-      if self._unread and not self.transport.is_closing():
-        self._unread.cancel()
-        self._unread = None
-
-    def on_response_complete(self) -> None:
-      super().on_response_complete()
-      self._limit_closing()
-
-    def timeout_keep_alive_handler(self) -> None:
-      super().timeout_keep_alive_handler()
-      self._limit_closing()
-
-    def _limit_reading(self) -> None:
-      self._unread = self._unread or self.loop.call_later(timeout, self.transport.abort)
-
-    def _limit_closing(self) -> None:
-      if self.transport.is_closing():  # which waits until the client has read everything
-        self._limit_reading()
-
-    def _end(self) -> None:
-      self.transport.close()
-      self._limit_closing()
-
-    def _watch(self) -> None:
-      self._limit_closing()
-      if self.cycle is not None and not self.cycle.response_complete:
-        if self._deadline:
-          self._deadline.cancel()
-        self._deadline = None
-      elif self._deadline is None and not self.transport.is_closing():
-        self._deadline = self.loop.call_later(timeout, self._end)
+    def _watch(self, before: tuple[Any, int] | None) -> None:
+      """Ends the connection if nothing has changed while the service waited for the client alone."""
+      unread = self.transport.get_write_buffer_size()
+      in_head = self.conn.their_state is h11.IDLE and bool(self.cycle is None or self.conn.trailing_data[0])
+      now = (self.cycle, unread) if unread or in_head else None
+      if now is not None and now == before:
+        self.transport.abort()
+      else:
+        self._timer = self.loop.call_later(timeout, self._watch, now)
 
   return Protocol
 
