@@ -36,13 +36,17 @@ def _exported(tmp_path):
   return folder
 
 
-def _pushed(server, exported, monkeypatch) -> str:
-  monkeypatch.setenv('HF_TOKEN', hub_server.TOKEN)
+def _log_in(exported, token=hub_server.TOKEN):
+  (exported.parent / 'token').write_text(token)  # see `hub_server.running`
+
+
+def _pushed(exported) -> str:
+  _log_in(exported)
   return hub.push(exported, 'me/model')
 
 
-def test_parameters_come_back_bit_for_bit_from_a_private_repository(server, exported, monkeypatch):
-  address = _pushed(server, exported, monkeypatch)
+def test_parameters_come_back_bit_for_bit_from_a_private_repository(server, exported):
+  address = _pushed(exported)
   assert server.repositories['me/model'].private
   assert address == f'hf:me/model@{server.repositories["me/model"].branches["main"]}'
   folder = storage.path('hf:me/model')
@@ -52,8 +56,8 @@ def test_parameters_come_back_bit_for_bit_from_a_private_repository(server, expo
   assert storage.path(f'{address}/programs/step.stablehlo').read_bytes() == bytes(range(256)) * 9
 
 
-def test_a_revision_is_pinned_to_the_commit_that_it_names_now(server, exported, monkeypatch):
-  first = _pushed(server, exported, monkeypatch)
+def test_a_revision_is_pinned_to_the_commit_that_it_names_now(server, exported):
+  first = _pushed(exported)
   assert hub.pinned('hf:me/model', 'init') == hub.pinned('hf:me/model@main', 'init') == first
   server.repositories['me/model'].commit({'more.txt': b'a newer commit'})
   assert hub.pinned(first, 'init') == first and not (storage.path(first) / 'more.txt').exists()
@@ -62,21 +66,21 @@ def test_a_revision_is_pinned_to_the_commit_that_it_names_now(server, exported, 
   assert hub.pinned('runs/quickstart', 'init') == 'runs/quickstart'
 
 
-def test_a_pinned_model_is_used_from_its_copy_without_network(server, exported, monkeypatch):
-  address = _pushed(server, exported, monkeypatch)
+def test_a_pinned_model_is_used_from_its_copy_without_network(server, exported):
+  address = _pushed(exported)
   folder = storage.path(address)
   hub._snapshot.cache_clear()
   server.status = 503
   assert storage.path(address) == folder
 
 
-def test_a_second_model_replaces_the_first_and_leaves_what_others_added(server, exported, monkeypatch):
+def test_a_second_model_replaces_the_first_and_leaves_what_others_added(server, exported):
   old, new = (exported / f'checkpoints/{step}/params' for step in (200, 100))
   old.parent.mkdir(parents=True)
   old.write_bytes(b'of the first model')
   with open(exported / 'SHA256SUMS', 'a') as sums:
     sums.write(f'{hashlib.sha256(old.read_bytes()).hexdigest()}  checkpoints/200/params\n')
-  first = _pushed(server, exported, monkeypatch)
+  first = _pushed(exported)
   server.repositories['me/model'].commit({'LICENSE': b'by hand'})
   new.parent.mkdir()
   new.write_bytes(b'of the second')
@@ -84,38 +88,34 @@ def test_a_second_model_replaces_the_first_and_leaves_what_others_added(server, 
   sums = (exported / 'SHA256SUMS').read_text().splitlines()[:-1]
   (exported / 'SHA256SUMS').write_text('\n'.join(
       [*sums, f'{hashlib.sha256(new.read_bytes()).hexdigest()}  checkpoints/100/params\n']))
-  files = server.repositories['me/model'].commits[_pushed(server, exported, monkeypatch).partition('@')[2]]
+  files = server.repositories['me/model'].commits[_pushed(exported).partition('@')[2]]
   assert {path for path in files if path.startswith('checkpoints/')} == {'checkpoints/100/params'}
   assert files['LICENSE'] == b'by hand'
   assert files['params.safetensors'] == (exported / 'params.safetensors').read_bytes()
   assert (storage.path(first) / 'checkpoints/200/params').read_bytes() == b'of the first model'  # an older commit
 
 
-@pytest.mark.parametrize('where', ['on the Hub', 'in the copy'])
-def test_a_changed_file_is_refused(server, exported, monkeypatch, where):
-  address = _pushed(server, exported, monkeypatch)
-  changed = (exported / 'params.safetensors').read_bytes()
-  changed = changed[:-1] + bytes([changed[-1] ^ 1])
-  if where == 'on the Hub':
-    server.repositories['me/model'].commit({'params.safetensors': changed})
+@pytest.mark.parametrize('name, where', [
+    ('params.safetensors', 'on the Hub'), ('params.safetensors', 'in the copy'),
+    ('programs/step.stablehlo', 'nowhere')])
+def test_a_file_that_was_changed_or_is_missing_is_refused(server, exported, name, where):
+  address = _pushed(exported)
+  repository, changed = server.repositories['me/model'], bytearray((exported / name).read_bytes())
+  changed[-1] ^= 1
+  if where == 'nowhere':
+    del repository.commits[repository.branches['main']][name]
+  elif where == 'on the Hub':
+    repository.commit({name: bytes(changed)})
     address = 'hf:me/model'
   else:
-    (storage.path(address) / 'params.safetensors').resolve().write_bytes(changed)
+    (storage.path(address) / name).resolve().write_bytes(changed)
   hub._snapshot.cache_clear()
-  with pytest.raises(RunError, match=r'params\.safetensors of me/model differs from SHA256SUMS of commit \w+: it was '):
+  with pytest.raises(RunError, match=rf'{name} of me/model differs from SHA256SUMS of commit \w+: it was '):
     storage.path(address, '--model')
 
 
-def test_a_file_that_is_missing_is_refused(server, exported, monkeypatch):
-  _pushed(server, exported, monkeypatch)
-  repository = server.repositories['me/model']
-  del repository.commits[repository.branches['main']]['programs/step.stablehlo']
-  with pytest.raises(RunError, match='programs/step.stablehlo of me/model differs'):
-    storage.path('hf:me/model')
-
-
-def test_a_repository_without_digests_is_no_exported_model(server, exported, monkeypatch):
-  _pushed(server, exported, monkeypatch)
+def test_a_repository_without_digests_is_no_exported_model(server, exported):
+  _pushed(exported)
   repository = server.repositories['me/model']
   del repository.commits[repository.branches['main']]['SHA256SUMS']
   with pytest.raises(UsageError, match='--model: me/model has no SHA256SUMS, so it is no exported model'):
@@ -127,16 +127,16 @@ def test_a_repository_without_digests_is_no_exported_model(server, exported, mon
     ('hf:me/model@v9', r"--model: me/model has no revision 'v9'; give a branch"),
     ('hf:model', r"--model='hf:model' is no address of the Hub; write hf:OWNER/NAME or hf:OWNER/NAME@REVISION"),
     ('hf:me/model/../x', 'is no address of the Hub'), ('hf:me/model@', 'is no address of the Hub')])
-def test_wrong_addresses_are_one_sentence(server, exported, monkeypatch, address, message):
-  _pushed(server, exported, monkeypatch)
+def test_wrong_addresses_are_one_sentence(server, exported, address, message):
+  _pushed(exported)
   with pytest.raises(UsageError, match=message) as e:
     storage.path(address, '--model')
   assert '\n' not in str(e.value)
 
 
-def test_reading_a_private_repository_and_writing_need_a_token(server, exported, monkeypatch):
-  _pushed(server, exported, monkeypatch)
-  monkeypatch.delenv('HF_TOKEN')
+def test_reading_a_private_repository_and_writing_need_a_token(server, exported):
+  _pushed(exported)
+  (exported.parent / 'token').unlink()
   with pytest.raises(UsageError, match='does not exist, or it is private and the token may not read it'):
     storage.path('hf:me/model')
   with pytest.raises(UsageError, match='me/model: the token is missing, has expired or lacks the right; set HF_TOKEN'):
@@ -156,8 +156,8 @@ def test_a_hub_that_does_not_answer_is_one_sentence(server, exported, monkeypatc
 
 @pytest.mark.parametrize('status, token, error', [(500, hub_server.TOKEN, RunError), (0, 'wrong', UsageError)])
 def test_an_upload_that_fails_leaves_the_export_and_names_how_to_upload_it(
-    server, exported, monkeypatch, tmp_path, status, token, error):
-  monkeypatch.setenv('HF_TOKEN', token)
+    server, exported, tmp_path, status, token, error):
+  _log_in(exported, token)
   server.status = status
   folder = exported.rename(tmp_path / 'my model')
   fix = f"remove {folder} before you repeat the command, or upload it by `hf upload me/model '{folder}'`."

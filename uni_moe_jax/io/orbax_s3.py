@@ -1,8 +1,8 @@
 """Checkpoints on S3: Orbax has no driver of TensorStore for s3://, and TensorStore has one.
 
 Orbax 0.12 chooses the driver of an array in one function, by the prefix gs://; any other address must be an absolute
-path of a disk. This module wraps that function, since Orbax has no option for it: it is given an absolute path, and
-the driver of files in what it returns is replaced. Everything else of a checkpoint, Orbax writes by `epath`.
+path of a disk. This module wraps that function: it is given an absolute path, and the driver of files in what it
+returns is replaced. Everything else of a checkpoint, Orbax writes by `epath`.
 """
 
 import functools
@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+# No public hook: neither an option nor a type handler of Orbax reaches the driver of the files that it merges.
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from uni_moe_jax.io import storage

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -27,6 +27,7 @@ from uni_moe_jax.io import hub
 from uni_moe_jax.utils.errors import RunError, UsageError, chain
 from uni_moe_jax.utils.suggest import nearest
 
+os.environ['EPATH_USE_TF'] = 'false'  # TensorFlow's own reader of buckets is not in its packages
 Path = pathlib.Path | epath.Path
 _PACKAGES = {'gs': ('gcsfs', 'gcs'), 's3': ('s3fs', 's3')}  # scheme → package, extra that installs it
 _BUCKET = re.compile(r'[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]')
@@ -121,31 +122,19 @@ def _configure(scheme: str) -> None:
   """Set what all users of the libraries in this process share, Orbax and TensorFlow Datasets among them."""
   import aiohttp  # pylint: disable=g-import-not-at-top
   import fsspec.config  # pylint: disable=g-import-not-at-top
-  from etils.epath import gpath  # pylint: disable=g-import-not-at-top
   for name in ('gcsfs', 'fsspec'):  # they log the traceback of what they raise
     logging.getLogger(name).setLevel(logging.CRITICAL)
   # Zonal buckets: gcsfs would query another service about every bucket, over gRPC, and wait where it is not reachable.
   os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
-  os.environ['EPATH_USE_TF'] = 'false'  # TensorFlow's own reader of buckets is not in its packages
-  gpath._is_tf_installed.cache_clear()  # TFDS may have read local paths before
   timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=_READ_TIMEOUT)
   # Listings are not kept: other processes write, too.
   fsspec.config.conf.setdefault('gs', {}).update(use_listings_cache=False, requests_timeout=timeout)
   fsspec.config.conf.setdefault('s3', {}).update(use_listings_cache=False, config_kwargs=dict(
       connect_timeout=_CONNECT_TIMEOUT, read_timeout=_READ_TIMEOUT,
       retries=dict(mode='standard', max_attempts=_ATTEMPTS)))
-  _close(scheme)  # what was opened before, by TensorFlow Datasets for example, was opened without these settings
   if scheme == 's3':  # answers without a body have a status that botocore does not repeat by itself
     from s3fs import core  # pylint: disable=g-import-not-at-top
     core.set_custom_error_handler(lambda e: re.search(r'\((429|5\d\d)\) when calling', str(e)) is not None)
-
-
-def _close(scheme: str) -> None:
-  """Make all users open a store anew."""
-  import fsspec  # pylint: disable=g-import-not-at-top
-  from etils.epath import backend  # pylint: disable=g-import-not-at-top
-  fsspec.get_filesystem_class(scheme).clear_instance_cache()
-  backend._FileSystemSpecBackend._get_filesystem.cache_clear()
 
 
 def filesystem(address: str | os.PathLike[str]) -> Any:
@@ -162,22 +151,27 @@ def split(address: str | os.PathLike[str]) -> tuple[str, str]:
   return bucket, key
 
 
-def check_access(folder: Path, name: str) -> None:
-  """Check that a remote folder, the value of flag or field `name`, can be listed; one request.
+def check_access(folder: Path, name: str, pauses: Sequence[float] = _PAUSES) -> None:
+  """Check that a remote folder can be listed; one request.
+
+  Args:
+    folder: to list; one of a disk passes.
+    name: of the flag or field whose value it is.
+    pauses: seconds until credentials that are missing are looked for again, one after the other.
 
   Raises:
     UsageError: it cannot. RunError: the store does not answer.
   """
   if not is_remote(folder):
     return
-  for pause in _PAUSES:  # on a machine that has just started, the server of its credentials may start later
+  for pause in pauses:  # on a machine that has just started, the server of its credentials may start later
     try:
       return _list(folder, name)
     except UsageError as e:
       if _meaning(e) != _NO_CREDENTIALS:
         raise
     time.sleep(pause)
-    _close(str(folder).partition(':')[0])
+    type(filesystem(folder)).clear_instance_cache()  # which keeps the credentials that it has found
   _list(folder, name)
 
 
