@@ -117,14 +117,6 @@ def test_a_file_with_code_is_refused_by_name_and_not_executed(tmp_path, zipped):
   assert mark.exists()  # it would have been
 
 
-def test_an_older_file_with_two_calls_names_both(tmp_path):
-  calls = {'x': _Bomb(open, str(tmp_path / 'x'), 'w'), 'y': _Bomb(os.mkdir, str(tmp_path / 'y'))}
-  torch.save({'model': {'a': torch.ones(2)}, **calls}, tmp_path / 'a.pth', _use_new_zipfile_serialization=False)
-  with pytest.raises(LayoutError, match=r'needs .*open, posix\.mkdir, which could execute code'):
-    torch_file.read(tmp_path / 'a.pth')
-  assert not (tmp_path / 'x').exists() and not (tmp_path / 'y').exists()
-
-
 def test_a_folder_is_refused_with_the_usual_file_name(tmp_path):
   with pytest.raises(LayoutError, match='is a folder; choose a file in it, such as mp_rank_00'):
     torch_file.read(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import small_model
 from tests.parity import fixtures
 from tests.parity.fixtures import Arrays, assert_close
-from uni_moe_jax.convert import resize_positions, torch_layout
+from uni_moe_jax.convert import torch_layout
 from uni_moe_jax.model.embedders import sincos_table
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, init_params
 
@@ -24,7 +24,7 @@ def test_tables_and_their_resizing(name):
   assert_close(sincos_table(side, width), arrays['sincos_spatial'], BOUND, 'spatial table')
   assert_close(sincos_table(side, width, 160 / 224), arrays['sincos_spatial_scale160over224'], BOUND, 'scaled table')
   for key in [k for k in arrays.keys('resize') if k.endswith('_in')]:
-    function = resize_positions.spatial if '.spatial' in key else resize_positions.linear
+    function = torch_layout.resize_spatial if '.spatial' in key else torch_layout.resize_linear
     theirs = arrays[key.replace('_in', '_out')]
     assert_close(function(arrays[key], len(theirs)), theirs, BOUND, key)
   assert not arrays.unread, sorted(arrays.unread)

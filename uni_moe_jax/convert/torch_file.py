@@ -9,7 +9,6 @@ import errno
 import os
 import pathlib
 import pickle
-import pickletools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -42,8 +41,6 @@ _OLDER_ATTENTION = {  # has experts → …
            (r'\.attention\.output\.dense\.', '.self_attn.dense.')),
 }
 _UNUSED_OLDER = 'visual_embed.'
-_LEGACY_PICKLES = 4  # magic number, protocol, system, contents
-_HARMLESS = r'collections\.OrderedDict|torch\._utils\.\w+|torch\.\w+Storage|torch\.\w+'
 
 
 def _torch():
@@ -121,24 +118,11 @@ def _damaged(path: pathlib.Path, e: Exception) -> LayoutError:
 
 
 def _refused(path: pathlib.Path, message: str) -> list[str]:
-  """Globals in a file that reading parameters does not need."""
+  """Globals in a file that reading parameters does not need; of an older file format, the first one alone."""
   try:
     return sorted(_torch().serialization.get_unsafe_globals_in_checkpoint(path))
-  except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):  # an older file format: a sequence of pickles
-    named = set(re.findall(r'(?:GLOBAL |Unsupported (?:global|class) )([\w.]+)', message))
-    return sorted(named | {g for g in _globals(path) if not re.fullmatch(_HARMLESS, g)}) if named else []
-
-
-def _globals(path: pathlib.Path) -> set[str]:
-  """Every global in the pickles at the start of a file, without executing them."""
-  names = set()
-  try:
-    with path.open('rb') as file:
-      for _ in range(_LEGACY_PICKLES):
-        names |= {str(arg).replace(' ', '.') for op, arg, _ in pickletools.genops(file) if op.name == 'GLOBAL'}
-  except ValueError:  # no more pickles
-    pass
-  return names
+  except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+    return re.findall(r'(?:GLOBAL |Unsupported (?:global|class) )([\w.]+)', message)[:1]
 
 
 def _state_of(loaded: Any, path: pathlib.Path) -> dict[str, Any]:

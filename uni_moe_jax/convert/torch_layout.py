@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
 
 from uni_moe_jax.config.schema import PUBLISHED_TEMPERATURES
-from uni_moe_jax.convert import resize_positions
 from uni_moe_jax.model.embedders import sincos_table
 from uni_moe_jax.model.heads import LOG_SCALE
 from uni_moe_jax.model.spec import ROUTER_PARAMS, ModelSpec
@@ -348,7 +348,7 @@ def _size_fix(key: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> st
 
 def _resized(value: np.ndarray, entry: Entry, shape: tuple[int, ...], spec: ModelSpec, report: Report) -> np.ndarray:
   """Resizes position tables of another size; returns every other array unchanged."""
-  functions = {'embed/spatial': resize_positions.spatial, 'embed/temporal': resize_positions.linear}
+  functions = {'embed/spatial': resize_spatial, 'embed/temporal': resize_linear}
   if entry.path not in functions or value.ndim != 2 or value.shape[1:] != shape[1:]:
     return value
   is_fixed = entry.path == 'embed/spatial' and spec.posemb == 'frozen' and _has_fixed_positions(value, spec)
@@ -361,3 +361,16 @@ def _resized(value: np.ndarray, entry: Entry, shape: tuple[int, ...], spec: Mode
     return functions[entry.path](value, shape[0])
   except (ValueError, ZeroDivisionError) as e:
     raise LayoutError(f'{entry.key}: {e}') from None
+
+
+def resize_spatial(table: np.ndarray, rows: int) -> np.ndarray:
+  """Spatial table [side², D] → [rows, D], bilinear; raises LayoutError where a number of rows is not a square."""
+  old, new = math.isqrt(len(table)), math.isqrt(rows)
+  if old * old != len(table) or new * new != rows:
+    raise LayoutError(f'cannot resize a spatial table from {len(table)} to {rows} rows: both must be squares.')
+  return resize_linear(table.reshape(old, old, -1), new, new).reshape(rows, -1)
+
+
+def resize_linear(table: np.ndarray, *sizes: int) -> np.ndarray:
+  """Table [*n, D] → [*sizes, D]: half-pixel centers, no antialiasing, as the published code loads a checkpoint."""
+  return np.asarray(jax.image.resize(table, (*sizes, table.shape[-1]), 'linear', antialias=False))
