@@ -35,17 +35,17 @@ def main() -> int:
 
 
 def _from_torch() -> int:
+  from uni_moe_jax.config.plan import make_plan
   from uni_moe_jax.convert import torch_file, torch_layout
   from uni_moe_jax.train import checkpoint, workdir
   from uni_moe_jax.train import run as train_run
   config, folder, step = cli.config_of(_CONFIG), storage.path(_WORKDIR.value), workdir.saved_step(_WORKDIR.value)
-  if step is not None and (step or (folder / workdir.CONFIG_FILE).exists()):
-    raise UsageError(f'workdir {_WORKDIR.value} already has a checkpoint of step {step}; choose another.')
-  workdir.claim_workdir(_WORKDIR.value, config)
+  if step or (folder / workdir.CONFIG_FILE).exists():
+    raise UsageError(f'workdir {_WORKDIR.value} already has a run; choose another.')
+  make_plan(config)  # mistakes are reported before the checkpoint is read
   state, remarks = torch_file.read(storage.path(_CHECKPOINT.value), config.model.modality_embedding)
   run = train_run.build(config)
   params, report = torch_layout.from_torch(state, run.spec.model.spec)
-  workdir.claim_workdir(_WORKDIR.value, config, run.data.fingerprint, writes=False)
   with storage.path(_CHECKPOINT.value).open('rb') as file:
     origin = {'checkpoint': _CHECKPOINT.value, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()}
   storage.remove_folder(folder / workdir.CHECKPOINTS / '0')  # of a conversion that ended before it wrote the config

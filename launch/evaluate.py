@@ -6,9 +6,9 @@
 The second command evaluates a run zero-shot on another task, in a work directory of its own.
 
 Runs the evaluators of the config on the newest checkpoint (averaged parameters if the run has them), prints the main
-metric of each and writes evaluation.json with all of them, evaluation_examples.npz with the scores of single examples,
-samples.json and, for routers by condition, experts.json and experts.png. A step is not evaluated again with the same
-evaluators and data unless --force is given. Uses all devices; on several hosts, run it on each with --distributed=auto.
+metric of each and writes evaluation.json with all of them, samples.json and, for routers by condition, experts.json and
+experts.png. A step is not evaluated again with the same evaluators and data unless --force is given. Uses all devices;
+on several hosts, run it on each with --distributed=auto.
 """
 
 from absl import flags
@@ -37,7 +37,7 @@ def main() -> int:
   config = cli.config_of(_CONFIG) if _CONFIG.present else workdir_lib.load_config(workdir)
   same_config.check(config, cluster)
   if _CONFIG.present:
-    workdir_lib.claim_workdir(workdir, config)
+    workdir_lib.check_workdir(workdir, config)
   plan = make_plan(config)
   from uni_moe_jax.eval import headline, suite
   from uni_moe_jax.train import checkpoint

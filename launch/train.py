@@ -56,7 +56,7 @@ def main() -> int:
         files.check_writable(_WORKDIR.value, '--workdir')
       shared_folder.check(cluster, _WORKDIR.value, create=True)
       same_config.check(config, cluster)
-      workdir.claim_workdir(_WORKDIR.value, config, extends=True)
+      workdir.check_workdir(_WORKDIR.value, config, extends=True)
       workdir.check_versions(_WORKDIR.value, _ALLOW_VERSION_MISMATCH.value, writes=False)
       file_dataset.check_directory(config.data.dir)
       separately = separately and not workdir.is_finished(_WORKDIR.value, config.train.steps)

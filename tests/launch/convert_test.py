@@ -131,12 +131,12 @@ def test_a_conversion_that_ends_before_its_end_leaves_no_run_and_is_repeated(fil
     assert not (tmp_path / 'run/config.json').exists()
     assert workdir_lib.saved_steps(tmp_path / 'run') == steps
   with pytest.raises(UsageError, match='has checkpoints, but no config.json'):
-    workdir_lib.claim_workdir(tmp_path / 'run', _config(files[0]), extends=True)  # by uni-moe train
+    workdir_lib.check_workdir(tmp_path / 'run', _config(files[0]), extends=True)  # by uni-moe train
   (folder / 'manifest.json').unlink()  # which shows that the step is written again
   _run('convert', *arguments)
   assert (tmp_path / 'run/config.json').exists() and (folder / 'manifest.json').exists()
   assert in_process.run(_SCRIPT, *arguments) == 2
-  assert 'already has a checkpoint of step 0; choose another' in capfd.readouterr().err
+  assert 'already has a run; choose another' in capfd.readouterr().err
 
 
 def test_best_converts_the_best_checkpoint_of_a_run(files, tmp_path, capfd):

@@ -15,8 +15,6 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +22,6 @@ from typing import Any
 import hypothesis
 from hypothesis import strategies as st
 
-from tests.helpers.processes import ROOT
 from tests.helpers.same_examples import same_examples
 from uni_moe_jax import __version__
 from uni_moe_jax import config as config_lib
@@ -244,7 +241,7 @@ def _write_config(folder: pathlib.Path, content: bytes | dict[str, Any]) -> None
 
 def _load_config(folder: pathlib.Path) -> int:
   c = workdir.load_config(folder)
-  workdir.claim_workdir(folder, c)
+  workdir.check_workdir(folder, c)
   workdir.check_versions(folder)
   make_plan(c).check_trains()
   file_dataset.check_directory(c.data.dir)
@@ -276,8 +273,9 @@ def unreachable_path(draw, folder: pathlib.Path) -> Case:
 
   def main() -> int:
     file_dataset.check_directory(c.data.dir)
-    for fingerprint in (None, 'fingerprint'):
-      workdir.claim_workdir(folder / 'run' if is_data_dir else path, c, fingerprint=fingerprint)
+    new = folder / 'run' if is_data_dir else path
+    workdir.check_workdir(new, c)
+    workdir.claim_workdir(new, c, 'fingerprint')
     return exit_codes.FINISHED
   return Case(main, bad=True)
 
@@ -301,62 +299,6 @@ def checkpoint(draw, folder: pathlib.Path) -> Case:
       checkpoints.latest()
     return exit_codes.FINISHED
   return Case(main, bad=new != old)
-
-
-@st.composite
-def _commands(draw, folder: pathlib.Path) -> list[str]:
-  """Draw a command with a mistake: script and arguments. What is wrong is found before slow libraries are imported."""
-  train = ['train.py', f'--config={ROOT}/configs/quickstart.py']
-  mistake = draw(st.sampled_from(('override', 'flag', 'damaged work directory', 'unreachable path', 'own data')))
-  if mistake == 'override':
-    path = draw(st.sampled_from([p for p in _NUMBERS if p[0] in ('model', 'moe', 'train', 'optim')]))
-    value = draw(st.sampled_from(('wide', 'nan', '-1000000', '1e300', '[]')))
-    field = '.'.join(path) + draw(st.sampled_from(('', '', 'x')))
-    return [*train, f'--workdir={folder}/run', f'--config.{field}={value}']
-  if mistake == 'flag':
-    script = draw(st.sampled_from(('train', 'evaluate', 'report', 'prepare_data', 'convert'))) + '.py'
-    flags = ('--wrokdir=x', '--workdir', 'x', '--config=nowhere.py', '--config=../../x.py:a', '--=',
-             '--config.model.width=3')
-    return [script, *draw(st.permutations([f'--nothing{draw(st.integers(0, 99))}', draw(st.sampled_from(flags))]))]
-  if mistake == 'damaged work directory':
-    _write_config(folder, {})
-    content = (folder / workdir.CONFIG_FILE).read_bytes()
-    _write_config(folder, content[:draw(st.integers(1, 50))])
-    return [*draw(st.sampled_from((train, ['evaluate.py'], ['interference.py']))), f'--workdir={folder}']
-  if mistake == 'unreachable path':
-    path = draw(st.sampled_from(UNREACHABLE))
-    (folder / 'train.txt').write_text('one line\n')
-    prepare = ['prepare_data.py', '--name=x']
-    return draw(st.sampled_from((
-        # Two mistakes, so that the command ends early.
-        [*train, f'--workdir={path}', f'--config.data.dir={folder}/nowhere'],
-        [*train, f'--workdir={folder}/run', f'--config.data.dir={path}'],
-        [*prepare, f'--input={path}', f'--data_dir={folder}'],
-        [*prepare, f'--input={folder}/train.txt', f'--data_dir={path}'])))
-  source = folder / draw(st.sampled_from(('data.jsonl', 'data.txt', 'data', 'data.csv')))
-  if source.suffix == '.jsonl':  # every row is bad
-    rows = ('{"image": "gone.png"}', '{', '[]', '{"label": 3}', '\0', '{"captions": "a"}', '{"image": "data.jsonl"}',
-            '[' * 9999)
-    source.write_text('\n'.join(draw(st.lists(st.sampled_from(rows), min_size=1, max_size=5))))
-  elif source.suffix == '.txt':
-    source.write_bytes(draw(st.sampled_from((b'', b'\n \n', b'\r' * 99))))
-  elif not source.suffix:
-    source.mkdir()
-    (source / 'a.png').write_bytes(draw(st.binary(max_size=99)))
-  more = ('--gif=image', '--max_corrupt_fraction=1', '--test_fraction=2', '--version=1', '--gif=film', '--name=../x')
-  return ['prepare_data.py', f'--input={source}', '--name=x', f'--data_dir={folder}/out', draw(st.sampled_from(more))]
-
-
-def command(draw, folder: pathlib.Path) -> Case:
-  """A command with a mistake, in a process of its own."""
-  script, *arguments = draw(_commands(folder))
-
-  def main() -> int:
-    done = subprocess.run([sys.executable, str(ROOT / 'launch' / script), *arguments], capture_output=True, text=True,
-                          errors='replace', env={**os.environ, 'PYTHONPATH': str(ROOT)}, check=False)
-    print(done.stderr, file=sys.stderr)
-    return done.returncode
-  return Case(main, bad=True, timeout=60)
 
 
 PROPERTIES: dict[str, Property] = {

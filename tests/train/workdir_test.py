@@ -61,9 +61,10 @@ def test_a_run_that_continues_records_what_may_change_and_one_that_is_only_check
   before = _content(tmp_path)
   c.train.best_metric, c.data.dir, c.mesh.data = 'loss/total', '/elsewhere', 1
   c.evaluators.shapes = config_lib.evaluator('classification', 'shape', split='train')
-  for given in (dict(fingerprint='print'), dict(extends=True), dict(fingerprint='print', extends=True, writes=False)):
-    workdir.claim_workdir(tmp_path, c, **given)
-    assert _content(tmp_path) == before
+  workdir.check_workdir(tmp_path, c, extends=True)
+  workdir.claim_workdir(tmp_path, c, 'print')
+  workdir.claim_workdir(tmp_path, c, 'print', extends=True, writes=False)
+  assert _content(tmp_path) == before
   workdir.claim_workdir(tmp_path, c, 'print', extends=True)
   assert workdir.load_config(tmp_path).to_dict() == c.to_dict()
   assert {k: v for k, v in _content(tmp_path).items() if k != 'config'} == {
@@ -200,7 +201,7 @@ def test_published_merges_may_be_compressed_differently(tmp_path):
 
 
 def test_a_check_without_data_creates_nothing(tmp_path):
-  workdir.claim_workdir(tmp_path / 'new', tiny.config('shape'))
+  workdir.check_workdir(tmp_path / 'new', tiny.config('shape'))
   assert not (tmp_path / 'new').exists()
 
 

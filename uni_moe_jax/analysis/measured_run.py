@@ -10,7 +10,7 @@ from absl import flags
 
 from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.config.plan import make_plan
-from uni_moe_jax.train.workdir import claim_workdir, load_config
+from uni_moe_jax.train.workdir import check_workdir, load_config
 from uni_moe_jax.utils.errors import UsageError
 
 flags.disclaim_key_flags()  # --help of a script lists the flags that it defines through this module
@@ -31,7 +31,7 @@ def define_flags() -> Callable[[], tuple[ml_collections.ConfigDict, str, int | N
     if at_init.value and step.value is not None:
       raise UsageError('--at_init and --step name two sets of parameters; give one.')
     c = load_config(workdir.value) if config.value is None else cli.config_of(config)
-    claim_workdir(workdir.value, c)  # only checks
+    check_workdir(workdir.value, c)
     if data_dir.value:
       c.data.dir = data_dir.value
     make_plan(c)

@@ -138,9 +138,6 @@ def train(
       inputs, evaluations = run.data.inputs_fingerprint, validation.fingerprints()
       multihost.check_same_data(inputs, evaluations)
       is_primary = distributed.is_primary()
-      claim = functools.partial(claim_workdir, workdir, run.config, run.data.fingerprint, inputs=inputs, extends=True,
-                                evaluations=evaluations, class_digests=run.class_digests)
-      claim(writes=False)
       if is_primary:
         storage.make_folder(storage.path(workdir))
       owner = locks.lock(workdir, stack) if is_primary else None
@@ -150,8 +147,10 @@ def train(
       finished = is_finished(workdir, config.train.steps)
       if not finished:
         run.data.check_space(validation.evaluations)
+      # Last: a start that is refused changes nothing.
+      claim_workdir(workdir, run.config, run.data.fingerprint, is_primary, inputs, extends=True,
+                    evaluations=evaluations, class_digests=run.class_digests)
       check_versions(workdir, allow_version_mismatch, writes=is_primary)
-      claim(writes=is_primary)  # last: a start that is refused changes nothing
       copy_tokenizer(workdir, run.data.tokenizer_file, is_primary)
       file = storage.path(workdir) / RUN_FILE
       if is_primary and not (finished and file.exists()):  # what has trained it

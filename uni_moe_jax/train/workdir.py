@@ -156,15 +156,23 @@ def _check_best(
         'new one, also in best_metric.')
 
 
+def check_workdir(workdir: str | os.PathLike[str], config: ml_collections.ConfigDict, extends: bool = False) -> None:
+  """Checks, before data is read, that a work directory is new or has a run with this config. Writes nothing.
+
+  See `claim_workdir` for its arguments and errors.
+  """
+  _compare(workdir, config, None, None, extends, {})
+
+
 def claim_workdir(
-    workdir: str | os.PathLike[str], config: ml_collections.ConfigDict, fingerprint: str | None = None,
-    writes: bool = True, inputs: str | None = None, extends: bool = False,
-    evaluations: Mapping[str, str] | None = None, class_digests: Mapping[str, str] | None = None) -> None:
+    workdir: str | os.PathLike[str], config: ml_collections.ConfigDict, fingerprint: str, writes: bool = True,
+    inputs: str | None = None, extends: bool = False, evaluations: Mapping[str, str] | None = None,
+    class_digests: Mapping[str, str] | None = None) -> None:
   """Creates a work directory for this run, or checks that it is this run's.
 
   Args:
     workdir, config: of the run.
-    fingerprint: of its data; None before the data is read: checks only, and creates nothing.
+    fingerprint: of its data.
     writes: whether this process creates it; one of several does.
     inputs: digest of the data and of the files it depends on, see `Data.inputs_fingerprint`; None: not compared.
     extends: whether the run continues with this config: fields in `MAY_CHANGE` are recorded as they are now, since
@@ -178,36 +186,48 @@ def claim_workdir(
       has checkpoints without a config, and `extends`.
   """
   path = storage.path(workdir) / CONFIG_FILE
+  plain, old, extended = _compare(workdir, config, fingerprint, inputs, extends, evaluations or {})
+  if not writes:
+    return
+  if old is None:
+    storage.make_folder(path.parent)
+    write_json(path, {_PACKAGE: __version__, 'config': plain, 'data': fingerprint, 'inputs': inputs,
+                      'class_digests': class_digests or {}, 'versions': versions()})
+  elif extends and plain != old['config']:
+    steps = old['config']['train']['steps']
+    write_json(path, {**old, 'config': plain, 'extended': [*old['extended'], *([steps] if extended else [])]})
+    if extended:
+      print(f'{workdir} is extended from {steps} to {plain["train"]["steps"]} steps', flush=True)
+
+
+def _compare(
+    workdir: str | os.PathLike[str], config: ml_collections.ConfigDict, fingerprint: str | None, inputs: str | None,
+    extends: bool, evaluations: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any] | None, bool]:
+  """(config as JSON, what config.json has, whether the run gets more steps); see `claim_workdir`."""
+  path = storage.path(workdir) / CONFIG_FILE
   parse_config(config)
   plain = json.loads(json.dumps(apply_choices(config).to_dict()))  # as JSON stores it: tuples become lists
-  new = {'config': plain, 'data': fingerprint, 'inputs': inputs}
-  if path.exists():
-    old = _read(path)
-    extended = extends and _extends(workdir, old['config'], plain)
-    changed = [] if extended else differences(old['config'], plain)
-    if fingerprint is not None and old['data'] != fingerprint and not changed:
-      raise UsageError(
-          f'workdir {workdir} belongs to a run with different data, by its fingerprint: {_OTHER_DATA} Restore the old '
-          'data, for example by moving the newer version elsewhere, or give another --workdir.')
-    if inputs is not None and old['inputs'] not in (None, inputs) and not changed:
-      changed = ['the content of the tokenizer file, or of a file of class names']
-    if changed:
-      raise UsageError(f'workdir {workdir} belongs to a run with another config '
-                       f'({first_few(changed, separator="; ")}); give another --workdir, or the config of that run.'
-                       f'{_hint_of_init(workdir, old["config"], changed)}')
-    if extends:
-      _check_best(workdir, old['config'], plain, evaluations or {})
-    if extends and fingerprint is not None and writes and plain != old['config']:
-      steps = old['config']['train']['steps']
-      write_json(path, {**old, 'config': plain, 'extended': [*old['extended'], *([steps] if extended else [])]})
-      if extended:
-        print(f'{workdir} is extended from {steps} to {plain["train"]["steps"]} steps', flush=True)
-  elif extends and saved_steps(workdir):
-    raise UsageError(f'workdir {workdir} has checkpoints, but no {CONFIG_FILE}, for example because uni-moe convert '
-                     'was interrupted: repeat that command, copy the file back, or give another --workdir.')
-  elif fingerprint is not None and writes:
-    storage.make_folder(path.parent)
-    write_json(path, {_PACKAGE: __version__, **new, 'class_digests': class_digests or {}, 'versions': versions()})
+  if not path.exists():
+    if extends and saved_steps(workdir):
+      raise UsageError(f'workdir {workdir} has checkpoints, but no {CONFIG_FILE}, for example because uni-moe convert '
+                       'was interrupted: repeat that command, copy the file back, or give another --workdir.')
+    return plain, None, False
+  old = _read(path)
+  extended = extends and _extends(workdir, old['config'], plain)
+  changed = [] if extended else differences(old['config'], plain)
+  if fingerprint is not None and old['data'] != fingerprint and not changed:
+    raise UsageError(
+        f'workdir {workdir} belongs to a run with different data, by its fingerprint: {_OTHER_DATA} Restore the old '
+        'data, for example by moving the newer version elsewhere, or give another --workdir.')
+  if inputs is not None and old['inputs'] not in (None, inputs) and not changed:
+    changed = ['the content of the tokenizer file, or of a file of class names']
+  if changed:
+    raise UsageError(f'workdir {workdir} belongs to a run with another config '
+                     f'({first_few(changed, separator="; ")}); give another --workdir, or the config of that run.'
+                     f'{_hint_of_init(workdir, old["config"], changed)}')
+  if extends:
+    _check_best(workdir, old['config'], plain, evaluations)
+  return plain, old, extended
 
 
 def note_other_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
