@@ -14,7 +14,7 @@ on several hosts, run it on each with --distributed=auto.
 from absl import flags
 
 from uni_moe_jax.cli import boundary as cli
-from uni_moe_jax.parallel import distributed, shared_folder
+from uni_moe_jax.parallel import distributed
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -28,14 +28,14 @@ _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder of the prepared data; 
 
 def main() -> int:
   from uni_moe_jax.config.plan import make_plan
-  from uni_moe_jax.train import same_config
+  from uni_moe_jax.train import process_checks
   from uni_moe_jax.train import workdir as workdir_lib
   workdir, cluster = _WORKDIR.value, _CLUSTER()
   writes = distributed.initialize(cluster)
-  shared_folder.check(cluster, workdir, create=_CONFIG.present)
+  process_checks.check_folder(cluster, workdir, create=_CONFIG.present)
   # Mistakes are reported before the slow libraries below are imported.
   config = cli.config_of(_CONFIG) if _CONFIG.present else workdir_lib.load_config(workdir)
-  same_config.check(config, cluster)
+  process_checks.check_config(config, cluster)
   if _CONFIG.present:
     workdir_lib.check_workdir(workdir, config)
   plan = make_plan(config)

@@ -35,12 +35,12 @@ def data():
   return (plan := make_plan(config)), Data(config, plan)
 
 
-def _query(data, entry: str, predictor, **changes) -> Query:
+def _query(data, entry: str, predictor, query=Query, **changes) -> Query:
   plan, d = data
   e = dataclasses.replace(next(e for e in plan.evaluations if e.name == entry), **changes)
   names = d.target_sets[e.task.target_set].names if e.task.target_set else ()
   keys, records = d.entry_keys.get(e.task.target_set, ()), d.records(e.task.source, 'train')
-  return Query(e, predictor, d.examples(e.task), records, records, names, keys, d.tokenizer, {}, tiny.data_dir())
+  return query(e, predictor, d.examples(e.task), records, records, names, keys, d.tokenizer, {}, tiny.data_dir())
 
 
 class _Oracle:
@@ -114,7 +114,6 @@ def test_a_model_whose_scores_are_nan_or_equal_is_never_right(data, name, metric
   V = {'shape': 3, 'text': data[1].tokenizer.size}[name]
   scores, sound = (_scores(data, name, oracle(V)) for oracle in (Broken, _Oracle))
   assert {m: (scores[m].value, sound[m].value) for m in metrics} == dict.fromkeys(metrics, (0.0, 1.0))
-  assert not scores[metrics[0]].per_example.any() and sound[metrics[0]].per_example.any()
 
 
 def test_of_few_candidates_chance_is_not_above_1(data):
@@ -171,16 +170,19 @@ def test_baselines_can_be_left_out(data, name, targets):
   assert without == {metric: dataclasses.replace(s, baselines={}) for metric, s in scored.items()}
 
 
-def test_images_of_files_are_ranked_by_the_texts_of_their_neighbors(data, monkeypatch):
-  monkeypatch.setattr(Query, 'neighbor_phrases', lambda query, ids: ['a red bar', 'a disc', 'a star'])
-  scores = _retrieve(data, _Reader(data[1].tokenizer), _SHARED, 30)
+def test_images_of_files_are_ranked_by_the_texts_of_their_neighbors(data):
+  def scores_of(*copied):
+    class Copies(Query):
+      def neighbor_phrases(self, ids):
+        return list(copied)
+    return _retrieve(data, _Reader(data[1].tokenizer), _SHARED, 30, Copies)
+
+  scores = scores_of('a red bar', 'a disc', 'a star')
   # Image 1 copies "a disc": closest to "a blue disc", its own. Image 2 copies its own text, 0 its own.
   assert scores['i2t_R@1'].baselines == {"nearest neighbor's name": 1.0}
   # "An image" has a word in common with no copy: by chance; the other three are the closest to one copy each.
   assert scores['t2i_R@1'].baselines["nearest neighbor's name"] >= 3 / 4
-  monkeypatch.setattr(Query, 'neighbor_phrases', lambda query, ids: ['a star', 'a red bar', 'a disc'])
-  turned = _retrieve(data, _Reader(data[1].tokenizer), _SHARED, 30)
-  assert turned['i2t_R@1'].baselines == {"nearest neighbor's name": 0.0}
+  assert scores_of('a star', 'a red bar', 'a disc')['i2t_R@1'].baselines == {"nearest neighbor's name": 0.0}
 
 
 def test_retrieval_of_equal_features_is_perfect_and_of_shifted_ones_is_nothing(data):
@@ -224,9 +226,9 @@ class _Reader(_Oracle):
     return self._tokenizer.decode(self._tokenizer.encode(text))
 
 
-def _retrieve(data, reader, texts, max_len, **changes):
+def _retrieve(data, reader, texts, max_len, query=Query, **changes):
   """Scores of retrieval among three images with these texts."""
-  query = _query(data, 'pair', reader, num_draws=0, batch_size=3)
+  query = _query(data, 'pair', reader, query, num_draws=0, batch_size=3)
   examples = dataclasses.replace(query.examples, size=3, references=lambda ids: [texts[i] for i in ids])
   evaluation = dataclasses.replace(query.evaluation, task=dataclasses.replace(query.task, max_len=max_len))
   return _run(dataclasses.replace(query, evaluation=evaluation, examples=examples, **changes))
@@ -340,14 +342,6 @@ def test_captions_may_be_scored_as_the_tokenizer_splits_them(data, published_tok
   assert scores['exact_match'].value == 0.0
 
 
-def test_a_character_that_the_tokenizer_does_not_have_counts_in_references(data):
-  tokenizer, references = data[1].tokenizer, [('a ✈ bar',), ('a disc',), ('a star',)]
-  dropped = [tokenizer.decode(tokenizer.encode(text)) for text, in references]
-  assert '✈' not in dropped[0]
-  assert _captions(data, tokenizer, references, dropped)['exact_match'].value == 2 / 3
-  assert _captions(data, tokenizer, references, [text for text, in references])['exact_match'].value == 1.0
-
-
 def test_a_caption_equal_to_one_of_its_references_is_exact_in_the_score_and_in_the_samples(data, tmp_path):
   references = [('a red bar', 'a bar'), ('a disc', 'a blue disc'), ('a star',)]
   captions, samples = ['a bar', 'a red disc', 'a star'], {}  # the second is equal to neither of two
@@ -382,19 +376,25 @@ def test_a_subset_is_seeded_by_the_evaluators_name(data):
   assert ids[0] == ids[1] != ids[2] and len(set(ids[0])) == 6
 
 
-def test_an_evaluation_has_the_views_and_the_search_of_its_config(data, monkeypatch):
+def test_an_evaluation_has_the_views_and_the_search_of_its_config(data):
   plan, d = data
   views, search = dict(num_views=2, num_crops=3), dict(beam_size=4, length_penalty=0.5, max_len=5)
   evaluation = dataclasses.replace(
       next(e for e in plan.evaluations if e.name == 'caption'), num_examples=3, batch_size=3, **views, **search)
-  seen, examples = [], type(d).examples
-  monkeypatch.setattr(
-      type(d), 'examples', lambda self, task, split, **fields: seen.append(fields) or examples(self, task, split))
+  seen = []
+
+  class Recorded:
+    def __getattr__(self, name):
+      return getattr(d, name)
+
+    def examples(self, task, split, **fields):
+      seen.append(fields)
+      return d.examples(task, split, **fields)
 
   class Recorder(_Oracle):
     def captions(self, task, pixels, beam_size, length_penalty, constrain_to, max_len, reranker):
       seen.append(dict(beam_size=beam_size, length_penalty=length_penalty, max_len=max_len))
       return ['a'] * len(pixels)
 
-  suite.scores(evaluation, d, Recorder(1), {})
+  suite.scores(evaluation, Recorded(), Recorder(1), {})
   assert seen == [views, search]

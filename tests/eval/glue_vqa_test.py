@@ -1,5 +1,7 @@
 """Answers at a slot: GLUE's metrics and VQA's soft score, of predictors with given answers."""
 
+import dataclasses
+import statistics
 import tempfile
 
 import numpy as np
@@ -12,7 +14,7 @@ from uni_moe_jax.data.batches.assemble import Data
 from uni_moe_jax.data.examples.examples import Examples
 from uni_moe_jax.data.shards import file_dataset
 from uni_moe_jax.data.shards.file_dataset import FileDataset
-from uni_moe_jax.eval import dataset_baselines, predictor
+from uni_moe_jax.eval import predictor
 from uni_moe_jax.eval.evaluators import Query
 from uni_moe_jax.eval.suite import EVALUATORS
 
@@ -36,7 +38,7 @@ class _Predicts:
     return predictor.rank(np.log(np.eye(self.V)[self.answers[ids]] * 0.8 + 0.1)[:, None], labels)
 
 
-def _evaluate(evaluator, task, keys, examples, predicts, trained=(), evaluated=(), **values):
+def _evaluate(evaluator, task, keys, examples, predicts, trained=(), evaluated=(), query=Query, **values):
   """trained, evaluated: rows, or a dataset. values: of the evaluator."""
   columns = {'a': 'text', 'label': 'class', 'answers': 'texts'}
   with tempfile.TemporaryDirectory() as data_dir:
@@ -48,8 +50,16 @@ def _evaluate(evaluator, task, keys, examples, predicts, trained=(), evaluated=(
     records = [rows if isinstance(rows, FileDataset) else FileDataset(
         'own:x', len(rows), lambda ids, rows=rows: [rows[i] for i in ids], columns, {'label': keys}, {}, repr(rows))
                for rows in (evaluated, trained)]
-    query = Query(e, predicts, examples, *records, keys, keys, None, {}, data_dir)
-    return {s.name: s for s in EVALUATORS[evaluator](query)}
+    return {s.name: s for s in EVALUATORS[evaluator](
+        query(e, predicts, examples, *records, keys, keys, None, {}, data_dir))}
+
+
+class _FewEvaluated(Query):
+  """Its baselines see two examples."""
+
+  @property
+  def baselines(self):
+    return dataclasses.replace(super().baselines, num_examples={'text': (9, 2)})
 
 
 def _text(**fields):
@@ -76,7 +86,6 @@ def test_glue_counts_every_example_once_and_scores_by_hand():
   scores = _evaluate('glue', _text(), ('no', 'yes'), _examples(7), predicts, *rows)
   assert sorted(set(predicts.seen)) == list(range(7)) and scores['accuracy'].count == 7
   assert scores['accuracy'].value == pytest.approx(4 / 7)
-  assert scores['accuracy'].per_example.tolist() == (LABELS == 1).tolist()  # in the order of the data
   assert scores['F1'].value == pytest.approx(8 / 11)
   assert scores['Matthews'].value == 0
   # The most frequent class in training is no; its words tell the classes apart.
@@ -110,11 +119,11 @@ def test_an_answer_that_the_target_set_lacks_is_never_right(evaluator, metric):
 
 
 @pytest.mark.parametrize('evaluator, metric', [('glue', 'accuracy'), ('classification', 'top-1')])
-def test_a_score_has_the_number_of_examples_of_a_baseline_on_a_part_of_them(monkeypatch, evaluator, metric):
-  monkeypatch.setitem(dataset_baselines._NUM_EXAMPLES, 'text', (9, 3))
+def test_a_score_has_the_number_of_examples_of_a_baseline_on_a_part_of_them(evaluator, metric):
   rows = [{'a': 'x', 'label': 'no'}] * 7
-  score = _evaluate(evaluator, _text(), ('no', 'yes'), _examples(7), _Predicts(LABELS, 2), rows, rows)[metric]
-  assert score.baselines.keys() == {'majority', 'tf-idf'} and score.baseline_counts == {'tf-idf': 3}
+  score = _evaluate(
+      evaluator, _text(), ('no', 'yes'), _examples(7), _Predicts(LABELS, 2), rows, rows, _FewEvaluated)[metric]
+  assert score.baselines.keys() == {'majority', 'tf-idf'} and score.baseline_counts == {'tf-idf': 2}
 
 
 class _Broken(_Predicts):
@@ -160,11 +169,12 @@ def test_questions_about_arrays_have_one_answer_each(tmp_path):
     scores = {s.name: s for s in EVALUATORS['vqa'](Query(
         e, _Predicts(answers, len(keys)), data.examples(e.task), records, records, keys, keys, None, {}, tmp_path))}
     assert scores['exact_match'].value == right
-    assert {'majority', 'question alone', 'nearest neighbor'} == scores['soft score'].baselines.keys()
+    common = statistics.mode(keys[i] for i in labels)
+    assert {f'always {common!r}', 'question alone', 'nearest neighbor'} == scores['soft score'].baselines.keys()
     assert scores['exact_match'].baselines == scores['soft score'].baselines  # one annotator: 1 or 0
 
 
-def test_questions_score_by_how_many_people_agree(monkeypatch):
+def test_questions_score_by_how_many_people_agree():
   task = config_lib.task('vqa', 'own:x', batch_size=1, target_set='s', label_column='answers',
                          template='{a} <spe> <eot>', max_len=8, max_predictions=10)
   examples = _examples(3, lambda ids: [ANSWERS[i] for i in ids])
@@ -174,7 +184,6 @@ def test_questions_score_by_how_many_people_agree(monkeypatch):
   scores = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2), trained, evaluated)
   # Four of ten answered cat: 1; ten: 1; nobody dog: 0. The most frequent answers are dog, cat, bird.
   assert scores['soft score'].value == pytest.approx(2 / 3)
-  assert scores['soft score'].per_example.tolist() == [1, 1, 0]
   # Of 1, 1, 0 the variance is (1/9 + 1/9 + 4/9) / 2 = 1/3, that of their mean 1/9.
   assert scores['soft score'].standard_error == pytest.approx(1 / 3)
   assert scores['exact_match'].value == pytest.approx(1 / 3)
@@ -187,6 +196,5 @@ def test_questions_score_by_how_many_people_agree(monkeypatch):
   assert without['soft score'].baselines == {} and without['soft score'].value == scores['soft score'].value
   untrained = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2), [], evaluated)
   assert untrained['soft score'].baselines == {}  # no answer to learn
-  monkeypatch.setitem(dataset_baselines._NUM_EXAMPLES, 'text', (9, 2))
-  of_two = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2), trained, evaluated)
+  of_two = _evaluate('vqa', task, ('Cat', 'dog'), examples, _Predicts([0, 0, 1], 2), trained, evaluated, _FewEvaluated)
   assert of_two['exact_match'].baseline_counts == of_two['soft score'].baseline_counts == {'tf-idf': 2}

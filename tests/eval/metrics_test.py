@@ -49,15 +49,15 @@ def test_rank_is_that_of_the_best_positive_and_ties_count_against_the_model():
 
 
 @pytest.mark.parametrize('block', [1, 2, 3, 100])
-def test_ranks_of_both_directions_do_not_depend_on_how_many_queries_are_ranked_at_once(monkeypatch, block):
-  monkeypatch.setattr(metrics, '_RANKED_AT_ONCE', block)
+def test_ranks_of_both_directions_do_not_depend_on_how_many_queries_are_ranked_at_once(block):
   rng = np.random.default_rng(0)
   similarity = rng.integers(0, 4, (7, 5)) / 4  # ties
   similarity[2, 1] = similarity[5, 3] = np.nan
   positives = rng.random((7, 5)) < .3
   positives[np.arange(7), np.arange(7) % 5] = True
   sizes = []
-  ranks = metrics.mutual_ranks(lambda part: [sizes.append(len(similarity[part])), similarity[part]][1], positives)
+  read = lambda part: [sizes.append(len(similarity[part])), similarity[part]][1]
+  ranks = metrics.mutual_ranks(read, positives, block)
   np.testing.assert_array_equal(ranks[0], metrics.best_positive_rank(similarity, positives))
   np.testing.assert_array_equal(ranks[1], metrics.best_positive_rank(similarity.T, positives.T))
   assert max(sizes) == min(block, 7) and len(set(ranks[1].tolist())) > 2

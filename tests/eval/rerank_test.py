@@ -98,12 +98,12 @@ def test_a_mesh_chooses_as_one_device():
   assert captions[0] == captions[1]
 
 
-def test_the_evaluator_scores_reranked_captions(tmp_path, monkeypatch):
+def test_the_evaluator_scores_reranked_captions(tmp_path):
   run, params = _run()
-  given = []
-  captions = Predictor.captions
-  monkeypatch.setattr(Predictor, 'captions', lambda *args: given.append(args[-1]) or captions(*args))
-  rows = suite.evaluate(run.plan, run.data, _predictor(params), 0, tmp_path)
+  given, predictor = [], _predictor(params)
+  captions = predictor.captions
+  predictor.captions = lambda *args: given.append(args[-1]) or captions(*args)
+  rows = suite.evaluate(run.plan, run.data, predictor, 0, tmp_path)
   assert {r['evaluator'] for r in rows} == {'captions'} and {t.name for t in given} == {'pair'}
 
 

@@ -75,7 +75,7 @@ def _write_evaluation(run: pathlib.Path, step: int) -> None:
   row = dict(evaluator='shapes', metric='top-1', value=0.625, chance=1 / 3, baselines={}, standard_error=0.1, count=24,
              step=step, higher_is_better=True)
   model = workdir_lib.model_fingerprint(run, '', step)
-  evaluators = {name: {**fields, 'model_fingerprint': model}
+  evaluators = {name: {**fields, 'data_fingerprint': None, 'model_fingerprint': model}
                 for name, fields in workdir_lib.load_config(run).evaluators.to_dict().items()}
   for name, content in ((suite.EVALUATION_FILE, [row]), (suite.EVALUATORS_FILE, evaluators)):
     (run / name).write_text(json.dumps(content))

@@ -18,13 +18,12 @@ from uni_moe_jax.data.examples.examples import Examples
 from uni_moe_jax.parallel import distributed, sharding
 
 Fields = dict[str, np.ndarray | jax.Array]
-_PERIOD = 10.0  # seconds between lines of progress
 _replicate = jax.jit(sharding.replicate, static_argnums=1)
 
 
 def gather(
     function: Callable[[Fields], Any], examples: Examples, ids: np.ndarray, batch_size: int, mesh: Mesh | None,
-    name: str = '') -> Any:
+    name: str = '', period: float = 10.0) -> Any:
   """Concatenates the arrays [B, …] of `function(fields)`, one or a tree, over the batches of `ids`: numpy [N, …].
 
   Each example counts once. On a mesh, each process makes the rows of its own batch shards, and a batch has `batch_size`
@@ -32,7 +31,7 @@ def gather(
   two batches are in work at once, see `two_at_once`; on a mesh, where all processes must make their calls in one order,
   the results of a batch are read when the next one is queued.
 
-  name: of what is evaluated, for lines of progress; '' for none.
+  name: of what is evaluated, for lines of progress every `period` seconds; '' for none.
   """
   if mesh is None:
     batches = evaluation_batches(examples, ids, batch_size, BatchLayout())
@@ -40,18 +39,18 @@ def gather(
   else:
     parts = _on_mesh(function, examples, ids, batch_size, mesh)
   if name and distributed.is_primary():
-    parts = _with_progress(parts, name, len(ids))
+    parts = _with_progress(parts, name, len(ids), period)
   return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)
 
 
-def _with_progress(parts: Iterable[Any], name: str, number: int) -> Iterator[Any]:
+def _with_progress(parts: Iterable[Any], name: str, number: int, period: float) -> Iterator[Any]:
   """Yields the results of each batch, and prints a line now and then."""
   start, num_done = time.monotonic(), 0
   shown = start
   for part in parts:
     yield part
     num_done, now = num_done + len(jax.tree.leaves(part)[0]), time.monotonic()
-    if num_done < number and now - shown >= _PERIOD:
+    if num_done < number and now - shown >= period:
       shown, left = now, (now - start) / num_done * (number - num_done)
       tqdm.tqdm.write(f'{name}: {num_done:,} of {number:,} examples, {left / 60:,.1f} min left')  # above a bar
       sys.stdout.flush()

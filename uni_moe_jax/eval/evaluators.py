@@ -173,11 +173,8 @@ def retrieval(q: Query) -> list[Score]:
       by_name = baselines.name_similarity([copied[i] for i in index], texts[draw])
       baseline.append(_by_direction(q, metrics.share_within, *metrics.mutual_ranks(by_name.__getitem__, positives)))
   mean = lambda draws, name: float(np.mean([np.mean(recall[name]) for recall in draws]))
-  drawn = np.searchsorted(union, np.concatenate(draws))
-  times = np.bincount(drawn)
-  per_example = lambda name: np.bincount(drawn, np.concatenate([recall[name] for recall in recalls])) / times
   return [Score.proportion(name, mean(recalls, name), number, min(int(name.partition('@')[2]) / number, 1.0),
-                           {_NEAREST_NAME: mean(baseline, name)} if baseline else {}, per_example(name), times)
+                           {_NEAREST_NAME: mean(baseline, name)} if baseline else {})
           for name in recalls[0]]
 
 
@@ -271,7 +268,7 @@ def masked_language_modeling(q: Query) -> list[Score]:
     return predicted, fields['label'], fields['weight'] > 0
 
   (_, ranks, log_p, _), labels, counted = q.gather(q.ids(), score)
-  n, V, unigram, right = int(counted.sum()), q.tokenizer.size, ({}, {}), ranks == 1
+  n, V, unigram = int(counted.sum()), q.tokenizer.size, ({}, {})
   accuracy = metrics.share_within(ranks[counted], 1)
   if q.evaluation.baselines:
     tokens = q.tokenizer.encode_batch(q.trained.sample_texts(text_columns(q.task), _COUNTED))
@@ -279,8 +276,7 @@ def masked_language_modeling(q: Query) -> list[Score]:
     counts[q.tokenizer.eot] += len(tokens)
     unigram = [{'unigram': value} for value in baselines.unigram(counts, labels[counted])]
   times = counted.sum(1)
-  per_example = lambda values: np.where(counted, values, 0).sum(1) / np.maximum(times, 1)
-  perplexity, of_texts = metrics.perplexity(float(-log_p[counted].sum()), n), per_example(log_p)
-  return [Score.proportion('accuracy', accuracy, n, 1 / V, unigram[0], per_example(right), times),
-          Score('perplexity', perplexity, n, V, unigram[1], metrics.perplexity_error(perplexity, of_texts, times),
-                of_texts, times)]
+  perplexity = metrics.perplexity(float(-log_p[counted].sum()), n)
+  error = metrics.perplexity_error(perplexity, np.where(counted, log_p, 0).sum(1) / np.maximum(times, 1), times)
+  return [Score.proportion('accuracy', accuracy, n, 1 / V, unigram[0]),
+          Score('perplexity', perplexity, n, V, unigram[1], error)]

@@ -50,10 +50,7 @@ def vqa(q: Query) -> list[Score]:
   answers = np.array([*named, evaluators.NONE])[chosen].tolist()  # no normalized answer has parentheses
   truth = [[*map(normalize_answer, s)] for s in several(ids)] if several else [[named[i]] for i in labels]
   pairs = {}  # baseline → its answers, and what is right for the same questions
-  if not several:  # one answer for each, by its index
-    _, by, _ = evaluators.label_baselines(q, ids, labels)
-    pairs = by(lambda predicted, right: ([named[i] for i in predicted], [[named[i]] for i in right]))
-  elif q.evaluation.baselines:
+  if q.evaluation.baselines:
     trained, rows, fitted = q.baselines.answers(ids)
     if trained:
       common = statistics.mode(trained)

@@ -22,8 +22,6 @@ from uni_moe_jax.utils.errors import UsageError
 # A value counts as different from a reference when it is at least this many standard errors away.
 SIGNIFICANT = 3.0
 
-_RANKED_AT_ONCE = 1024  # queries whose similarities to every target are in memory together
-
 BETTER, LEVEL, WORSE = 'better', 'level', 'worse'
 
 
@@ -45,14 +43,17 @@ def best_positive_rank(similarity: np.ndarray, positives: np.ndarray) -> np.ndar
   return 1 + (~positives & ~(similarity < best)).sum(axis=1)
 
 
-def mutual_ranks(similarity: Callable[[slice], np.ndarray], positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mutual_ranks(
+    similarity: Callable[[slice], np.ndarray], positives: np.ndarray, at_once: int = 1024
+) -> tuple[np.ndarray, np.ndarray]:
   """Returns the ranks of `best_positive_rank` of each query among the targets, [Q], and vice versa, [V].
 
   Args:
     similarity: a slice of queries → their float [q, V]. It is called twice for each, so that [Q, V] is never in memory.
     positives: bool [Q, V].
+    at_once: queries whose similarities to every target are in memory together.
   """
-  blocks = [slice(start, start + _RANKED_AT_ONCE) for start in range(0, len(positives), _RANKED_AT_ONCE)]
+  blocks = [slice(start, start + at_once) for start in range(0, len(positives), at_once)]
   _check_positives(positives.T)
   ranks, best = [], []
   for block in blocks:
@@ -224,25 +225,19 @@ class Score:
   chance: float | None = None  # what a blind guess scores; None where the notion is empty
   baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)  # name -> value
   standard_error: float | None = None
-  # Where the value is a mean over examples: that of each [N], and its weight [N], None: all 1.
-  # Perplexity is exp of minus the mean; its values are log p.
-  per_example: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
-  weights: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
   baseline_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of those on a part of the examples
 
   @classmethod
   def proportion(cls, name: str, value: float, count: int, chance: float | None = None,
-                 baselines: Mapping[str, float] | None = None, per_example: np.ndarray | None = None,
-                 weights: np.ndarray | None = None) -> Score:
+                 baselines: Mapping[str, float] | None = None) -> Score:
     """Returns a Score of a share of `count` examples, with its binomial standard error."""
-    return cls(name, value, count, chance, baselines or {}, binomial_standard_error(value, count),
-               per_example=per_example, weights=weights)
+    return cls(name, value, count, chance, baselines or {}, binomial_standard_error(value, count))
 
   @classmethod
   def share(cls, name: str, right: np.ndarray, chance: float | None = None,
             baselines: Mapping[str, float] | None = None) -> Score:
     """Returns a Score of the share of examples that are right, bool or 0 and 1 [N]."""
-    return cls.proportion(name, _mean(right), len(right), chance, baselines, right)
+    return cls.proportion(name, _mean(right), len(right), chance, baselines)
 
   @classmethod
   def mean(cls, name: str, values: np.ndarray, baselines: Mapping[str, np.ndarray]) -> Score:
@@ -254,7 +249,7 @@ class Score:
     n = len(values)
     error = float(np.std(values, ddof=1)) / math.sqrt(n) or binomial_standard_error(0, n) if n > 1 else None
     return cls(name, float(np.mean(values)), len(values), standard_error=error,
-               baselines={k: float(np.mean(v)) for k, v in baselines.items()}, per_example=values)
+               baselines={k: float(np.mean(v)) for k, v in baselines.items()})
 
   def row(self, evaluator: str, step: int) -> dict[str, Any]:
     """Returns the row of evaluation.json for this score."""

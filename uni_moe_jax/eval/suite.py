@@ -1,19 +1,16 @@
-"""Runs a plan's evaluators and writes evaluation.json, evaluators.json, samples.json and the scores of examples."""
+"""Runs a plan's evaluators and writes evaluation.json, evaluators.json and samples.json."""
 
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
-import io
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
 from uni_moe_jax.config.plan import Evaluation, Plan
 from uni_moe_jax.data.batches.assemble import Data, Sources
@@ -30,7 +27,6 @@ from uni_moe_jax.utils.errors import MissingFileError
 
 EVALUATION_FILE = 'evaluation.json'
 EVALUATORS_FILE = 'evaluators.json'  # those that made it
-EXAMPLES_FILE = 'evaluation_examples.npz'  # scores of single examples, so that runs can be compared by them
 _DATA, _MODEL = 'data_fingerprint', 'model_fingerprint'  # fields of these, beside those of the config
 EVALUATORS: dict[str, Callable[[Query], list[Score]]] = {
     'classification': evaluators.classification,
@@ -54,67 +50,59 @@ def evaluate(
     model: digest of the checkpoint that has the parameters.
   """
   folder, shown = storage.path(workdir), {}
-  measure = functools.partial(_measure, data=data, predictor=predictor, shown=shown)
-  by_task = [list(group) for _, group in itertools.groupby(plan.evaluations, key=lambda e: e.task.name)]
+  # Most of the time goes to compiling, which uses one core.
+  num_threads = min(2, cores.available()) if sharding.on_one_cpu(predictor.mesh) and jax.process_count() == 1 else 1
   # A process whose part of the data cannot be read would leave the others waiting.
-  with multihost.exit_with_peers(), baselines.bounded_fits():
+  with multihost.exit_with_peers():
     if fingerprints := data.evaluation_fingerprints() if plan.evaluations else {}:
       multihost.check_same_data(data.inputs_fingerprint, fingerprints)
     if writes:  # as it is: a folder without permission or space is an error before the evaluation, not at its end
       made_by = folder / EVALUATORS_FILE
       storage.write_bytes(made_by, made_by.read_bytes() if made_by.exists() else b'{}')
-    if sharding.on_one_cpu(predictor.mesh) and jax.process_count() == 1:
-      # Most of the time goes to compiling, which uses one core.
-      pool, waits = concurrent.futures.ThreadPoolExecutor(min(2, cores.available())), True
-      try:
-        done = list(pool.map(measure, by_task))
-      except KeyboardInterrupt:
-        waits = False  # the evaluators that run may take minutes
-        raise
-      finally:
-        pool.shutdown(waits, cancel_futures=True)
-    else:
-      done = map(measure, by_task)
-    measured = list(itertools.chain(*done))
+    measured = run(plan.evaluations, lambda e: scores(e, data, predictor, shown), num_threads)
   rows = [score.row(name, step) for name, score in measured]
   if writes:
-    # Empty while files change: rows are never taken for those of other evaluators, whenever this process is killed.
-    write_json(folder / EVALUATORS_FILE, {})
-    _write_example_scores(folder, measured)
-    in_order = {e.name: shown[e.name] for e in plan.evaluations if e.name in shown}
-    write_json(folder / samples.FILE, in_order)
-    write_json(folder / EVALUATION_FILE, rows)
-    write_json(folder / EVALUATORS_FILE, {
-        name: {**fields, _DATA: fingerprints.get(name), _MODEL: model} for name, fields in _settings(plan).items()})
+    write(folder, rows, {e.name: shown[e.name] for e in plan.evaluations if e.name in shown},
+          _made_by(plan, fingerprints, model))
   return rows
 
 
-def _write_example_scores(folder: storage.Path, scores: Iterable[tuple[str, Score]]) -> None:
-  """Writes {'EVALUATOR/METRIC': values and weights, float32 [2, N]} of every metric that is a mean over examples.
-
-  The value in evaluation.json is the weighted mean; that of perplexity is exp of minus the mean. Examples have the same
-  order in all runs on the same data: it depends on the data and on the evaluator's name alone.
-  """
-  arrays = {}
-  for evaluator, score in scores:
-    if (values := score.per_example) is not None:
-      weights = np.ones(len(values)) if score.weights is None else score.weights
-      arrays[f'{evaluator}/{score.name}'] = np.stack([values, weights]).astype(np.float32)
-  content = io.BytesIO()
-  np.savez_compressed(content, **arrays)
-  storage.write_bytes(folder / EXAMPLES_FILE, content.getvalue())
-
-
-def _measure(
-    evaluations: Iterable[Evaluation], data: Data, predictor: Predictor, shown: dict[str, list[dict[str, Any]]],
+def run(
+    evaluations: Sequence[Evaluation], measure: Callable[[Evaluation], list[Score]], num_threads: int
 ) -> list[tuple[str, Score]]:
-  """The scores of evaluators that share programs, each with its evaluator's name."""
-  measured = []
-  for e in evaluations:
-    start = time.perf_counter()
-    measured += [(e.name, score) for score in scores(e, data, predictor, shown)]
-    print(f'{e.name}: {time.perf_counter() - start:.0f} s', flush=True)
-  return measured
+  """Measures evaluators; returns (name of the evaluator, score) in order.
+
+  Those of a task, which share programs, share a thread.
+  """
+  def measure_all(same_task: list[Evaluation]) -> list[tuple[str, Score]]:
+    measured = []
+    for e in same_task:
+      start = time.perf_counter()
+      measured += [(e.name, score) for score in measure(e)]
+      print(f'{e.name}: {time.perf_counter() - start:.0f} s', flush=True)
+    return measured
+
+  by_task = [list(group) for _, group in itertools.groupby(evaluations, key=lambda e: e.task.name)]
+  with baselines.bounded_fits():
+    if num_threads == 1:
+      return [*itertools.chain(*map(measure_all, by_task))]
+    pool, waits = concurrent.futures.ThreadPoolExecutor(num_threads), True
+    try:
+      return [*itertools.chain(*pool.map(measure_all, by_task))]
+    except KeyboardInterrupt:
+      waits = False  # the evaluators that run may take minutes
+      raise
+    finally:
+      pool.shutdown(waits, cancel_futures=True)
+
+
+def write(folder: storage.Path, rows: list[dict], shown: Mapping[str, Any], made_by: Mapping[str, Any]) -> None:
+  """Writes the files of an evaluation. shown: samples by evaluator. made_by: content of `EVALUATORS_FILE`."""
+  # Empty while files change: rows are never taken for those of other evaluators, whenever this process is killed.
+  write_json(folder / EVALUATORS_FILE, {})
+  write_json(folder / samples.FILE, shown)
+  write_json(folder / EVALUATION_FILE, rows)
+  write_json(folder / EVALUATORS_FILE, made_by)
 
 
 def scores(
@@ -133,9 +121,10 @@ def examples(e: Evaluation, data: Data) -> Examples:
   return data.examples(e.task, e.split, num_views=e.num_views, num_crops=e.num_crops)
 
 
-def _settings(plan: Plan) -> dict[str, dict[str, Any]]:
-  """The fields of every evaluator, as `EVALUATORS_FILE` has them beside the digest of its data."""
-  return {name: dataclasses.asdict(e) for name, e in plan.config.evaluators.items()}
+def _made_by(plan: Plan, fingerprints: Mapping[str, str | None], model: str) -> dict[str, dict[str, Any]]:
+  """The fields of every evaluator, with digests of its data and of the model."""
+  return {name: {**dataclasses.asdict(e), _DATA: fingerprints.get(name), _MODEL: model}
+          for name, e in plan.config.evaluators.items()}
 
 
 def finished_rows(
@@ -147,26 +136,16 @@ def finished_rows(
     workdir, plan, step, model: as of `evaluate`.
     config: that names the data it must be about; None, or where that is missing: about any.
   """
-  made_by = read_json(storage.path(workdir) / EVALUATORS_FILE)  # None: of a version that did not write it
+  made_by = read_json(storage.path(workdir) / EVALUATORS_FILE)
   if made_by is None or step != evaluated_step(workdir):
     return []
-  fingerprints = {name: fields.pop(_DATA, None) for name, fields in made_by.items()}
-  models = {fields.pop(_MODEL, None) for fields in made_by.values()}
-  if made_by != _settings(plan):
-    return []
-  # Evaluations of an earlier version have no digest, which only matters where the step is that of another run.
-  known = {model, None} if plan.tasks else {model}
-  # One process decides for all: their hosts may have other data.
-  is_other = distributed.is_primary() and (not models <= known or _has_other_data(plan, config, fingerprints))
-  if multihost.broadcast_from_primary(is_other):
+  fingerprints = {name: fields.get(_DATA) for name, fields in made_by.items()}
+  if config is not None and distributed.is_primary():  # which decides for all: their hosts may have other data
+    with contextlib.suppress(MissingFileError):
+      fingerprints = Sources(config, plan).evaluation_fingerprints()
+  if not multihost.broadcast_from_primary(made_by == _made_by(plan, fingerprints, model)):
     return []
   return read_json(storage.path(workdir) / EVALUATION_FILE)
-
-
-def _has_other_data(plan: Plan, config: ml_collections.ConfigDict | None, fingerprints: Mapping[str, str]) -> bool:
-  with contextlib.suppress(MissingFileError):
-    return config is not None and fingerprints != Sources(config, plan).evaluation_fingerprints()
-  return False
 
 
 def evaluated_step(workdir: str | os.PathLike[str]) -> int | None:
