@@ -15,7 +15,7 @@ from absl import flags
 
 from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.io import files, storage
-from uni_moe_jax.parallel import distributed, shared_folder
+from uni_moe_jax.parallel import distributed
 from uni_moe_jax.utils import heap
 from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import PREEMPTED
@@ -40,7 +40,7 @@ def main() -> int:
   with cli.exit_on_signals(PREEMPTED), contextlib.ExitStack() as stack:  # signals: until the loop handles them
     from uni_moe_jax.config.plan import make_plan
     from uni_moe_jax.data.shards import file_dataset
-    from uni_moe_jax.train import same_config, workdir
+    from uni_moe_jax.train import process_checks, workdir
     from uni_moe_jax.train.hang_detection import START, HangDetector
     # Mistakes are reported before the slow libraries below are imported.
     config = cli.config_of(_CONFIG)
@@ -54,8 +54,8 @@ def main() -> int:
     with HangDetector(config.train.hang_timeout, buckets) as detector, detector.phase(START):  # a disk may hang
       if cluster is None and not _COMPILE_ONLY.value:
         files.check_writable(_WORKDIR.value, '--workdir')
-      shared_folder.check(cluster, _WORKDIR.value, create=True)
-      same_config.check(config, cluster)
+      process_checks.check_folder(cluster, _WORKDIR.value, create=True)
+      process_checks.check_config(config, cluster)
       workdir.check_workdir(_WORKDIR.value, config, extends=True)
       workdir.check_versions(_WORKDIR.value, _ALLOW_VERSION_MISMATCH.value, writes=False)
       file_dataset.check_directory(config.data.dir)

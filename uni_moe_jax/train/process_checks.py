@@ -1,16 +1,22 @@
-"""Whether all processes of a run see one folder, into which each writes its part of a checkpoint."""
+"""Checks between the processes of a run: all see one folder, and have one config. Without a cluster, nothing slow."""
 
 import errno
 import functools
+import json
 import os
 import secrets
 import socket
 import time
 
-from uni_moe_jax.io import storage
+import ml_collections
+
+from uni_moe_jax.io import hub, storage
+from uni_moe_jax.parallel import distributed
 from uni_moe_jax.parallel.distributed import Cluster
+from uni_moe_jax.train.workdir import differences
 from uni_moe_jax.utils.errors import RunError, UsageError, disk_is_full, first_few
 
+_OF_HOST = 'data.dir', 'data.cache_dir', 'data.cache_gb', 'tokenizer.merges_path'  # fields that may differ
 _NOT_WRITTEN, _UNAVAILABLE = bytes(16), bytes([1] * 16)  # in place of a token: a mistake of the user, or none
 # Of a disk or a network, which may be there again when the same command is repeated.
 _PASSING = {errno.EIO, errno.ESTALE, errno.EBUSY, errno.ENOLCK, errno.ENFILE, errno.ENOMEM, errno.ENOTCONN,
@@ -18,11 +24,36 @@ _PASSING = {errno.EIO, errno.ESTALE, errno.EBUSY, errno.ENOLCK, errno.ENFILE, er
 _TIMEOUT = 30.0  # seconds until a file of another process must be visible; a mounted bucket needs some
 
 
-def check(cluster: Cluster | None, workdir: str | os.PathLike[str], create: bool, timeout: float = _TIMEOUT) -> None:
-  """Checks that every process sees what process 0 writes in `workdir`. The processes call this together.
+def check_config(config: ml_collections.ConfigDict, cluster: Cluster | None) -> None:
+  """Compares the configs of all processes, before one writes its own into the work directory.
 
   Args:
-    cluster: that they have joined; None, a single process, passes.
+    config: of this process.
+    cluster: the processes, which call this together; None, a single one, passes.
+
+  Raises:
+    UsageError: another process has another config than process 0; in every process.
+  """
+  if cluster is None:
+    return
+  from uni_moe_jax.parallel import multihost  # pylint: disable=g-import-not-at-top
+  with multihost.exit_with_peers():
+    texts = multihost.gather_texts(json.dumps(config.to_dict(), default=repr))
+  first, *others = map(json.loads, texts)
+  changed = {str(i): fields for i, other in enumerate(others, 1) if (fields := differences(first, other, _OF_HOST))}
+  if changed:
+    fields = first_few(next(iter(changed.values())), separator='; ')
+    hint = ' Give an address on the Hub its revision.' if hub.SCHEME in fields else ''
+    raise UsageError(f'process {", ".join(changed)} of {len(texts)} has another config than process 0 ({fields}). '
+                     f'Start the same command, with the same files and package, in all of them.{hint}')
+
+
+def check_folder(
+    cluster: Cluster | None, workdir: str | os.PathLike[str], create: bool, timeout: float = _TIMEOUT) -> None:
+  """Checks that all processes see what process 0 writes in `workdir`; each writes its part of a checkpoint there.
+
+  Args:
+    cluster: the processes, which call this together; None, a single one, passes.
     workdir: of the run.
     create: whether process 0 creates it if it is missing.
     timeout: seconds until every process must see a file that process 0 has written.
@@ -33,14 +64,12 @@ def check(cluster: Cluster | None, workdir: str | os.PathLike[str], create: bool
   """
   if cluster is None:
     return
-  import jax  # pylint: disable=g-import-not-at-top
-
   from uni_moe_jax.parallel import multihost  # pylint: disable=g-import-not-at-top
   folder, token, reason = storage.path(workdir), _NOT_WRITTEN, f'{workdir}: its own output has the reason.'
   # A new name each time: a file system may remember for a minute that there was no such file.
   path = lambda token: folder / f'.shared-{token.hex()}'
   with multihost.exit_with_peers():
-    if jax.process_index() == 0:
+    if distributed.is_primary():
       try:
         if create:
           storage.make_folder(folder)
@@ -64,7 +93,7 @@ def check(cluster: Cluster | None, workdir: str | os.PathLike[str], create: bool
       error = UsageError if token == _NOT_WRITTEN else RunError
       raise error(f'process 0 cannot write in workdir {reason}')
     facts = multihost.gather_texts(f'{_appears(path(token), timeout):d}{socket.gethostname()}')
-    if jax.process_index() == 0:
+    if distributed.is_primary():
       path(token).unlink()
   names = [f'process {i} ({fact[1:]})' for i, fact in enumerate(facts)]
   blind = [name for name, fact in zip(names, facts, strict=True) if fact[0] == '0']
