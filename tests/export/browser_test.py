@@ -212,15 +212,14 @@ def test_a_model_with_the_vocabulary_of_clip_has_a_page_with_its_texts(tmp_path)
   assert got['tasks']['shape']['example_text'] == want and want.startswith("ein größer dog's 2nd")
 
 
-def test_the_page_loads_files_by_their_digests_and_every_suffix_has_a_type_on_any_server(tmp_path, monkeypatch):
+def test_the_page_loads_files_by_their_digests_and_every_suffix_has_a_type_on_any_server(tmp_path):
   with tarfile.open(tmp_path / 'x.tgz', 'w:gz') as archive:
     for name in browser._FILES:
       (tmp_path / 'x').write_text(name)
       archive.add(tmp_path / 'x', f'package/{name}')
-  monkeypatch.setattr(browser, '_archive', lambda: tmp_path / 'x.tgz')
   folder = tmp_path / 'exported'
   folder.mkdir()
-  browser.write(folder)
+  browser.write(folder, tmp_path / 'x.tgz')
   loaded = re.findall(r"""["']([\w./-]+)\?(\w+)["']""", (folder / 'index.html').read_text())
   assert [name for name, _ in loaded] == [
       'onnxruntime/ort.wasm.min.js', 'browser.js', 'onnxruntime/ort-wasm-simd-threaded.js',
@@ -246,52 +245,32 @@ def test_a_tokenizer_to_which_the_page_would_give_other_ids_is_refused(tmp_path,
     artifact.prepare(['browser'], 'float32', _data(tmp_path / 'x.model'))
 
 
-def _npm(folder: pathlib.Path, content: bytes, monkeypatch, code: int = 0) -> None:
-  """A stand-in of npm, which fetches `content`."""
-  def pack(_, cwd, **__):
-    (pathlib.Path(cwd) / 'x.tgz').write_bytes(content)
-    return types.SimpleNamespace(returncode=code, stderr='E404')
-  monkeypatch.setenv('HOME', str(folder))
-  monkeypatch.setattr(shutil, 'which', lambda _: '/usr/bin/npm')
-  monkeypatch.setattr(subprocess, 'run', pack)
+def _npm(folder: pathlib.Path, content: str, code: int = 0) -> dict[str, Any]:
+  """Arguments of `browser.fetch` with a stand-in of npm, which fetches `content`."""
+  npm = folder / 'npm'
+  npm.write_text(f'#!/bin/sh\nprintf "{content}" > x.tgz\necho E404 >&2\nexit {code}\n')
+  npm.chmod(0o755)
+  return dict(cache=folder / 'cache', npm=str(npm))
 
 
-def test_the_runtime_is_fetched_once_and_has_the_digest_of_its_version(tmp_path, monkeypatch):
-  digest = base64.b64encode(hashlib.sha512(b'package').digest()).decode()
-  monkeypatch.setattr(browser, '_INTEGRITY', f'sha512-{digest}')
-  _npm(tmp_path, b'package', monkeypatch)
-  archive = browser._archive()
-  assert archive.read_bytes() == b'package' and tmp_path in archive.parents
-  _npm(tmp_path, b'', monkeypatch, code=1)
-  assert browser._archive() == archive
+def test_the_runtime_is_fetched_once_and_has_the_digest_of_its_version(tmp_path):
+  integrity = f'sha512-{base64.b64encode(hashlib.sha512(b"package").digest()).decode()}'
+  archive = browser.fetch(**_npm(tmp_path, 'package'), integrity=integrity)
+  assert archive.read_bytes() == b'package'
+  fails = _npm(tmp_path, '', code=1)
+  assert browser.fetch(**fails, integrity=integrity) == archive
   archive.write_bytes(b'changed')
   with pytest.raises(RunError, match='differs from the published onnxruntime-web@.*: its digest is sha512-'):
-    browser._archive()
+    browser.fetch(**fails, integrity=integrity)
 
 
-def test_an_npm_that_is_missing_or_fails_is_one_sentence(tmp_path, monkeypatch):
-  _npm(tmp_path, b'another package', monkeypatch)
+def test_an_npm_that_is_missing_or_fails_is_one_sentence(tmp_path):
   with pytest.raises(RunError, match='differs from the published onnxruntime-web@'):
-    browser._archive()
-  _npm(tmp_path, b'', monkeypatch, code=1)
+    browser.fetch(**_npm(tmp_path, 'another package'))
   with pytest.raises(RunError, match='npm cannot fetch onnxruntime-web@.*: E404; check the network'):
-    browser._archive()
-  monkeypatch.setattr(shutil, 'which', lambda _: None)
+    browser.fetch(**_npm(tmp_path, '', code=1))
   with pytest.raises(UsageError, match='--browser needs npm .*; install Node.js'):
-    browser._archive()
-
-
-def test_an_npm_that_is_missing_is_reported_before_anything_is_converted(tmp_path, monkeypatch):
-  _npm(tmp_path, b'', monkeypatch)
-  monkeypatch.setattr(shutil, 'which', lambda _: None)
-  monkeypatch.setattr(artifact, '_write_programs', lambda *_: pytest.fail('programs are written'))
-  monkeypatch.setattr(onnx_programs, 'python', lambda: 'python')
-  made = types.SimpleNamespace(spec=types.SimpleNamespace(dtype='float32'), data=_data(tiny.tokenizer_file()))
-  with pytest.raises(UsageError, match='--browser needs npm .*; install Node.js'):
-    artifact.write(tmp_path / 'model', made, {}, [], formats=['browser'])
-  assert not (tmp_path / 'model').exists()
-  with pytest.raises(pytest.fail.Exception, match='programs are written'):  # which another format does at once
-    artifact.write(tmp_path / 'model', made, {}, [], formats=['onnx'])
+    browser.fetch(tmp_path, npm=str(tmp_path / 'none'))
 
 
 @pytest.mark.parametrize('formats, dtype, message', [

@@ -2,26 +2,21 @@
 
 import math
 import pathlib
-import sys
 import types
 
 import numpy as np
 import pytest
+
+from tests.helpers import shipped
 
 # Words 1 and 2; 0 ends. Probabilities of the next word by the words so far; the second image swaps the words.
 _NEXT = {(): (.1, .5, .4), (1,): (.1, .5, .4), (2,): (.9, .05, .05), (1, 1): (.2, .4, .4), (2, 0): (.05, .9, .05)}
 _SWAP = (0, 2, 1)
 
 
-@pytest.fixture(name='model')
-def _model(monkeypatch):
+def _model(**onnxruntime):
   """A model whose cache is the image and the words so far, along the second axis of its only array."""
-  monkeypatch.setitem(sys.modules, 'load', types.SimpleNamespace(Model=object))
-  monkeypatch.setitem(sys.modules, 'onnxruntime', types.SimpleNamespace())
-  monkeypatch.delitem(sys.modules, 'uni_moe_jax.export.onnx_model', raising=False)
-  from uni_moe_jax.export import onnx_model
-
-  class Model(onnx_model.Model):
+  class Model(shipped.onnx_model(**onnxruntime).Model):
     def run(self, task, program, **x):
       if program == 'prefill':
         return {'cache': [np.stack([x['pixels'], *np.zeros((3, len(x['pixels'])))])]}
@@ -40,7 +35,8 @@ def _model(monkeypatch):
 # lower word counts. The hypothesis that ended stays at no cost. Scores are divided by (words + 1)^penalty.
 @pytest.mark.parametrize('penalty, tokens, score', [
     (0, [[2, 0, 0], [1, 0, 0]], math.log(.36)), (2, [[1, 1, 1], [2, 2, 1]], math.log(.1) / 4**2)])
-def test_two_hypotheses_by_hand(model, penalty, tokens, score):
+def test_two_hypotheses_by_hand(penalty, tokens, score):
+  model = _model()
   entry = {'beam_size': 2, 'length_penalty': penalty, 'max_len': 3,
            'programs': {'step': {'onnx': {'cache_axes': [1]}}}}
   model.manifest = {'tokenizer': {'eot': 0}, 'tasks': {'caption': entry}}
@@ -50,7 +46,8 @@ def test_two_hypotheses_by_hand(model, penalty, tokens, score):
 
 
 @pytest.mark.parametrize('empty', ['pixels', 'position', 'cache_0'])
-def test_an_empty_input_is_an_error_and_does_not_reach_onnxruntime(model, empty):
+def test_an_empty_input_is_an_error_and_does_not_reach_onnxruntime(empty):
+  model = _model()
   names = ('pixels', 'position', 'cache_0')
   session = types.SimpleNamespace(get_inputs=lambda: [types.SimpleNamespace(name=x) for x in names],
                                   run=lambda _, given: [sum(x.sum() for x in given.values())])
@@ -68,12 +65,10 @@ def test_an_empty_input_is_an_error_and_does_not_reach_onnxruntime(model, empty)
     (['TensorrtExecutionProvider', 'CUDAExecutionProvider', 'CPUExecutionProvider'],
      [('CUDAExecutionProvider', {'use_tf32': '0'}), ('CPUExecutionProvider', {})])])
 @pytest.mark.parametrize('chosen', [None, ['CoreMLExecutionProvider']])
-def test_only_providers_of_full_float32_are_used_unless_others_are_set(model, monkeypatch, available, default, chosen):
-  from uni_moe_jax.export import onnx_model
+def test_only_providers_of_full_float32_are_used_unless_others_are_set(available, default, chosen):
   session, used = types.SimpleNamespace(get_inputs=lambda: [], run=lambda *_: [1]), []
-  monkeypatch.setattr(onnx_model, 'onnxruntime', types.SimpleNamespace(
-      get_available_providers=lambda: available, SessionOptions=types.SimpleNamespace,
-      InferenceSession=lambda *_, providers: used.append(providers) or session))
+  model = _model(get_available_providers=lambda: available, SessionOptions=types.SimpleNamespace,
+                 InferenceSession=lambda *_, providers: used.append(providers) or session)
   model._programs, model.folder = {}, pathlib.Path()
   if chosen:
     model.providers = chosen

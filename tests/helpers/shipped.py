@@ -1,5 +1,6 @@
 """An exported folder: its loader, a server, and the model with experts that they are compared with."""
 
+import builtins
 import importlib.util
 import pathlib
 import types
@@ -8,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from tests.helpers import small_model
+from tests.helpers import processes, small_model
 from uni_moe_jax.model import decoding
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 
 BATCHES = (1, 3, 64)
+_EXPORT = processes.ROOT / 'uni_moe_jax/export'
 
 # Runs in a process that cannot import this package and the libraries that only it needs.
 SERVER = '''
@@ -62,6 +64,16 @@ def module(folder: pathlib.Path) -> types.ModuleType:
   loaded = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(loaded)
   return loaded
+
+
+def onnx_model(**onnxruntime: Any) -> types.ModuleType:
+  """Import onnx_model.py of a folder beside a load.py without a loader, with stand-ins of what onnxruntime has."""
+  beside = {'load': types.SimpleNamespace(Model=object), 'onnxruntime': types.SimpleNamespace(**onnxruntime)}
+  shipped = types.ModuleType('onnx_model')
+  imports = lambda name, *rest: beside.get(name) or builtins.__import__(name, *rest)
+  shipped.__builtins__ = {**vars(builtins), '__import__': imports}
+  exec(compile((_EXPORT / 'onnx_model.py').read_text(), 'onnx_model.py', 'exec'), vars(shipped))
+  return shipped
 
 
 def search(spec, params, task, tokenizer, pixels, words, **options) -> decoding.Captions:

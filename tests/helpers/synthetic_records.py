@@ -108,10 +108,9 @@ def records(monkeypatch):
     return _Local(), lambda ids: [_serialize(read(int(i))) for i in ids]
 
   load_prepared = file_dataset._load_prepared
-  monkeypatch.setattr(file_dataset, '_load_prepared', lambda source, *rest: (
-      _own(source) if source.startswith(file_dataset.OWN) else load_prepared(source, *rest)))
-  monkeypatch.setattr(file_dataset, 'own_folder', lambda *_: '')
-  monkeypatch.setattr(file_dataset, '_check_prepared', lambda *_: None)
-  monkeypatch.setattr(file_dataset, '_open', open_mocked)
+  mocked = lambda source, *rest: _own(source) if source.startswith(file_dataset.OWN) else load_prepared(source, *rest)
+  for name, value in dict(_load_prepared=mocked, own_folder=lambda *_: '', _check_prepared=lambda *_: None,
+                          _open=open_mocked).items():
+    monkeypatch.setattr(file_dataset, name, value)
   with tfds.testing.mock_data(num_examples=EXAMPLES):
     yield

@@ -98,7 +98,7 @@ def write(
       onnx_programs.write(staging, contents.spec, contents.tasks, files, tokenizer['spe'], tokenizer['eot'])
     manifest = description.manifest(contents, files, tokenizer, provenance)
     if 'browser' in formats:
-      browser.write(staging)
+      browser.write(staging, browser.fetch())
     sums = {p.relative_to(staging).as_posix(): _checksum(p) for p in sorted(staging.rglob('*')) if p.is_file()}
 
     def write_last(name: str, text: str) -> None:

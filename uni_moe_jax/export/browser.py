@@ -51,19 +51,10 @@ def check_tokenizer(tokenizer: Tokenizer, file: pathlib.Path) -> None:
                      'tokens; use --onnx or uni-moe serve, or train with a tokenizer of this package.')
 
 
-def fetch() -> None:
-  """Fetches onnxruntime-web unless it is in the cache; raises as `write`."""
-  _archive()
-
-
-def write(folder: pathlib.Path) -> None:
-  """Writes index.html, browser.js and the folder onnxruntime beside ONNX models.
-
-  Raises:
-    UsageError: npm is not installed. RunError: it cannot fetch onnxruntime-web, or its digest is wrong.
-  """
+def write(folder: pathlib.Path, runtime: pathlib.Path) -> None:
+  """Writes index.html, browser.js and the folder onnxruntime beside ONNX models. runtime: see `fetch`."""
   (folder / 'onnxruntime').mkdir()
-  with tarfile.open(_archive()) as archive:
+  with tarfile.open(runtime) as archive:
     for name, written in _FILES.items():
       if (file := archive.extractfile(f'package/{name}')) is None:
         raise RunError(f'{_RUNTIME} has no file {name}.')
@@ -81,27 +72,31 @@ def _scripts(folder: pathlib.Path) -> str:
           f"ort.env.wasm.wasmPaths = {{mjs: new URL('{mjs}', location), wasm: new URL('{wasm}', location)}};")
 
 
-def _archive() -> pathlib.Path:
-  """The package of onnxruntime-web, from the cache or from npm."""
-  cached = pathlib.Path(os.path.expanduser('~/.cache/uni_moe_jax')) / f'{_RUNTIME}.tgz'
+def fetch(cache: pathlib.Path | None = None, npm: str = 'npm', integrity: str = _INTEGRITY) -> pathlib.Path:
+  """Returns the package of onnxruntime-web, from the cache or from npm.
+
+  Raises:
+    UsageError: npm is not installed. RunError: it cannot fetch onnxruntime-web, or its digest is wrong.
+  """
+  cached = (cache or pathlib.Path(os.path.expanduser('~/.cache/uni_moe_jax'))) / f'{_RUNTIME}.tgz'
   if not cached.exists():
-    if shutil.which('npm') is None:
+    if shutil.which(npm) is None:
       raise UsageError('--browser needs npm to fetch onnxruntime-web, but npm is not installed; install Node.js.')
     cached.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached.parent) as temporary:
-      done = subprocess.run(['npm', 'pack', '--silent', _RUNTIME], cwd=temporary, capture_output=True, text=True)
+      done = subprocess.run([npm, 'pack', '--silent', _RUNTIME], cwd=temporary, capture_output=True, text=True)
       if done.returncode:
         raise RunError(f'npm cannot fetch {_RUNTIME}: {done.stderr.strip()[-200:]}; check the network and the npm '
                        'registry, and run the command again.')
       [fetched] = pathlib.Path(temporary).glob('*.tgz')
-      _check(fetched)
+      _check(fetched, integrity)
       fetched.replace(cached)
-  _check(cached)
+  _check(cached, integrity)
   return cached
 
 
-def _check(archive: pathlib.Path) -> None:
+def _check(archive: pathlib.Path, integrity: str) -> None:
   digest = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
-  if f'sha512-{digest}' != _INTEGRITY:
+  if f'sha512-{digest}' != integrity:
     raise RunError(f'{archive} differs from the published {_RUNTIME}: its digest is sha512-{digest}; delete it, check '
                    'the npm registry, and run the command again.')

@@ -66,12 +66,16 @@ def write(
     job.write_bytes(pickle.dumps((dataclasses.replace(spec, gmm=gmm.EVERY_EXPERT), tasks, files, spe, eot, cases)))
     if code := environments.run(python(), __spec__.name, str(folder), str(job)):
       raise RunError(f'the conversion to ONNX ended with exit code {code} (see above); nothing was exported.')
-    converted = json.loads(job.with_suffix('.json').read_text())
-    if all('reason' in entry for entries in converted.values() for entry in entries.values()):
-      raise RunError('no program could be converted to ONNX, for the reasons above; nothing was exported.')
-    for task, entries in converted.items():
-      for name, entry in entries.items():
-        files[task][name]['onnx'] = entry
+    _add(files, json.loads(job.with_suffix('.json').read_text()))
+
+
+def _add(files: Files, converted: Files) -> None:
+  """Adds the entries of converted programs, see `write`."""
+  if all('reason' in entry for entries in converted.values() for entry in entries.values()):
+    raise RunError('no program could be converted to ONNX, for the reasons above; nothing was exported.')
+  for task, entries in converted.items():
+    for name, entry in entries.items():
+      files[task][name]['onnx'] = entry
 
 
 def _cases(program: Program, folder: pathlib.Path, file: str, vocab_size: int) -> list[tuple[Any, list[np.ndarray]]]:
@@ -133,7 +137,7 @@ def _try(folder: pathlib.Path, program: Program, params: dict[str, np.ndarray], 
   """Converts a program and compares it; returns its entry, see `write`."""
   try:
     inputs, outputs = _convert(folder, program, params, file)
-    difference = float(np.max([_difference(folder / file, *case) for case in cases]))  # NaN if one is
+    difference = float(np.max([_difference(_run(folder / file, x), want) for x, want in cases]))  # NaN if one is
   except Exception as e:  # of jax2onnx or of onnxruntime: this program has no model, and others may have one
     (folder / file).unlink(missing_ok=True)
     return {'reason': f'{type(e).__name__}: {str(e).strip().partition(chr(10))[0][:200]}'}
@@ -204,12 +208,16 @@ def _stored(name: str, x: np.ndarray, file: pathlib.Path) -> Any:
   return tensor
 
 
-def _difference(file: pathlib.Path, inputs: Any, want: list[np.ndarray]) -> float:
-  """The largest difference of outputs, as a fraction of the largest output."""
+def _run(file: pathlib.Path, inputs: Any) -> list[np.ndarray]:
+  """Outputs of a model."""
   import onnxruntime
   session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
   taken = {x.name for x in session.get_inputs()}
-  got = session.run(None, {name: x for name, x in flat(inputs).items() if name in taken})
+  return session.run(None, {name: x for name, x in flat(inputs).items() if name in taken})
+
+
+def _difference(got: list[np.ndarray], want: list[np.ndarray]) -> float:
+  """The largest difference of outputs, as a fraction of the largest output."""
   parts = [np.abs(np.subtract(a, b, dtype=np.float64)).max() / max(np.abs(b).max(), 1e-30)
            for a, b in zip(got, want, strict=True) if np.issubdtype(b.dtype, np.floating) and b.size]
   wrong = [a for a, b in zip(got, want) if not np.issubdtype(b.dtype, np.floating) and not np.array_equal(a, b)]
