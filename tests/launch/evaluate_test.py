@@ -2,13 +2,11 @@
 
 import json
 
-import jax
 import pytest
 
 from tests.helpers import in_process, saved_run, tiny
 from tests.helpers.processes import ROOT
 from uni_moe_jax import config as config_lib
-from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
 
 _CONFIG = '''
@@ -33,13 +31,6 @@ def config(data_dir):
 def _workdir(tmp_path):
   saved_run.save(tmp_path / 'run', config(tiny.data_dir()), step=2)
   return tmp_path / 'run'
-
-
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch):
-  build = train_run.build
-  on_one = lambda c, devices=None, **given: build(c, devices or jax.devices()[:1], **given)
-  monkeypatch.setattr(train_run, 'build', on_one)
 
 
 def test_a_tuned_run_is_evaluated_after_its_parent_was_moved(workdir, tmp_path):

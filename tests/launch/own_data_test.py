@@ -1,15 +1,16 @@
 """Training on a user's own data: the guide's commands, and several small datasets together."""
 
+import contextlib
 import json
-import pathlib
 import re
 import shlex
+import shutil
 
 import jax
 import pytest
 
 from tests.data import own_files
-from tests.helpers import in_process, own_data, saved_run
+from tests.helpers import in_process, saved_run
 from tests.helpers.processes import ROOT
 from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.cli import shipped
@@ -30,12 +31,12 @@ def test_the_commands_of_the_guide_print_a_retrieval_result(tmp_path, monkeypatc
   commands = [shlex.split(line)[1:] for line in guide.split('```bash\n')[1].split('```')[0].splitlines()]
   assert [name for name, *_ in commands] == ['prepare-data', 'train', 'evaluate']
   own_files.write_captioned_images(tmp_path / 'photos', 40)
-  monkeypatch.chdir(tmp_path)
   monkeypatch.setenv('HOME', str(tmp_path))  # the default data directory is below it
   outputs = []
   for name, *arguments in commands:
     small = [f'--config.{field}' for field in _SMALL] if any(a.startswith('--config=') for a in arguments) else []
-    assert in_process.run(shipped.scripts()[name], *arguments, *small) == 0, capfd.readouterr().err
+    with contextlib.chdir(tmp_path):
+      assert in_process.run(shipped.scripts()[name], *arguments, *small) == 0, capfd.readouterr().err
     outputs.append(capfd.readouterr().out)
   # Forty images with two captions each, every fifth in the test split.
   assert 'pets 1.0.0: train 32, test 8' in outputs[0] and 'captions (texts)' in outputs[0]
@@ -54,29 +55,32 @@ def test_data_in_a_bucket_gives_the_log_and_the_scores_of_data_in_a_folder(schem
   photos = own_files.write_captioned_images(tmp_path / 'photos', 40)
   for path in photos.rglob('*.*'):
     storage.write_bytes(storage.path(bucket) / f'photos/{path.relative_to(photos)}', path.read_bytes())
-  results = []
+  monkeypatch.setenv('HOME', str(tmp_path))  # the default cache is below it
+  results, caches, commands = [], [], guide.splitlines()
   for name, source, data in (('bucket', f'{bucket}/photos', f'{bucket}/data'), ('folder', photos, tmp_path / 'data')):
     (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / name)
-    monkeypatch.setenv('HOME', str(tmp_path / name))  # the default cache is below it
-    for line in guide.replace('gs://photos/pets', str(source)).replace('gs://lab/data', str(data)).splitlines():
+    for line in commands:
+      line = line.replace('gs://photos/pets', str(source)).replace('gs://lab/data', str(data))
       _, command, *arguments = shlex.split(line)
       small = [f'--config.{field}' for field in _SMALL] if any(a.startswith('--config=') for a in arguments) else []
-      assert in_process.run(shipped.scripts()[command], *arguments, *small) == 0, (line, request)
-    results.append((saved_run.lines('runs/pets'), json.loads(pathlib.Path('runs/pets/evaluation.json').read_text())))
-  assert results[0] == results[1]
-  assert len(results[0][0]) == 2 and not list((tmp_path / 'folder').rglob('buckets'))
+      with contextlib.chdir(tmp_path / name):
+        assert in_process.run(shipped.scripts()[command], *arguments, *small) == 0, (line, request)
+    pets = tmp_path / name / 'runs/pets'
+    results.append((saved_run.lines(pets), json.loads((pets / 'evaluation.json').read_text())))
+    caches.append([*tmp_path.rglob('buckets')])
+    for cache in caches[-1]:
+      shutil.rmtree(cache)
+  assert results[0] == results[1] and len(results[0][0]) == 2
+  assert caches[0] and not caches[1]
 
 
 def _own(arg: str):
   return cli.config_from(f'own:{arg}', [])
 
 
-def test_missing_data_names_the_form_for_another_directory(tmp_path, monkeypatch):
-  monkeypatch.setenv('HOME', str(tmp_path))
-  pets = pathlib.Path(own_data.write(tmp_path / '.cache/uni_moe_jax')[0]).name
+def test_missing_data_names_the_form_for_another_directory(tmp_path):
   with pytest.raises(UsageError, match='own:gone is not in .* another data directory: sources=DIRECTORY/own/gone[.]'):
-    _own(f'sources={pets}+gone')
+    _own('sources=gone')
   with pytest.raises(UsageError, match='own:gone is not in ((?!DIRECTORY).)*$'):
     _own(f'sources={tmp_path}/own/gone')
 

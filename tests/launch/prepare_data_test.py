@@ -2,6 +2,7 @@
 
 import shlex
 import socket
+import types
 import urllib.request
 
 import numpy as np
@@ -89,34 +90,36 @@ def _prepare(name, tmp_path, capsys):
   return code, printed.out, [line for line in printed.err.splitlines() if line.startswith(('error', 'Traceback'))]
 
 
-@pytest.fixture(name='connections')
-def _connections(monkeypatch):
-  """The hosts that are tried, none of which answers; of the test, no proxy is set."""
-  tried = []
+@pytest.fixture(name='network')
+def _network(monkeypatch):
+  """The hosts that were tried, whether they answer, and the proxies that are set."""
+  network = types.SimpleNamespace(tried=[], answers=False, proxies={'no': 'localhost'})
 
   def connect(address, timeout):
-    tried.append((address, timeout))
+    if network.answers:
+      return socket.socket()
+    network.tried.append((address, timeout))
     raise socket.gaierror(-2, 'Name or service not known')
 
   monkeypatch.setattr(socket, 'create_connection', connect)
-  monkeypatch.setattr(urllib.request, 'getproxies', lambda: {'no': 'localhost'})
-  return tried
+  monkeypatch.setattr(urllib.request, 'getproxies', lambda: network.proxies)
+  return network
 
 
-def test_without_network_a_dataset_ends_in_one_sentence_before_tfds_tries(connections, tmp_path, capsys):
+def test_without_network_a_dataset_ends_in_one_sentence_before_tfds_tries(network, tmp_path, capsys):
   code, _, errors = _prepare('remote_reviews', tmp_path, capsys)
-  assert code == exit_codes.ERROR and connections == [(('reviews.example', 443), 5.0)]
+  assert code == exit_codes.ERROR and network.tried == [(('reviews.example', 443), 5.0)]
   assert errors == [
       'error: tfds:remote_reviews cannot be downloaded (reviews.example cannot be reached: [Errno -2] Name or service '
       f'not known); prepare it on a machine with network and copy {tmp_path}/tfds/remote_reviews.']
 
 
 @pytest.mark.parametrize('case', ['a host answers', 'a proxy', 'a file was downloaded', 'a file in the manual folder'])
-def test_where_the_network_may_not_be_needed_tfds_tries(case, connections, tmp_path, capsys, monkeypatch):
+def test_where_the_network_may_not_be_needed_tfds_tries(case, network, tmp_path, capsys):
   if case == 'a host answers':
-    monkeypatch.setattr(socket, 'create_connection', lambda *_: socket.socket())
+    network.answers = True
   elif case == 'a proxy':
-    monkeypatch.setattr(urllib.request, 'getproxies', lambda: {'https': 'http://proxy.example'})
+    network.proxies = {'https': 'http://proxy.example'}
   else:
     [(url, info)] = RemoteReviews.url_infos.items()
     downloads = tmp_path / 'tfds/downloads'
@@ -125,7 +128,7 @@ def test_where_the_network_may_not_be_needed_tfds_tries(case, connections, tmp_p
     path.parent.mkdir(parents=True)
     path.touch()
   code, _, errors = _prepare('remote_reviews', tmp_path, capsys)
-  assert code == exit_codes.ERROR and not connections
+  assert code == exit_codes.ERROR and not network.tried
   assert errors == ['error: tfds:remote_reviews cannot be downloaded (the host is gone); prepare it on a machine with '
                     f'network and copy {tmp_path}/tfds/remote_reviews.']
 
@@ -149,18 +152,24 @@ def test_archives_that_the_user_must_download_are_named(tmp_path, capsys):
   assert code == exit_codes.FINISHED and 'train 7' in out and not errors
 
 
-def test_another_error_of_a_builder_is_not_taken_for_one_of_the_network(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(TinyReviews, '_generate_examples', lambda *_: {}['defect'])
+class DefectReviews(TinyReviews):
+  """Cannot be read. TFDS registers it as defect_reviews."""
+
+  def _generate_examples(self, split, size):
+    return {}['defect']
+
+
+def test_another_error_of_a_builder_is_not_taken_for_one_of_the_network(tmp_path, capsys):
   with pytest.raises(KeyError, match='defect') as error:
-    _prepare('tiny_reviews', tmp_path, capsys)
+    _prepare('defect_reviews', tmp_path, capsys)
   assert error.value.__cause__ is not error.value  # a circle would not end when causes are followed
 
 
-def test_without_network_a_prepared_dataset_is_found(connections, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(RemoteReviews, 'url_infos', None)
-  assert _prepare('remote_reviews', tmp_path, capsys)[0] == exit_codes.FINISHED
-  monkeypatch.setattr(RemoteReviews, 'url_infos', {'https://reviews.example/x': None})  # would be looked at
-  assert _prepare('remote_reviews', tmp_path, capsys)[0] == exit_codes.FINISHED
+def test_without_network_a_prepared_dataset_is_found(network, tmp_path, capsys, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(RemoteReviews, 'url_infos', None)
+    assert _prepare('remote_reviews', tmp_path, capsys)[0] == exit_codes.FINISHED
+  assert _prepare('remote_reviews', tmp_path, capsys)[0] == exit_codes.FINISHED and not network.tried
 
 
 def test_where_folders_cannot_be_renamed_nothing_is_prepared(tmp_path, capsys, monkeypatch):

@@ -17,9 +17,12 @@ from uni_moe_jax.utils import signals
 _ABANDONED = 24 * 3600.0  # seconds after which the folder of an export that was killed is removed
 
 
-def name(step: int, fingerprint: str, config: str) -> str:
-  """Returns the name of the folder for a checkpoint, its step and digest, and the config of its run."""
-  made_of = json.dumps([fingerprint, config, __version__, loader.FORMAT])
+def name(step: int, fingerprint: str, config: str, made_by: tuple[str, int] = (__version__, loader.FORMAT)) -> str:
+  """Returns the name of the folder for a checkpoint, its step and digest, and the config of its run.
+
+  made_by: version of the package, format of the folder.
+  """
+  made_of = json.dumps([fingerprint, config, *made_by])
   return f'{step}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}'
 
 
