@@ -50,7 +50,7 @@ def main() -> int:
     hub.check_push(_PUSH_TO_HUB.value, _OUTPUT.value)
   from uni_moe_jax.eval import suite
   from uni_moe_jax.export import artifact, contents
-  from uni_moe_jax.train import checkpoint, loop, trained_run
+  from uni_moe_jax.train import loop, trained_run
   run, params, step = trained_run.read(workdir, config, _BEST.value)
   formats = [flag.name for flag in (_TORCH, _ONNX, _BROWSER) if flag.value]
   artifact.prepare(formats, _DTYPE.value or run.spec.model.spec.dtype, run.data)
@@ -61,7 +61,7 @@ def main() -> int:
   rows = suite.finished_rows(workdir, run.plan, step, model=model)
   provenance = workdir_lib.provenance(workdir, step) | {
       'checkpoint (fingerprint)': model, 'exported by commit': loop.commit()}
-  write_start = functools.partial(checkpoint.write_start, params=params, step=step, provenance=provenance)
+  write_start = functools.partial(trained_run.write_start, params=params, step=step, provenance=provenance)
   weights = artifact.write(
       _OUTPUT.value, exported, provenance, rows, formats, write_start if _CHECKPOINT.value else None)
   print(f'{_OUTPUT.value}: step {step}, {exported.summary()}\n{weights}')

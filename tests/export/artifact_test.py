@@ -26,7 +26,7 @@ from uni_moe_jax.io import hub
 from uni_moe_jax.model import decoding, merging
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.uni_perceiver import UniPerceiver, param_shapes
-from uni_moe_jax.train import checkpoint
+from uni_moe_jax.train import checkpoint, trained_run
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train import workdir as workdir_lib
 from uni_moe_jax.utils.tree_paths import by_path
@@ -370,9 +370,9 @@ def test_a_run_starts_from_the_hub_with_the_parameters_of_the_run_bit_for_bit(tr
   workdir, _, params = trained
   origin = workdir_lib.provenance(workdir, 2)
   (tmp_path / 'start').mkdir()
-  checkpoint.write_start(tmp_path / 'start', params, 2, origin)
+  trained_run.write_start(tmp_path / 'start', params, 2, origin)
   artifact.write(tmp_path / 'model', dense, origin, [],
-                 write_start=lambda folder: checkpoint.write_start(folder, params, 2, origin))
+                 write_start=lambda folder: trained_run.write_start(folder, params, 2, origin))
   assert f'{tmp_path}'.encode() not in (tmp_path / 'model/config.json').read_bytes()
   with hub_server.running(monkeypatch, tmp_path):
     monkeypatch.setenv('HF_TOKEN', hub_server.TOKEN)

@@ -4,7 +4,6 @@ A checkpoint is complete when its folder gets its name; where folders cannot be 
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 import sys
@@ -12,21 +11,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from uni_moe_jax.io import files, orbax_s3, storage
-from uni_moe_jax.parallel import array_sums, distributed, multihost
+from uni_moe_jax.parallel import distributed, multihost
 from uni_moe_jax.train import checkpoint_choice, manifest
-from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_step, saved_steps, unfinished_folders, write_config
+from uni_moe_jax.train.workdir import CHECKPOINTS, DAMAGED, saved_step, saved_steps, unfinished_folders
 from uni_moe_jax.utils import errors, heap
 from uni_moe_jax.utils.errors import RunError, UsageError
-from uni_moe_jax.utils.tree_paths import describe_arrays
+from uni_moe_jax.utils.tree_paths import by_path, describe_arrays
 
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step
 _MODE = ocp.options.AtomicityMode
 _READS = 2  # of arrays in a bucket, until they are as they were saved
 _ITEM = 'default'  # Orbax's name of the folder of a step's arrays
+_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # bytes per number → type of its bits
 
 
 class Checkpoints:
@@ -64,7 +65,7 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
         self._folder, item_handlers=ocp.StandardCheckpointHandler(),
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=_Retention(max_to_keep, keep_every, self._best_of),
+            preservation_policy=checkpoint_choice.Retention(max_to_keep, keep_every, self._best_of),
             create=self._writes and not self._is_remote,
             cleanup_tmp_directories=self._writes and not self._in_place, enable_async_checkpointing=True,
             # Finished checkpoints have a commit file in both modes.
@@ -99,7 +100,7 @@ class Checkpoints:
     self._metrics[step] = {k: v for k, v in (metrics or {}).items() if math.isfinite(v)}
     self._pending = step
     if self._is_remote:  # objects are not read back to learn whether they arrived as they were sent
-      self._sums = array_sums.array_sums(state)
+      self._sums = array_sums(state)
     with self._report_disk_errors():
       self._manager.save(step, args=ocp.args.StandardSave(state))
 
@@ -304,7 +305,7 @@ class Checkpoints:
         wrong = [f'{type(e).__name__} in decoding them']
       [failed] = multihost.sums_over_processes([bool(wrong)])
       if not failed and saved and are_arrays:
-        wrong = [path for path, x in array_sums.array_sums(tree).items() if int(x) != saved[path]]
+        wrong = [path for path, x in array_sums(tree).items() if int(x) != saved[path]]
         [failed] = multihost.sums_over_processes([bool(wrong)])
       if not failed:
         return tree
@@ -367,11 +368,26 @@ class Checkpoints:
           f'{fix}, then the same command continues.') from e
 
 
-def write_start(workdir: storage.Path, params: Any, step: int, provenance: Mapping[str, Any]) -> None:
-  """Writes what another run needs to start from parameters: a config, from `workdir.provenance`, and a checkpoint."""
-  write_config(workdir, provenance)
-  with Checkpoints(workdir, max_to_keep=1) as checkpoints:
-    checkpoints.save(step, {'params': params})
+@jax.jit
+def array_sums(tree: Any) -> dict[str, jax.Array]:
+  """{path: u32 []}: the bits of each array, as integers times odd weights by position, summed modulo 2**32.
+
+  One changed bit changes the sum: an odd number times a power of two below 2**32 is not 0 modulo 2**32. The order of
+  the sum does not matter, so that every mesh and every number of processes gives the same. Digests of objects in a
+  bucket say nothing of bits that change on the way there or back; these sums are of the arrays at both ends.
+  """
+  return {path: _sum(x) for path, x in by_path(tree).items()}
+
+
+def _sum(x: jax.Array) -> jax.Array:
+  if x.dtype == jnp.bool_:
+    x = x.astype(jnp.uint8)
+  bits = jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize])
+  weights = jnp.ones(bits.shape, jnp.uint32)
+  for axis in range(bits.ndim):  # without a reshape, which would gather an array that is split over devices
+    stride = 2 * math.prod(bits.shape[axis + 1:]) % 2**32
+    weights += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride)
+  return jnp.sum(bits.astype(jnp.uint32) * weights, dtype=jnp.uint32)
 
 
 class _DamagedError(RunError):
@@ -380,19 +396,3 @@ class _DamagedError(RunError):
   def __init__(self, step: int, workdir: str | os.PathLike[str], damage: str):
     super().__init__(f'the checkpoint of step {step} in {workdir} is damaged: {damage}; choose another step.')
     self.damage = damage
-
-
-@dataclasses.dataclass(frozen=True)
-class _Retention:
-  """Orbax's interface for which steps to keep: the newest `max_to_keep` (None: all), multiples, and the best."""
-  max_to_keep: int | None
-  keep_every: int
-  best_of: Callable[[Sequence[int]], int | None]
-
-  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-    del context
-    steps = [c.step for c in checkpoints]
-    multiples = [s for s in steps if self.keep_every and s % self.keep_every == 0]
-    newest = steps if self.max_to_keep is None else sorted(steps)[-self.max_to_keep:]
-    kept = {self.best_of(steps), *multiples, *newest}
-    return [s in kept for s in steps]

@@ -1,8 +1,10 @@
-"""Which checkpoint of a run is read: the newest, or the best. This module imports nothing slow."""
+"""Which checkpoints of a run are kept, and which is read: the newest, or the best. This module imports nothing slow."""
 
+import dataclasses
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import ml_collections
 
@@ -57,3 +59,19 @@ def _source(workdir: str | os.PathLike[str], config: ml_collections.ConfigDict) 
   source = trained_in(workdir, config.train.init)
   metric = (config if source == workdir else load_config(source)).train.best_metric
   return storage.path(source) / CHECKPOINTS, metric
+
+
+@dataclasses.dataclass(frozen=True)
+class Retention:
+  """Orbax's interface for which steps to keep: the newest `max_to_keep` (None: all), multiples, and the best."""
+  max_to_keep: int | None
+  keep_every: int
+  best_of: Callable[[Sequence[int]], int | None]
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    steps = [c.step for c in checkpoints]
+    multiples = [s for s in steps if self.keep_every and s % self.keep_every == 0]
+    newest = steps if self.max_to_keep is None else sorted(steps)[-self.max_to_keep:]
+    kept = {self.best_of(steps), *multiples, *newest}
+    return [s in kept for s in steps]

@@ -32,7 +32,7 @@ def write(
     folder: has the checkpoint.
     final: where it will be; `folder` itself, if it is written in place.
     metrics: that were logged with its step.
-    sums: of its arrays, see `parallel.array_sums`; {} where files are read to verify them.
+    sums: of its arrays, see `checkpoint.array_sums`; {} where files are read to verify them.
     evaluation_data: evaluator in training → digest of the data on which it measures metrics.
   """
   files = {k: v for k, v in storage.files_in(folder).items() if k not in (FILE, _METADATA, _COMMITTED)}

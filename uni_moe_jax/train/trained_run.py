@@ -17,6 +17,7 @@ from uni_moe_jax.data.examples.features import template_features
 from uni_moe_jax.data.text.templates import fill_template
 from uni_moe_jax.eval.batches import Fields
 from uni_moe_jax.eval.predictor import Predictor
+from uni_moe_jax.io import storage
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.train import checkpoint_choice
 from uni_moe_jax.train import run as run_lib
@@ -28,6 +29,13 @@ from uni_moe_jax.utils.suggest import nearest
 
 _NAMES = 'names'  # the target set of names that a caller gives
 _ROWS_AT_ONCE = 128  # that the model reads
+
+
+def write_start(workdir: storage.Path, params: Any, step: int, provenance: Mapping[str, Any]) -> None:
+  """Writes what another run needs to start from parameters: a config, from `workdir.provenance`, and a checkpoint."""
+  workdir_lib.write_config(workdir, provenance)
+  with Checkpoints(workdir, max_to_keep=1) as checkpoints:
+    checkpoints.save(step, {'params': params})
 
 
 def read(workdir: str | os.PathLike[str], config: Any, best: bool) -> tuple[run_lib.Run, Any, int]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from uni_moe_jax.parallel.array_sums import array_sums
+from uni_moe_jax.train.checkpoint import array_sums
 
 
 def test_a_sum_by_hand():
