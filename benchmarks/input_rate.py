@@ -26,9 +26,10 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.batches.mixtures import Batch, BatchLayout, Mixture
-from uni_moe_jax.data.examples.examples import ExampleBuilder, encode_texts, pad_tokens
+from uni_moe_jax.data.examples.examples import ExampleBuilder
 from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.data.shards import file_dataset
+from uni_moe_jax.data.text.token_rows import encode_texts, pad_tokens
 from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from uni_moe_jax.train import run as train_run
 

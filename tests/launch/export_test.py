@@ -96,7 +96,7 @@ def test_the_guides_five_commands_print_captions_in_a_fresh_environment(root, tm
   assert done.returncode == 0, done.stderr
   first, weights, *lines = done.stdout.splitlines()
   assert 'exported: step 1, 4 kernels per projection for ' in first and first.endswith(' 2 tasks')
-  assert re.search(r'params\.safetensors \d\.\d\d MB, .*together \d\.\d\d MB$', weights), weights
+  assert re.search(r'params\.safetensors \d\.\d\d MB, .*total \d\.\d\d MB$', weights), weights
   assert sorted(line.partition(':')[0] for line in lines) == ['caption', 'shape'], lines
   assert all(line.endswith('; as at export') for line in lines), lines
   assert 'This step was not evaluated.' in (root / 'exported/README.md').read_text()
