@@ -88,7 +88,7 @@ def append_odd_rows(root: pathlib.Path) -> dict[str, str]:
   rows += [{**good, 'image': path} for path in ('images/\0.png', 'images', 'long' * 99)]
   rows += [{**good, 'text_a': 5}, {**good, 'label': {'r': 1}}, {**good, 'captions': ['', ' ']},
            {**good, 'captions': 'a text'}, good, good, ['a list'], {'split': 'train'}, {**good, 'split': 'nowhere'}]
-  # Extra fields of a wrong type or name cost no row.
+  # Extra fields of a wrong type or name cost no row, but for the list of a color, which is a single one elsewhere.
   rows += [{**good, 'captions': [f'extra {i}'], name: value} for i, (name, value) in enumerate((
       ('color', {'r': 1}), ('color', ['red']), ('sentids', [0, 1, 2]), ('source_location', 'x'),
       ('what / where', 'not a column name'), ('text_length', [14]), ('sentids', [[]])))]

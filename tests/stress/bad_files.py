@@ -7,8 +7,6 @@ import itertools
 import json
 import pathlib
 import tempfile
-import tracemalloc
-import zipfile
 
 import numpy as np
 from hypothesis import strategies as st
@@ -18,7 +16,6 @@ from tests.data import own_files
 from tests.stress import bad_input
 from tests.stress.bad_input import JSON, ODD_STRINGS, UNREACHABLE, Case, corrupted, skipped
 from uni_moe_jax.data.formats import media, video
-from uni_moe_jax.data.formats.npz_videos import NpzVideos
 from uni_moe_jax.data.formats.rows import LOCATION, MEDIA_TYPES
 from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.data.shards import file_dataset
@@ -28,7 +25,7 @@ _SIZE, _FRAMES = 24, 8
 _NUM_GOOD = 5  # rows beside the drawn one, which must be kept
 _IMAGE_FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', 'ICO')
 HAS_VIDEO = importlib.util.find_spec('av') is not None
-_VIDEO_FORMATS = ('npy', 'npz', *(('mp4', 'avi', 'matroska', 'gif') if HAS_VIDEO else ()))
+_VIDEO_FORMATS = ('npy', *(('mp4', 'avi', 'matroska', 'gif') if HAS_VIDEO else ()))
 _FIELDS = ('image', 'video', 'caption', 'captions', 'text', 'text_a', 'label', 'label_name', 'split', 'group', 'key',
            LOCATION, 'question')
 _OUTSIDE, _SECRET = '../secret.png', b'secret'  # a sound image, and how it ends
@@ -109,33 +106,6 @@ def image(draw, folder: pathlib.Path) -> Case:
   return Case(main)
 
 
-def array(draw, folder: pathlib.Path) -> Case:
-  """A small .npz file whose header declares any array. Reading it must take little memory."""
-  sizes = st.sampled_from((-1, 0, 1, 3, _FRAMES, _SIZE, 2**14, 2**20, 2**62))
-  shape = draw(st.just((1, _FRAMES, _SIZE, _SIZE, 3)) | st.lists(sizes, max_size=6).map(tuple))
-  header = dict(shape=shape, descr=draw(st.sampled_from(('|u1', '|u1', '>u1', '<f4', '<u8', '|O', '|V9', '<U4'))),
-                fortran_order=draw(st.booleans()))
-  method = draw(st.sampled_from((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)))
-  write = draw(st.sampled_from((np.lib.format.write_array_header_1_0, np.lib.format.write_array_header_2_0)))
-  path = folder / 'video.npz'
-  with zipfile.ZipFile(path, 'w', method) as archive, archive.open('frames.npy', 'w') as file:
-    write(file, header)
-    file.write(bytes(draw(st.just(_FRAMES * _SIZE * _SIZE * 3) | st.integers(0, 9999))))
-
-  def main() -> int | str:
-    tracemalloc.start()
-    try:
-      media_file = NpzVideos(path).read(0)
-    except media.CorruptFile as e:
-      return skipped(str(e))
-    finally:
-      memory = tracemalloc.get_traced_memory()[1]
-      tracemalloc.stop()
-      assert memory < 2**24, f'{path.stat().st_size} bytes took {memory} bytes of memory'
-    return _sampled(media_file)
-  return Case(main)
-
-
 def video_file(draw, folder: pathlib.Path) -> Case:
   """A video of any format, damaged in its header or frames. If it is accepted, training must get frames of it."""
   extension = draw(st.sampled_from(_VIDEO_FORMATS))
@@ -146,7 +116,7 @@ def video_file(draw, folder: pathlib.Path) -> Case:
 
   def main() -> int | str:
     try:
-      media_file = NpzVideos(path).read(0) if extension == 'npz' else media.check_video(media.read_bytes(path))
+      media_file = media.check_video(media.read_bytes(path))
     except media.CorruptFile as e:
       return skipped(str(e))
     return _sampled(media_file)
@@ -180,11 +150,7 @@ def _image(image_format: str, seed: int) -> bytes:
 @functools.cache
 def _video(extension: str) -> bytes:
   frames = np.random.default_rng(0).integers(0, 256, (_FRAMES, _SIZE, _SIZE, 3), dtype=np.uint8)
-  if extension == 'npz':
-    np.savez_compressed(out := io.BytesIO(), frames=frames[None])
-    return out.getvalue()
   return own_files.npy_bytes(frames) if extension == 'npy' else own_files.encode_video(frames, extension)
 
 
-PROPERTIES: dict[str, bad_input.Property] = {'jsonl': jsonl, 'text': text, 'image': image, 'array': array,
-                                              'video': video_file}
+PROPERTIES: dict[str, bad_input.Property] = {'jsonl': jsonl, 'text': text, 'image': image, 'video': video_file}

@@ -340,6 +340,18 @@ def test_references_have_an_entry_of_each_list_of_texts(template, expected):
   assert examples.references(np.arange(1)) == [expected]
 
 
+def test_texts_of_pairs_have_equal_ids_where_their_tokens_are_equal():
+  start = 'a square number of squares '
+  captions = ['A square', 'a square', start + 'one', start + 'two', 'a bar']
+  image = own_files.encode_image(own_files.color_image('red', 0))
+  read = lambda ids: [{'image': image, 'note': captions[i]} for i in ids.tolist()]
+  dataset = file_dataset.FileDataset('own:x', 5, read, {'image': 'image', 'note': 'text'}, {}, {}, '')
+  examples = build(dataset, 'image_retrieval', label_column='', target_set='', caption_templates=('{note}',), max_len=12,
+                   tokenizer=SentencePieceTokenizer(tiny.tokenizer_file()))
+  a, b, c, d, e = make(examples, range(5))['text_id'].tolist()
+  assert a == b and c == d and len({a, c, e}) == 3 and min(a, c, e) >= 0
+
+
 def test_examples_are_the_records_with_the_columns_that_templates_name(tmp_path):
   root = own_files.write_captioned_images(tmp_path / 'in', 10)
   rows = own_files.read_jsonl(root / 'data.jsonl')
@@ -364,8 +376,7 @@ def test_every_field_of_a_file_can_be_used_in_templates(name, tmp_path):
   tokenizer = SentencePieceTokenizer(tiny.tokenizer_file())
   examples = build(
       file_dataset.load('own:some', tmp_path, 'train'), 'image_retrieval', label_column='', target_set='', max_len=12,
-      tokenizer=tokenizer,
-      caption_templates=(f'{{{name}|no_stop}} of {{color}} {{{{so}}}}',))
+      tokenizer=tokenizer, caption_templates=(f'{{{name}|no_stop}} of {{color}} {{{{so}}}}',))
   texts = ['number 1 of green {so}', 'number 3 of red {so}']  # rows 0…3 and 5 are in the split
   assert examples.references(np.array([1, 3])) == [(text,) for text in texts]
   made = make(examples, [1, 3])

@@ -144,24 +144,6 @@ def test_images_of_parquet_are_bytes_or_paths(tmp_path):
       'a URL, which is not fetched (img2dataset downloads images)': ['train-2.parquet:3']}
 
 
-@pytest.mark.parametrize('first, names_files', [(None, True), (b'x', False)])
-def test_images_with_a_path_and_without_bytes_name_files(tmp_path, first, names_files):
-  images = pa.array([{'bytes': first, 'path': '0.png'}, {'bytes': None, 'path': '1.png'}],
-                    pa.struct({'bytes': pa.binary(), 'path': pa.string()}))
-  pq.write_table(pa.table({'image': images}), tmp_path / 'a.parquet')
-  assert archives.names_files(str(tmp_path / 'a.parquet')) == names_files
-
-
-@pytest.mark.parametrize('column, names_files', [
-    (pa.array(['a.png']), True), (pa.array(['a.png'], pa.large_string()), True),
-    (pa.array(['a.png'], pa.string_view()), True), (pa.array(['a.png']).dictionary_encode(), True),
-    (pa.array([b'a.png']), False), (pa.array([7]), False)], ids=lambda x: str(getattr(x, 'type', x)))
-def test_texts_of_every_arrow_type_name_files(tmp_path, column, names_files):
-  """Of a bucket, the folder of such a file is copied."""
-  pq.write_table(pa.table({'image': column}), tmp_path / 'a.parquet')
-  assert archives.names_files(str(tmp_path / 'a.parquet')) == names_files
-
-
 def test_damage_of_a_parquet_file_costs_its_own_rows(tmp_path):
   rows = {'jpg': [_image(i) for i in range(6)], 'caption': [f'number {i}' for i in range(6)]}
   for name in ('0', '1', '2', '3'):

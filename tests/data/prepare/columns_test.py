@@ -31,13 +31,6 @@ def test_a_column_is_read_and_written_anywhere(tmp_path):
   assert column[0:7].tolist() == [7, 8, 9, 0, 0, 1, -1] and column[np.array([6, 1])].tolist() == [-1, 8]
 
 
-def test_one_field_of_records_is_read_from_a_row_to_another(tmp_path):
-  column = Column(tmp_path / 'x', [('size', 'i8'), ('code', 'i4')])
-  column.append(np.array([(10 * i, i) for i in range(5)], [('size', 'i8'), ('code', 'i4')]))
-  code = column.read_field('code', slice(2, 4))
-  assert code.tolist() == [2, 3] and type(code) is np.ndarray
-
-
 def test_what_was_read_is_a_copy_and_an_empty_column_is_read_and_written(tmp_path):
   column = Column(tmp_path / 'x', 'i4', 3)
   for read in (column[0:2], column[np.array([0, 1])]):

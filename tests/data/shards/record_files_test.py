@@ -110,27 +110,6 @@ def test_data_that_is_prepared_again_while_a_run_reads_it_is_an_error(tmp_path, 
     shards.__getitems__([1])
 
 
-def test_files_whose_times_alone_change_are_read_on_until_the_data_is_other_data(tmp_path, monkeypatch):
-  monkeypatch.setattr(shards_lib, '_MAX_IDLE', 0)
-  records, copy = write_shards(tmp_path, 1), tmp_path / 'copy'
-  (tmp_path / 'x/prepared.json').write_text('{"fingerprints": 1}')
-  shards = Shards(tmp_path, bucket_shards.instructions(tmp_path, 1))
-  assert shards.__getitems__([1]) == [records[1]]
-  os.utime(tmp_path / bucket_shards.shard_name(0), (1, 1))  # as against a purge of old files
-  assert shards.__getitems__([1]) == [records[1]]
-  shutil.move(tmp_path / 'x', copy)
-  shutil.copytree(copy, tmp_path / 'x', copy_function=shutil.copy)
-  assert shards.__getitems__([1]) == [records[1]]
-  os.utime(tmp_path / bucket_shards.shard_name(0), (2, 2))
-  (tmp_path / 'x/prepared.json').write_text('{"fingerprints": 2}')
-  with pytest.raises(RunError, match='is another file than this process has read'):
-    shards.__getitems__([1])
-  (tmp_path / 'x/prepared.json').write_text('{"fingerprints": 1}')
-  os.truncate(tmp_path / bucket_shards.shard_name(0), 9)
-  with pytest.raises(RunError, match='is another file than this process has read'):
-    shards.__getitems__([1])
-
-
 def test_a_split_without_files_is_empty():
   assert len(Shards('', [])) == 0
 

@@ -11,7 +11,7 @@ import itertools
 import os
 import pathlib
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from uni_moe_jax.data.formats import media
@@ -77,40 +77,18 @@ def _sample(file: str, key: tuple[str, str], members: dict[str, bytes], split: s
 
 def row_groups(address: str) -> list[int]:
   """The number of the first row of each row group of a Parquet file; [1] if it is damaged."""
-  metadata = _of_metadata(address, lambda parquet: parquet.metadata)
-  if metadata is None:
-    return [1]
-  sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-  return list(itertools.accumulate(sizes, initial=1))[:-1]
-
-
-def names_files(address: str) -> bool:
-  """Whether a Parquet file has a column of paths of images or videos; False if it is damaged."""
-  fields, metadata = _of_metadata(address, lambda parquet: (list(parquet.schema_arrow), parquet.metadata)) or ((), None)
-  if any(_is_text(_unwrapped(field.type)) for field in fields if field.name in formats.MEDIA_TYPES):
-    return True
-  if metadata is None:
-    return False
-  # Of the type {bytes, path}, without any bytes.
-  chunks = [metadata.row_group(i).column(j) for i in range(metadata.num_row_groups)
-            for j in range(metadata.num_columns)]
-  nulls = [chunk.statistics is not None and chunk.statistics.null_count == chunk.num_values for chunk in chunks
-           if chunk.path_in_schema in [f'{name}.bytes' for name in formats.MEDIA_TYPES]]
-  return bool(nulls) and all(nulls)
-
-
-def _of_metadata(address: str, get: Callable[[Any], Any]) -> Any:
-  """What a function gets of a Parquet file without reading its rows; None if it is damaged."""
   import pyarrow as pa
   try:
     with open_binary(address) as file:
-      return get(_parquet(file))
+      metadata = _parquet(file).metadata
   except (pa.ArrowException, ValueError):
-    return None
+    return [1]
   except OSError as e:  # also pyarrow's errors of decoding
     if e.errno is not None or storage.is_remote(address) and storage.explain(e, address):
       raise
-    return None
+    return [1]
+  sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+  return list(itertools.accumulate(sizes, initial=1))[:-1]
 
 
 def read_parquet(

@@ -1,7 +1,7 @@
 """The input in shards: parts that are read independently of each other, in the order of their rows.
 
   folder        images or videos [split/]class/file
-  file.jsonl    an object per line, or a folder of such files; file.npz beside it has videos
+  file.jsonl    an object per line, or a folder of such files
   file.csv      also .tsv: the columns that its first line names, with the fields of .jsonl
   file.parquet  the same as columns, images also as bytes; or a folder of such files
   file.tar      of WebDataset, or a folder of them, or a range of names: {00000..01242}.tar
@@ -183,8 +183,6 @@ def _divide(file: storage.Path) -> Iterator[InputShard]:
   elif suffix == '.parquet':
     for i, row in enumerate(archives.row_groups(str(file))):
       yield shard(start=i, line=row)
-  elif suffix == '.jsonl' and file.with_suffix('.npz').is_file():
-    yield shard(stop=status.st_size)  # videos of an array are read in one pass
   else:
     with archives.open_binary(str(file)) as lines:
       start, first_line = 0, 1
@@ -270,8 +268,6 @@ def _read_lines(shard: InputShard, _: bool) -> Iterator[Row]:
 
 
 def _read_jsonl(shard: InputShard, allow_outside: bool) -> Iterator[Row]:
-  array, root = pathlib.Path(shard.file).with_suffix('.npz'), pathlib.Path(shard.root)
-  has_array = array.is_file()
   # Decoded line by line, so that a byte of another encoding costs one line.
   for number, line in enumerate(_lines(shard), shard.line):
     if line.strip():
@@ -279,8 +275,7 @@ def _read_jsonl(shard: InputShard, allow_outside: bool) -> Iterator[Row]:
       try:
         value = formats.decode_json(line, 'utf-8-sig' if number == 1 else 'utf-8')
         value = formats.of_image_folder(value, shard.file)
-        yield formats.parse(value, location, root, shard.split, allow_outside,
-                            (array, number - 1) if has_array else None)
+        yield formats.parse(value, location, pathlib.Path(shard.root), shard.split, allow_outside)
       except formats.Skip as e:
         yield Row(location, skipped=str(e))
 

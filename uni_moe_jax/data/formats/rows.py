@@ -42,8 +42,7 @@ class Row:
   location: str  # file and line, or path, relative to the input
   split: str = ''  # 'train', 'validation' or 'test', as the data names it
   media_type: str = ''  # 'image' or 'video'
-  path: pathlib.Path | None = None  # of the image or video, or of the .npz of frames
-  array_index: int | None = None  # of the video in the .npz
+  path: pathlib.Path | None = None  # of the image or video
   data: bytes | None = None  # of the image or video, if an archive has it
   texts: dict[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)  # by field
   labels: dict[str, str] = dataclasses.field(default_factory=dict)  # field → value that may become a class
@@ -124,14 +123,14 @@ def of_image_folder(value: Any, file: str) -> Any:
 
 
 def parse(value: Any, location: str, folder: pathlib.Path, split: str, allow_outside: bool,
-          array: tuple[pathlib.Path, int] | None = None, data: tuple[str, bytes] | None = None) -> Row:
+          data: tuple[str, bytes] | None = None) -> Row:
   """The row of a JSON value.
 
   Args:
     value, location: the object, and where it was read.
     folder: of the files that it names; with `allow_outside` they may be elsewhere.
     split: unless the value has one.
-    array: the .npz and the index of its video. data: its media type and the bytes, if an archive has them.
+    data: its media type and the bytes, if an archive has them.
 
   Raises:
     Skip: it is not an example.
@@ -150,13 +149,11 @@ def parse(value: Any, location: str, folder: pathlib.Path, split: str, allow_out
   media_type, *others = [m for m in MEDIA_TYPES if m in value] or ['']
   if others:
     raise Skip('both an image and a video')
-  path, array_index, content = None, None, None
+  path, content = None, None
   if media_type:
     path = folder / (name := value.pop(media_type))
     if _URL.match(name):
       raise Skip('a URL, which is not fetched (img2dataset downloads images)')
-  elif array is not None:
-    media_type, (path, array_index) = 'video', array
   elif data is not None:
     media_type, content = data
   if 'caption' in value:
@@ -169,9 +166,9 @@ def parse(value: Any, location: str, folder: pathlib.Path, split: str, allow_out
   texts, labels = _texts_and_labels(value)
   if not media_type and not texts:
     raise Skip(NO_CONTENT)
-  if path and array_index is None and not allow_outside and _is_outside(path, folder):
+  if path and not allow_outside and _is_outside(path, folder):
     raise Skip('a file outside of the input folder (--allow_outside packs it)')
-  return Row(location, SPLIT_NAMES.get(split.lower(), ''), media_type, path, array_index, content, texts, labels, key,
+  return Row(location, SPLIT_NAMES.get(split.lower(), ''), media_type, path, content, texts, labels, key,
              group, tuple(map(shorten, dropped)))
 
 

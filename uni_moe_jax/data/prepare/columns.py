@@ -42,10 +42,6 @@ class Column:
   def __setitem__(self, rows: slice | np.ndarray, values: np.ndarray) -> None:
     self._map('r+')[rows] = values
 
-  def read_field(self, name: str, rows: slice) -> np.ndarray:
-    """One field of records, of which no other is in memory."""
-    return np.array(self._map('r')[rows][name])
-
   def _map(self, mode: str) -> np.ndarray:
     return np.memmap(self._path, self._dtype, mode) if self.size else np.empty(0, self._dtype)
 

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-from uni_moe_jax.data.formats import archives, input_shards
+from uni_moe_jax.data.formats import input_shards
 from uni_moe_jax.data.shards.mirror import repeat
 from uni_moe_jax.io import locks, storage
 
@@ -18,20 +18,12 @@ _NUM_FETCHES = 32
 
 @contextlib.contextmanager
 def opened(address: str, cache_dir: str) -> Iterator[storage.Path]:
-  """Yields the input; from a bucket it is copied for that time, unless its rows are in tar or Parquet files.
-
-  Parquet files that name files are copied with their folder.
-  """
+  """Yields the input; from a bucket it is copied for that time, unless its rows are in tar or Parquet files."""
   source = storage.path(address, '--input')
   if storage.is_remote(source):
     storage.check_access(input_shards.folder_of(source), '--input')
-    files = input_shards.archives_of(source)
-    if files and not (files[0].suffix.lower() == '.parquet' and archives.names_files(str(files[0]))):
+    if input_shards.archives_of(source):
       yield source
-      return
-    if files and files[0].parent != source:
-      with local_input(source.parent, '--input', cache_dir) as copy:
-        yield copy / source.name
       return
   with local_input(address, '--input', cache_dir) as copy:
     yield copy

@@ -46,7 +46,6 @@ class Merged:
     bounds: index of the first row of each shard, and the number of rows.
     columns: name → 'image', 'video', 'texts', 'text' or 'class'. classes: class column → names in order.
     class_counts: class column → {(name, split index): rows}.
-    dropped: index of a signature → fields that its rows lose.
     captioned: split → number of its examples with captions.
     rows_of_one_image: number of rows with captions of an image or a video that an earlier row has captions of, too.
     sizes, num_captions, text_bytes, rewritten, dropped_fields: how often each occurs in examples.
@@ -58,7 +57,6 @@ class Merged:
   columns: dict[str, str] = dataclasses.field(default_factory=dict)
   classes: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   class_counts: dict[str, collections.Counter] = dataclasses.field(default_factory=dict)
-  dropped: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   split_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
   captioned: dict[str, int] = dataclasses.field(default_factory=dict)
   sizes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -134,36 +132,18 @@ class Merge:
   def _skip_inconsistent(self) -> None:
     """Skips rows whose media type or types of fields differ from those of most rows, and those of damaged files.
 
-    Each row is valid by itself, but one of another type would stop a preparation or a training run hours later. An
-    extra field of another type is dropped from its row.
+    Each row is valid by itself, but one of another type would stop a preparation or a training run hours later.
     """
     signatures = [json.loads(word) for word in self._words['signature']]
     counts = np.zeros(len(signatures), np.int64)
     for _, rows in self._valid():
       counts += np.bincount(rows['signature'], minlength=len(counts))
     verdicts = _consistent(signatures, counts.tolist())
-    codes = np.array([self._code(reason) for reason, _ in verdicts], np.int32)
-    self._media_type = next((s[0] for s, (reason, _) in zip(signatures, verdicts) if not reason), '')
-    self._result.dropped = {i: dropped for i, (_, dropped) in enumerate(verdicts) if dropped}
-    changed = np.isin(np.arange(len(verdicts)), list(self._result.dropped))
+    codes = np.array([self._code(reason) for reason in verdicts], np.int32)
+    self._media_type = next((s[0] for s, reason in zip(signatures, verdicts) if not reason), '')
     for ids, rows, reasons in self._pieces():
       verdict = codes[rows['signature']]
       self._skip(ids, reasons, np.where(verdict == 0, rows['reason'], verdict))
-      affected = np.flatnonzero(changed[rows['signature']])
-      for i, (header, _) in zip(affected, self._contents(ids[affected]), strict=True):
-        texts, labels = (without(header[name], verdicts[rows['signature'][i]][1]) for name in ('texts', 'labels'))
-        if not self._media_type and not labels:
-          rows['content'][i] = 0
-        rows['identity'][i] = scan.identity(int(rows['content'][i]), texts, labels)
-      if len(affected):
-        self._rows[ids] = rows
-
-  def _contents(self, ids: np.ndarray) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Yields what `ScannedShard.contents` does, of rows in ascending order."""
-    shards = np.searchsorted(self._result.bounds, ids, 'right') - 1
-    for i in np.unique(shards).tolist():
-      start, stop = self._result.bounds[i:i + 2]
-      yield from self._shards[i].contents(self._rows[start:stop]['bytes'], ids[shards == i] - start)
 
   def _skip_repeated(self) -> None:
     """Skips rows whose content is in a later split, too, and rows that repeat another one but for the file's name."""
@@ -190,11 +170,12 @@ class Merge:
       for reason, (number, locations) in shard.manifest()['skipped'].items():
         scan.count_skipped(skipped, reason, number, locations)
         num_rows += number
-      reasons = self._reasons[slice(*self._result.bounds[i:i + 2])]
+      rows = slice(*self._result.bounds[i:i + 2])
+      reasons = self._reasons[rows]
       for code in np.unique(reasons[reasons != 0]).tolist():
         ids = np.flatnonzero(reasons == code)
         missing = scan.MAX_LOCATIONS - len(skipped.get(words[code], (0, []))[1])
-        first = self._contents(ids[:missing] + self._result.bounds[i])
+        first = shard.contents(self._rows[rows]['bytes'], ids[:missing])
         scan.count_skipped(skipped, words[code], len(ids), [header['location'] for header, _ in first])
     self._result.skipped = {reason: (number, first) for reason, (number, first) in
                             sorted(skipped.items(), key=lambda item: -item[1][0])}
@@ -290,11 +271,10 @@ class Merge:
     types = {}
     for i in np.flatnonzero(counts).tolist():
       media_type, fields, dropped_fields = signatures[i]
-      dropped = result.dropped.get(i, ())
-      for name in (*dropped_fields, *map(formats.shorten, dropped)):
+      for name in dropped_fields:
         result.dropped_fields[name] += int(counts[i])
       types |= {media_type: media_type} if media_type else {}
-      types |= {name: 'texts' if is_list else 'text' for name, is_list in fields if name not in dropped}
+      types |= {name: 'texts' if is_list else 'text' for name, is_list in fields}
     for name, counter in self._label_counts().items():
       if counter and name in types:
         names = {value for value, _ in counter}
@@ -307,14 +287,13 @@ class Merge:
   def _label_counts(self) -> dict[str, collections.Counter | None]:
     """Field → {(value, split index): rows}, or None for a field of too many values."""
     result, counts = self._result, {}
-    num_splits, dropped = len(SPLITS), result.dropped
+    num_splits = len(SPLITS)
     for i, shard in enumerate(self._shards):
       rows = slice(*result.bounds[i:i + 2])
-      splits, signatures = result.splits[rows], result.rows.read_field('signature', rows)
+      splits = result.splits[rows]
       for name, (values, codes) in shard.labels().items():
         counter = counts.setdefault(name, collections.Counter())
-        without_field = [j for j, names in dropped.items() if name in names]
-        used = (splits >= 0) & (codes >= 0) & ~np.isin(signatures, without_field)
+        used = (splits >= 0) & (codes >= 0)
         if values is None and used.any():
           counts[name] = None
         if counts[name] is None or not used.any():
@@ -324,10 +303,6 @@ class Merge:
         if name != 'label' and len(counter) > num_splits * scan.MAX_CLASSES:
           counts[name] = None
     return counts
-
-
-def without(fields: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-  return {name: value for name, value in fields.items() if name not in names}
 
 
 def _named(rows: np.ndarray) -> np.ndarray:
@@ -343,8 +318,8 @@ def _count(counter: collections.Counter, values: np.ndarray, word) -> None:
       counter[word(value)] += count
 
 
-def _consistent(signatures: Sequence[Any], counts: Sequence[int]) -> list[tuple[str, tuple[str, ...]]]:
-  """(reason to skip, '' for none; fields to drop) of the rows of each signature, by what most rows have."""
+def _consistent(signatures: Sequence[Any], counts: Sequence[int]) -> list[str]:
+  """The reason to skip the rows of each signature, '' for none, by what most rows have."""
   media_counts, field_counts = collections.Counter(), collections.Counter()
   for (media_type, _, _), count in zip(signatures, counts):
     media_counts[media_type] += count
@@ -359,15 +334,13 @@ def _consistent(signatures: Sequence[Any], counts: Sequence[int]) -> list[tuple[
   verdicts = []
   for media_type, fields, _ in signatures:
     types = dict(fields)
-    unusual = [name for name, is_list in types.items() if is_list != usual.get(name, is_list)]
-    dropped = tuple(name for name in unusual if name not in formats.RESERVED_FIELDS)
     if media_type != usual_media:
       reason = f'has {_NOUNS[media_type]}, unlike most rows' if media_type else f'no {usual_media}'
-    elif not media_type and not any(types[n] or n in formats.TEXT_FIELDS for n in types if n not in dropped):
+    elif not media_type and not any(is_list or name in formats.TEXT_FIELDS for name, is_list in types.items()):
       reason = formats.NO_CONTENT
     else:
-      wrong = [f'{name!r} is {"a list" if types[name] else "a single value"}, unlike in most rows'
-               for name in unusual if name not in dropped]
+      wrong = [f'{name!r} is {"a list" if is_list else "a single value"}, unlike in most rows'
+               for name, is_list in types.items() if is_list != usual[name]]
       reason = next(iter([*wrong, *(f'no {name!r}' for name in required if name not in types)]), '')
-    verdicts.append((reason, dropped))
+    verdicts.append(reason)
   return verdicts

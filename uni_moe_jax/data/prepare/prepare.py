@@ -20,8 +20,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import numpy as np
-
 from uni_moe_jax.data.formats import input_shards
 from uni_moe_jax.data.prepare.merge import Merge, Merged, TooManySkippedError
 from uni_moe_jax.data.prepare.scan import MANIFEST, SPLITS, Scan, ScannedShard
@@ -167,8 +165,7 @@ def _write(merged: Merged, shards: Sequence[storage.Path], target: storage.Path,
         rows = slice(merged.bounds[first], merged.bounds[last])
         yield Write(
             str(target), file, str(done), SPLITS.index(split), start, tuple(map(str, shards[first:last])),
-            merged.splits[rows], merged.rows.read_field('signature', rows) if merged.dropped else np.empty(0, np.int32),
-            merged.columns, merged.classes, merged.dropped)
+            merged.splits[rows], merged.columns, merged.classes)
 
   run(tasks(), len(set(names) - finished), 'written')
   return [RecordFile(file, split, done / file, json.loads((done / file / MANIFEST).read_text()))

@@ -6,13 +6,12 @@ other shards can decide (duplicates, splits, classes) is left to `merge`.
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from uni_moe_jax.data.formats import input_shards, media
 from uni_moe_jax.data.formats import rows as formats
 from uni_moe_jax.data.formats.archives import open_binary
 from uni_moe_jax.data.formats.input_shards import InputShard
-from uni_moe_jax.data.formats.npz_videos import NpzVideos, open_videos
 from uni_moe_jax.data.formats.rows import Row
 from uni_moe_jax.data.prepare import columns
 from uni_moe_jax.data.shards.writer import FACTS as MANIFEST
@@ -91,7 +89,7 @@ def _scan(rows: Iterable[Row], root: str, folder: pathlib.Path) -> int:
   values: dict[str, Codes] = collections.defaultdict(Codes)  # of fields
   codes: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)  # field → (row, code)
   skipped: dict[str, list[Any]] = {}  # reason → [count, first locations]
-  arrays, num_skipped = functools.lru_cache(1)(open_videos), 0  # the last file stays open, and is read in one pass
+  num_skipped = 0
   with open(folder / _CONTENT, 'wb') as file, warnings.catch_warnings():
     warnings.filterwarnings('ignore', module='PIL')  # damaged images are counted, not printed
     for row in rows:
@@ -102,7 +100,7 @@ def _scan(rows: Iterable[Row], root: str, folder: pathlib.Path) -> int:
       reason, content = '', media.Media(b'', ())
       if row.media_type:
         try:
-          content = _open(row, arrays)
+          content = media.check(row.media_type, media.read_bytes(row.path) if row.data is None else row.data)
         except media.CorruptFile as e:
           reason = str(e)
       for name, value in row.labels.items():
@@ -135,16 +133,6 @@ def count_skipped(skipped: dict[str, list[Any]], reason: str, number: int, locat
   entry[1] += locations[:MAX_LOCATIONS - len(entry[1])]
 
 
-def _open(row: Row, arrays: Callable[[pathlib.Path], NpzVideos | str]) -> media.Media:
-  """Raises CorruptFile. arrays: see `open_videos`."""
-  if row.array_index is not None:
-    videos = arrays(row.path)
-    if isinstance(videos, str):
-      raise media.CorruptFile(videos)
-    return videos.read(row.array_index)
-  return media.check(row.media_type, media.read_bytes(row.path) if row.data is None else row.data)
-
-
 def digest_of(content: Any) -> int:
   """64 bits of the sha256 of a string; of others, of their representation."""
   text = content if isinstance(content, str) else repr(content)
@@ -157,8 +145,7 @@ def _key(row: Row) -> int:
     return digest_of(('key', row.key) if row.key else row.location)
   # Of several splits, the last one keeps its row (see `merge`), which finds it by its content, if that is compared.
   split = row.split or SPLITS[0] if row.media_type or row.labels else ''
-  return digest_of((row.media_type, str(row.path), row.array_index, split, *sorted(row.texts.items()),
-                    *sorted(row.labels.items())))
+  return digest_of((row.media_type, str(row.path), split, *sorted(row.texts.items()), *sorted(row.labels.items())))
 
 
 def _compared(row: Row, content: media.Media) -> int:
@@ -182,8 +169,9 @@ def identity(content: int, texts: Mapping[str, Any], labels: Mapping[str, str]) 
 
 def group_of(row: Row, root: str) -> str:
   """Name of what must stay in one split: the row's group, else its file, which rows may share, else the row."""
-  # The whole path below the input: many folders may contain an 'image.png'.
-  file = row.path and f'{_relative(str(row.path), root)}#{row.array_index}'
+  # The whole path below the input: many folders may contain an 'image.png'. The suffix is part of the hash that
+  # chooses a split.
+  file = row.path and f'{_relative(str(row.path), root)}#None'
   return row.group or file or row.key or row.location
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from uni_moe_jax.data.formats.rows import MEDIA_TYPES
-from uni_moe_jax.data.prepare.merge import without
 from uni_moe_jax.data.prepare.scan import ScannedShard
 from uni_moe_jax.data.shards import writer
 from uni_moe_jax.io import storage
@@ -23,8 +22,7 @@ class Write:
     folder, name: of the file. done: folder that gets a folder `name` with arrays and facts when the file is complete.
     split: index of the split. start: number of its examples in the files before this one.
     shards: folders of consecutive scanned shards. splits: of their rows, see `Merged`.
-    signatures: of their rows; empty if no field is dropped.
-    columns, classes, dropped: see `Merged`.
+    columns, classes: see `Merged`.
   """
   folder: str
   name: str
@@ -33,10 +31,8 @@ class Write:
   start: int
   shards: tuple[str, ...]
   splits: np.ndarray
-  signatures: np.ndarray
   columns: dict[str, str]
   classes: dict[str, tuple[str, ...]]
-  dropped: dict[int, tuple[str, ...]]
 
   def __call__(self) -> int:
     """Returns the number of examples."""
@@ -61,10 +57,7 @@ class Write:
       shard = ScannedShard(storage.path(name))
       sizes = shard.records()['bytes']
       selected = np.flatnonzero(self.splits[start:start + len(sizes)] == self.split)
-      for i, (header, data) in zip(selected, shard.contents(sizes, selected)):
-        if self.dropped and (names := self.dropped.get(int(self.signatures[start + i]))):
-          header |= {key: without(header[key], names) for key in ('texts', 'labels')}
-        yield header, data
+      yield from shard.contents(sizes, selected)
       start += len(sizes)
 
 
