@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gc
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ from tests.helpers.stop_request import StopAfterThreeSteps
 from tests.stress import injected_faults
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.cli import boundary as cli
-from uni_moe_jax.data.batches import lookahead, mixtures
+from uni_moe_jax.data.batches import lookahead
 from uni_moe_jax.io import files, locks
 from uni_moe_jax.train import loop, metrics_log
 from uni_moe_jax.train import run as train_run
@@ -61,8 +60,9 @@ def test_compiling_ahead_trains_nothing_and_creates_no_work_directory(tmp_path, 
 
 
 @pytest.mark.parametrize('weights, num_drawn', [((1., 1.), 2), ((1., 1e-9), 1), ((1., .02), 2)])
-def test_compiling_ahead_makes_one_batch_of_each_task_that_the_run_draws(tmp_path, monkeypatch, weights, num_drawn):
-  c, compiled, made, iterate = _config(), [], [], mixtures.Mixture.iterate
+def test_compiling_ahead_is_for_the_first_batch_of_each_task_that_the_run_draws(
+    tmp_path, monkeypatch, weights, num_drawn):
+  c, compiled = _config(), []
   c.train.update(dict(mixture='one_task', steps=100))
   for task, weight in zip(c.tasks.values(), weights, strict=True):
     task.sampling_weight = weight
@@ -79,15 +79,9 @@ def test_compiling_ahead_makes_one_batch_of_each_task_that_the_run_draws(tmp_pat
     def compile(self):
       pass
 
-  def counted(*args):
-    for batch in iterate(*args):
-      made.append(batch)
-      yield batch
-
-  monkeypatch.setattr(mixtures.Mixture, 'iterate', counted)
   monkeypatch.setattr(train_run.Run, 'step_fn', lambda _, task: Step(task))
   assert loop.compile_steps(c, str(tmp_path), jax.devices()[:1]) == loop.FINISHED
-  assert len(made) == len(compiled) == len(batches) == num_drawn
+  assert len(compiled) == len(batches) == num_drawn
   chex.assert_trees_all_equal(dict(compiled), batches)
 
 
@@ -133,15 +127,6 @@ def test_only_a_late_batch_counts_as_waiting_for_input(tmp_path, monkeypatch):
   assert max(waits[i] for i in (0, 1, 3, 5)) == 0  # the first step does not count
 
 
-@pytest.mark.nightly
-def test_collections_of_garbage_do_not_visit_what_the_first_step_has_left(tmp_path):
-  numbers = []
-  hook = lambda *_: numbers.append(gc.get_freeze_count()) or {}
-  assert loop.train(_config(), str(tmp_path), jax.devices()[:1], [lambda run: hook]) == loop.FINISHED
-  assert numbers[0] == 0 and numbers[1] > 100_000
-  assert gc.get_freeze_count() == 0  # a process may train several times
-
-
 def test_a_step_of_two_micro_steps_has_the_products_of_one():
   counted = []
   for grad_accum_steps in (1, 2):
@@ -157,9 +142,7 @@ def test_a_step_of_two_micro_steps_has_the_products_of_one():
 def restarted(tmp_path_factory):
   """Stopped after three steps, then started again."""
   workdir = tmp_path_factory.mktemp('restarted')
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, 'Stop', StopAfterThreeSteps)
-    assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.PREEMPTED
+  assert loop.train(_config(), str(workdir), jax.devices()[:1], stop=StopAfterThreeSteps()) == loop.PREEMPTED
   assert _state(workdir)[0] == 3
   assert loop.train(_config(), str(workdir), jax.devices()[:1]) == loop.FINISHED
   return workdir
@@ -201,15 +184,14 @@ def test_an_interrupted_run_ends_with_the_same_state_and_lines_bit_for_bit(unint
   assert sum(jax.tree.leaves(moved)) > 20
 
 
-def test_run_json_lists_other_commits_that_trained_a_run_and_a_damaged_one_is_written_again(tmp_path, monkeypatch):
+def test_run_json_lists_other_commits_that_trained_a_run_and_a_damaged_one_is_written_again(tmp_path):
   commits, file = [], tmp_path / 'run.json'
   for newest in ('abc', 'abc', 'def', 'abc'):
-    monkeypatch.setattr(loop, 'commit', lambda newest=newest: newest)
-    files.write_json(file, facts := loop._run_facts(_run(), file))
+    files.write_json(file, facts := loop._run_facts(_run(), file, newest))
     commits.append((facts.get('earlier_commits'), facts['commit']))
   assert commits == [(None, 'abc'), (None, 'abc'), (['abc'], 'def'), (['def'], 'abc')]
   file.write_text('{')
-  assert 'earlier_commits' not in loop._run_facts(_run(), file)
+  assert 'earlier_commits' not in loop._run_facts(_run(), file, 'abc')
 
 
 @pytest.fixture
@@ -230,7 +212,7 @@ def test_a_signal_requests_a_stop_and_one_that_is_more_than_a_second_later_ends_
     assert stop.requested and not ended
     assert f'{number.name}: stopping after this step and saving' in capfd.readouterr().err
     signal.raise_signal(number)  # the same one, passed on by the process that started this one
-    monkeypatch.setattr(loop, '_REPEATED', 0.0)
+    stop.repeat_after = 0.0
     signal.raise_signal(number)
     assert ended == [75]
   assert signal.getsignal(number) is before
@@ -306,13 +288,19 @@ def test_where_folders_cannot_be_renamed_a_run_reports_it_at_the_start_and_ends_
   chex.assert_trees_all_equal(_state(tmp_path), _state(uninterrupted))
 
 
-def test_a_finished_run_is_left_unchanged(uninterrupted, capsys, monkeypatch):
+def test_a_finished_run_is_described_and_left_unchanged(uninterrupted, capsys):
   files = [uninterrupted / name for name in ('metrics.jsonl', 'run.json')]
+  files[1].write_text(files[1].read_text().replace('"commit": "', '"commit": "of an earlier start, '))
   before = [file.read_text() for file in files]
-  monkeypatch.setattr(loop, 'commit', lambda: 'of a later start')
   assert loop.train(_config(), str(uninterrupted), jax.devices()[:1]) == loop.FINISHED
-  assert 'is finished: 6 of 6 steps' in capsys.readouterr().out
   assert [file.read_text() for file in files] == before
+  out, counts = capsys.readouterr().out, _run().parameter_counts()
+  assert 'is finished: 6 of 6 steps' in out
+  assert counts['active'] < counts['total']
+  assert f'{counts["total"]:,} total, {counts["active"]:,} active per token' in out
+  # package: text; shape: images; then label words and class names.
+  assert 'router: attribute; 4 conditions: 01010100, 10011000, 11010110, 10010110' in out
+  assert '\nnote: config.train.ema_decay=0.9: after 6 steps' in out
 
 
 @pytest.mark.parametrize('steps, warmup, decay, expected', [
@@ -329,26 +317,10 @@ def test_a_warm_up_or_an_average_longer_than_the_run_is_noted(steps, warmup, dec
   assert len(notes) == len(expected) and all(map(str.startswith, notes, expected))
 
 
-def test_the_start_of_a_run_prints_the_notes(uninterrupted, monkeypatch, capsys):
-  monkeypatch.setattr(loop, 'notes', lambda config: ['this is noted.'])
-  loop.train(_config(), str(uninterrupted), jax.devices()[:1])
-  assert '\nnote: this is noted.\n' in capsys.readouterr().out
-
-
-def test_the_log_states_parameters_and_conditions(uninterrupted, capsys):
-  loop.train(_config(), str(uninterrupted), jax.devices()[:1])
-  out = capsys.readouterr().out
-  counts = _run().parameter_counts()
-  assert counts['active'] < counts['total']
-  assert f'{counts["total"]:,} total, {counts["active"]:,} active per token' in out
-  # package: text; shape: images; then label words and class names.
-  assert 'router: attribute; 4 conditions: 01010100, 10011000, 11010110, 10010110' in out
-
-
 @pytest.mark.nightly
 @pytest.mark.parametrize('nonfinite, code', [((1, 2, 3), loop.ERROR), ((1, 2, 4, 5), loop.FINISHED)])
 def test_losses_that_stay_nonfinite_stop_the_run_and_are_named(tmp_path, capsys, monkeypatch, nonfinite, code):
-  put, calls, logged = train_run.Run.put_batch, [], itertools.count(1)
+  put, calls = train_run.Run.put_batch, []
 
   def corrupt(run, batch):
     calls.append(len(calls))
@@ -357,7 +329,6 @@ def test_losses_that_stay_nonfinite_stop_the_run_and_are_named(tmp_path, capsys,
     return put(run, batch)
 
   monkeypatch.setattr(train_run.Run, 'put_batch', corrupt)
-  monkeypatch.setattr(train_run.Mixture, 'num_corrupt_examples', lambda *_: next(logged) // 2)
   c = _config()
   c.train.max_nonfinite_steps = 3
   assert loop.train(c, str(tmp_path), jax.devices()[:1]) == code
@@ -370,7 +341,6 @@ def test_losses_that_stay_nonfinite_stop_the_run_and_are_named(tmp_path, capsys,
     assert not errors
     assert [line['skipped_steps'] for line in saved_run.lines(tmp_path)] == [0, 1, 2, 2, 3, 4]
     assert ['loss/shape' in line for line in saved_run.lines(tmp_path)] == [True, False, False, True, False, False]
-    assert [line.get('corrupt_examples') for line in saved_run.lines(tmp_path)] == [None, 1, 1, 2, 2, 3]
 
 
 @pytest.mark.nightly

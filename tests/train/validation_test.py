@@ -97,13 +97,8 @@ def test_checkpoints_have_the_digests_of_the_data_of_evaluators_that_run_in_trai
 
 
 def _train_with_a_signal_in(step, workdir):
-  def hook(taken, *_):
-    if taken + 1 == step:
-      signal.raise_signal(signal.SIGTERM)
-    return {}
-
-  config = _config(evaluate_every=2, best_metric=_METRIC)
-  return loop.train(config, str(workdir), jax.devices()[:1], [lambda run: hook])
+  send = lambda taken: signal.raise_signal(signal.SIGTERM) if taken + 1 == step else None
+  return saved_run.train(_config(evaluate_every=2, best_metric=_METRIC), workdir, send)
 
 
 class _Stopped(loop.Stop):
