@@ -1,9 +1,6 @@
 """The command uni-moe: its help, its mistakes, what it imports; configs by name."""
 
 import json
-import multiprocessing
-import pathlib
-import sys
 
 import pytest
 
@@ -27,45 +24,44 @@ _SLOW = {'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'chex', 'tensorflow', 'tenso
          'sklearn', 'scipy', 'pyarrow', 'matplotlib', 'gcsfs', 's3fs', 'keras', 'h5py', 'pandas', 'av'}
 
 
-def _main(capsys, monkeypatch, *arguments: str) -> tuple[int, str, str]:
+def _main(capsys, *arguments: str) -> tuple[int, str, str]:
   """(exit code, output, errors) of `uni-moe ARGUMENTS`."""
-  monkeypatch.setattr('sys.argv', ['uni-moe', *arguments])
   code = 0
   try:
-    command.main()
+    command.main(arguments)
   except SystemExit as stopped:
     code = stopped.code
   return code, *capsys.readouterr()
 
 
-def test_every_launch_script_is_a_command_of_one_group_and_has_a_line_in_the_help(capsys, monkeypatch):
+def test_every_launch_script_is_a_command_of_one_group_and_has_a_line_in_the_help(capsys):
   grouped = [name for names in command.GROUPS.values() for name in names]
   assert len(set(grouped)) == len(grouped)
   assert set(shipped.scripts()) == set(grouped) & set(shipped.scripts()) == {
       path.stem.replace('_', '-') for path in (processes.ROOT / 'launch').glob('*.py')}
-  code, output, _ = _main(capsys, monkeypatch, '--help')
+  code, output, _ = _main(capsys, '--help')
   lines = [line.split(maxsplit=1) for line in output.splitlines() if line.startswith('  ')]
   for name in (*shipped.scripts(), *shipped.configs()):
     assert [rest for first, rest in lines if first == name], name
   assert code == 0 and max(map(len, output.splitlines())) <= 120
 
 
-def test_the_command_alone_explains_itself_and_is_wrong_usage(capsys, monkeypatch):
-  overview = _main(capsys, monkeypatch, '--help')[1]
-  assert _main(capsys, monkeypatch) == (2, '', overview)
+def test_the_command_alone_explains_itself_and_is_wrong_usage(capsys):
+  overview = _main(capsys, '--help')[1]
+  assert _main(capsys) == (2, '', overview)
 
 
 @pytest.mark.parametrize('arguments, message', [
     (['trian'], "error: uni-moe: command 'trian' is unknown; did you mean 'train'? choices: "),
     (['help', 'quikstart'], "error: uni-moe help: 'quikstart' is unknown; did you mean 'quickstart'?")])
-def test_a_mistake_is_one_sentence_and_exit_code_2(capsys, monkeypatch, arguments, message):
-  code, output, errors = _main(capsys, monkeypatch, *arguments)
+def test_a_mistake_is_one_sentence_and_exit_code_2(capsys, arguments, message):
+  code, output, errors = _main(capsys, *arguments)
   assert (code, output, errors.count('\n')) == (2, '', 1) and errors.startswith(message), errors
 
 
-def test_help_of_a_config_is_its_docstring_and_the_version_is_printed(capsys, monkeypatch):
-  assert 'size=base            (default), tiny, small or large' in _main(capsys, monkeypatch, 'help', 'pretrain')[1]
-  assert _main(capsys, monkeypatch, '--version')[1].startswith('uni-moe 0.')
+def test_help_of_a_config_is_its_docstring_and_the_version_is_printed(capsys):
+  assert 'size=base            (default), tiny, small or large' in _main(capsys, 'help', 'pretrain')[1]
+  assert _main(capsys, '--version')[1].startswith('uni-moe 0.')
 
 
 @pytest.mark.parametrize('arguments, code, not_even', [
@@ -91,29 +87,26 @@ from uni_moe_jax.cli import shipped
 from uni_moe_jax.cli import command
 for name in shipped.scripts():
   others = set(flags.FLAGS)
-  command.run(name, [], 'loaded')
+  command.run(shipped.scripts()[name], [], 'loaded')
   print(name, sys.modules['loaded'].main.__name__, sorted(set(sys.modules) & {_SLOW}))
   flags.FLAGS.remove_flag_values(set(flags.FLAGS) - others)
 ''')
   assert done.stdout.splitlines() == [f'{name} main []' for name in shipped.scripts()], done.stderr
 
 
-def test_a_command_is_the_main_module_also_for_processes_that_it_spawns(tmp_path, monkeypatch, capfd):
+def test_a_command_is_the_main_module_also_for_processes_that_it_spawns(tmp_path):
   script = tmp_path / 'pool.py'
   script.write_text('''
 import multiprocessing, sys
+from uni_moe_jax.cli import boundary as cli
 def double(x): return 2 * x
 if __name__ == '__main__':
   with multiprocessing.get_context('spawn').Pool(1) as pool:
-    print(sys.argv, pool.map(double, [1, 2]))
+    print(sys.argv, pool.map(double, [1, 2]), cli.command_line())
 ''')
-  monkeypatch.setattr(shipped, 'scripts', lambda: {'pool': script})
-  monkeypatch.setattr('sys.argv', ['uni-moe', 'pool', '--x=(a|b) $'])
-  monkeypatch.setitem(sys.modules, '__main__', sys.modules['__main__'])
-  command.main()
-  assert multiprocessing.active_children() == []
-  assert capfd.readouterr().out == "['uni-moe pool', '--x=(a|b) $'] [2, 4]\n"
-  assert cli.command_line() == "uni-moe pool '--x=(a|b) $'"
+  run = 'import pathlib, sys; from uni_moe_jax.cli import command; command.run(pathlib.Path(sys.argv[1]), sys.argv[2:])'
+  done = processes.python('-c', run, str(script), '--x=(a|b) $')
+  assert done.stdout == "['uni-moe pool', '--x=(a|b) $'] [2, 4] uni-moe pool '--x=(a|b) $'\n", done.stderr
 
 
 @pytest.mark.parametrize('arguments', ['', ':size=large,stage=2'])
@@ -133,10 +126,9 @@ def test_a_mistyped_config_names_the_nearest(config, message):
   assert message in str(refused.value)
 
 
-def test_scripts_and_configs_of_an_installed_package_are_inside_it(tmp_path, monkeypatch):
+def test_scripts_and_configs_of_an_installed_package_are_inside_it(tmp_path):
   for name in ('commands/serve_it.py', 'configs/mine.py'):
     (tmp_path / name).parent.mkdir()
     (tmp_path / name).write_text('')
-  monkeypatch.setattr(shipped, '_PACKAGE', pathlib.Path(tmp_path))
-  assert shipped.scripts() == {'serve-it': tmp_path / 'commands/serve_it.py'}
-  assert shipped.config_path('mine:a=1') == f'{tmp_path}/configs/mine.py:a=1'
+  assert shipped.scripts(tmp_path) == {'serve-it': tmp_path / 'commands/serve_it.py'}
+  assert shipped.configs(tmp_path) == {'mine': tmp_path / 'configs/mine.py'}

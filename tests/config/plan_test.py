@@ -42,6 +42,7 @@ def test_only_a_run_that_encodes_all_sets_keeps_those_that_no_trained_task_uses(
   plan = make_plan(c)
   assert [t.name for t in plan.probes] == ['shape'] and [s.name for s in plan.probe_sets] == ['classes']
   assert 'shape' not in [t.name for t in plan.tasks]
+  assert _sets(plan.only('package')) == ['packages']
   c.train.encode_all_sets = True
   plan = make_plan(c)
   assert _sets(plan) == _sets(plan.only('package')) == ['classes', 'packages', 'unused', 'vocabulary']
@@ -66,12 +67,6 @@ def test_temperature_groups_are_those_of_tasks_their_types_and_the_model(c):
   assert make_plan(c).temperatures == ('downstream', *groups)
 
 
-def test_loss_weight_and_sampling_weight_are_two_fields(c):
-  c.tasks.shape.update(loss_weight=.5, sampling_weight=3.)
-  weights = {t.name: (t.loss_weight, t.sampling_weight) for t in make_plan(c).tasks}
-  assert (weights['shape'], weights['text']) == ((.5, 3.), (1., 0.))
-
-
 def test_tasks_of_one_type_share_a_group_only_if_their_arrays_have_one_shape(c):
   c.tasks.second = c.tasks.package.copy_and_resolve_references()
 
@@ -91,22 +86,6 @@ def test_sources_in_memory_share_no_group_since_their_frames_are_not_known(c):
   c.tasks.second.source = 'videos'
   assert groups() == [f'image_classification/{c.tasks.shape.max_len}/{c.tasks.shape.max_predictions}/{source}'
                       for source in (c.tasks.shape.source, 'videos')]
-
-
-def test_the_plan_of_one_task_has_its_target_set_only(c):
-  only = make_plan(c).only('package')
-  assert ([t.name for t in only.tasks], _sets(only)) == (['package'], ['packages'])
-
-
-def test_an_evaluation_has_its_task(c):
-  c.evaluators.top = config.evaluator('classification', 'shape', split='test')
-  [evaluation] = make_plan(c).evaluations
-  assert (evaluation.task.name, evaluation.split) == ('shape', 'test')
-
-
-def test_a_tokenizer_does_not_change_the_tasks_and_sets(c):
-  c.tokenizer.update(type='clip', merges_path='merges.txt')  # the file is opened when data is read
-  assert make_plan(c) == make_plan(small_config.config())
 
 
 def test_the_plan_has_the_config_it_was_made_of(c):

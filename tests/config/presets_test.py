@@ -67,13 +67,6 @@ def _tasks(*summaries, **model):
   return _config({f'data{i}': s for i, s in enumerate(summaries)}, **model).tasks
 
 
-def test_evaluation_of_many_examples_is_bounded():
-  c = _config({'pets': _summary({'image': 'image', 'captions': 'texts', 'breed': 'class'}),
-               'diary': _summary({'text': 'text'})})
-  assert {name: e.num_examples for name, e in c.evaluators.items()} == {
-      'pets retrieval': 5000, 'pets caption': 5000, 'pets breed': 50_000, 'diary words': 50_000}
-
-
 def test_a_split_without_labels_or_captions_has_no_evaluator_of_them():
   every = ('train', 'validation', 'test')
 

@@ -74,7 +74,7 @@ class _Balance(html.parser.HTMLParser):
 def test_a_whole_workdir_leaves_no_section_absent(page):
   assert 'class="absent"' not in page
   for fact in ('step 5', '3,214,592 parameters', 'seed 0', 'commit 1f2e3d4', 'Of 2 metrics, 1 are better', 'a&amp;b',
-               'model.width', 'image 10011000'):
+               '&quot;width&quot;: 128', 'image 10011000'):
     assert fact in page, fact
 
 

@@ -1,5 +1,6 @@
 """Tasks run in processes that do not run their program again, and that leave no hang behind."""
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -32,11 +33,11 @@ def test_a_program_without_a_guard_runs_once_and_its_tasks_elsewhere(tmp_path):
   assert len({*pids[1:]}) == 2 and pids[0] not in pids[1:]
 
 
-def test_files_of_the_current_folder_are_no_modules_of_a_worker(tmp_path, monkeypatch):
+def test_files_of_the_current_folder_are_no_modules_of_a_worker(tmp_path):
   (tmp_path / 'pickle.py').write_text('raise SystemExit("a file of the user")')
-  monkeypatch.chdir(tmp_path)
-  assert subprocess.run([sys.executable, '-m', 'pickle'], capture_output=True, check=False).returncode  # as it would be
-  workers.run([functools.partial(int, '1')] * 2, 2, None, 2)
+  with contextlib.chdir(tmp_path):
+    assert subprocess.run([sys.executable, '-m', 'pickle'], capture_output=True, check=False).returncode  # it would be
+    workers.run([functools.partial(int, '1')] * 2, 2, None, 2)
 
 
 @pytest.mark.parametrize('num_workers', [1, 2])

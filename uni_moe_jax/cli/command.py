@@ -1,7 +1,9 @@
 """The command uni-moe: runs a launch script by name. Only the standard library is imported before the script is."""
 
+import pathlib
 import sys
 import types
+from collections.abc import Sequence
 
 import uni_moe_jax
 from uni_moe_jax.cli import shipped
@@ -26,12 +28,12 @@ _EXAMPLE = """A first run, in about twenty minutes on two CPU cores:
 Exit codes: 0 finished, 75 stopped by a signal (the same command continues), 1 error, 2 wrong usage."""
 
 
-def main() -> None:
-  """Run `uni-moe COMMAND …` with the arguments of this process."""
-  arguments = sys.argv[1:]
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Run `uni-moe COMMAND …`, by default with the arguments of this process."""
+  arguments = sys.argv[1:] if arguments is None else arguments
   name, scripts = arguments[0] if arguments else '', shipped.scripts()
   if name in scripts:
-    run(name, arguments[1:])
+    run(scripts[name], arguments[1:])
   elif name in ('help', '--help', '-h', '--version'):
     _help(arguments)
   elif name:
@@ -42,15 +44,15 @@ def main() -> None:
     sys.exit(exit_codes.USAGE)
 
 
-def run(name: str, arguments: list[str], module: str = '__main__') -> None:
+def run(file: pathlib.Path, arguments: Sequence[str], module: str = '__main__') -> None:
   """Execute the script of a command as the named module, as `python launch/NAME.py` would."""
-  file, main_module = shipped.scripts()[name], types.ModuleType(module)
+  main_module = types.ModuleType(module)
   main_module.__file__ = str(file)  # from which processes that this one spawns import it
-  sys.modules[module], sys.argv = main_module, [f'uni-moe {name}', *arguments]
+  sys.modules[module], sys.argv = main_module, [f'uni-moe {shipped.command_name(file)}', *arguments]
   exec(compile(file.read_text(encoding='utf-8'), file, 'exec'), vars(main_module))
 
 
-def _help(arguments: list[str]) -> None:
+def _help(arguments: Sequence[str]) -> None:
   """Print help of `uni-moe help [NAME]`, --help or --version."""
   name, configs, scripts = ''.join(arguments[1:2]), shipped.configs(), shipped.scripts()
   if arguments[0] == '--version':
@@ -63,7 +65,7 @@ def _help(arguments: list[str]) -> None:
   if name in configs:  # a command may have the same name
     print(shipped.docstring(configs[name]), end='\n\n')
   if name in scripts:
-    run(name, ['--help'])
+    run(scripts[name], ['--help'])
 
 
 def _overview() -> str:

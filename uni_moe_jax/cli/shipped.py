@@ -10,19 +10,24 @@ from uni_moe_jax.utils.suggest import nearest
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
-def _files(installed: str, in_repository: str) -> list[pathlib.Path]:
-  folder = _PACKAGE / installed
-  return sorted((folder if folder.is_dir() else _PACKAGE.parent / in_repository).glob('[!_]*.py'))
+def _files(package: pathlib.Path, installed: str, in_repository: str) -> list[pathlib.Path]:
+  folder = package / installed
+  return sorted((folder if folder.is_dir() else package.parent / in_repository).glob('[!_]*.py'))
 
 
-def scripts() -> dict[str, pathlib.Path]:
+def command_name(script: pathlib.Path) -> str:
+  """Return 'prepare-data' for …/prepare_data.py."""
+  return script.stem.replace('_', '-')
+
+
+def scripts(package: pathlib.Path = _PACKAGE) -> dict[str, pathlib.Path]:
   """Return {command: launch script}, such as {'prepare-data': …/prepare_data.py}."""
-  return {file.stem.replace('_', '-'): file for file in _files('commands', 'launch')}
+  return {command_name(file): file for file in _files(package, 'commands', 'launch')}
 
 
-def configs() -> dict[str, pathlib.Path]:
+def configs(package: pathlib.Path = _PACKAGE) -> dict[str, pathlib.Path]:
   """Return {name: config file}, such as {'quickstart': …/quickstart.py}."""
-  return {file.stem: file for file in _files('configs', 'configs')}
+  return {file.stem: file for file in _files(package, 'configs', 'configs')}
 
 
 def config_path(config: str) -> str:

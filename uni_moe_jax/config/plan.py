@@ -287,26 +287,24 @@ def _evaluation(
   fail_if(e.task not in valid,
           f'{field}.task={e.task!r} is of task type {task.type.name!r}, which evaluator {e.type!r} cannot evaluate; '
           f'choices: {", ".join(valid) or "none"}.')
+  for field_name, only in (
+      ('constrain_to', 'caption'), ('rerank_by', 'caption'), ('max_len', 'caption'), ('num_draws', 'retrieval')):
+    value = getattr(e, field_name)
+    fail_if(value and e.type != only, f'{field}.{field_name}={value!r} is for evaluators of type {only!r}, not '
+                                      f'{e.type!r}; set it to {getattr(EvaluatorConfig, field_name)!r}.')
   if e.constrain_to:
-    given = f'{field}.constrain_to={e.constrain_to!r}'
-    fail_if(e.type != 'caption', f"{given} is for evaluators of type 'caption', not {e.type!r}; set it to ''.")
     check_choice(f'{field}.constrain_to', e.constrain_to, sets)
     fail_if(sets[e.constrain_to].is_vocabulary,
-            f"{given} is the vocabulary, which constrains nothing; set it to '', or to a set of texts.")
+            f"{field}.constrain_to={e.constrain_to!r} is the vocabulary, which constrains nothing; set it to '', or to "
+            'a set of texts.')
   reranker = None
   if e.rerank_by:
-    given = f'{field}.rerank_by={e.rerank_by!r}'
-    fail_if(e.type != 'caption', f"{given} is for evaluators of type 'caption', not {e.type!r}; set it to ''.")
     check_choice(f'{field}.rerank_by', e.rerank_by, by_name)
     reranker = by_name[e.rerank_by]
     problem = why_not_rerank(reranker, task, e.beam_size, f'config.{field}.beam_size')
-    fail_if(problem, given + problem)
+    fail_if(problem, f'{field}.rerank_by={e.rerank_by!r}{problem}')
     if reranker.temperature not in temperatures:  # batch_size=0 alone must be enough to leave a task out
       reranker = None
-  fail_if(e.max_len and e.type != 'caption',
-          f"{field}.max_len={e.max_len} is for evaluators of type 'caption', not {e.type!r}; set it to 0.")
-  fail_if(e.num_draws and e.type != 'retrieval',
-          f"{field}.num_draws={e.num_draws} is for evaluators of type 'retrieval', not {e.type!r}; set it to 0.")
   fail_if(e.max_len > m.max_text_len,
           f'{field}.max_len={e.max_len} is above config.model.max_text_len={m.max_text_len}.')
   fail_if(e.num_views * e.num_crops > 1 and not (e.type == 'classification' and task.num_frames),

@@ -279,15 +279,5 @@ def _run(run: Mapping[str, Any]) -> str:
   facts = [*first.items(), *counts.items(), *(('condition', c) for c in run.get('conditions') or ()), *others.items()]
   listed = ''.join(f'<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>' for key, value in facts)
   command = f'<h3>Command</h3><pre>{escape(str(run["command"]))}</pre>' if run.get('command') else ''
-  config = [[f'<code>{escape(x)}</code>' for x in item] for item in _flatten(run.get('config') or {})]
-  table = _table({'field': '', 'value': ''}, config)
-  details = f'<details><summary>Config</summary>{table}</details>' if config else ''
-  return f'<dl>{listed}</dl>{command}{details}'
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = '') -> list[tuple[str, str]]:
-  flat = []
-  for key, value in config.items():
-    flat += (_flatten(value, f'{prefix}{key}.') if isinstance(value, Mapping) and value else
-             [(f'{prefix}{key}', json.dumps(value, ensure_ascii=False))])
-  return flat
+  config = escape(json.dumps(run.get('config') or {}, indent=1, ensure_ascii=False))
+  return f'<dl>{listed}</dl>{command}<details><summary>Config</summary><pre>{config}</pre></details>'
