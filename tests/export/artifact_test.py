@@ -145,14 +145,6 @@ def test_captions_equal_those_of_the_evaluator_token_for_token(served, searched,
 
 
 @pytest.mark.nightly
-def test_captions_are_decoded_as_by_the_evaluator(trained, served, searched, expected):
-  pixels, served_arrays, _ = served
-  captions = expected.captions(_task(trained, 'caption'), pixels, beam_size=2, length_penalty=1.0)
-  decoded = [trained[1].data.tokenizer.decode(row) for row in searched[:3]]
-  assert served_arrays['captions'].tolist() == captions[:3] == decoded
-
-
-@pytest.mark.nightly
 def test_search_options_of_the_evaluator_give_other_captions_than_greedy_search(searched, greedy):
   assert (searched != greedy.tokens[:, 0]).any()  # otherwise captions that ignore them would pass
 

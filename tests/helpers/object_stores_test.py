@@ -7,7 +7,6 @@ import urllib.request
 
 import fsspec
 import numpy as np
-import pytest
 import tensorstore as ts
 
 from tests.helpers.object_stores import Store
@@ -76,30 +75,6 @@ def test_tensorstore_writes_only_over_the_version_that_it_has_read(store):
   assert kv.list().result() == [b'x']
 
 
-@pytest.mark.parametrize('upload', ['media', 'multipart', 'resumable'])
-def test_gcs_uploads_with_a_precondition_succeed_for_one_of_eight_writers(gcs, upload):
-  url = f'{gcs.endpoint}/upload/storage/v1/b/bucket/o?uploadType={upload}&ifGenerationMatch=0'
-  metadata = json.dumps({'name': f'by {upload}'})
-  if upload == 'media':
-    create = lambda: _status(f'{url}&name=by%20media', b'content')
-  elif upload == 'multipart':
-    body = (f'--x\r\nContent-Type: application/json\r\n\r\n{metadata}\r\n--x\r\n'
-            'Content-Type: text/plain\r\n\r\ncontent\r\n--x--').encode()
-    create = lambda: _status(url, body, **{'Content-Type': 'multipart/related; boundary=x'})
-  else:
-    def create() -> int:
-      start = urllib.request.Request(url, metadata.encode(), {'Content-Type': 'application/json'})
-      try:
-        with urllib.request.urlopen(start) as answer:
-          location = answer.headers['Location']
-      except urllib.error.HTTPError as e:
-        return e.code
-      assert location.startswith(gcs.endpoint)
-      return _status(location, b'content', 'PUT')
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    assert sorted(pool.map(lambda _: create(), range(8))) == [200] + [412] * 7
-
-
 def test_gcs_deletes_only_the_generation_that_it_is_given(gcs):
   objects = f'{gcs.endpoint}/storage/v1/b/bucket/o/doomed'
   upload = f'{gcs.endpoint}/upload/storage/v1/b/bucket/o?uploadType=media&name=doomed'
@@ -110,17 +85,6 @@ def test_gcs_deletes_only_the_generation_that_it_is_given(gcs):
   assert _status(f'{objects}?ifGenerationMatch={generation}', method='DELETE') == 412
   assert _status(f'{objects}?alt=media&ifGenerationNotMatch={generation}', method='GET') == 200
   assert _status(f'{objects}?alt=media&ifGenerationMatch={generation}', method='GET') == 412
-
-
-@pytest.mark.parametrize('again', [b'content', b''])  # the last part, or the question whether it has arrived
-def test_a_complete_upload_reports_itself_again(gcs, again):
-  start = urllib.request.Request(f'{gcs.endpoint}/upload/storage/v1/b/bucket/o?name=lost&uploadType=resumable', b'{}',
-                                 {'Content-Type': 'application/json'})
-  with urllib.request.urlopen(start) as answer:
-    location = answer.headers['Location']
-  assert _status(location, b'content', 'PUT', **{'Content-Range': 'bytes 0-6/7'}) == 200
-  assert _status(location, again, 'PUT', **{'Content-Range': 'bytes 0-6/7' if again else 'bytes */7'}) == 200
-  assert _files(gcs).cat_file(f'{gcs.address}/lost') == b'content'
 
 
 def test_an_upload_that_began_before_another_object_was_there_fails(gcs):

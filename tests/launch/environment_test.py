@@ -53,12 +53,6 @@ def test_the_commands_of_bash_3_are_enough(install, tmp_path):  # of macOS
   assert commands[-1].endswith('--index-url=https://a/simple --find-links=/wheels -c pins.txt -e .')
 
 
-@pytest.mark.parametrize('unwritten', ['', '1'])
-def test_all_byte_code_is_compiled_only_where_python_does_not_write_what_it_imports(install, unwritten):
-  _, _, commands = install(PYTHONDONTWRITEBYTECODE=unwritten)
-  assert ('--compile-bytecode' in commands[-1]) == bool(unwritten)
-
-
 @pytest.mark.parametrize('failure, num_commands', [('NO_UV', 3), ('UV_FAILS', 4)])
 def test_pip_installs_where_uv_cannot(install, failure, num_commands):
   code, output, commands = install(**{failure: '1'})
@@ -115,25 +109,6 @@ def test_two_scripts_at_once_make_one_environment(clone):
   assert [process.returncode for process in both] == [0, 0], outputs
   made, *installed = (clone / 'log').read_text().splitlines()
   assert made == 'venv' and len(installed) == 1 and installed[0].startswith('install ')
-
-
-def test_the_second_of_two_scripts_repeats_an_installation_that_failed(clone):
-  (clone / 'fails').touch()
-  both = [_start(clone), _start(clone)]
-  for process in both:
-    process.communicate(timeout=30)
-  assert [process.returncode for process in both] == [1, 1]
-  assert [line.split()[0] for line in (clone / 'log').read_text().splitlines()] == ['venv', 'install', 'install']
-
-
-def test_what_follows_an_installation_does_not_hold_its_lock(clone):
-  first = _start(clone, 'install_environment; echo done; exec sleep 20')
-  while first.stdout.readline() != 'done\n':
-    pass
-  (clone / 'setup.py').write_text('# changed')  # the next one installs, too
-  assert _start(clone).wait(timeout=10) == 0
-  first.kill()
-  first.communicate()
 
 
 def test_an_environment_is_used_where_the_folder_cannot_be_written(clone):

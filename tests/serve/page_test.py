@@ -168,22 +168,6 @@ def test_a_page_that_is_opened_before_the_gallery_is_encoded_knows_its_texts_lat
   assert not list(answers) and page.evaluate('model.ready === true')
 
 
-@pytest.mark.parametrize('failures', [2, 5])
-def test_a_page_that_waits_for_the_model_polls_on_after_errors_and_stops_after_five(open_page, failures):
-  answers = iter([False, *['abort'] * failures, True])
-
-  def starting(page):
-    def answer(route):
-      ready = next(answers)
-      route.abort() if ready == 'abort' else route.fulfill(json={**route.fetch().json(), 'ready': ready})
-    page.route('**/model', answer)
-  page = open_page(prepare=starting)
-  _until(page, 'model.ready !== false')
-  assert page.evaluate('model.ready === true') == page.locator('#error').is_hidden() == (failures < 5)
-  assert len(open_page.errors) == failures
-  open_page.errors.clear()
-
-
 def test_files_and_examples_are_classified(open_page, tmp_path):
   page = open_page()
   Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(tmp_path / 'line.png')
@@ -260,21 +244,6 @@ def test_what_the_service_refuses_is_shown_in_its_words(open_page, tmp_path):
   _draw(page)
   _names(page, 3)
   assert page.locator('#error').is_hidden()
-
-
-def test_a_token_is_requested_and_sent(open_page):
-  def protect(page):
-    page.route('**/model', lambda route: route.continue_() if route.request.headers.get('authorization') == 'Bearer it'
-               else route.fulfill(status=401, body='{"error": "The token is missing or wrong."}'))
-  page = open_page(prepare=protect, selector='#token:visible')
-  page.get_by_label('Token').fill('wrong')
-  page.keyboard.press('Enter')
-  _until(page, "document.querySelector('#fatal').textContent === 'The token is wrong.'")
-  page.get_by_label('Token').fill('it')
-  page.keyboard.press('Enter')
-  page.wait_for_selector('[role=tab]')
-  assert all('401' in error for error in open_page.errors)
-  open_page.errors.clear()
 
 
 def test_a_service_that_has_ended_is_reported(open_page):
