@@ -1,7 +1,6 @@
 """What the service answers, by programs of the exported folder: classes, captions, rankings, masked words, features."""
 
 import asyncio
-import collections
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -30,7 +29,7 @@ class Service:
   def __init__(self, supervisor: Supervisor, batcher: Batcher, gallery: Gallery, limits: Limits):
     self._facts, self._batcher, self._limits = supervisor.facts, batcher, limits
     self._manifest = self._facts.manifest
-    self._features: collections.OrderedDict[tuple[str, int, str], np.ndarray] = collections.OrderedDict()  # LRU
+    self._features: dict[tuple[str, int, str], np.ndarray] = {}  # of texts
     self.gallery = gallery
 
   @property
@@ -140,23 +139,16 @@ class Service:
     entry = self.tasks[task]
     condition = entry['text_condition'], text_length(self._manifest, task)
     keys = {text: (*condition, text) for text in texts}
-    missing = [text for text, key in keys.items() if key not in self._features]
+    encoded = {text: self._features[key] for text, key in keys.items() if key in self._features}
+    missing = [text for text in keys if text not in encoded]
     made = await asyncio.gather(
         *(self._batcher.submit(task, 'encode_text', Item(text=text)) for text in missing), return_exceptions=True)
-    failed = {}
     for text, output in zip(missing, made):
-      if isinstance(output, BaseException):
-        failed[text] = output
-      else:
-        self._features[keys[text]] = output['features']
-    # Concurrent requests may have removed others of these: they are taken before the cache is shortened.
-    removed = Refused(503, 'Too many texts are being encoded at once; send the request again in a second.')
-    encoded = {text: self._features.get(key, failed.get(text, removed)) for text, key in keys.items()}
-    for key in keys.values():
-      if key in self._features:
-        self._features.move_to_end(key)
-    while len(self._features) > _CACHED_TEXTS:
-      self._features.popitem(last=False)
+      encoded[text] = output
+      if not isinstance(output, BaseException):
+        encoded[text] = self._features[keys[text]] = output['features']
+    if len(self._features) > _CACHED_TEXTS:
+      self._features.clear()  # they are encoded again
     return encoded
 
   def _candidates(self, name: str) -> list[str]:
