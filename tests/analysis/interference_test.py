@@ -108,17 +108,6 @@ def _noisy(means, batches, seed, noise=2.0):
 _DIRECTION = np.linspace(1, -1, _DIM) * 2
 
 
-@pytest.mark.parametrize('j, truth', [('opposite', -1), ('twin', 1)])
-def test_intervals_contain_minus_one_for_opposite_tasks_and_one_for_the_same_task(j, truth):
-  means = {'i': _DIRECTION, j: truth * _DIRECTION}
-  _, estimate = _measure(_noisy(means, 24, seed=1, noise=1.0), 24)
-  for ratio in (estimate.ratio_of_means, estimate.mean_of_ratios):
-    assert ratio.low[0, 1] < truth < ratio.high[0, 1]
-    assert -truth < ratio.low[0, 1] or ratio.high[0, 1] < -truth  # and the other extreme is excluded
-  assert estimate.ratio_of_means.high[0, 1] - estimate.ratio_of_means.low[0, 1] < 0.5
-  assert estimate.ratio_of_means.low[0, 0] == estimate.ratio_of_means.high[0, 0] == 1
-
-
 def test_quadratic_losses_by_closed_form_without_noise():
   theta, centers = np.array([1., 2.]), dict(a=(-2., -2.), b=(1., -4.), c=(5., 6.))
   gradients = {name: (theta - np.array(c),) * 2 for name, c in centers.items()}  # (3, 4), (0, 6), (-4, -4)

@@ -86,11 +86,6 @@ def test_a_config_file_that_names_missing_data_reports_the_data(tmp_path, overri
   assert message.startswith('error: source own:pets is not in ') and '--name=pets' in message
 
 
-def test_an_argument_that_a_config_refuses_is_reported_with_its_message(tmp_path):
-  assert "embedded:router=attribut: router='attribut' is unknown; did you mean 'attribute'?" in _train(
-      tmp_path, config='configs/embedded.py:router=attribut')
-
-
 def test_arguments_of_a_config_without_any_are_refused(tmp_path):
   name = '--config=configs/quickstart.py'
   message = f'error: {name}:size=base: this config has no arguments; write {name}.'
@@ -124,12 +119,6 @@ def test_a_mistyped_run_or_task_is_reported(tmp_path, script, argument, message)
   assert not (tmp_path / 'new').exists()
 
 
-def test_evaluating_into_a_folder_of_another_run_is_refused(tmp_path):
-  for name in ('trained', 'new'):
-    workdir_lib.claim_workdir(tmp_path / name, tiny.config('shape'), 'print')
-  assert 'belongs to a run with another config' in _zero_shot(tmp_path, 'evaluate.py', 'run={run},task=digits')
-
-
 def test_a_defect_keeps_its_traceback(tmp_path):
   config = tmp_path / 'broken.py'
   config.write_text('def get_config():\n  return 3\n')
@@ -159,11 +148,6 @@ def test_a_batch_or_a_mesh_that_does_not_fit_the_devices_is_refused(tmp_path, ca
 def test_a_source_that_is_not_prepared_names_the_command(tmp_path, capsys):
   message = _refused(capsys, tiny.config('shape', data_dir=tmp_path), tmp_path / 'run', jax.devices()[:1])
   assert f'Run: uni-moe prepare-data --data_dir={tmp_path}' in message
-
-
-@pytest.mark.parametrize('code', [0, 1, 75])
-def test_the_exit_code_is_what_the_command_returns(code):
-  assert cli.guarded(lambda: code) == code
 
 
 def test_a_built_in_error_is_a_defect():

@@ -108,14 +108,6 @@ def test_videos_are_captioned_by_a_model_that_learned_images_alone(tmp_path):
   assert {s['prediction'] for s in shown} <= set(ANSWERS)
 
 
-def test_videos_need_a_scale_that_some_trained_task_has():
-  config = _config()
-  config.tasks.video.temperature = ''
-  message = "config.tasks.video.temperature='video_caption': no trained task has this group"
-  with pytest.raises(ValueError, match=message):
-    make_plan(config)
-
-
 def test_an_answer_that_is_longer_than_a_caption_is_an_error_before_anything_runs():
   config = _config((*ANSWERS, 'small shape'))
   message = ("config.tasks.video.max_len=5 is too short for answer 'small shape' of "

@@ -54,18 +54,6 @@ def test_images_that_float32_cannot_distinguish_are_distinguished():
   np.testing.assert_array_equal(baselines.nearest_neighbor(train, test), [2])
 
 
-@pytest.mark.parametrize('count', [9, 5000])
-def test_of_equal_images_the_first_is_taken(count):
-  train = np.zeros((count, 2, 2), np.uint8)
-  np.testing.assert_array_equal(baselines.nearest_neighbor(train, train[:2]), [0, 0])
-
-
-def test_bytes_do_not_wrap_around():
-  # |0 - 255| is far and |0 - 100| nearer; in bytes 0 - 255 would be 1.
-  train = np.array([[[255]], [[100]]], np.uint8)
-  np.testing.assert_array_equal(baselines.nearest_neighbor(train, np.zeros((1, 1, 1), np.uint8)), [1])
-
-
 def test_similarity_is_the_word_f1_of_the_metrics():
   left = ['greek small letter', 'a a b', '', 'Full Block']
   right = ['greek letter alpha', 'a b b c', 'full block']

@@ -12,7 +12,7 @@ from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data.examples import thumbnails
 from uni_moe_jax.data.shards.file_dataset import FileDataset
-from uni_moe_jax.eval import baselines, dataset_baselines
+from uni_moe_jax.eval import baselines
 from uni_moe_jax.eval.dataset_baselines import DatasetBaselines
 
 _COLORS = tuple(own_files.COLORS)
@@ -231,9 +231,3 @@ def test_thumbnails_keep_colors_and_the_center_of_large_images_and_of_16_bits():
   white, gray = (image for _, image in thumbnails.read(records, np.arange(2), 0))
   assert white.shape == gray.shape == (1, 32, 32, 3)
   assert white[:, :, 1:-1].min() > 245 and (gray == 200).all()
-
-
-def test_no_training_example_of_the_embedded_data_is_left_out():
-  # Paragraphs with a label, videos and images, which are all fitted in a few seconds.
-  for kind, count in (('text', 33_555), ('video array', 16_008), ('image array', 30_541)):
-    assert len(baselines.subset(count, dataset_baselines.NUM_EXAMPLES[kind][0])) == count

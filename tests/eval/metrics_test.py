@@ -85,10 +85,6 @@ def test_balanced_accuracy_is_the_mean_recall_of_present_classes(classes):
   assert metrics.accuracy(predictions, labels) == approx(4 / 7)
 
 
-def test_a_class_that_is_only_predicted_has_no_share():
-  assert metrics.balanced_accuracy(np.array([0, 9]), np.array([0, 0])) == .5
-
-
 @pytest.mark.parametrize('function, args, message', [
     (metrics.best_positive_rank, (np.zeros((2, 2)), np.array([[True, False], [False, False]])),
      r'query 1 has no positive target \(1 of 2'),

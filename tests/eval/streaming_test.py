@@ -4,7 +4,6 @@ import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from tests.helpers import tiny
 from uni_moe_jax import config as config_lib
@@ -38,12 +37,6 @@ def test_ranks_on_the_device_are_those_of_the_metrics():
   assert {0, 1, 2} <= set(counts.ravel().tolist())
   np.testing.assert_array_equal(ranked.is_alone, counts == 1)
   np.testing.assert_array_equal(ranked.score, np.take_along_axis(scores, labels[..., None], -1)[..., 0])
-
-
-@pytest.mark.parametrize('scores, label, rank', [([.1, .7, .2], 1, 1), ([.5, .3, .2], 1, 2), ([.2, .3, .5], 0, 3),
-                                                 ([.4, .4, .2], 0, 2), ([0, 0, 0], 2, 3), ([np.nan, .2, .1], 1, 2)])
-def test_a_tie_or_a_nan_counts_against_the_model(scores, label, rank):
-  assert predictor.rank(np.float32([[scores]]), np.array([[label]])).rank.tolist() == [[rank]]
 
 
 def test_views_are_averaged_also_where_every_probability_is_0_in_float32():

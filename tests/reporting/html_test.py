@@ -180,11 +180,6 @@ def test_the_page_of_the_current_folder_has_its_name(workdir):
   assert '<h1>quick&lt;start</h1>' in (workdir / 'report.html').read_text()
 
 
-def test_a_folder_that_is_not_there_is_named():
-  with pytest.raises(FileNotFoundError, match="workdir '/no/such' is not a folder"):
-    reporting_html.write_report('/no/such')
-
-
 def _launch(*arguments):
   return in_process.python('launch/report.py', *arguments)
 
@@ -194,11 +189,7 @@ def test_the_path_is_printed(tmp_path):
   assert (done.returncode, done.stdout) == (0, f'{tmp_path}/report.html\n'), done.stderr
 
 
-@pytest.mark.parametrize('arguments, message', [
-    ((), 'Flag --workdir must have a value'), (('--workdir=/no/such',), "'/no/such' is not a folder"),
-    (('--workdri=/tmp',), "Unknown command line flag 'workdri'"),
-    (('--workdir=/tmp', '/tmp'), "unexpected argument '/tmp'")])
-def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, message):
-  done = _launch(*arguments)
+def test_a_mistake_is_one_sentence_and_exit_code_2():
+  done = _launch('--workdir=/no/such')
   assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, '', 1)
-  assert message in done.stderr
+  assert "'/no/such' is not a folder" in done.stderr
