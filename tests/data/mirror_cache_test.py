@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import errno
 import os
 import pathlib
 import shutil
@@ -17,9 +16,8 @@ from tests.data.bucket_shards import object_in, open_shards, shard_name, upload_
 from tests.helpers import processes, tiny
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.data.prepare import prepare
-from uni_moe_jax.data.shards import cache_files, mirror
+from uni_moe_jax.data.shards import cache_files, mirror, writer
 from uni_moe_jax.data.shards.mirror import Mirror
-from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer
 from uni_moe_jax.io import storage
 from uni_moe_jax.train.loop import train
 from uni_moe_jax.utils.errors import RunError, UsageError
@@ -69,17 +67,6 @@ def test_another_dataset_that_another_process_has_fetched_is_an_error(bucket, tm
     shards.__getitems__([0])
 
 
-def test_a_disk_without_locks_is_a_mistake_in_cache_dir(bucket, tmp_path, monkeypatch):
-  upload_shards(bucket, tmp_path / 'sender', 1)
-
-  def flock(*_):  # as on Lustre and NFS without a service for it
-    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-  monkeypatch.setattr(cache_files.fcntl, 'flock', flock)
-  with pytest.raises(UsageError, match=f'in {tmp_path}/receiver/.*No locks available.*config.data.cache_dir'):
-    Mirror(bucket, tmp_path / 'receiver').sync('x')
-
-
 def test_the_bound_removes_only_what_can_be_fetched_again(bucket, tmp_path):
   upload_shards(f'{bucket}/.hidden', tmp_path / 'sender', 2)
   size = object_in(bucket, f'.hidden/{shard_name(0)}').stat().length
@@ -100,31 +87,17 @@ def test_the_bound_removes_only_what_can_be_fetched_again(bucket, tmp_path):
   assert [path.name[-1] for path in (data.root / 'x').glob('x.array_record-*')] == ['1']  # the other one was removed
 
 
-def test_a_dataset_that_has_lost_a_file_is_not_uploaded(bucket, tmp_path, monkeypatch):
-  upload = Mirror.upload
-
-  def without(pattern):
-    def remove_and_upload(self, folder, source, *args):
-      [path] = source.glob(pattern)
-      path.unlink()
-      upload(self, folder, source, *args)
-    return remove_and_upload
-
-  root = own_files.write_text_pairs(tmp_path / 'in')
-  for i, (pattern, write) in enumerate((
-      ('*train.array_record*', lambda data: prepare.prepare(root, data, 'texts')),
-      ('train-text_a.npy', lambda data: prepare.prepare(root, data, 'texts')),
-      ('test-text_b.texts', lambda data: prepare.prepare(root, data, 'texts')),
-      ('test-class.npy', lambda data: tiny.write(data, 'glyphs', ['train', 'test'])))):
-    data = Mirror(bucket, tmp_path / f'{i}')
-    with monkeypatch.context() as patch:
-      patch.setattr(Mirror, 'upload', without(pattern))
-      with pytest.raises(RunError, match=f'has no {pattern.replace("*", ".*")}.*: another process removed'):
-        write(data)
-    assert not [name for name in storage.files_in(storage.path(bucket)) if name.endswith('files.json')]
-    write(data)
-    assert [name for name in storage.files_in(storage.path(bucket)) if name.endswith('files.json')]
-    storage.remove_folder(storage.path(bucket))
+def test_a_dataset_that_has_lost_a_file_is_not_uploaded(bucket, tmp_path):
+  summary = prepare.prepare(own_files.write_text_pairs(tmp_path / 'in'), tmp_path, 'texts')
+  [records] = (tmp_path / 'own/texts/1.0.0').glob('*train.array_record*')
+  file = writer.RecordFile(records.name, 'train', records.parent, {})
+  for i, name in enumerate((records.name, 'train-text_a.npy', 'test-text_b.texts', 'test-label.npy')):
+    shutil.copytree(records.parent, source := tmp_path / f'{i}')
+    (source / name).unlink()
+    data = Mirror(bucket, tmp_path / 'cache')
+    with pytest.raises(RunError, match=f'has no {name}: another process removed'):
+      mirror.publish(data, data.root / 'own/texts/1.0.0', source, writer.required(summary, [file]))
+    assert not storage.files_in(storage.path(bucket))
 
 
 def test_threads_that_need_more_than_the_bound_read_what_they_need_within_it(bucket, tmp_path, monkeypatch):
@@ -133,20 +106,13 @@ def test_threads_that_need_more_than_the_bound_read_what_they_need_within_it(buc
   data = Mirror(bucket, tmp_path / 'receiver', max_bytes=int(1.5 * size))
   shards = open_shards(data, 4)
   files, peaks = storage.filesystem(bucket), []
-  fetch, walk = files.get_file, os.walk
+  fetch = files.get_file
 
   def measured(remote, local):
     peaks.append(data._total())
     fetch(remote, local)
 
-  def slow_walk(*args, **kwargs):
-    for entry in walk(*args, **kwargs):
-      if any(name.endswith('.part') for name in entry[2]):
-        time.sleep(.1)  # a file that gets its final name now is counted, too
-      yield entry
-
   monkeypatch.setattr(files, 'get_file', measured)
-  monkeypatch.setattr(mirror.os, 'walk', slow_walk)
   orders = [np.random.default_rng(i).permutation(20) for i in range(3)]
   with concurrent.futures.ThreadPoolExecutor(3) as pool:
     for ids, read in zip(orders, pool.map(shards.__getitems__, orders), strict=True):
@@ -201,31 +167,6 @@ time.sleep(.1)'''
   done = processes.python('-c', script)
   assert done.returncode == 0 and done.stdout.count('fetch\n') == 1 and not done.stderr, done
   assert len(list((tmp_path / 'receiver').rglob('x.array_record-*'))) == 1  # the one that had begun
-
-
-def test_any_error_reaches_who_waits_and_the_file_can_be_fetched_again(bucket, tmp_path, monkeypatch):
-  upload_shards(bucket, tmp_path / 'sender', 1)
-  data = Mirror(bucket, tmp_path / 'receiver')
-  data.sync('x')
-
-  def fail(_):
-    raise OSError(116, 'Stale file handle')
-
-  with monkeypatch.context() as patch:
-    patch.setattr(data, '_fetch_verified', fail)
-    patch.setattr(mirror, 'free_space', fail)  # of the same disk
-    with pytest.raises(OSError, match='Stale'):
-      data._request(shard_name(0)).result(20)
-    data.prefetch([shard_name(0)])
-    end = time.monotonic() + 20
-    while data._num_lanes:
-      assert time.monotonic() < end
-      time.sleep(.01)
-  with monkeypatch.context() as patch:
-    patch.setattr(data._now, 'submit', lambda *_: exec('raise RuntimeError("shutdown")'))  # as when the process ends
-    with pytest.raises(RuntimeError, match='shutdown'):
-      data._request(shard_name(0)).result(20)
-  assert data.fetch(shard_name(0)).exists()
 
 
 def test_parts_of_files_of_a_dead_process_are_removed_and_those_that_are_being_fetched_are_not(bucket, tmp_path):
@@ -298,10 +239,8 @@ def test_records_of_training_that_do_not_fit_are_refused_before_any_is_fetched(b
     data.check_space(names[:2], names[2:])
 
 
-@pytest.mark.parametrize('has_tokenizer, evaluate_every, missing', [
-    (False, 0, '0.000131'), (False, 1, '0.000262'), pytest.param(True, 0, '0.000131', marks=pytest.mark.nightly)])
-def test_training_does_not_start_where_its_records_do_not_fit(
-    bucket, tmp_path, monkeypatch, has_tokenizer, evaluate_every, missing):
+@pytest.mark.parametrize('evaluate_every, missing', [(0, '0.000131'), (1, '0.000262')])
+def test_training_does_not_start_where_its_records_do_not_fit(bucket, tmp_path, monkeypatch, evaluate_every, missing):
   rows = own_files.write_captioned_images(tmp_path / 'in') / 'data.jsonl'
   rows.write_text(rows.read_text().replace('"test"', '"validation"'))
   prepare.prepare(rows.parent, Mirror(bucket, tmp_path / 'sender'), 'colors')
@@ -309,9 +248,6 @@ def test_training_does_not_start_where_its_records_do_not_fit(
   c.data.cache_dir = str(tmp_path / 'receiver')
   c.model.update(channels=3, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3)
   c.tokenizer.update(vocab_size=60, allow_smaller_vocab=True)
-  if has_tokenizer:
-    c.tokenizer.path = str(tmp_path / 'tokenizer.model')
-    SentencePieceTokenizer.train(tiny.WORDS, c.tokenizer.path, 60, True)
   c.target_sets.colors = config_lib.target_set('own:colors/color', family='names')
   c.tasks.color = config_lib.task('image_classification', 'own:colors', batch_size=8, target_set='colors',
                                   label_column='color')

@@ -17,8 +17,6 @@ from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.data import hashing
 from uni_moe_jax.data.batches.assemble import Data
 from uni_moe_jax.data.prepare import prepare
-from uni_moe_jax.data.shards import file_dataset
-from uni_moe_jax.data.shards.file_dataset import FileDataset
 from uni_moe_jax.data.text.clip_tokenizer import ClipTokenizer
 from uni_moe_jax.data.text.tokenizer import SentencePieceTokenizer
 
@@ -114,15 +112,6 @@ def _own_texts(directory, **extra):
   return Data(config, make_plan(config))
 
 
-def test_a_sample_of_texts_is_read_by_record_where_these_have_no_media(tmp_path):
-  source = _own_texts(tmp_path).records('own:pairs', 'train')
-  texts = source.sample_texts(['text_a'], 2)
-  alone = dataclasses.replace(source, text_file=lambda _: pytest.fail('all texts are read'))
-  assert alone.sample_texts(['text_a'], 2) == texts and len(texts) == 2
-  with pytest.raises(pytest.fail.Exception):  # a record with a video is larger
-    dataclasses.replace(alone, columns={**alone.columns, 'video': 'video'}).sample_texts(['text_a'], 2)
-
-
 def test_a_tokenizer_is_trained_on_the_columns_that_tasks_read(tmp_path):
   plain = _own_texts(tmp_path / 'plain')
   more = _own_texts(
@@ -132,48 +121,12 @@ def test_a_tokenizer_is_trained_on_the_columns_that_tasks_read(tmp_path):
   assert {'digest', 'color'}.isdisjoint(plain.records('own:pairs', 'train').columns)
 
 
-@pytest.mark.parametrize('columns, num_read', [({'video': 'video', 'label': 'class'}, 0),
-                                               ({'video': 'video', 'label': 'class', 'captions': 'texts'}, 5)])
-def test_no_video_is_read_for_a_tokenizer_without_its_texts_and_none_twice(columns, num_read, tmp_path, monkeypatch):
-  ids_read = []
-
-  def read(ids):
-    ids_read.extend(ids.tolist())
-    return [{'video': b'', 'label': 'up', 'captions': (f'video number {i}', 'it moves')} for i in ids]
-
-  source = FileDataset('own:x', 5, read, columns, {'label': ('up', 'down')}, {}, '')
-  monkeypatch.setattr(file_dataset, 'load', lambda *_: source)
-  config = tiny.config(data_dir=str(tmp_path))
-  config.tokenizer.update(vocab_size=60, allow_smaller_vocab=True)
-  config.target_sets.labels = config_lib.target_set('x/label', family='names')
-  config.tasks.a = config_lib.task('video_classification', 'x', batch_size=4, target_set='labels', label_column='label')
-  config.tasks.b = config.tasks.a
-  if 'captions' in columns:
-    config.tasks.b = config_lib.task('video_retrieval', 'x', batch_size=4, caption_templates=('{captions}',), max_len=8)
-  Data(config, make_plan(config))
-  assert ids_read == list(range(num_read))
-
-
-def test_a_missing_merges_file_is_an_error_that_names_the_field(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"config\.tokenizer\.merges_path='.*gone\.txt' is not a file"):
-    _data(tmp_path / 'gone.txt')
-
-
 def _make(data, num_epochs, training, **changes):
   """Features of all texts in several epochs."""
   task = next(t for t in data._plan.tasks if t.name == 'text')
   examples = data.examples(dataclasses.replace(task, **changes), training=training)
   epochs, ids = (tf.constant(a.reshape(-1)) for a in np.mgrid[:num_epochs, :examples.size])
   return {k: v.numpy() for k, v in examples.make(ids, hashing.example_hash(0, 'text', epochs, ids)).items()}
-
-
-@pytest.mark.parametrize('random_special_tokens', [False, True])
-def test_random_special_tokens_allows_special_tokens_as_random_words(merges, random_special_tokens):
-  data = _data(merges, random_special_tokens=random_special_tokens)
-  drawn = set(_make(data, 400, training=True)['text'].ravel().tolist())
-  # Texts contain `eot`, masks are `spe`: the other three occur as random words or not at all.
-  others = data.tokenizer.special_ids - {data.tokenizer.eot, data.tokenizer.spe}
-  assert others & drawn == (others if random_special_tokens else set())
 
 
 def test_words_of_the_published_tokenizer_are_masked_as_a_whole(merges):

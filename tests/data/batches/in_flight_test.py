@@ -121,11 +121,3 @@ def test_after_an_error_of_the_consumer_no_queued_batch_is_made_and_no_thread_is
     ahead.take()
   assert len(made) <= 1 + cores.batches_at_once()
   assert not [t.name for t in threading.enumerate() if t.name.startswith('batches')]
-
-
-def test_fewer_batches_may_wait():
-  made, number = [], cores.batches_at_once()
-  batches = in_flight.make_ahead(lambda _, i: _call(lambda i: [made.append(i), i][1], i), [np.arange(9 * number)],
-                                 num_waiting=1)
-  for i, batch in enumerate(batches):
-    assert batch == i and len(made) <= i + number + 1

@@ -259,12 +259,6 @@ def test_a_task_with_a_sampling_weight_keeps_its_loss_weight():
   assert [t.loss_weight for t in plan.only('shape').tasks] == [1]  # of 3
 
 
-@pytest.mark.parametrize('encode_all_sets, sets', [(False, ['answers']), (True, ['shapes', 'packages', 'answers'])])
-def test_a_step_with_one_task_encodes_its_set_or_all_of_them(encode_all_sets, sets):
-  plan = dataclasses.replace(_mixture().plan, encode_all_sets=encode_all_sets)
-  assert sorted(s.name for s in plan.only('answer').sets) == sorted(sets)
-
-
 def test_sizes_of_a_batch_count_frames_and_tokens_that_are_no_padding():
   valid = np.array([[[1, 1, 0], [1, 0, 0]]], bool)  # one shard, two rows
   batch = {'videos': {'pixels': np.zeros((1, 2, 5, 8, 8, 3), np.uint8), 'target_valid': valid},

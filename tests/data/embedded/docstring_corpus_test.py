@@ -1,8 +1,5 @@
 """The docstring corpus: which strings are read, from which files, in which order."""
 
-import os
-from unittest import mock
-
 import pytest
 
 from uni_moe_jax.data.embedded import docstring_corpus
@@ -57,20 +54,11 @@ def _write(folder, path, text):
   (folder / path).write_text(f'"""{text}"""')
 
 
-def test_documents_do_not_depend_on_the_order_of_the_file_system(tmp_path, monkeypatch):
+def test_documents_are_in_the_order_of_their_names(tmp_path):
   for path in ('b.py', 'a/c.py', 'a/b.py', 'd/x.py', 'a.py'):
     _write(tmp_path, path, f'Says what {path} is.')
-  walk = os.walk
-
-  def backwards(folder):
-    for root, names, files in walk(folder):
-      names.sort(reverse=True)
-      yield root, names, sorted(files, reverse=True)
-
-  expected = docstring_corpus.folder_documents('s', 'p', tmp_path)
-  monkeypatch.setattr(os, 'walk', backwards)
-  assert docstring_corpus.folder_documents('s', 'p', tmp_path) == expected
-  assert [document.unit for document in expected] == ['p/a.py', 'p/a/b.py', 'p/a/c.py', 'p/b.py', 'p/d/x.py']
+  documents = docstring_corpus.folder_documents('s', 'p', tmp_path)
+  assert [document.unit for document in documents] == ['p/a.py', 'p/a/b.py', 'p/a/c.py', 'p/b.py', 'p/d/x.py']
 
 
 @pytest.mark.parametrize('path', ['tests/a.py', 'a_test.py', 'test_a.py', 'conftest.py', '_vendor/a.py', 'a.txt'])
@@ -80,17 +68,13 @@ def test_tests_bundled_projects_and_other_files_are_excluded(tmp_path, path):
   assert docstring_corpus.folder_documents('s', 'p', tmp_path) == [Document('s', 'p/doctest.py', 'Says what stays.')]
 
 
-def test_packages_that_are_not_installed_are_named(monkeypatch):
-  monkeypatch.setitem(docstring_corpus.PACKAGES, 'x', ('no_such_a', 'numpy'))
-  monkeypatch.setitem(docstring_corpus.PACKAGES, 'y', ('no_such_b',))
+def test_packages_that_are_not_installed_are_named():
   with pytest.raises(UsageError, match=r'not installed: no_such_a, no_such_b\. .*constraints\.txt'):
-    docstring_corpus.documents()
+    docstring_corpus.documents({'x': ('no_such_a', 'numpy'), 'y': ('no_such_b',)})
 
 
-def test_help_topics_and_licenses_are_read_too(monkeypatch):
-  monkeypatch.setattr(docstring_corpus, 'folder_documents', lambda *_: [])
-  with mock.patch.dict(docstring_corpus.PACKAGES, clear=True):
-    documents = docstring_corpus.documents()
+def test_help_topics_and_licenses_are_read_too():
+  documents = docstring_corpus.documents({})
   topics = {document.unit: document for document in documents if document.source == 'python'}
   assert 'if' in topics['topics/if'].text
   licenses = [document for document in documents if document.source == docstring_corpus.LICENSES]

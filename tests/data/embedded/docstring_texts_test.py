@@ -105,10 +105,9 @@ def test_a_document_without_a_summary_gives_no_pairs():
 
 
 @pytest.fixture(name='splits')
-def _splits(monkeypatch):
+def _splits():
   """(paragraphs, pairs) of a short corpus, by split."""
-  monkeypatch.setattr(docstring_corpus, 'documents', _documents)
-  entries = docstring_texts.read_entries(lambda line: None)
+  entries = docstring_texts.split_entries(docstring_texts.extract_entries(_documents()))
   return [{split: (columns, classes) for split, columns, classes in make(entries, lambda line: None)}
           for make in (docstring_texts.paragraphs, docstring_texts.pairs)]
 

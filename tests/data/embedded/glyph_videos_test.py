@@ -30,11 +30,10 @@ def _images(letters: Columns, split: str) -> Columns:
 
 
 @pytest.fixture
-def few_videos(monkeypatch, letters) -> dict[str, Columns]:
+def few_videos(letters) -> dict[str, Columns]:
   """48 videos per split."""
-  monkeypatch.setattr(glyph_videos, '_NUM_VIDEOS', dict.fromkeys(glyphs.SPLITS, 48))
   return {split: columns for split, columns, _ in glyph_videos.splits(
-      lambda split: _images(letters, split), lambda line: None)}
+      lambda split: _images(letters, split), lambda line: None, dict.fromkeys(glyphs.SPLITS, 48))}
 
 
 class TestPoses:
@@ -113,7 +112,7 @@ class TestRender:
 
 class TestBuild:
 
-  @pytest.mark.parametrize('split', glyph_videos.SPLITS)
+  @pytest.mark.parametrize('split', glyphs.SPLITS)
   def test_videos_have_images_of_their_split_and_balanced_motions(self, few_videos, letters, split):
     columns = few_videos[split]
     assert set(columns) == {'pixels', 'name', 'face', 'motion'}
@@ -123,7 +122,8 @@ class TestBuild:
     assert set(columns['name']) <= set(_images(letters, split)['name'])
 
   def test_every_full_split_divides_by_the_motions(self):
-    assert {count % len(glyph_videos.MOTIONS) for count in glyph_videos._NUM_VIDEOS.values()} == {0}
+    assert {count % len(glyph_videos.MOTIONS) for count in glyph_videos.NUM_VIDEOS.values()} == {0}
+    assert tuple(glyph_videos.NUM_VIDEOS) == glyphs.SPLITS
 
   def test_a_video_shows_the_glyph_of_its_name(self, few_videos, letters):
     columns, images = few_videos['train'], _images(letters, 'train')
@@ -138,11 +138,10 @@ class TestBuild:
 
 class TestBaselines:
 
-  def _accuracy(self, monkeypatch, letters, frames: list[int]) -> float:
-    monkeypatch.setattr(glyph_videos, '_NUM_VIDEOS', {'train': 2400, 'validation': 600})
+  def _accuracy(self, letters, frames: list[int]) -> float:
     features, motions = [], []
-    for split in ('train', 'validation'):
-      columns = glyph_videos._make_columns(split, letters)
+    for _, columns, _ in glyph_videos.splits(
+        lambda split: letters, lambda line: None, {'train': 2400, 'validation': 600}):
       tiles = columns['pixels'][:, frames].reshape(-1, len(frames), 8, 4, 8, 4)
       features.append(tiles.mean((3, 5)).reshape(len(tiles), -1) / 255)
       motions.append(columns['motion'])
@@ -150,7 +149,7 @@ class TestBaselines:
     return model.score(features[1], motions[1])
 
   @pytest.mark.filterwarnings('ignore::sklearn.exceptions.ConvergenceWarning')
-  def test_all_frames_reveal_the_motion_and_the_middle_one_little(self, monkeypatch, letters):
+  def test_all_frames_reveal_the_motion_and_the_middle_one_little(self, letters):
     # Chance is 0.083.
-    assert self._accuracy(monkeypatch, letters, [4]) < 0.22
-    assert self._accuracy(monkeypatch, letters, list(range(8))) > 0.6
+    assert self._accuracy(letters, [4]) < 0.22
+    assert self._accuracy(letters, list(range(8))) > 0.6

@@ -166,7 +166,6 @@ def test_images_are_selected_by_equality_character_and_face(splits, fonts, selec
       split: selected.get(split, []) for split in glyphs.SPLITS}
 
 
-def test_a_missing_font_is_named(monkeypatch):
-  monkeypatch.setattr(glyphs, 'FACES', {'NoSuchFont': 'regular sans'})
+def test_a_missing_font_is_named():
   with pytest.raises(FileNotFoundError, match='NoSuchFont.ttf is missing.*constraints.txt'):
-    list(glyphs.splits())
+    glyphs.load_font('NoSuchFont')

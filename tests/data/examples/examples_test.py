@@ -109,13 +109,6 @@ def test_a_caption_is_its_tokens_and_as_many_queries():
     assert truncated['label'][i].tolist() == [*words[:3], tokenizer.eot]
 
 
-def test_equal_texts_of_pairs_have_equal_ids():
-  features = _make(_build('pair', caption_templates=('{class}',)), ids=range(24))
-  texts = [_tokenizer().decode(row) for row in features['target']]
-  assert texts == _columns('glyphs')['class'].tolist()
-  assert len(set(zip(texts, features['text_id'].tolist()))) == len(set(texts)) == 3
-
-
 def test_texts_of_pairs_have_equal_ids_where_their_tokens_are_equal():
   start = 'a red bar of the numbers '
   texts = ['A red bar', 'a red bar', start + 'one', start + 'two', 'a red disc']
@@ -188,13 +181,6 @@ def test_random_tokens_are_special_only_if_configured(random_special_tokens):
   # Texts contain `eot`, masks `spe`: the other two occur as random tokens or not at all.
   others = {tokenizer.pad, tokenizer.unk}
   assert others & set(text.ravel().tolist()) == (others if random_special_tokens else set())
-
-
-@pytest.mark.parametrize('moved', [dict(max_shift=2), dict(max_affine=.2)])
-def test_images_move_in_training_only(moved):
-  still = _make(_build('shape'))['pixels']
-  np.testing.assert_array_equal(_make(_build('shape', training=False, **moved))['pixels'], still)
-  assert (_make(_build('shape', **moved))['pixels'] != still).any()
 
 
 def test_words_of_texts_are_left_out_in_training_only_and_others_in_every_epoch():

@@ -143,19 +143,6 @@ def test_images_and_videos_move_in_training_only(run, name, change):
   np.testing.assert_equal(make(False, **change), make(False))
 
 
-def test_words_of_texts_are_left_out_in_training_only(run):
-  task, words = _run_task(run, 'answer', word_dropout=.5), {}
-  for training in (True, False):
-    examples = run[1].examples(task, 'train', training=training)
-    features = next(evaluation_batches(examples, np.arange(examples.size), examples.size))[0]
-    np.testing.assert_array_equal(
-        np.take_along_axis(features['text'], features['position'], 1), run[1].tokenizer.spe)
-    words[training] = features['text_valid'].sum(1)
-  _, full = _evaluation(run, 'answer')
-  np.testing.assert_array_equal(words[False], full['text_valid'].sum(1))
-  assert (words[True] <= words[False]).all() and words[True].sum() < .8 * words[False].sum()
-
-
 def test_labels_are_indices_of_the_sources_class_names(run):
   _, features = _evaluation(run, 'color')
   # Examples 4, 9, 14 … of red, green, blue in turn: green, red, blue; the set has green, red, blue.
@@ -170,15 +157,6 @@ def test_texts_belong_to_their_records(run):
   _, answer = _evaluation(run, 'answer')
   assert answer['text'][0][answer['position'][0, 0]] == tokenizer.spe
   assert answer['label'][:, 0].tolist() == [1, 0, 0, 0, 1, 0, 0, 0, 1]  # no, yes
-
-
-def test_running_text_continues_with_the_next_records(run):
-  tokenizer, (_, features) = run[1].tokenizer, _evaluation(run, 'book')
-  text = np.where(features['text'] == tokenizer.spe, -1, features['text'])[0]
-  weighted = features['weight'][0] > 0
-  text[features['position'][0][weighted]] = features['label'][0][weighted]
-  tokens = [[*tokenizer.encode(f'the {c} bar has number 0'), tokenizer.eot] for c in own_files.COLORS]
-  assert text.tolist() == sum(tokens * 2, [])[:20] and len(tokens[0]) < 20
 
 
 def test_a_video_shows_one_frame_of_each_third(run):
@@ -338,18 +316,6 @@ def test_references_have_an_entry_of_each_list_of_texts(template, expected):
   examples = build(
       dataset, 'image_retrieval', False, label_column='', target_set='', caption_templates=(template,), max_len=8)
   assert examples.references(np.arange(1)) == [expected]
-
-
-def test_texts_of_pairs_have_equal_ids_where_their_tokens_are_equal():
-  start = 'a square number of squares '
-  captions = ['A square', 'a square', start + 'one', start + 'two', 'a bar']
-  image = own_files.encode_image(own_files.color_image('red', 0))
-  read = lambda ids: [{'image': image, 'note': captions[i]} for i in ids.tolist()]
-  dataset = file_dataset.FileDataset('own:x', 5, read, {'image': 'image', 'note': 'text'}, {}, {}, '')
-  examples = build(dataset, 'image_retrieval', label_column='', target_set='', caption_templates=('{note}',), max_len=12,
-                   tokenizer=SentencePieceTokenizer(tiny.tokenizer_file()))
-  a, b, c, d, e = make(examples, range(5))['text_id'].tolist()
-  assert a == b and c == d and len({a, c, e}) == 3 and min(a, c, e) >= 0
 
 
 def test_examples_are_the_records_with_the_columns_that_templates_name(tmp_path):

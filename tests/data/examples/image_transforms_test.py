@@ -84,10 +84,6 @@ def test_the_long_side_keeps_the_aspect_ratio(sides, size, expected):
   assert (tuple(made.shape), made.dtype) == ((*expected, 3), tf.uint8)
 
 
-def test_an_image_of_the_requested_size_is_unchanged():
-  np.testing.assert_array_equal(image_transforms.resize_short_side(_noise(5, 7), 5), _noise(5, 7))
-
-
 def _checks(h, w):
   """Black and nearly white squares of four pixels: sharp edges, and a middle that is no half of a level."""
   black = (np.arange(h)[:, None] // 4 + np.arange(w)[None] // 4) % 2
@@ -232,26 +228,6 @@ def test_resize_crop_takes_any_part_along_the_long_side():
 def test_a_single_pixel_becomes_an_image_of_its_color(view):
   pixel = np.array([[[10, 200, 30]]], np.uint8)
   np.testing.assert_array_equal(view(pixel, 7), np.broadcast_to(pixel, (7, 7, 3)))
-
-
-@pytest.mark.parametrize('training', [False, True])
-@pytest.mark.parametrize('sides', [(3, 9), (9, 2)])
-def test_an_image_smaller_than_its_square_is_an_error(sides, training):
-  with pytest.raises(tf.errors.InvalidArgumentError):
-    image_transforms.square(np.zeros((*sides, 1), np.uint8), 4, _draw() if training else None)
-
-
-@pytest.mark.parametrize('view', [
-    lambda image: _resize_crop(image, 4, _draw()), lambda image: _evaluate(image, 4)])
-def test_transforms_have_static_shapes_in_a_pipeline(view):
-  # Sizes of images are not known before they are decoded.
-  made = [_noise(5, 9), _noise(7, 6)]
-  signature = tf.TensorSpec((None, None, 3), tf.uint8)
-  data = tf.data.Dataset.from_generator(lambda: iter(made), output_signature=signature)
-  data = data.map(view)
-  assert tuple(data.element_spec.shape) == (4, 4, 3)
-  for transformed, image in zip(data, made, strict=True):
-    np.testing.assert_array_equal(transformed, view(image))
 
 
 def _encode(image, file_format, **options):

@@ -1,7 +1,6 @@
 """Images whose records are read as bytes: TensorFlow takes the image of each, and Python the texts."""
 
 import dataclasses
-import types
 
 import numpy as np
 import pytest
@@ -89,12 +88,3 @@ def test_the_records_of_a_small_split_are_read_once_and_those_that_cannot_be_rea
   broken.clear()
   assert kept(np.array([7, 2])) == [b'7', b'2']
   assert calls == [[3, 1, 3], [2], [7], [7]]
-
-
-@pytest.mark.parametrize('num_bytes, num_kept', [(0, 0), (1, 1), (2**28, 1), (2**28 + 1, 0)])
-def test_only_a_split_that_is_known_to_be_small_is_kept(num_bytes, num_kept, monkeypatch):
-  made = []
-  monkeypatch.setattr(file_dataset, 'keep_records', lambda read: made.append(read) or read)
-  info = types.SimpleNamespace(file_instructions=[], num_bytes=num_bytes)
-  file_dataset._open(types.SimpleNamespace(info=types.SimpleNamespace(splits={'train': info})), '', 'train')
-  assert len(made) == num_kept

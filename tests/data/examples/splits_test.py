@@ -4,7 +4,6 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.data import own_files
 from uni_moe_jax.data.prepare import prepare
@@ -95,35 +94,6 @@ def test_an_example_of_several_splits_stays_in_the_last_one_wherever_that_is_lis
     reason = f'same {"text" if repeated == "labeled text" else "image"} as in split {later!r}'
     assert {k: v['count'] for k, v in summary['skipped'].items()} == {reason: 1}
     assert summary['skipped'][reason]['first'] == [f'all.jsonl:{1 + order.index(rows[3])}']
-
-
-def test_of_rows_that_are_equal_but_for_their_splits_the_last_split_has_one(tmp_path):
-  rows = [{'text': f'text {i}', 'label': 'x', 'split': split} for i in range(9) for split in ('train', 'test')]
-  again = [{'text': 'text 0', 'label': 'x', 'split': split} for split in ('train', 'test', 'validation', 'test')]
-  own_files.write_jsonl(tmp_path / 'all.jsonl', rows + again)
-  summary = prepare.prepare(tmp_path / 'all.jsonl', tmp_path, 'texts', max_corrupt_fraction=0.9)
-  assert summary['splits'] == {'test': 9}
-  unlabeled = [{'text': 'running text', 'split': split} for split in ('train', 'test')]
-  own_files.write_jsonl(tmp_path / 'all.jsonl', unlabeled)  # its content is not compared, but equal rows are
-  summary = prepare.prepare(tmp_path / 'all.jsonl', tmp_path, 'unlabeled', max_corrupt_fraction=0.9)
-  assert summary['splits'] == {'train': 1} and summary['skipped']['duplicate']['count'] == 1
-
-
-def test_lists_of_words_are_compared_where_rows_have_no_other_text(tmp_path):
-  rows = [{'words': [f'word {i}', 'x'], 'label': f'{i % 2}', 'split': 'test' if i > 8 else 'train'} for i in range(12)]
-  own_files.write_jsonl(tmp_path / 'all.jsonl', [*rows, {**rows[10], 'split': 'train'}])
-  summary = prepare.prepare(tmp_path / 'all.jsonl', tmp_path, 'words')
-  assert summary['splits'] == {'train': 9, 'test': 3}
-  assert summary['skipped'] == {"same text as in split 'test'": {'count': 1, 'first': ['all.jsonl:13']}}
-
-
-def test_an_image_that_differs_in_one_pixel_is_no_copy(tmp_path):
-  _leaky(tmp_path / 'in')
-  for path in (tmp_path / 'in/train').glob('copy*'):
-    image = Image.open(path)
-    image.putpixel((0, 0), (1, 2, 3))
-    image.save(path)
-  assert prepare.prepare(tmp_path / 'in', tmp_path, 'similar')['splits'] == {'train': 97, 'test': 8}
 
 
 def test_equal_files_under_other_names_stay_in_one_split(tmp_path):

@@ -17,12 +17,6 @@ from tests.helpers.fake_videos import FakeReader
 from uni_moe_jax.data.examples.video_pixels import VideoReader
 from uni_moe_jax.data.examples.video_processes import VideoProcesses
 from uni_moe_jax.data.formats.video import CorruptVideo
-from uni_moe_jax.utils import cores
-
-
-@pytest.fixture
-def two_cores(monkeypatch):
-  monkeypatch.setattr(cores, 'available', lambda: 2)
 
 
 def _read(videos, reader, data, hashes):
@@ -33,37 +27,36 @@ def _read(videos, reader, data, hashes):
   return [problem or row for problem, row in zip(problems, pixels, strict=True)]
 
 
-def test_pixels_are_those_of_this_process_in_order(two_cores):
+def test_pixels_are_those_of_this_process_in_order():
   frames = np.random.default_rng(0).integers(0, 256, (9, 20, 24, 3), np.uint8)
   videos = [own_files.npy_bytes(np.roll(frames, i, 0)) for i in range(7)]
   reader, hashes = VideoReader(8, 3, 'jittered_crop', True, True), [2**64 - 1 - i for i in range(7)]
-  made = _read(VideoProcesses(), reader, videos, hashes)
+  made = _read(VideoProcesses(2), reader, videos, hashes)
   expected = [reader(data, h) for data, h in zip(videos, hashes, strict=True)]
   np.testing.assert_array_equal(made, expected)
   assert not np.array_equal(expected[0], expected[1])
 
 
-def test_longer_videos_and_more_pixels_follow_shorter_and_fewer(two_cores):
-  frames, videos = np.random.default_rng(0).integers(0, 256, (9, 20, 24, 3), np.uint8), VideoProcesses()
+def test_longer_videos_and_more_pixels_follow_shorter_and_fewer():
+  frames, videos = np.random.default_rng(0).integers(0, 256, (9, 20, 24, 3), np.uint8), VideoProcesses(2)
   for number, size in ((2, 8), (9, 20), (3, 6)):
     reader, data = VideoReader(size, number, 'resize_crop', False, False), own_files.npy_bytes(frames[:number])
     np.testing.assert_array_equal(_read(videos, reader, [data] * number, [0] * number), [reader(data, 0)] * number)
 
 
-def test_two_videos_are_read_at_once_in_other_processes(tmp_path, two_cores):
-  made = _read(VideoProcesses(), FakeReader(tmp_path), [b'wait for 2', b'wait for 1'], [1, 2])
+def test_two_videos_are_read_at_once_in_other_processes(tmp_path):
+  made = _read(VideoProcesses(2), FakeReader(tmp_path), [b'wait for 2', b'wait for 1'], [1, 2])
   np.testing.assert_array_equal(made, [[1, True], [2, True]])
 
 
-def test_with_one_core_there_is_no_other_process(tmp_path, monkeypatch):
-  monkeypatch.setattr(cores, 'available', lambda: 1)
-  number, corrupt = _read(VideoProcesses(), FakeReader(tmp_path), [b'', b'corrupt'], [3, 4])
+def test_with_one_core_there_is_no_other_process(tmp_path):
+  number, corrupt = _read(VideoProcesses(1), FakeReader(tmp_path), [b'', b'corrupt'], [3, 4])
   np.testing.assert_array_equal(number, [3, False])
   assert isinstance(corrupt, CorruptVideo)
 
 
-def test_a_video_that_cannot_be_read_or_kills_its_process_costs_only_itself(tmp_path, two_cores):
-  videos = VideoProcesses()
+def test_a_video_that_cannot_be_read_or_kills_its_process_costs_only_itself(tmp_path):
+  videos = VideoProcesses(2)
   for _ in range(2):
     made = _read(videos, FakeReader(tmp_path), [b'', b'killer', b'corrupt', b'', b'', b''], range(6))
     assert [str(m) for m in made if isinstance(m, CorruptVideo)] == [
@@ -79,9 +72,7 @@ import pathlib, sys
 import numpy as np
 from tests.helpers.fake_videos import FakeReader
 from uni_moe_jax.data.examples.video_processes import VideoProcesses
-from uni_moe_jax.utils import cores
-cores.available = lambda: 2
-videos = VideoProcesses()
+videos = VideoProcesses(2)
 reader = FakeReader(pathlib.Path(sys.argv[1]))
 videos.read(reader, [b''], [1], np.zeros((1, *reader.shape), np.uint8))
 print('read', flush=True)
@@ -104,9 +95,9 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, number):
 
 
 @pytest.mark.skipif(not pathlib.Path('/proc/self/task').exists(), reason='reads /proc')
-def test_processes_end_when_nothing_reads_videos_anymore(tmp_path, two_cores):
+def test_processes_end_when_nothing_reads_videos_anymore(tmp_path):
   before = processes.children('self')
-  videos = VideoProcesses()
+  videos = VideoProcesses(2)
   _read(videos, FakeReader(tmp_path), [b'wait for 2', b'wait for 1'], [1, 2])
   assert len(processes.children('self') - before) == 2
   del videos
@@ -114,8 +105,8 @@ def test_processes_end_when_nothing_reads_videos_anymore(tmp_path, two_cores):
   _wait_for(lambda: not processes.children('self') - before)
 
 
-def test_a_fork_does_not_wait_for_processes_of_its_parent(tmp_path, two_cores):
-  videos = VideoProcesses()
+def test_a_fork_does_not_wait_for_processes_of_its_parent(tmp_path):
+  videos = VideoProcesses(2)
   read = lambda: _read(videos, FakeReader(tmp_path), [b'wait for 2', b'wait for 1'], [1, 2])
   read()
   fork = os.fork()  # as of a command with `preexec_fn`

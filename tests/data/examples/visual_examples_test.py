@@ -10,17 +10,14 @@ from tests.data import own_files
 from tests.helpers.file_examples import SIDE, build, make
 from uni_moe_jax.data.examples import image_transforms
 from uni_moe_jax.data.shards import file_dataset
-from uni_moe_jax.utils import cores
 from uni_moe_jax.utils.errors import UsageError
 
 
-@pytest.mark.parametrize('num_cores', [1, 2])
-def test_videos_of_a_batch_are_in_order(monkeypatch, num_cores):
+def test_videos_of_a_batch_are_in_order():
   def read(ids):
     level = lambda i: own_files.npy_bytes(np.full((3, 20, 20, 3), i, np.uint8))
     return [{'video': b'bytes' if i == 2 else level(i), 'label': 'ab'[i % 2]} for i in ids.tolist()]
 
-  monkeypatch.setattr(cores, 'available', lambda: num_cores)
   dataset = file_dataset.FileDataset(
       'own:x', 40, read, {'video': 'video', 'label': 'class'}, {'label': ('a', 'b')}, {}, '')
   features = make(build(dataset, 'video_classification', num_frames=2), range(4))
@@ -42,22 +39,6 @@ def test_colors_become_the_luma_of_a_gray_model(media):
     assert pixels.shape == (1, 1, SIDE, SIDE, 1)
     luma = np.array([.299, .587, .114]) * 200
     np.testing.assert_allclose(pixels[0, 0, 0, [2, 7, 12], 0], luma, atol=1)
-
-
-@pytest.mark.parametrize('media', ['image', 'video'])
-def test_random_parts_of_at_least_the_whole_area_are_the_whole(media):
-  frame = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
-  encoded = {'image': own_files.encode_image(Image.fromarray(frame), 'PNG'), 'video': own_files.npy_bytes(frame[None])}
-  dataset = file_dataset.FileDataset(
-      'own:x', 40, lambda ids: [{media: encoded[media], 'label': 'a'} for _ in ids], {media: media, 'label': 'class'},
-      {'label': ('a', 'b')}, {}, '')
-
-  def number_of_parts(**fields):
-    fields |= dict(num_frames=1) if media == 'video' else {}
-    examples = build(dataset, f'{media}_classification', crop='random_resized_crop', **fields)
-    return len(np.unique(make(examples, range(8))['pixels'], axis=0))
-  assert number_of_parts() == 8
-  assert number_of_parts(min_crop_area=1.0) == 1
 
 
 def _one_image(encoded):

@@ -9,13 +9,12 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from tensorflow_datasets.core import naming
 
 from tests.data import own_files
 from tests.helpers import processes
 from uni_moe_jax.data.prepare import prepare
 from uni_moe_jax.data.prepare.summary import describe
-from uni_moe_jax.data.shards import file_dataset, writer
+from uni_moe_jax.data.shards import file_dataset
 
 
 @pytest.fixture(scope='module')
@@ -345,13 +344,3 @@ def test_a_disk_that_is_full_when_arrays_are_written_is_an_error_and_no_signal(t
   done = subprocess.run(['unshare', '-rm', 'bash', '-c', mount, '', sys.executable, '-c', _SMALL_DISK, str(tmp_path)],
                         capture_output=True, text=True, env=processes.environment(1), check=False)
   assert (done.returncode, done.stdout) == (0, 'full: True\n12000\n'), done.stderr
-
-
-@pytest.mark.parametrize('total, expected', [(1, '00000-of-00001'), (99_999, '99998-of-99999'),
-                                             (100_000, '099999-of-100000')])
-def test_record_files_have_the_names_that_tfds_expects(total, expected):
-  last = naming.ShardedFileTemplate(
-      data_dir='', dataset_name='pets', split='train', filetype_suffix='array_record').sharded_filepath(
-          shard_index=total - 1, num_shards=total)
-  name = writer.file_name('pets', 'train', total - 1, total)
-  assert name == str(last) == f'pets-train.array_record-{expected}'

@@ -76,11 +76,11 @@ def test_text_after_a_closed_quote_of_csv_stays_in_its_field(tmp_path):
   assert _rows(tmp_path / 'x.csv', 'text,label\n"Yes" he said,1\n"No",0\n') == [(2, 'Yes he said'), (3, 'No')]
 
 
-def test_a_record_of_too_many_lines_is_damaged(tmp_path, monkeypatch):
-  content = 'text,label\n"' + 'word\n' * 19 + 'end",1\nlast,0\n'  # of twenty lines
-  assert _rows(tmp_path / 'x.csv', content) == [(2, 'word ' * 19 + 'end'), (22, 'last')]
-  monkeypatch.setattr(input_shards, '_MAX_LINES', 19)
-  assert _rows(tmp_path / 'x.csv', content) == [*((i, _WRONG) for i in range(2, 21)), (21, 'end"'), (22, 'last')]
+@pytest.mark.parametrize('num_lines, is_damaged', [(10_000, False), (10_001, True)])
+def test_a_record_of_more_than_ten_thousand_lines_is_damaged(tmp_path, num_lines, is_damaged):
+  rows = _rows(tmp_path / 'x.csv', 'text,label\n"' + 'word\n' * (num_lines - 1) + 'end",1\nlast,0\n')
+  assert rows[0] == ((2, _WRONG) if is_damaged else (2, 'word ' * (num_lines - 1) + 'end'))
+  assert rows[-1] == (num_lines + 2, 'last') and len(rows) == (num_lines + 1 if is_damaged else 2)
 
 
 @pytest.mark.parametrize('suffix, delimiter', [('csv', ','), ('tsv', '\t')])

@@ -2,11 +2,8 @@
 
 import concurrent.futures
 import contextlib
-import errno
 import functools
-import os
 import pathlib
-import shutil
 
 import numpy as np
 import pytest
@@ -20,6 +17,7 @@ from uni_moe_jax.data.prepare import input_copy, prepare, tfds_prepare
 from uni_moe_jax.data.shards import file_dataset, mirror, writer
 from uni_moe_jax.data.shards.mirror import Mirror
 from uni_moe_jax.data.shards.record_files import Shards
+from uni_moe_jax.data.text import class_names
 from uni_moe_jax.io import storage
 from uni_moe_jax.utils.errors import MissingFileError, RunError, UsageError
 
@@ -171,43 +169,6 @@ def test_a_dataset_that_was_removed_from_the_bucket_is_replaced_on_the_host_that
     storage.remove_folder(object_in(bucket, 'own/x/1.0.0'))
 
 
-def test_nothing_is_read_of_a_dataset_whose_removal_was_interrupted(bucket, tmp_path, monkeypatch):
-  sender, unlink, iterdir, steps = Mirror(bucket, tmp_path / 'sender'), os.unlink, pathlib.Path.iterdir, 0
-  size = lambda host: file_dataset.load('own:x', Mirror(bucket, host), 'train').size
-  prepare.prepare(own_files.write_text_pairs(tmp_path / '0', 7), sender, 'x', '0.1.0')
-  prepare.prepare(own_files.write_text_pairs(tmp_path / '1', 9), sender, 'x')
-  old = _records('own:x', Mirror(bucket, tmp_path / 'receiver'))
-  storage.remove_folder(object_in(bucket, 'own/x/1.0.0'))
-
-  def interrupted(*args, **kwargs):
-    nonlocal steps
-    if not steps:
-      raise KeyboardInterrupt
-    steps -= 1
-    unlink(*args, **kwargs)
-
-  hosts = []
-  for num_steps in range(100):
-    shutil.copytree(tmp_path / 'receiver', host := tmp_path / f'interrupted {num_steps}')
-    steps = num_steps
-    try:
-      with monkeypatch.context() as patch:
-        patch.setattr(os, 'unlink', interrupted)
-        patch.setattr(pathlib.Path, 'iterdir', lambda path: sorted(iterdir(path), key=lambda p: p.name != 'files.json'))
-        Mirror(bucket, host).sync('own/x')
-      break
-    except KeyboardInterrupt:
-      hosts.append(host)
-    shutil.copytree(host, other := tmp_path / f'other {num_steps}')
-    assert size(other) == 29  # of version 0.1.0
-  assert len(hosts) > 8
-  prepare.prepare(own_files.write_text_pairs(tmp_path / '2', 8), sender, 'x')  # the files have the same names
-  new = _records('own:x', Mirror(bucket, tmp_path / 'new'))
-  assert new != old
-  for host in hosts:
-    assert _records('own:x', Mirror(bucket, host)) == new
-
-
 def test_files_without_a_manifest_are_fetched_again(bucket, tmp_path):
   old = upload_shards(bucket, tmp_path / 'sender', 2)
   assert open_shards(Mirror(bucket, tmp_path / 'receiver'), 2).__getitems__(range(10)) == old
@@ -312,20 +273,13 @@ def test_an_object_with_a_flipped_bit_is_named_and_no_example_is_replaced_for_it
   assert len(dataset.read_valid(np.arange(10))) == 10
 
 
-def test_an_object_that_is_gone_and_a_full_disk_end_the_run_and_cost_no_example(bucket, tmp_path, monkeypatch):
+def test_an_object_that_is_gone_ends_the_run_and_costs_no_example(bucket, tmp_path):
   upload_shards(bucket, tmp_path / 'sender', 2)
   shards = open_shards(Mirror(bucket, tmp_path / 'receiver'), 2)
   dataset = file_dataset.FileDataset('x', 10, shards.__getitems__, {}, {}, {}, '')
   object_in(bucket, shard_name(1)).unlink()
   assert len(dataset.read_valid(np.arange(5))) == 5
-  with pytest.raises(RunError, match=f'{bucket}/{shard_name(1)} cannot be fetched into'):
-    dataset.read_valid(np.arange(10))
-
-  def full(*_):
-    raise OSError(errno.ENOSPC, 'No space left on device')
-
-  monkeypatch.setattr(storage.filesystem(bucket), 'get_file', full)
-  with pytest.raises(RunError, match=r'cannot be fetched into .*No space left on device; .* MB free on the disk of'):
+  with pytest.raises(RunError, match=f'{bucket}/{shard_name(1)} cannot be fetched into .* MB free on the disk'):
     dataset.read_valid(np.arange(10))
 
 
@@ -360,17 +314,7 @@ def test_input_in_a_bucket_is_prepared_as_a_folder_is(bucket, tmp_path):
       prepare.prepare(source, tmp_path / 'data', 'gone')
 
 
-def test_class_names_come_from_the_bucket(bucket, tmp_path):
-  from uni_moe_jax.data.text import class_names
-  storage.write_bytes(object_in(bucket, 'names/x.tsv'), b'a\tcat\nb\tdog\n')
-  data = Mirror(bucket, tmp_path)
-  assert class_names.read_entries('file:names/x.tsv', data, 'target_sets.x') == (('a', ('cat',)), ('b', ('dog',)))
-  with pytest.raises(MissingFileError, match='gone'):
-    class_names.read_entries('file:gone.tsv', data, 'target_sets.x')
-
-
 def test_class_names_elsewhere_are_read_where_they_are(bucket, tmp_path):
-  from uni_moe_jax.data.text import class_names
   data, own = Mirror(f'{bucket}/data', tmp_path / 'cache'), tmp_path / 'own'
   own.mkdir()
   contents = {'names.txt': b'a\tcat\n', 'names.tmp': b'a draft'}
@@ -388,3 +332,5 @@ def test_class_names_elsewhere_are_read_where_they_are(bucket, tmp_path):
   storage.write_bytes(object_in(bucket, 'data/names.txt'), b'c\tbird\n')
   assert class_names.read_entries('file:names.txt', data, 'target_sets.x') == (('c', ('bird',)),)
   assert (data.root / 'names.txt').read_bytes() == b'c\tbird\n'
+  with pytest.raises(MissingFileError, match='gone'):
+    class_names.read_entries('file:gone.tsv', data, 'target_sets.x')

@@ -3,7 +3,6 @@
 import pytest
 
 from uni_moe_jax.data.text.templates import fill_template
-from uni_moe_jax.data.text.token_rows import encode_texts
 
 
 class _Letters:
@@ -42,14 +41,6 @@ def test_of_a_document_only_a_part_is_tokenized(text, longest, monkeypatch):
   monkeypatch.setattr(_Letters, 'encode', lambda self, text: [sizes.append(len(text)), encode(self, text)][1])
   assert _fill('{a} <eot> <spe> <eot>', 10, a=text).ids[:-3] == expected
   assert max(sizes) == longest
-
-
-def test_texts_are_encoded_as_whole_ones_are_and_of_a_document_only_a_part_is_read(monkeypatch):
-  texts, sizes = ['11 12', '11 ' * 30, '12 13 ' * 1000, 'x' * 200], []
-  expected, encode = [_Letters().encode(text)[:6] + [3] for text in texts], _Letters.encode
-  monkeypatch.setattr(_Letters, 'encode', lambda self, text: [sizes.append(len(text)), encode(self, text)][1])
-  assert encode_texts(texts, _Letters(), 7) == expected
-  assert max(sizes) == 200  # of one word, which has to be read to its end
 
 
 @pytest.mark.parametrize('length, a, b, kept_a, kept_b', [

@@ -48,14 +48,14 @@ class Sources:
     return self._records[source, split]
 
   def evaluation_fingerprints(self, evaluations: Sequence[Evaluation] | None = None) -> dict[str, str]:
-    """Evaluator → digest of its records, of those of training, which baselines see, and of the entries of its sets.
+    """Evaluator → digest of its records, of those of training, which baselines see, and of the entries of its set.
 
     evaluations: default: all of the plan.
     """
-    sets = {s.name: s for s in (*self._plan.sets, *self._plan.probe_sets, *self._plan.answer_sets)}
+    sets = {s.name: s for s in (*self._plan.sets, *self._plan.probe_sets)}
     content = {e.name: (
         [self.records(e.task.source, s).fingerprint for s in (e.split, *([e.task.split] if e.baselines else []))],
-        [self._entries(sets[name]) for name in (e.task.target_set, e.constrain_to) if name])
+        [self._entries(sets[e.task.target_set])] if e.task.target_set else [])
                for e in (self._plan.evaluations if evaluations is None else evaluations)}
     return {name: hashlib.sha256(repr(x).encode()).hexdigest()[:16] for name, x in content.items()}
 
@@ -107,13 +107,12 @@ class Data(Sources):
     self._model = config.model
     records = [self.records(t.source, t.split) for t in plan.tasks]
     self.tokenizer, self.tokenizer_file, tokenizer_fingerprint = self._make_tokenizer(config, tokenizer_copy)
-    specs = (*plan.sets, *plan.probe_sets, *plan.answer_sets)
+    specs = (*plan.sets, *plan.probe_sets)
     entries = {s.name: self._entries(s) for s in specs}
     self.target_sets: dict[str, TargetSet] = {
         s.name: build_target_set(
             s, tuple(names for _, names in entries[s.name]), self.tokenizer, self._model.max_text_len) for s in specs}
     self.entry_keys = {name: tuple(key for key, _ in pairs) for name, pairs in entries.items()}
-    self._check_answers()
     fingerprints = [*sorted({r.fingerprint for r in records}), tokenizer_fingerprint]
     self.fingerprint = hashlib.sha256('\n'.join(fingerprints).encode()).hexdigest()
     from_files = [(s.name, entries[s.name]) for s in plan.sets
@@ -125,17 +124,6 @@ class Data(Sources):
         config.data.random_special_tokens, config.seed, config.data.max_corrupt_fraction, config.data.resize, is_new)
     if isinstance(self.dir, mirror.Mirror):
       print(f'data: fetched {self.dir.describe()} into {self.dir.root}', flush=True)
-
-  def _check_answers(self) -> None:
-    """Raises UsageError for an answer that is longer than the captions that an evaluator restricts to it."""
-    for e in self._plan.evaluations:
-      for text in self.target_sets[e.constrain_to].names if e.constrain_to else ():
-        name = f'evaluators.{e.name}' if e.max_len else f'tasks.{e.task.name}'
-        if (num_tokens := len(self.tokenizer.encode(text)) + 1) > (max_len := e.max_len or e.task.max_len):
-          raise UsageError(
-              f'config.{name}.max_len={max_len} is too short for answer {text!r} of '
-              f'config.evaluators.{e.name}.constrain_to={e.constrain_to!r}, which has {num_tokens} tokens with the '
-              f'end; raise it to {num_tokens}, or omit the answer.')
 
   def check_space(self, evaluations: Sequence[Evaluation]) -> None:
     """Raises UsageError if what training, and evaluations in between, read from a bucket does not fit on this host."""

@@ -48,7 +48,7 @@ class DeclaredData:
         clip_tokenizer.VOCAB_SIZE if config.tokenizer.type == 'clip' else config.tokenizer.vocab_size)
     lengths = config.preflight.target_lengths
     self.target_sets = {s.name: _declared_set(s, lengths.get(s.name), self.tokenizer)
-                        for s in (*plan.sets, *plan.probe_sets, *plan.answer_sets)}
+                        for s in (*plan.sets, *plan.probe_sets)}
     classes = {name: (_WORD,) for name in self.target_sets}
     self._builder = ExampleBuilder(
         self.tokenizer, classes, config.model.channels, config.model.image_size, False,

@@ -13,7 +13,7 @@ import pathlib
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from uni_moe_jax.utils.errors import UsageError
@@ -56,13 +56,14 @@ class Document(NamedTuple):
   text: str  # without common indentation, lines separated by newlines
 
 
-def documents() -> list[Document]:
-  """Returns all documents, in an order that depends on names only.
+def documents(import_names: Mapping[str, Sequence[str]] = PACKAGES) -> list[Document]:
+  """Returns all documents of Python and the packages, in an order that depends on names only.
 
   Raises UsageError if packages of the fixed list are not installed.
   """
   roots = [(STDLIB, STDLIB, [sysconfig.get_path('stdlib')])]
-  roots += [(source, package, _folders(package)) for source, packages in PACKAGES.items() for package in packages]
+  roots += [(source, package, _folders(package)) for source, packages in import_names.items()
+            for package in packages]
   if missing := [package for _, package, folders in roots if not folders]:
     raise UsageError(
         f'The embedded text is read from packages that are not installed: {", ".join(missing)}. '

@@ -6,12 +6,12 @@ motion, so a single frame says little about the motion: a model has to compare f
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from PIL import Image
 
-from uni_moe_jax.data.embedded.glyphs import SIZE, SPLITS
+from uni_moe_jax.data.embedded.glyphs import SIZE
 from uni_moe_jax.data.shards.writer import Columns, Split
 
 FRAMES = 8
@@ -35,7 +35,7 @@ _ANCHORS = (2.0, 5.0)  # the time, in frames, when the glyph is at its start
 _DIM = 0.35  # brightness between blinks: darkness would reveal "blink" in a single frame
 _MIN_BRIGHTNESS = 0.05
 
-_NUM_VIDEOS = {'train': 16_008, 'validation': 1_008, 'test_characters': 2_004, 'test_fonts': 2_004}
+NUM_VIDEOS = {'train': 16_008, 'validation': 1_008, 'test_characters': 2_004, 'test_fonts': 2_004}
 
 
 def _draws(split: str, index: int) -> np.ndarray:
@@ -80,17 +80,18 @@ def render(image: np.ndarray, pose: np.ndarray) -> np.ndarray:
   return np.rint(np.stack(frames) * brightness).astype(np.uint8)
 
 
-def splits(images: Callable[[str], Columns], report: Callable[[str], None] = print) -> Iterator[Split]:
+def splits(images: Callable[[str], Columns], report: Callable[[str], None] = print,
+           num_videos: Mapping[str, int] = NUM_VIDEOS) -> Iterator[Split]:
   """Yields SPLITS: pixels uint8 [N, 8, 32, 32], and name, face, motion as text [N]. images: the glyphs of a split."""
-  for split in SPLITS:
-    columns = _make_columns(split, images(split))
-    report(f'videos: {split} has {_NUM_VIDEOS[split]} videos of {len(np.unique(columns["name"]))} characters')
+  for split, number in num_videos.items():
+    columns = _make_columns(split, images(split), number)
+    report(f'videos: {split} has {number} videos of {len(np.unique(columns["name"]))} characters')
     yield split, columns, {'motion': MOTIONS}
 
 
-def _make_columns(split: str, images: Columns) -> Columns:
+def _make_columns(split: str, images: Columns, number: int) -> Columns:
   """Returns the columns of the videos of one split; motions alternate."""
-  motions = np.resize(MOTIONS, _NUM_VIDEOS[split])
+  motions = np.resize(MOTIONS, number)
   draws = np.stack([_draws(split, index) for index in range(len(motions))])
   chosen = (draws[:, 0] * len(images['name'])).astype(np.int64)
   pixels = np.empty((len(motions), FRAMES, SIZE, SIZE), np.uint8)

@@ -40,8 +40,9 @@ class VideoProcesses:
   With one core there are none, and the caller reads.
   """
 
-  def __init__(self):
-    self._num_processes = min(cores.available(), _MAX_PROCESSES)
+  def __init__(self, num_cores: int | None = None):
+    """num_cores: default: of this machine."""
+    self._num_processes = min(num_cores or cores.available(), _MAX_PROCESSES)
     self._threads = concurrent.futures.ThreadPoolExecutor(self._num_processes, 'videos')
     self._local = threading.local()  # each thread has a process
 
