@@ -49,16 +49,6 @@ def test_only_a_run_that_encodes_all_sets_keeps_those_that_no_trained_task_uses(
   assert not plan.probe_sets
 
 
-def test_a_set_of_possible_captions_is_kept_and_never_encoded(c):
-  c.target_sets.closed = config.target_set(('a', 'b'), family='names')
-  c.evaluators.name = config.evaluator('caption', 'name', split='test', constrain_to='closed')
-  plan = make_plan(c)
-  assert [s.name for s in plan.answer_sets] == ['closed']
-  assert 'closed' not in [s.name for s in (*plan.sets, *plan.probe_sets)]
-  c.evaluators.name.constrain_to = 'classes'  # a trained task has it
-  assert make_plan(c).answer_sets == ()
-
-
 def test_temperature_groups_are_those_of_tasks_their_types_and_the_model(c):
   c.tasks.name.temperature = c.tasks.text.temperature = 'words'
   groups = ('image_classification', 'image_retrieval', 'text_classification', 'words')

@@ -248,10 +248,6 @@ _VALIDATION = _evaluator('mlm', 'text', split='validation', during_training=True
      r'config\.evaluators\.top\.max_len=33 is above config\.model\.max_text_len=32'),
     ({'evaluators.top': _evaluator('classification', 'shape', num_views=2)},
      r'config\.evaluators\.top: num_views=2, num_crops=1 are for the classification of videos of files'),
-    ({'evaluators.top': _evaluator('caption', 'name', constrain_to='clases')},
-     r"config\.evaluators\.top\.constrain_to='clases' is unknown; did you mean 'classes'"),
-    ({'evaluators.top': _evaluator('caption', 'name', constrain_to='vocabulary')},
-     r"config\.evaluators\.top\.constrain_to='vocabulary' is the vocabulary, .*; set it to '', or to a set of texts"),
 ])
 def test_fields_that_contradict_each_other_are_named(changes, message):
   with pytest.raises(UsageError, match=message) if message else contextlib.nullcontext():

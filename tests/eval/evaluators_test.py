@@ -73,7 +73,7 @@ class _Oracle:
     np.put_along_axis(p, answer[..., None], 0.9, axis=-1)
     return np.log(p)
 
-  def captions(self, task, pixels, beam_size, length_penalty, constrain_to, max_len, reranker):
+  def captions(self, task, pixels, beam_size, length_penalty, max_len, reranker):
     return [next(self.texts, '') for _ in pixels]
 
 
@@ -392,7 +392,7 @@ def test_an_evaluation_has_the_views_and_the_search_of_its_config(data):
       return d.examples(task, split, **fields)
 
   class Recorder(_Oracle):
-    def captions(self, task, pixels, beam_size, length_penalty, constrain_to, max_len, reranker):
+    def captions(self, task, pixels, beam_size, length_penalty, max_len, reranker):
       seen.append(dict(beam_size=beam_size, length_penalty=length_penalty, max_len=max_len))
       return ['a'] * len(pixels)
 

@@ -32,7 +32,7 @@ def _on(router: str, mesh: str) -> tuple[train_run.Run, Predictor]:
   run = train_run.build(c, jax.devices()[:8 if mesh == 'eight' else 1])
   params = jax.device_put(small_model.params(run.spec.model.spec), run.shardings.params)
   plan = run.plan
-  sets = {s.name: (s, run.data.target_sets[s.name]) for s in (*plan.sets, *plan.probe_sets, *plan.answer_sets)}
+  sets = {s.name: (s, run.data.target_sets[s.name]) for s in (*plan.sets, *plan.probe_sets)}
   return run, Predictor(run.spec.model, params, sets, run.data.tokenizer)
 
 

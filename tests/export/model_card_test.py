@@ -36,7 +36,7 @@ def _manifest(trained: ModelSpec, *names: str, exported: ModelSpec | None = None
 
 def _evaluation(name: str, of: str = 'image_caption', **options) -> Evaluation:
   defaults = dict(
-      type='caption', split='train', num_examples=0, batch_size=4, beam_size=1, length_penalty=0.0, constrain_to='')
+      type='caption', split='train', num_examples=0, batch_size=4, beam_size=1, length_penalty=0.0)
   return Evaluation(name=name, task=_exported(of).task, **defaults | options)
 
 
@@ -116,16 +116,15 @@ def test_the_table_marks_every_reference():
 
 def test_differences_from_the_evaluators_protocol_are_reported():
   trained = small_model.spec('dense')
-  card = _card(trained, 'image_caption', rows=[_row('named'), _row('open'), _row('wide'), _row('best')], evaluators=[
-      _evaluation('named', constrain_to='names'), _evaluation('open'),
+  card = _card(trained, 'image_caption', rows=[_row('open'), _row('wide'), _row('best')], evaluators=[
+      _evaluation('open'),
       _evaluation('wide', beam_size=4, length_penalty=1.0), _evaluation('short', max_len=3),
       _evaluation('best', rerank_by='pair')])
-  assert '`named` allows only captions that are texts of set `names`; these programs allow any words.' in card
   assert ('`wide` searches captions with beam size 4 and length penalty 1.0; `caption` of `my_image_caption`, with '
           'beam size 1 and length penalty 0.0.') in card
   assert '`short` stops captions after 3 tokens; `caption` of `my_image_caption`, after ' in card
   assert '`best` reranks captions by task `pair`; these programs do not.' in card
-  assert '`open`' not in card and card.count('`named`') == card.count('`wide`') == 1
+  assert '`open`' not in card and card.count('`wide`') == 1
   published = [_evaluation('split', detokenize=False)]
   card = lambda **options: _card(trained, 'image_caption', rows=[_row('split')], evaluators=published, **options)
   assert '`split` leaves words as the vocabulary splits them' in card(type='clip', file='x') and '`split`' not in card()

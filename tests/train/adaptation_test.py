@@ -51,18 +51,6 @@ def test_a_task_of_the_run_keeps_its_target_set_and_evaluators_and_has_loss_weig
   assert (c.tasks.shape.batch_size, adaptation.zero_shot(f'run={run},task=shape').tasks.shape.batch_size) == (8, 0)
 
 
-@pytest.mark.parametrize('recipe', ALL)
-def test_an_evaluator_that_constrains_captions_keeps_their_target_set_which_is_not_trained(tmp_path, recipe):
-  c = tiny.config('caption', 'shape', data_dir='/the data')
-  c.target_sets.names = config_lib.target_set(('a bar', 'a disc'), family='words')
-  c.evaluators.named = config_lib.evaluator('caption', 'caption', split='train', constrain_to='names')
-  workdir.claim_workdir(tmp_path, c, 'print')
-  tuned = recipe(f'run={tmp_path},task=caption')
-  plan = make_plan(tuned)
-  assert tuned.target_sets.names.to_dict() == c.target_sets.names.to_dict() and 'shapes' not in tuned.target_sets
-  assert [s.name for s in plan.answer_sets] == ['names'] and 'names' not in [s.name for s in plan.sets]
-
-
 @pytest.mark.parametrize('task, group', [
     ('digits', 'images'), ('video_caption', 'image_caption'), ('video_name', 'image_retrieval'),
     ('shape', 'images')])

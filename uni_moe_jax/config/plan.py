@@ -66,7 +66,6 @@ class Plan:
     evaluations: evaluations of the run.
     temperatures: temperature groups.
     encode_all_sets: whether a step of one task encodes every set.
-    answer_sets: sets of which only evaluators use the texts, as possible captions; the model never encodes them.
     config: the checked config.
   """
   task_types: tuple[TaskType, ...]
@@ -77,7 +76,6 @@ class Plan:
   evaluations: tuple[Evaluation, ...]
   temperatures: tuple[str, ...]
   encode_all_sets: bool = False
-  answer_sets: tuple[SetSpec, ...] = ()
   config: Config | None = dataclasses.field(default=None, compare=False, repr=False)
 
   @property
@@ -173,10 +171,9 @@ def make_plan(c: ml_collections.ConfigDict) -> Plan:
   evaluations = tuple(
       _evaluation(name, e, every, sets, temperatures, config.model) for name, e in config.evaluators.items())
   probed = {t.target_set for t in probes} - used
-  answers = {e.constrain_to for e in evaluations} - used - probed
   return Plan(task_types=tuple(types.values()), tasks=tasks, sets=_named(used, sets), probes=probes,
               probe_sets=_named(probed, sets), evaluations=evaluations, temperatures=temperatures,
-              encode_all_sets=config.train.encode_all_sets, answer_sets=_named(answers, sets), config=config)
+              encode_all_sets=config.train.encode_all_sets, config=config)
 
 
 def _named(names: set[str], sets: Mapping[str, SetSpec]) -> tuple[SetSpec, ...]:
@@ -287,16 +284,10 @@ def _evaluation(
   fail_if(e.task not in valid,
           f'{field}.task={e.task!r} is of task type {task.type.name!r}, which evaluator {e.type!r} cannot evaluate; '
           f'choices: {", ".join(valid) or "none"}.')
-  for field_name, only in (
-      ('constrain_to', 'caption'), ('rerank_by', 'caption'), ('max_len', 'caption'), ('num_draws', 'retrieval')):
+  for field_name, only in (('rerank_by', 'caption'), ('max_len', 'caption'), ('num_draws', 'retrieval')):
     value = getattr(e, field_name)
     fail_if(value and e.type != only, f'{field}.{field_name}={value!r} is for evaluators of type {only!r}, not '
                                       f'{e.type!r}; set it to {getattr(EvaluatorConfig, field_name)!r}.')
-  if e.constrain_to:
-    check_choice(f'{field}.constrain_to', e.constrain_to, sets)
-    fail_if(sets[e.constrain_to].is_vocabulary,
-            f"{field}.constrain_to={e.constrain_to!r} is the vocabulary, which constrains nothing; set it to '', or to "
-            'a set of texts.')
   reranker = None
   if e.rerank_by:
     check_choice(f'{field}.rerank_by', e.rerank_by, by_name)

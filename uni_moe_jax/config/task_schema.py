@@ -113,8 +113,6 @@ class EvaluatorConfig:
   batch_size: int = field(128, 'Examples encoded at once, rounded up to a multiple of the batch shards.', at_least=1)
   beam_size: int = field(1, 'Caption: hypotheses kept per image; 1: greedy.', at_least=1)
   length_penalty: float = field(0.0, 'Caption: divides final scores by (words + 1)^length_penalty.', at_least=0, off=0)
-  constrain_to: str = field('', "Caption: entry of config.target_sets whose texts are the only possible captions; '' = "
-                            'any words. No task needs to use the set.')
   rerank_by: str = field('', 'Caption: retrieval task in config.tasks. Of the beam_size captions of an image, picks '
                          "the one with the largest sum of log p and this task's scaled similarity to the image; '', or "
                          'if no trained task has its temperature: the largest log p.')

@@ -238,12 +238,12 @@ def _distinct(texts: np.ndarray, rows: np.ndarray, number: int, rng: np.random.G
 def caption(q: Query) -> list[Score]:
   """Exact match, BLEU-4, ROUGE-L, CIDEr-D (up to 10) and word F1 of captions.
 
-  Captions are decoded greedily or by beam search, from any words or from a closed set, reranked by retrieval if wanted,
-  and detokenized. References stay as they are in the data. The baseline is the nearest neighbor's text.
+  Captions are decoded greedily or by beam search, reranked by retrieval if wanted, and detokenized. References stay as
+  they are in the data. The baseline is the nearest neighbor's text.
   """
   ids, e = q.ids(), q.evaluation
   predicted = q.gather(ids, lambda fields: np.array(q.predictor.captions(
-      q.task, fields['pixels'], e.beam_size, e.length_penalty, e.constrain_to, e.max_len, e.reranker))).tolist()
+      q.task, fields['pixels'], e.beam_size, e.length_penalty, e.max_len, e.reranker))).tolist()
   if e.detokenize:
     predicted = [q.tokenizer.detokenize(text) for text in predicted]
   truth = q.examples.references(ids)

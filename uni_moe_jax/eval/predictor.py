@@ -23,7 +23,6 @@ from uni_moe_jax.eval.batches import Fields
 from uni_moe_jax.model import decoding, heads
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.sequences import InputSequence
-from uni_moe_jax.model.trie import Trie
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe import precision
 from uni_moe_jax.parallel import sharding
@@ -51,13 +50,12 @@ class Predictor:
     """model, params: on the model's mesh. sets: every target set in use, by name."""
     self._model, self._params, self._sets, self._tokenizer = model, params, sets, tokenizer
     self._features: dict[str, jax.Array] = {}
-    self._tries: dict[str, Trie] = {}
     self._decoders: dict[TaskType, decoding.Decoder] = {}
 
   @classmethod
   def of(cls, model: UniPerceiver, params, plan: Plan, data: Data) -> 'Predictor':
     """A predictor with every target set of a plan."""
-    specs = (*plan.sets, *plan.probe_sets, *plan.answer_sets)
+    specs = (*plan.sets, *plan.probe_sets)
     return cls(model, params, {s.name: (s, data.target_sets[s.name]) for s in specs}, data.tokenizer)
 
   @property
@@ -120,11 +118,10 @@ class Predictor:
 
   def captions(
       self, task: TaskSpec, pixels: np.ndarray, beam_size: int = 1, length_penalty: float = 0.0,
-      constrain_to: str = '', max_len: int = 0, reranker: TaskSpec | None = None) -> list[str]:
+      max_len: int = 0, reranker: TaskSpec | None = None) -> list[str]:
     """Captions of images or videos [B, T, H, W, C] by a captioning task; other arguments as in `decoding`.
 
     Args:
-      constrain_to: a target set of texts; every caption is one of them. '': any words.
       max_len: of a caption, in tokens; 0: the task's.
       reranker: a retrieval task. Of the captions of a beam the one with the largest sum of its score and its scaled
         similarity to the image is returned: both are log-probabilities, up to a constant of the image. None: the one
@@ -132,9 +129,8 @@ class Predictor:
     """
     options = dict(temperature=task.temperature, spe=self._tokenizer.spe, eot=self._tokenizer.eot,
                    max_len=max_len or task.max_len, beam_size=beam_size, length_penalty=length_penalty)
-    words, trie = self.target_set(task.target_set), self._trie(constrain_to) if constrain_to else None
     tokens, scores = map(np.asarray, _captions(
-        tuple(options.items()), self._decoder(task.type), pixels, words, trie))
+        tuple(options.items()), self._decoder(task.type), pixels, self.target_set(task.target_set)))
     if reranker is None:
       return [self._tokenizer.decode(row) for row in tokens[:, 0].tolist()]
     captions = [[self._tokenizer.decode(row) for row in beam] for beam in tokens.tolist()]
@@ -155,13 +151,6 @@ class Predictor:
     if task_type not in self._decoders:
       self._decoders[task_type] = decoding.Decoder.of(self._model, self._params, task_type)
     return self._decoders[task_type]
-
-  def _trie(self, name: str) -> Trie:
-    """The texts of a target set as sequences of words, each with its end."""
-    if name not in self._tries:
-      rows = self._tokenizer.encode_batch(list(self._sets[name][1].names))
-      self._tries[name] = Trie.of([*row, self._tokenizer.eot] for row in rows)
-    return self._tries[name]
 
 
 def set_sequences(spec: SetSpec, target: TargetSet, eot: int) -> tuple[InputSequence, ...]:
@@ -241,11 +230,11 @@ def rank(scores: jax.Array, labels: jax.Array) -> Ranked:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _captions(
-    options: tuple, decoder: decoding.Decoder, pixels, words, trie: Trie | None) -> tuple[jax.Array, jax.Array]:
+    options: tuple, decoder: decoding.Decoder, pixels, words) -> tuple[jax.Array, jax.Array]:
   """Tokens int32 [B, k, n] and scores f32 [B, k] of the captions of a beam, best first."""
   B, model = pixels.shape[0], decoder.step_model
   # Repetitions of the last image fill up the batch shards: they end when it ends.
   pixels = jnp.pad(pixels, ((0, -B % model.shards), *((0, 0),) * 4), mode='edge')
   with precision.of_evaluation(model.spec.dtype):
-    captions = decoding.beam_search(decoder, pixels, words, trie=trie, **dict(options))
+    captions = decoding.beam_search(decoder, pixels, words, **dict(options))
   return tuple(sharding.replicate(x, model.mesh)[:B] for x in (captions.tokens, captions.scores))

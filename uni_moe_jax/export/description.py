@@ -18,7 +18,7 @@ _EXPERTS = ('num_experts', 'top_k', 'placement', 'sublayers')
 _EXPERT_FIELDS = (*_EXPERTS, 'noise_std', 'capacity_factor', 'gmm', 'router_names', 'kernels')
 _DIGITS = 4  # of the weights of experts
 _PROTOCOL = (
-    'type', 'split', 'beam_size', 'length_penalty', 'constrain_to', 'rerank_by', 'max_len', 'detokenize', 'num_views',
+    'type', 'split', 'beam_size', 'length_penalty', 'rerank_by', 'max_len', 'detokenize', 'num_views',
     'num_crops')
 
 

@@ -171,9 +171,6 @@ def _protocol_remarks(name: str, evaluator: dict[str, Any], task: dict[str, Any]
                       ) -> list[str]:
   """Differences between an evaluator's protocol and the programs of its task, which make its metrics not theirs."""
   remarks = []
-  if evaluator['constrain_to']:
-    remarks.append(f'`{name}` allows only captions that are texts of set `{evaluator["constrain_to"]}`; these programs '
-                   'allow any words.')
   evaluated, exported = (
       f'beam size {p["beam_size"]} and length penalty {p["length_penalty"]}' for p in (evaluator, task))
   if evaluator['type'] == 'caption' and evaluated != exported:

@@ -15,7 +15,6 @@ from uni_moe_jax.kernels.attention import heads_first
 from uni_moe_jax.model import merging
 from uni_moe_jax.model.heads import normalize
 from uni_moe_jax.model.sequences import NO_WORD, READ_NOTHING, InputSequence, KVCache, Layout
-from uni_moe_jax.model.trie import Trie, allowed, follow
 from uni_moe_jax.model.uni_perceiver import UniPerceiver
 from uni_moe_jax.moe.precision import EXACT
 from uni_moe_jax.tasks.task_types import TaskType
@@ -119,7 +118,6 @@ class _Carry:
   tokens: jax.Array
   log_p: jax.Array
   candidates: jax.Array
-  node: jax.Array | None  # int32 [B, k], of the trie
 
 
 @flax.struct.dataclass
@@ -144,8 +142,7 @@ class Decoder:
 
 def beam_search(
     decoder: Decoder, pixels: jax.Array, words: jax.Array, *, temperature: str, spe: int, eot: int, max_len: int,
-    beam_size: int = 1, length_penalty: float = 0.0, trie: Trie | None = None,
-) -> Captions:
+    beam_size: int = 1, length_penalty: float = 0.0) -> Captions:
   """The most likely captions by beam search; with one beam, the greedy caption.
 
   A hypothesis that has ended stays in the beam with its score. The loop stops when all have ended.
@@ -156,7 +153,6 @@ def beam_search(
     temperature: temperature group. spe, eot: token ids. max_len: n, number of words with `eot`.
     beam_size: k, hypotheses per image.
     length_penalty: at the end, scores are divided by (number of words without `eot` + 1)^length_penalty.
-    trie: the token sequences that are allowed; None: all.
   """
   B, V, model = pixels.shape[0], words.shape[0], decoder.step_model
   kv_cache = prefill(decoder.prefill_model, decoder.prefill_params, decoder.task_type, pixels, max_len)
@@ -173,8 +169,6 @@ def beam_search(
   def step(c: _Carry) -> _Carry:
     logits, cache = next_words(c)
     log_p = jax.nn.log_softmax(logits)
-    if trie is not None:
-      log_p = jnp.where(allowed(trie, c.node, V), log_p, -jnp.inf)
     # A hypothesis that has ended continues with `eot` only, at no cost.
     only_eot = jnp.where(jnp.arange(V) == eot, 0.0, -jnp.inf)[None, None]
     log_p = jnp.where(c.done[..., None], only_eot, log_p)
@@ -185,29 +179,23 @@ def beam_search(
     index = index[:, :beam_size]
     parent, word = index // V, (index % V).astype(jnp.int32)
     chosen = jnp.take_along_axis(log_p.reshape(B, beam_size * V), index, axis=1)
-    done = _take(c.done, parent)
 
     def put(rows, value):
       return jax.lax.dynamic_update_slice_in_dim(_take(rows, parent), value[..., None], c.t, axis=2)
 
     return _Carry(
-        t=c.t + 1, word=word,
-        # If fewer sequences are allowed than there are beams, the remaining hypotheses have probability 0, and end.
-        done=done | (word == eot) | jnp.isneginf(best[:, :beam_size]), score=best[:, :beam_size],
+        t=c.t + 1, word=word, done=_take(c.done, parent) | (word == eot), score=best[:, :beam_size],
         words=_reorder(cache.words, parent), valid=cache.valid, recent=_reorder(cache.recent, parent, axis=-2),
         tokens=put(c.tokens, word), log_p=put(c.log_p, chosen),
-        candidates=c.candidates.at[c.t, :, :best.shape[1]].set(best),
-        node=None if trie is None else follow(trie, _take(c.node, parent), word, done))
+        candidates=c.candidates.at[c.t, :, :best.shape[1]].set(best))
 
-  zeros = jnp.zeros((B, beam_size), jnp.int32)
   start = _Carry(
-      t=jnp.int32(0), word=jnp.full_like(zeros, eot), done=jnp.zeros((B, beam_size), bool),
+      t=jnp.int32(0), word=jnp.full((B, beam_size), eot, jnp.int32), done=jnp.zeros((B, beam_size), bool),
       # All hypotheses of an image are equal until the first word: only one of them counts.
       score=jnp.broadcast_to(jnp.where(jnp.arange(beam_size) == 0, 0.0, -jnp.inf), (B, beam_size)),
       words=kv_cache.words, valid=kv_cache.valid, recent=kv_cache.recent,
       tokens=jnp.full((B, beam_size, max_len), eot, jnp.int32), log_p=jnp.zeros((B, beam_size, max_len)),
-      candidates=jnp.full((max_len, B, beam_size + 1), -jnp.inf),
-      node=None if trie is None else zeros)
+      candidates=jnp.full((max_len, B, beam_size + 1), -jnp.inf))
   end = jax.lax.while_loop(lambda c: (c.t < max_len) & ~c.done.all(), step, start)
   num_words = (end.tokens != eot).sum(-1)
   scores = end.score / (num_words + 1.0) ** length_penalty

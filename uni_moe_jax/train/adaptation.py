@@ -178,7 +178,7 @@ def share_temperatures(c: ml_collections.ConfigDict, plan: Plan) -> None:
 
 
 def _copy_task(c: ml_collections.ConfigDict, run_config: ml_collections.ConfigDict, name: str) -> None:
-  """Copies a task of the run with its evaluators and the target sets of both."""
+  """Copies a task of the run with its evaluators and its target set."""
   t = run_config.tasks[name]
   t.update(dict(batch_size=t.batch_size or BATCH_SIZE, loss_weight=1.0, sampling_weight=0.0))
   c.tasks[name] = t
@@ -188,5 +188,3 @@ def _copy_task(c: ml_collections.ConfigDict, run_config: ml_collections.ConfigDi
     if e.task == name:
       c.evaluators[evaluator] = e
       e.rerank_by = ''  # its task is not copied
-      if e.constrain_to:
-        c.target_sets[e.constrain_to] = run_config.target_sets[e.constrain_to]
