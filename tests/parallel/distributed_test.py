@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 
 from tests.helpers import processes
@@ -88,17 +87,6 @@ def test_a_process_that_has_joined_another_one_still_handles_sigterm_by_python()
   command = [sys.executable, '-c', _STOPPED, processes.free_address()]
   ended = processes.together(*([*command, str(i)] for i in range(2)), timeout=100)
   assert [code for code, _ in ended] == [75, 75], ended
-
-
-@pytest.mark.parametrize('count, primary, seconds', [(1, True, []), (2, False, []), (2, True, [5])])
-def test_of_processes_that_fail_the_primary_one_ends_last(monkeypatch, count, primary, seconds):
-  calls = []
-  monkeypatch.setattr(jax, 'process_count', lambda: count)
-  monkeypatch.setattr(distributed, 'is_primary', lambda: primary)
-  monkeypatch.setattr(time, 'sleep', calls.append)
-  monkeypatch.setattr(os, '_exit', lambda code: calls.append(f'exit code {code}'))
-  distributed._leave(2)
-  assert calls == [*seconds, 'exit code 2']
 
 
 # A command of three arguments: the address, the number of this process, and what each of the two does.

@@ -195,10 +195,9 @@ def test_a_reader_reports_that_the_run_has_deleted_its_checkpoint(tmp_path, monk
 
 @pytest.fixture(name='no_folder_renames')
 def _no_folder_renames(monkeypatch):
-  """Folders cannot be renamed, as on buckets mounted by gcsfuse; yields a function that ends it."""
-  with monkeypatch.context() as patch:
-    injected_faults.no_folder_renames(patch.setattr)
-    yield patch.undo
+  """Folders cannot be renamed, as on buckets mounted by gcsfuse; a function that ends it."""
+  injected_faults.no_folder_renames(monkeypatch.setattr)
+  return monkeypatch.undo
 
 
 def test_where_folders_cannot_be_renamed_a_commit_file_completes_checkpoints(tmp_path, no_folder_renames, capsys):

@@ -9,9 +9,8 @@ import jax
 import pytest
 
 from tests.helpers import in_process, processes, saved_run, tiny
-from uni_moe_jax.parallel import peaks
+from uni_moe_jax.cli import boundary as cli
 from uni_moe_jax.train import compiler_process, loop, workdir
-from uni_moe_jax.train import step as step_lib
 from uni_moe_jax.train.compiler_process import CompilerProcess
 from uni_moe_jax.utils import heap
 
@@ -68,37 +67,26 @@ def test_an_error_meanwhile_ends_the_process():
   assert compiler._child.returncode == -signal.SIGKILL
 
 
-def test_it_starts_where_jax_can_find_no_accelerator(monkeypatch, tmp_path, capfd):
-  monkeypatch.setattr(heap, 'only_cpu', lambda: True)
-  with compiler_process.start(_python('')) as compiler:
+def test_it_starts_where_jax_can_only_use_the_cpu(monkeypatch, capfd):
+  with compiler_process.start(_python('')) as compiler:  # the platform of the tests
     compiler.wait(lambda: False)
-  monkeypatch.undo()
-  monkeypatch.delenv('JAX_PLATFORMS', raising=False)
-  (tmp_path / 'libtpu').mkdir()
-  (tmp_path / 'libtpu/__init__.py').touch()
-  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.setenv('JAX_PLATFORMS', 'cuda,cpu')
   assert compiler_process.start(_python('')) is None
   assert 'set JAX_PLATFORMS=cpu; steps are faster with it.\n' in capfd.readouterr().err
 
 
 def test_without_a_cache_both_processes_use_a_folder_that_is_removed(monkeypatch, capfd):
   printed = 'import os; print(os.environ["JAX_COMPILATION_CACHE_DIR"])'
-  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', '/some/folder')
+  folder = os.environ['JAX_COMPILATION_CACHE_DIR']
   with CompilerProcess(_python(printed)) as compiler:
     compiler.wait(lambda: False)
-  assert capfd.readouterr().out == '/some/folder\n' and os.environ['JAX_COMPILATION_CACHE_DIR'] == '/some/folder'
+  assert capfd.readouterr().out == f'{folder}\n' and os.environ['JAX_COMPILATION_CACHE_DIR'] == folder
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
   with CompilerProcess(_python(printed)) as compiler:
     compiler.wait(lambda: False)
     folder = os.environ['JAX_COMPILATION_CACHE_DIR']
     assert capfd.readouterr().out == f'{folder}\n' and pathlib.Path(folder).is_dir()
   assert 'JAX_COMPILATION_CACHE_DIR' not in os.environ and not pathlib.Path(folder).exists()
-
-
-@pytest.mark.parametrize('platforms, only_cpu', [('cpu', True), ('cuda,cpu', False), ('tpu', False)])
-def test_the_platforms_of_jax_say_whether_there_may_be_an_accelerator(monkeypatch, platforms, only_cpu):
-  monkeypatch.setenv('JAX_PLATFORMS', platforms)
-  assert heap.only_cpu() == only_cpu
 
 
 class _Compiler:
@@ -126,18 +114,11 @@ def _stopped(tmp_path_factory, capsys):
 
 
 @pytest.mark.nightly
-def test_the_first_step_is_traced_once_before_the_run_waits_and_the_cores_are_measured_after_it(
-    stopped, tmp_path, monkeypatch):
-  events, train_step, take = [], step_lib.train_step, loop._Trainer._take
-  monkeypatch.setattr(peaks, 'of_mesh', lambda *_: events.append('measured') or 1e9)
-  monkeypatch.setattr(step_lib, 'train_step', lambda *a, **k: events.append('traced') or train_step(*a, **k))
-  monkeypatch.setattr(loop._Trainer, '_take', lambda *a: events.append('step') or take(*a))
-  compiler = _Compiler(events)
-  assert loop.train(_config(), str(stopped), jax.devices()[:1], compiler=compiler) == loop.FINISHED
-  assert events == ['traced', 'waited', 'measured', 'step', 'step']
-  events.clear()
+def test_a_run_that_waits_for_its_steps_ends_like_one_that_compiles_them(stopped, tmp_path):
+  events = []
+  assert loop.train(_config(), str(stopped), jax.devices()[:1], compiler=_Compiler(events)) == loop.FINISHED
+  assert events == ['waited']
   assert loop.train(_config(), str(tmp_path), jax.devices()[:1]) == loop.FINISHED
-  assert events == ['measured', 'step', 'traced', 'step']
   assert saved_run.lines(stopped) == saved_run.lines(tmp_path)
   assert [line['step'] for line in saved_run.lines(tmp_path)] == [1, 2]
 
@@ -149,43 +130,39 @@ def _config_flag(tmp_path):
 
 @pytest.fixture(name='started')
 def _started(monkeypatch):
-  """Commands that would compile; the loop takes no step."""
-  commands = []
-  monkeypatch.setattr(compiler_process, 'start', commands.append)
-  monkeypatch.setattr(loop, 'train', lambda *_, **options: commands.append(options['compiler']) or loop.FINISHED)
-  return commands
+  """Commands that would compile, and whether threads share an arena; nothing is compiled, and no step taken."""
+  started = []
+  monkeypatch.setattr(compiler_process, 'start', started.append)
+  monkeypatch.setattr(heap, 'share_arena', lambda: started.append('shared'))
+  monkeypatch.setattr(loop, 'train', lambda *_, **options: started.append(options['compiler']) or loop.FINISHED)
+  monkeypatch.setattr(loop, 'compile_steps', lambda *_: loop.FINISHED)
+  return started
 
 
 def test_another_process_gets_the_command_of_the_run_and_compiles_only(started, config_flag, tmp_path):
   flags = config_flag, f'--workdir={tmp_path / "run"}'
   assert in_process.run(_SCRIPT, *flags, '--compile_separately') == loop.FINISHED
-  assert started == [[sys.executable, str(_SCRIPT), *flags, '--compile_separately', '--compile_only'], None]
+  command = [sys.executable, str(_SCRIPT), *flags, '--compile_separately', '--compile_only']
+  assert started == ['shared', command, None]
   started.clear()
-  assert in_process.run(_SCRIPT, *flags) == loop.FINISHED and started == [None]
+  assert in_process.run(_SCRIPT, *flags) == loop.FINISHED and started == ['shared', None]
 
 
-def test_a_finished_run_and_one_that_compiles_only_start_no_process(started, config_flag, tmp_path, monkeypatch):
+def test_a_finished_run_and_one_that_compiles_only_start_no_process(started, config_flag, tmp_path):
   flags = config_flag, f'--workdir={tmp_path / "run"}', '--compile_separately'
-  monkeypatch.setattr(loop, 'compile_steps', lambda *_: loop.FINISHED)
-  assert in_process.run(_SCRIPT, *flags, '--compile_only') == loop.FINISHED and started == []
-  monkeypatch.setattr(workdir, 'saved_step', lambda _: 6)
-  assert in_process.run(_SCRIPT, *flags) == loop.FINISHED and started == [None]
-
-
-def test_threads_share_an_arena_unless_they_compile(started, config_flag, tmp_path, monkeypatch):
-  flags = config_flag, f'--workdir={tmp_path / "run"}'
-  shared = []
-  monkeypatch.setattr(heap, 'share_arena', lambda: shared.append(True))
-  monkeypatch.setattr(loop, 'compile_steps', lambda *_: loop.FINISHED)
-  assert in_process.run(_SCRIPT, *flags, '--compile_only') == loop.FINISHED and not shared
-  assert in_process.run(_SCRIPT, *flags) == loop.FINISHED and shared == [True]
+  assert in_process.run(_SCRIPT, *flags, '--compile_only') == loop.FINISHED
+  assert started == []  # threads that compile share no arena
+  workdir.claim_workdir(tmp_path / 'run', cli.config_from(config_flag.removeprefix('--config='), []), 'print')
+  (tmp_path / 'run/checkpoints/6').mkdir(parents=True)
+  (tmp_path / 'run/checkpoints/6/commit_success.txt').write_text('committed')
+  assert in_process.run(_SCRIPT, *flags) == loop.FINISHED and started == ['shared', None]
 
 
 def test_several_processes_are_refused_before_they_meet(started, config_flag, tmp_path, capfd):
   flags = config_flag, f'--workdir={tmp_path / "run"}', '--compile_separately', '--distributed=auto'
   assert in_process.run(_SCRIPT, *flags) == 2
   assert capfd.readouterr().err == 'error: --compile_separately is for a run of one process; remove it.\n'
-  assert not started and not (tmp_path / 'run').exists()
+  assert started == ['shared'] and not (tmp_path / 'run').exists()
 
 
 @pytest.mark.nightly

@@ -45,14 +45,13 @@ def _workdir(two, tmp_path):
 
 def test_what_reads_a_run_that_trains_on_lists_again_if_checkpoints_are_deleted_meanwhile(workdir, monkeypatch, capfd):
   def damage_of_a_step_that_is_deleted_first(folder):
-    with monkeypatch.context() as patch:
-      patch.setattr(manifest, 'damage', damage)
-      if saved_steps(workdir) == [1, 2]:
-        with Checkpoints(workdir, max_to_keep=1) as checkpoints:
-          checkpoints.save(3, _state(3))
+    if trains:
+      trains.clear()
+      with Checkpoints(workdir, max_to_keep=1) as checkpoints:
+        checkpoints.save(3, _state(3))
     return damage(folder)
 
-  damage = manifest.damage
+  damage, trains = manifest.damage, [True]
   monkeypatch.setattr(manifest, 'damage', damage_of_a_step_that_is_deleted_first)
   with Checkpoints(workdir, max_to_keep=None) as checkpoints:
     assert checkpoints.steps() == [3]
@@ -228,7 +227,6 @@ def test_a_checkpoint_that_cannot_be_read_is_no_damaged_one_but_for_an_error_of_
 def test_the_best_checkpoint_is_not_deleted_because_its_metrics_cannot_be_read(workdir, monkeypatch, number):
   """If its manifest is damaged, it is not the best one any more."""
   read = manifest._read
-  monkeypatch.setattr(manifest, 'damage', lambda folder: '')
   monkeypatch.setattr(manifest, '_read', lambda folder: (_refuse(number) if folder.name == '1' else read)(folder))
   if number == errno.EIO:
     with Checkpoints(workdir, max_to_keep=1, best_metric='loss/total') as checkpoints:
@@ -238,28 +236,22 @@ def test_the_best_checkpoint_is_not_deleted_because_its_metrics_cannot_be_read(w
       Checkpoints(workdir, max_to_keep=1, best_metric='loss/total')
 
 
-def test_a_full_disk_is_reported_with_the_step_that_is_safe(workdir, monkeypatch):
-  monkeypatch.setattr(manifest, 'write', _refuse(errno.ENOSPC))
-  with Checkpoints(workdir, max_to_keep=1) as checkpoints:
-    checkpoints.save(3, _state(3))
-    end = time.monotonic() + 20
-    message = r'step 3 could not be written: the disk is full \(.* MB free .*\); that of step 2 is'
-    with pytest.raises(RunError, match=message):
-      while time.monotonic() < end:  # as the loop does between two steps, without waiting
+@pytest.mark.parametrize('checks, number, message', [
+    (True, errno.ENOSPC, r'step 3 could not be written: the disk is full \(.* MB free .*\); that of step 2 is'),
+    (False, errno.ENOSPC, 'step 3 could not be written'),
+    (False, errno.EACCES, 'Permission denied.*that of step 2 is safe. Check whether .*checkpoints can be reached')])
+def test_a_save_that_failed_is_reported_with_the_step_that_is_safe(workdir, monkeypatch, checks, number, message):
+  with monkeypatch.context() as patch, pytest.raises(RunError, match=message):
+    patch.setattr(manifest, 'write', _refuse(number))
+    with Checkpoints(workdir, max_to_keep=1) as checkpoints:
+      checkpoints.save(3, _state(3))
+      end = time.monotonic() + 20
+      while checks and time.monotonic() < end:  # as the loop does between two steps, without waiting
         checkpoints.check()
         time.sleep(.01)
-  monkeypatch.undo()
+      assert not checks
   with Checkpoints(workdir, max_to_keep=2) as checkpoints:
     assert checkpoints.restore(_LIKE)['step'] == 2
     checkpoints.save(3, _state(3))
     checkpoints.finish()
     assert checkpoints.steps() == [2, 3]
-
-
-@pytest.mark.parametrize('number, message', [
-    (errno.EACCES, 'Permission denied.*that of step 2 is safe. Check whether .*checkpoints can be reached'),
-    (errno.ENOSPC, 'step 3 could not be written')])
-def test_a_failed_last_save_is_reported_and_a_write_error_is_not_a_full_disk(workdir, monkeypatch, number, message):
-  monkeypatch.setattr(manifest, 'write', _refuse(number))
-  with pytest.raises(RunError, match=message), Checkpoints(workdir, max_to_keep=1) as checkpoints:
-    checkpoints.save(3, _state(3))

@@ -41,19 +41,17 @@ def test_a_hanging_phase_ends_the_process_with_phase_duration_advice_and_stack(p
     assert re.search(message, done.stderr)
 
 
-def _reports(timeout, body, monkeypatch):
-  """A 1 for each hang that is reported while `body(detector)` runs."""
-  reports = []
-  monkeypatch.setattr(HangDetector, '_report', lambda *_: reports.append(1))
-  with HangDetector(timeout) as detector:
+def _reports(timeout, body):
+  """Exit codes after the hangs that are reported while `body(detector)` runs."""
+  codes = []
+  with HangDetector(timeout, end=codes.append) as detector:
     body(detector)
-  return reports
+  return codes
 
 
-def _is_reported(timeout, monkeypatch, *phase):
+def _is_reported(timeout, *phase, **options):
   reported = threading.Event()
-  monkeypatch.setattr(HangDetector, '_report', lambda *_: reported.set())
-  with HangDetector(timeout) as detector, detector.phase(*phase):
+  with HangDetector(timeout, end=lambda code: reported.set(), **options) as detector, detector.phase(*phase):
     return reported.wait(20)
 
 
@@ -64,24 +62,24 @@ def _sleep_in(seconds, *phase):
   return body
 
 
-def test_each_phase_has_the_whole_timeout(monkeypatch):
+def test_each_phase_has_the_whole_timeout():
   def short_phases(detector):
     for step in range(10):
       _sleep_in(.05, STEP, step)(detector)
 
-  assert _reports(.3, short_phases, monkeypatch) == []
-  assert _is_reported(.3, monkeypatch, STEP, 1)  # the positive control
+  assert _reports(.3, short_phases) == []
+  assert _is_reported(.3, STEP, 1)  # the positive control
 
 
-def test_starting_and_restoring_and_an_evaluator_may_take_six_times_as_long(monkeypatch):
-  assert _is_reported(.1, monkeypatch, START)
+def test_starting_and_restoring_and_an_evaluator_may_take_six_times_as_long():
+  assert _is_reported(.1, START)
   for phase in (START, RESTORE, EVALUATE):
-    assert _reports(.2, _sleep_in(.6, phase), monkeypatch) == []
+    assert _reports(.2, _sleep_in(.6, phase)) == []
 
 
-def test_outside_of_phases_and_without_a_timeout_nothing_is_watched(monkeypatch):
-  assert _reports(.2, lambda _: time.sleep(.5), monkeypatch) == []
-  assert _reports(0, _sleep_in(.5, STEP, 1), monkeypatch) == []
+def test_outside_of_phases_and_without_a_timeout_nothing_is_watched():
+  assert _reports(.2, lambda _: time.sleep(.5)) == []
+  assert _reports(0, _sleep_in(.5, STEP, 1)) == []
 
 
 def test_a_process_that_was_suspended_does_not_hang(monkeypatch):
@@ -94,12 +92,11 @@ def test_a_process_that_was_suspended_does_not_hang(monkeypatch):
       leap[0] = 1000.
       time.sleep(.1)
 
-  assert _reports(.6, suspend, monkeypatch) == []
+  assert _reports(.6, suspend) == []
 
 
-def test_a_long_wait_for_a_bucket_is_noted_with_its_address_and_then_less_and_less_often(monkeypatch, capfd):
-  monkeypatch.setattr(hang_detection, '_NOTE_AFTER', .1)
-  with HangDetector(60, {SAVE: 'gs://bucket/run'}) as detector:
+def test_a_long_wait_for_a_bucket_is_noted_with_its_address_and_then_less_and_less_often(capfd):
+  with HangDetector(60, {SAVE: 'gs://bucket/run'}, note_after=.1) as detector:
     for phase, seconds in ((SAVE, .05), (BATCH, .3), (SAVE, .9)):
       with detector.phase(phase, 7):
         time.sleep(seconds)
@@ -108,8 +105,6 @@ def test_a_long_wait_for_a_bucket_is_noted_with_its_address_and_then_less_and_le
                                       for line in lines)
 
 
-def test_the_report_names_the_bucket(monkeypatch, capfd):
-  monkeypatch.setattr(hang_detection.os, '_exit', lambda code: None)
-  monkeypatch.setattr(hang_detection.faulthandler, 'dump_traceback', lambda **_: None)
-  HangDetector(60, {SAVE: 'gs://bucket/run'})._report(hang_detection._Phase(SAVE, 7))
+def test_the_report_names_the_bucket(capfd):
+  assert _is_reported(.2, SAVE, 7, buckets={SAVE: 'gs://bucket/run'})
   assert 'saving of step 7 has taken 0 s (waiting for gs://bucket/run); the limit is config' in capfd.readouterr().err

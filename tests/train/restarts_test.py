@@ -1,6 +1,5 @@
 """keep_running: what is restarted, when, how often, and how signals are handled. The command is a stand-in."""
 
-import errno
 import os
 import re
 import signal
@@ -12,7 +11,6 @@ import pytest
 
 from tests.helpers import stand_in
 from tests.helpers.processes import ROOT
-from uni_moe_jax.train import restarts
 
 # Executes the next word of the file `script`: an exit code, after `save:STEP`s and `drop:STEP`s; `kill`; `wait` (for
 # SIGTERM, then exit code 75).
@@ -98,24 +96,12 @@ def test_a_start_that_falls_back_to_an_older_checkpoint_makes_no_progress(tmp_pa
   assert re.search(r'stopped by a signal after \d+ s, no checkpoint after that of step 7', output)
 
 
-def test_a_disk_that_cannot_be_listed_is_noted_and_does_not_end_the_restarts(monkeypatch, capsys):
-  """Answers of the disk, before and after each start: it fails for a while."""
-  answers = [5, 5, OSError(errno.EIO, 'Input/output error', 'run/checkpoints'), PermissionError(errno.EACCES, 'no'), 9]
-
-  def saved_step(_):
-    answer = answers.pop(0)
-    if isinstance(answer, OSError):
-      raise answer
-    return answer
-
-  codes = iter((1, 0))
-  monkeypatch.setattr(restarts, 'saved_step', saved_step)
-  monkeypatch.setattr(restarts._Child, 'run', lambda *_: next(codes))  # this process has threads: it starts no other
-  assert restarts.keep_running(['train', '--workdir=run'], max_restarts=3, backoff=0) == 0
-  note, report, denied = capsys.readouterr().out.splitlines()
-  assert note.startswith('keep_running: the checkpoints in run cannot be listed (') and 'Input/output error' in note
-  assert 'exit code 1 after ' in report and 'restarting in 0 s (1 of 3 starts without progress)' in report
-  assert 'the checkpoints in run cannot be listed ([Errno 13] no)' in denied and answers == []
+def test_a_disk_that_cannot_be_listed_is_noted_and_does_not_end_the_restarts(tmp_path):
+  command = [sys.executable, 'stand_in.py', f'--workdir={"x" * 300}']
+  code, output, starts = _run(tmp_path, '1 0', '--max_restarts=3', '--backoff=0', command=command)
+  assert (code, len(starts)) == (0, 2), output
+  assert 'keep_running: the checkpoints in xxx' in output and 'File name too long' in output
+  assert 'exit code 1 after ' in output and 'restarting in 0 s (1 of 3 starts without progress)' in output
 
 
 def test_a_program_that_is_gone_after_it_has_worked_is_started_again_up_to_the_limit(tmp_path):

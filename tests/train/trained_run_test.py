@@ -120,9 +120,10 @@ def test_a_question_is_answered_as_by_the_evaluator(run, images):
       dict(run.classify('question', images[:1], face='round')[0]), abs=1e-5)
 
 
-def test_a_column_may_have_the_name_of_an_argument(run, images, monkeypatch):
+def test_a_column_may_have_the_name_of_an_argument(folder, images):
+  run = TrainedRun.load(folder)
   spec = dataclasses.replace(run._tasks['question'], template='{top} <eot> <spe> . <eot>')
-  monkeypatch.setitem(run._tasks, 'same', spec)
+  run._tasks['same'] = spec
   expected = run.classify('question', images, top=2, face='serif')
   assert run.classify('same', images, top=2, columns={'top': 'serif'}) == expected
 

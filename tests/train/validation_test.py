@@ -96,13 +96,13 @@ def test_checkpoints_have_the_digests_of_the_data_of_evaluators_that_run_in_trai
   assert recorded == [validation.Validation(run, None).fingerprints(), {}] and [*recorded[0]] == ['masked']
 
 
-def _train_with_a_signal_in(step, workdir):
-  send = lambda taken: signal.raise_signal(signal.SIGTERM) if taken + 1 == step else None
-  return saved_run.train(_config(evaluate_every=2, best_metric=_METRIC), workdir, send)
+def _train_with_a_stop_in(step, workdir):
+  """Trains until a stop is requested while a step is taken; None: no stop."""
+  class Stop(loop.Stop):
+    requested = property(lambda _: step is not None and any(
+        line['step'] >= step for line in map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())))
 
-
-class _Stopped(loop.Stop):
-  requested = True
+  return loop.train(_config(evaluate_every=2, best_metric=_METRIC), str(workdir), jax.devices()[:1], stop=Stop())
 
 
 def _metrics(workdir, step):
@@ -112,18 +112,15 @@ def _metrics(workdir, step):
 
 
 @pytest.mark.nightly
-def test_an_evaluation_that_a_signal_prevents_is_made_up_for_by_the_next_start(
-    run, evaluated, tmp_path, monkeypatch, capfd):
+def test_an_evaluation_that_a_stop_prevents_is_made_up_for_by_the_next_start(run, evaluated, tmp_path, capfd):
   measured = lambda: [line['step'] for line in _lines(tmp_path, True)]
-  assert _train_with_a_signal_in(4, tmp_path) == loop.PREEMPTED and measured() == [2]
-  assert _train_with_a_signal_in(5, tmp_path) == loop.PREEMPTED and measured() == [2, 4]
+  assert _train_with_a_stop_in(4, tmp_path) == loop.PREEMPTED and measured() == [2]
+  assert _train_with_a_stop_in(5, tmp_path) == loop.PREEMPTED and measured() == [2, 4]
   assert 'stopped at step 5 of 5 before its evaluation; the same command continues' in capfd.readouterr().out
-  with monkeypatch.context() as patch:
-    patch.setattr(loop, 'Stop', _Stopped)  # a start that is stopped at once makes up for nothing
-    assert _train_with_a_signal_in(None, tmp_path) == loop.PREEMPTED and measured() == [2, 4]
+  assert _train_with_a_stop_in(0, tmp_path) == loop.PREEMPTED and measured() == [2, 4]  # it makes up for nothing
   for _ in range(2):
     capfd.readouterr()
-    assert _train_with_a_signal_in(None, tmp_path) == loop.FINISHED
+    assert _train_with_a_stop_in(None, tmp_path) == loop.FINISHED
     assert 'is finished: 5 of 5 steps' in capfd.readouterr().out
 
   assert saved_run.lines(tmp_path) == saved_run.lines(evaluated) and measured() == [2, 4, 5]
@@ -143,9 +140,14 @@ def test_a_finished_run_is_evaluated_when_evaluations_are_switched_on_later(plai
   assert [line['step'] for line in _lines(workdir, True)] == [5]
 
 
+def _scores(monkeypatch, scores):
+  """Has evaluators call a function instead of measuring."""
+  monkeypatch.setattr(validation.suite, 'scores', scores)
+
+
 def test_a_run_whose_evaluations_have_no_finite_value_finishes(plain, tmp_path, monkeypatch):
   workdir = shutil.copytree(plain, tmp_path / 'plain')
-  monkeypatch.setattr(validation.suite, 'scores', lambda *_: [Score('accuracy', float('nan'), 1)])
+  _scores(monkeypatch, lambda *_: [Score('accuracy', float('nan'), 1)])
   _train(workdir, _config(evaluate_every=2))
   assert _lines(workdir, True) == []
 
@@ -159,7 +161,7 @@ def test_the_best_checkpoint_is_kept_and_an_evaluation_that_fails_is_repeated_by
       raise OSError('the disk is full')
     return [Score.proportion('accuracy', value, 10)]
 
-  monkeypatch.setattr(validation.suite, 'scores', scores)
+  _scores(monkeypatch, scores)
   config = _config(evaluate_every=2, best_metric='eval/masked/accuracy')
   config.train.max_to_keep = 1
   with pytest.raises(OSError, match='the disk is full'):
@@ -212,7 +214,7 @@ def test_a_signal_during_an_evaluation_saves_its_step(tmp_path, monkeypatch):
 def test_a_run_that_is_to_stop_measures_nothing_more(run, monkeypatch):
   ran, phases = [], []
   scores = [Score('accuracy', .5, 1), Score('perplexity', float('nan'), 1)]
-  monkeypatch.setattr(validation.suite, 'scores', lambda e, *_: [ran.append((e.name, e.baselines)), scores][1])
+  _scores(monkeypatch, lambda e, *_: [ran.append((e.name, e.baselines)), scores][1])
   measure = validation.Validation(run, lambda *phase: contextlib.nullcontext(phases.append(phase)))
   state = run.abstract_state()
   assert measure(4, state, lambda: True) is None and not ran

@@ -1,5 +1,7 @@
 """A run that starts from another reads that run's parameters and nothing else, each straight onto its devices."""
 
+import contextlib
+import os
 import pathlib
 import shutil
 
@@ -164,14 +166,14 @@ def test_a_linear_head_of_other_classes_starts_at_zero(tmp_path, capsys):
 
 
 @pytest.fixture(name='tuned')
-def _tuned(tmp_path, monkeypatch):
+def _tuned(tmp_path):
   """(Folder, config, parameters) of a run that started from another, whose relative address is `parent`."""
-  monkeypatch.chdir(tmp_path)
   c = _config()
   c.moe.router = 'task'  # with names that must be those of the parent
-  saved_run.save('parent', c, step=2)
-  c.train.init, c.model.num_deep_prompts = 'parent', 2
-  return tmp_path / 'tuned', c, saved_run.save(tmp_path / 'tuned', c, step=3)
+  with contextlib.chdir(tmp_path):
+    saved_run.save('parent', c, step=2)
+    c.train.init, c.model.num_deep_prompts = 'parent', 2
+    yield tmp_path / 'tuned', c, saved_run.save(tmp_path / 'tuned', c, step=3)
 
 
 def _build(folder, **given):
@@ -179,10 +181,10 @@ def _build(folder, **given):
 
 
 @pytest.mark.nightly
-def test_a_tuned_run_works_without_its_parent_and_from_another_folder(tuned, tmp_path, monkeypatch):
+def test_a_tuned_run_works_without_its_parent_and_from_another_folder(tuned, tmp_path):
   folder, c, params = tuned
   (tmp_path / 'elsewhere').mkdir()
-  monkeypatch.chdir(tmp_path / 'elsewhere')
+  os.chdir(tmp_path / 'elsewhere')  # until the end of `tuned`
   run = _build(folder, workdir=folder)
   with Checkpoints(folder, max_to_keep=None) as checkpoints:
     chex.assert_trees_all_equal(train_run.read_params(run, checkpoints)[0], params)

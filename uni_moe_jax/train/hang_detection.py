@@ -11,12 +11,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from uni_moe_jax.utils.exit_codes import ERROR
 
 _TICKS = 20  # per timeout
-_NOTE_AFTER = 30.0  # seconds until a wait for a bucket is noted, then after twice as long
+_NOTE_AFTER = 30.0
 START = 'starting'
 RESTORE = 'restoring'
 BATCH = 'waiting for the batch'
@@ -40,8 +40,8 @@ class _Phase:
   """A phase, and the seconds that it has taken, which only the watching thread counts."""
   name: str
   step: int | None
+  noted_after: float
   seconds: float = 0.0
-  noted_after: float = dataclasses.field(default_factory=lambda: _NOTE_AFTER)
 
   def __str__(self) -> str:
     return self.name if self.step is None else f'{self.name} of step {self.step}'
@@ -50,14 +50,18 @@ class _Phase:
 class HangDetector:
   """Watches the phases of a loop from a thread of its own; a context manager."""
 
-  def __init__(self, timeout: float, buckets: Mapping[str, str] | None = None):
+  def __init__(
+      self, timeout: float, buckets: Mapping[str, str] | None = None, note_after: float = _NOTE_AFTER,
+      end: Callable[[int], None] = os._exit):
     """Starts when it is entered.
 
     Args:
       timeout: seconds per phase, six times as many for START, RESTORE and each evaluator; 0 disables.
       buckets: phase → address of the bucket that it reads or writes; its waits are noted.
+      note_after: seconds until a wait for a bucket is noted, then after twice as long.
+      end: gets the exit code after the report; sys.exit would wait for the hanging threads.
     """
-    self._timeout, self._buckets = timeout, buckets or {}
+    self._timeout, self._buckets, self._note_after, self._end = timeout, buckets or {}, note_after, end
     self._phase: _Phase | None = None
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._watch, name='hang detection', daemon=True)
@@ -75,14 +79,14 @@ class HangDetector:
   @contextlib.contextmanager
   def phase(self, name: str, step: int | None = None) -> Iterator[None]:
     """Limits the time of the body: START, …, EVALUATE, of a step. Code outside has no limit."""
-    self._phase = _Phase(name, step)
+    self._phase = _Phase(name, step, self._note_after)
     try:
       yield
     finally:
       self._phase = None
 
   def _watch(self) -> None:
-    tick, last = min(self._timeout / _TICKS, _NOTE_AFTER), time.monotonic()
+    tick, last = min(self._timeout / _TICKS, self._note_after), time.monotonic()
     while not self._stop.wait(tick):
       now = time.monotonic()
       # At most two ticks count, so that a process that was suspended for a while does not hang.
@@ -107,4 +111,4 @@ class HangDetector:
           '(0: off). The same command continues from the newest checkpoint. Stack of every thread:',
           file=sys.stderr, flush=True)
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-    os._exit(ERROR)  # sys.exit would wait for the hanging threads
+    self._end(ERROR)

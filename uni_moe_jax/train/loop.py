@@ -40,19 +40,21 @@ from uni_moe_jax.utils.errors import UsageError
 from uni_moe_jax.utils.exit_codes import ERROR, FINISHED, PREEMPTED
 
 _INITIAL_SHARE = 0.1  # of an average, above which a note says so
-_REPEATED = 1.0  # seconds: a shutdown signals every process, and those that started this one pass theirs on
 
 
 class Stop:
-  """A request to stop after the step, by SIGINT or SIGTERM; one more than `_REPEATED` later ends the process."""
-  requested, _since = False, 0.0
+  """A request to stop after the step, by SIGINT or SIGTERM; one more after `repeat_after` seconds ends the process.
+
+  Not a sooner one: a shutdown signals every process, and those that started this one pass theirs on.
+  """
+  requested, repeat_after, _since = False, 1.0, 0.0
 
   def on_signals(self) -> contextlib.AbstractContextManager[None]:
     return signals.handled(self._request, signal.SIGINT, signal.SIGTERM)
 
   def _request(self, number: int, _) -> None:
     if self.requested:
-      if time.monotonic() - self._since > _REPEATED:
+      if time.monotonic() - self._since > self.repeat_after:
         os._exit(PREEMPTED)
       return
     self.requested, self._since = True, time.monotonic()
@@ -100,9 +102,9 @@ def commit() -> str:
   return done.stdout.strip() or 'unknown'
 
 
-def _run_facts(run: Run, file: storage.Path) -> dict[str, Any]:
-  """Content of run.json, for readers of the results. file: has that of the start before."""
-  old, newest = {}, commit()
+def _run_facts(run: Run, file: storage.Path, newest: str) -> dict[str, Any]:
+  """Content of run.json, for readers of the results. file: has that of the start before; newest: commit."""
+  old = {}
   with contextlib.suppress(ValueError):  # of a damaged one
     old = read_json(file, {})
   commits = [*old.get('earlier_commits', ()), *([old['commit']] if 'commit' in old else [])]
@@ -115,7 +117,7 @@ def _run_facts(run: Run, file: storage.Path) -> dict[str, Any]:
 
 def train(
     config, workdir: str, devices=None, compiler: CompilerProcess | None = None,
-    allow_version_mismatch: bool = False) -> int:
+    allow_version_mismatch: bool = False, stop: Stop | None = None) -> int:
   """Trains to `config.train.steps`, from the newest checkpoint of `workdir` if there is one. Returns an exit code.
 
   Args:
@@ -123,12 +125,13 @@ def train(
     devices: of the mesh; default: all.
     compiler: compiles the steps meanwhile, by `compile_steps`; the first step waits for it.
     allow_version_mismatch: whether the run may continue with other package versions, which are then recorded.
+    stop: requests to stop; default: on signals.
 
   Raises:
     UsageError: another process trains in `workdir`, or what `build`, `Validation`, `Data.check_space`, `claim_workdir`,
       `check_versions`, `copy_tokenizer` and `Checkpoints` raise.
   """
-  started, stop = time.perf_counter(), Stop()
+  started, stop = time.perf_counter(), stop or Stop()
   with stop.on_signals(), HangDetector(
       config.train.hang_timeout, _buckets(workdir, config.data.dir)) as detector, contextlib.ExitStack() as stack:
     with detector.phase(START), multihost.exit_with_peers():
@@ -154,7 +157,7 @@ def train(
       copy_tokenizer(workdir, run.data.tokenizer_file, is_primary)
       file = storage.path(workdir) / RUN_FILE
       if is_primary and not (finished and file.exists()):  # what has trained it
-        write_json(file, _run_facts(run, file))
+        write_json(file, _run_facts(run, file, commit()))
       print(_describe(run), flush=True)
       checkpoints = Checkpoints(workdir, config.train.max_to_keep, config.train.best_metric, config.train.keep_every,
                                 evaluations)
