@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import jax
 import ml_collections
@@ -13,7 +12,7 @@ import pytest
 from tests.helpers import small_model
 from uni_moe_jax.eval.predictor import Predictor
 from uni_moe_jax.io import storage
-from uni_moe_jax.train import loop, manifest, workdir
+from uni_moe_jax.train import manifest, workdir
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
 from uni_moe_jax.train.metrics_log import TIMINGS
@@ -44,18 +43,6 @@ def save_best_and_newest(folder: Folder, config: ml_collections.ConfigDict) -> A
     checkpoints.add_metrics(2, {'loss/total': 1.})
     checkpoints.save(4, run.state_from(jax.tree.map(lambda x: 2 * x, params)), {'loss/total': 2.})
   return params
-
-
-def train(config: ml_collections.ConfigDict, folder: Folder, before_step: Callable[[int], Any]) -> int:
-  """Train on one device, calling before_step(steps taken so far) before each step. Return the exit code."""
-  take = loop._Trainer._take
-
-  def observed(trainer, step, *args):
-    before_step(step)
-    return take(trainer, step, *args)
-
-  with mock.patch.object(loop._Trainer, '_take', observed):
-    return loop.train(config, str(folder), jax.devices()[:1])
 
 
 def load(config: ml_collections.ConfigDict, folder: Folder) -> tuple[train_run.Run, Predictor, Any]:

@@ -135,7 +135,6 @@ def _started(monkeypatch):
   monkeypatch.setattr(compiler_process, 'start', started.append)
   monkeypatch.setattr(heap, 'share_arena', lambda: started.append('shared'))
   monkeypatch.setattr(loop, 'train', lambda *_, **options: started.append(options['compiler']) or loop.FINISHED)
-  monkeypatch.setattr(loop, 'compile_steps', lambda *_: loop.FINISHED)
   return started
 
 
@@ -148,13 +147,13 @@ def test_another_process_gets_the_command_of_the_run_and_compiles_only(started, 
   assert in_process.run(_SCRIPT, *flags) == loop.FINISHED and started == ['shared', None]
 
 
-def test_a_finished_run_and_one_that_compiles_only_start_no_process(started, config_flag, tmp_path):
+def test_a_finished_run_and_one_that_compiles_only_start_no_process(started, config_flag, tmp_path, capfd):
   flags = config_flag, f'--workdir={tmp_path / "run"}', '--compile_separately'
-  assert in_process.run(_SCRIPT, *flags, '--compile_only') == loop.FINISHED
-  assert started == []  # threads that compile share no arena
   workdir.claim_workdir(tmp_path / 'run', cli.config_from(config_flag.removeprefix('--config='), []), 'print')
   (tmp_path / 'run/checkpoints/6').mkdir(parents=True)
   (tmp_path / 'run/checkpoints/6/commit_success.txt').write_text('committed')
+  assert in_process.run(_SCRIPT, *flags, '--compile_only') == loop.FINISHED
+  assert started == [] and 'is finished: nothing to compile' in capfd.readouterr().out  # it would share no arena
   assert in_process.run(_SCRIPT, *flags) == loop.FINISHED and started == ['shared', None]
 
 

@@ -85,12 +85,6 @@ def test_compiling_ahead_is_for_the_first_batch_of_each_task_that_the_run_draws(
   chex.assert_trees_all_equal(dict(compiled), batches)
 
 
-@pytest.mark.nightly
-def test_compiling_for_a_finished_run_is_skipped(uninterrupted, capsys):
-  assert loop.compile_steps(_config(), str(uninterrupted), jax.devices()[:1]) == loop.FINISHED
-  assert 'is finished: nothing to compile' in capsys.readouterr().out
-
-
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('uninterrupted')

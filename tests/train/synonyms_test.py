@@ -102,7 +102,6 @@ def test_every_name_is_encoded_once_in_parts_of_one_size_however_many_names_an_e
 
 def test_entries_of_several_buckets_are_in_the_order_of_the_set_in_a_step_and_in_an_evaluation(monkeypatch):
   monkeypatch.setattr(target_sets, 'MIN_SAVED_TOKENS', 0)
-  monkeypatch.setattr(target_sets, 'MIN_SAVED_SHARE', 0)
   rng, (model, params) = np.random.default_rng(0), _model()
   tokens = lambda n: _tokens(rng, n)
   entries = {'plain': [[tokens(n)] for n in (4, 2, 4, 2, 2)],

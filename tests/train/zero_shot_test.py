@@ -17,7 +17,7 @@ from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.config.schema import DataConfig
 from uni_moe_jax.data.embedded import build
 from uni_moe_jax.eval import suite
-from uni_moe_jax.export import artifact, contents
+from uni_moe_jax.export import artifact
 from uni_moe_jax.train import adaptation, loop, workdir
 from uni_moe_jax.train import run as train_run
 from uni_moe_jax.train.checkpoint import Checkpoints
@@ -47,6 +47,13 @@ def _run(tmp_path_factory):
   """(workdir, config, parameters) of a run that was at its second step."""
   folder, c = tmp_path_factory.mktemp('attribute'), _config('attribute')
   return folder, c, saved_run.save(folder, c, step=2)
+
+
+@pytest.fixture(name='one_device')
+def _one_device(monkeypatch):
+  """Commands build runs on one device."""
+  build = train_run.build
+  monkeypatch.setattr(train_run, 'build', lambda c, *_, **given: build(c, jax.devices()[:1], **given))
 
 
 def _zero_shot(argument):
@@ -82,11 +89,9 @@ def test_a_new_task_and_a_new_task_type_are_config_alone(run, tmp_path, task, ta
 
 
 def test_it_is_evaluated_again_after_more_steps_by_another_evaluator_and_of_another_model(
-    run, tmp_path, monkeypatch, capfd):
-  folder, trained = tmp_path / 'run', train_run.build(run[1], jax.devices()[:1])
+    run, one_device, tmp_path, capfd):
+  folder, trained = tmp_path / 'run', train_run.build(run[1])
   shutil.copytree(run[0], folder)
-  build = train_run.build
-  monkeypatch.setattr(train_run, 'build', lambda c, **given: build(c, jax.devices()[:1], **given))
 
   def evaluated(*more):
     arguments = f'--config={_FILE}:run={folder},task=package', f'--workdir={tmp_path / "new"}', *more
@@ -128,9 +133,8 @@ def test_the_best_checkpoint_and_that_of_a_step_are_those_of_the_run(run, tmp_pa
 
 
 def test_it_and_its_export_name_the_step_that_they_read_and_the_export_has_the_rows_of_the_evaluation(
-    run, tmp_path, monkeypatch, capfd):
-  build, exports = train_run.build, []
-  monkeypatch.setattr(train_run, 'build', lambda c, *_, **given: build(c, jax.devices()[:1], **given))
+    run, one_device, tmp_path, monkeypatch, capfd):
+  exports = []
   monkeypatch.setattr(artifact, 'write', lambda *given: exports.append(given) or 'weights')
   workdir_flag, output = f'--workdir={tmp_path / "new"}', f'--output={tmp_path / "out"}'
   folder = shutil.copytree(run[0], tmp_path / 'run')
@@ -144,8 +148,7 @@ def test_it_and_its_export_name_the_step_that_they_read_and_the_export_has_the_r
   assert provenance['step'] == 2 and f'{tmp_path / "out"}: step 2, ' in printed.out and '--best' not in printed.err
   assert {(row['evaluator'], row['step']) for row in rows} == {('package', 2)}
   monkeypatch.setitem(sys.modules, 'torch', None)  # not installed, which is reported before the export
-  monkeypatch.setattr(contents, 'make_contents', lambda *_, **_options: pytest.fail('it is exported'))
-  assert in_process.run(ROOT / 'launch/export.py', workdir_flag, output, '--torch') == 2
+  assert in_process.run(ROOT / 'launch/export.py', workdir_flag, output, '--torch') == 2 and len(exports) == 1
 
 
 def test_the_new_task_type_has_attribute_bits_by_rule_and_targets_of_a_known_family(run):
