@@ -97,7 +97,7 @@ def test_a_command_names_what_exists(command):
 @pytest.mark.parametrize('command', [
     'programm', 'pip install .[none]', './launch/tpu_pod.sh --nme a -- --workdir=a',
     'sbatch launch/none.sbatch',
-    'python tests/stress/run.py --quickly', 'uni-moe keep-running -- uni-moe none', *(
+    'python launch/train.py --quickly', 'uni-moe keep-running -- uni-moe none', *(
         f'uni-moe train --config={wrong}' for wrong in (
             'small', 'none --workdir=a', 'small --workdir=a --x=1', 'small --workdir=a --config.seeds=1',
             'small --workdir=a --config.model.width=3'))])

@@ -13,23 +13,18 @@ from uni_moe_jax.utils.errors import RunError
 
 
 @pytest.mark.parametrize('name, min_outcomes', [('config', 1), ('config_file', 1), ('checkpoint', 1), ('path', 2)])
-def test_bad_configs_checkpoints_and_paths_end_in_one_sentence(tmp_path, name, min_outcomes):
-  counts = bad_input.check(bad_input.PROPERTIES[name], 100, 5, tmp_path)
+def test_bad_configs_checkpoints_and_paths_end_in_one_sentence(tmp_path, name, min_outcomes, stress):
+  counts = bad_input.check(bad_input.PROPERTIES[name], 100 * stress, 5, tmp_path)
   assert sum(n for outcome, n in counts.items() if outcome in (REFUSED, FAILED)) > sum(counts.values()) / 2, counts
   assert len(counts) >= min_outcomes, counts
 
 
 @pytest.mark.parametrize('name', bad_files.PROPERTIES)
-def test_bad_data_ends_in_one_sentence_or_a_counted_skip(tmp_path, name):
-  counts = bad_input.check(bad_files.PROPERTIES[name], 40, 5, tmp_path)
+def test_bad_data_ends_in_one_sentence_or_a_counted_skip(tmp_path, name, stress):
+  counts = bad_input.check(bad_files.PROPERTIES[name], 40 * stress, 5, tmp_path)
   assert counts[ACCEPTED] or name == 'image', counts
-  if name != 'text':  # some are skipped, for several reasons
+  if name in ('jsonl', 'image'):  # some are skipped, for several reasons
     assert len([outcome for outcome in counts if outcome.startswith(SKIPPED)]) >= 2, counts
-
-
-def test_bad_commands_end_in_one_sentence(tmp_path):
-  counts = bad_input.check(bad_input.command, 4, 3, tmp_path, shrink=False)
-  assert counts and set(counts) <= {REFUSED, FAILED}
 
 
 @pytest.mark.parametrize('name, function, replacement, message', [

@@ -12,7 +12,6 @@ from tests.helpers import object_stores
 
 pytest.importorskip('aiohttp')
 from tests.stress.flaky_store import flaky  # noqa: E402
-from uni_moe_jax.io import storage  # noqa: E402
 
 _CONTENT = np.random.default_rng(0).bytes(100_000)
 
@@ -47,19 +46,6 @@ def test_without_a_plan_it_passes_everything_on(store, monkeypatch):
     assert counts()['requests'] >= 3 and set(counts()) == {'requests'}
   object_stores.use(store, monkeypatch)
   assert fsspec.filesystem(store.address.partition(':')[0]).cat_file(path) == _CONTENT
-
-
-@pytest.mark.parametrize('scheme', ['s3', 'gcs'])  # gcsfs waits for seconds
-def test_the_libraries_repeat_what_fails_for_a_moment(scheme, request, monkeypatch):
-  store = request.getfixturevalue(scheme)
-  with flaky(store, seed=1, errors=0.1, resets=0.05, truncated=0.05) as (through, counts):
-    object_stores.use(through, monkeypatch)
-    files = storage.filesystem(store.address)
-    for i in range(30):
-      files.pipe_file(f'{store.address}/again/{i}', _CONTENT[:1000 + i])
-      assert files.cat_file(f'{store.address}/again/{i}') == _CONTENT[:1000 + i]
-    assert len(files.find(f'{store.address}/again')) == 30
-    assert min(counts()[fault] for fault in ('errors', 'resets', 'truncated')) > 0
 
 
 def test_requests_fail_as_often_as_planned_and_in_the_same_order_again(content):

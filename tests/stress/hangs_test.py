@@ -1,11 +1,11 @@
-"""The checks of the hangs suite for a run of two processes, with stand-ins."""
+"""Runs that cannot continue end and are continued; stand-ins of two processes that do not are detected."""
 
 import sys
 
 import jax.numpy as jnp
 import pytest
 
-from tests.stress import hangs
+from tests.stress import hangs, injected_faults
 from tests.stress.trainer import Trainer
 from uni_moe_jax.train.checkpoint import Checkpoints
 
@@ -36,14 +36,12 @@ class _StandIn(Trainer):
     (_OUTPUT, 1, 2., 'ended 2 s later, at most 1'),
     ('Traceback (most recent call last):', 1, .1, 'does not report it in one sentence'),
     ('', 1, .1, 'does not report it in one sentence')])
-def test_a_process_must_end_soon_with_one_sentence_when_another_dies(
-    tmp_path, monkeypatch, output, code, seconds, finding):
-  monkeypatch.setattr(hangs, '_MAX_SURVIVAL', 1.)
+def test_a_process_must_end_soon_with_one_sentence_when_another_dies(tmp_path, output, code, seconds, finding):
   with Checkpoints(tmp_path / 'done', max_to_keep=2) as checkpoints:
     checkpoints.save(1, {'params': jnp.arange(3.)})
   program = _STAND_IN.format(output=output, code=code, seconds=seconds)
-  report, findings = hangs.dead_process(_StandIn(tmp_path, program), tmp_path / 'done')
-  assert len(report) == 1 and len(findings) == (finding is not None) and all(finding in f for f in findings)
+  findings = hangs.dead_process(_StandIn(tmp_path, program), tmp_path / 'done', max_survival=1.)
+  assert len(findings) == (finding is not None) and all(finding in f for f in findings)
 
 
 def test_the_same_command_must_end_like_the_undisturbed_run(tmp_path):
@@ -53,14 +51,19 @@ def test_the_same_command_must_end_like_the_undisturbed_run(tmp_path):
   # Only process 0: process 1 may start after process 0 has created the folder.
   trained = "if again and index == '0':\n  shutil.copytree(workdir.parent / 'other', workdir, dirs_exist_ok=True)\n"
   program = _STAND_IN.format(output=_OUTPUT, code=1, seconds=.1) + trained
-  _, findings = hangs.dead_process(_StandIn(tmp_path, program), tmp_path / 'done')
+  findings = hangs.dead_process(_StandIn(tmp_path, program), tmp_path / 'done')
   assert len(findings) == 1 and 'arrays differ' in findings[0]
 
 
-@pytest.mark.parametrize('code, finding', [(0, None), (3, 'two processes: exit code 3 and exit code 3, see')])
-def test_two_undisturbed_processes_start_anew_and_must_finish(tmp_path, code, finding):
-  (tmp_path / 'two_undisturbed').mkdir()
-  (tmp_path / 'two_undisturbed/earlier').write_text('')
-  workdir, findings = hangs.two_undisturbed(_StandIn(tmp_path, f'import sys; sys.exit({code})'))
-  assert workdir == tmp_path / 'two_undisturbed' and not workdir.exists()  # the stand-in creates none
-  assert len(findings) == (finding is not None) and all(finding in f for f in findings)
+@pytest.mark.parametrize('fault', injected_faults.HANGS)
+def test_a_run_that_hangs_ends_and_is_continued(digits_trainer, undisturbed, fault):
+  assert not hangs.hanging(digits_trainer, undisturbed.workdir, fault)
+
+
+@pytest.mark.skipif(not hangs.has_namespaces(), reason='needs user namespaces')
+def test_a_run_on_a_full_disk_ends_and_is_continued(digits_trainer, undisturbed):
+  assert not hangs.full_disk(digits_trainer, undisturbed.workdir)
+
+
+def test_a_run_of_two_processes_of_which_one_dies_ends_and_is_continued(digits_trainer):
+  assert not hangs.dead_process(digits_trainer, hangs.two_undisturbed(digits_trainer))

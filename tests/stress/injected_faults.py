@@ -5,6 +5,7 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import runpy
 import sys
@@ -13,11 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from uni_moe_jax.utils.errors import RunError
-
 _GOOD_STEPS = 5  # before a fault
 _MANIFEST_DELAY = 1.5  # seconds
-LOST_DISK = 'its disk is gone.'  # the error of a process that fails
 
 
 def _flipped_bit() -> None:
@@ -86,70 +84,22 @@ def _fast_heartbeats() -> None:
   locks.lock = lambda folder, stack: original(folder, stack, period=0.5)
 
 
-def _constant_batch() -> None:
-  """Yield the first batch at every step. Not a fault: the soak compares the speed of the data with it."""
-  from uni_moe_jax.data.batches.mixtures import Mixture
-  original = Mixture.iterate
-
-  def iterate(mixture, start, stop):
-    first = next(original(mixture, start, stop))
-    for _ in range(start, stop):
-      yield first
-
-  Mixture.iterate = iterate
-
-
-def _memory_after_saves() -> None:
-  """Log resident memory after every save, when no step runs and the heap is trimmed. Not a fault: the soak reads it."""
-  from tests.stress import soak
-  from uni_moe_jax.utils import heap
-  [workdir] = [a.partition('=')[2] for a in sys.argv if a.startswith('--workdir=')]
-  original = heap.trim
-
-  def trim():
-    import jax  # not before the command has chosen its platform
-    jax.block_until_ready(jax.live_arrays())  # a running step has a varying number of buffers
-    time.sleep(.5)  # they are freed a moment after the results arrive
-    original()
-    with open(soak.after_saves_file(workdir), 'a') as file:
-      file.write(f'{soak.resident_megabytes(os.getpid())}\n')
-
-  heap.trim = trim
-
-
 def _stalled_start() -> None:
   """Never finish reading the data."""
   from uni_moe_jax.data.batches.assemble import Data
   Data.records = lambda *_: _disk_that_does_not_answer()
 
 
-def _before_sixth_batch(act: Callable[[], None]) -> None:
+def _stalled_input() -> None:
+  """Never yield the sixth batch."""
   from uni_moe_jax.data.batches.mixtures import Mixture
   original = Mixture.iterate
 
   def iterate(mixture, start, stop):
-    for i, batch in enumerate(original(mixture, start, stop)):
-      if i == _GOOD_STEPS:
-        act()
-      yield batch
+    yield from itertools.islice(original(mixture, start, stop), _GOOD_STEPS)
+    _disk_that_does_not_answer()
 
   Mixture.iterate = iterate
-
-
-def _stalled_input() -> None:
-  """Never yield the sixth batch."""
-  _before_sixth_batch(_disk_that_does_not_answer)
-
-
-def _one_process_fails() -> None:
-  """Raise an error in the second process instead of yielding the sixth batch."""
-  import jax
-
-  def fail():
-    if jax.process_index() == 1:
-      raise RunError(LOST_DISK)
-
-  _before_sixth_batch(fail)
 
 
 def _hung_step() -> None:
@@ -182,9 +132,8 @@ HANGS = {'stalled_start': (1., ('starting has taken', '_disk_that_does_not_answe
          'stalled_input': (6., ('waiting for the batch of step 6', '_disk_that_does_not_answer')),
          'hung_step': (6., ('waiting for the result of step 6', '_device_that_does_not_answer'))}
 ALL: dict[str, Callable[[], None]] = {f.__name__.lstrip('_'): f for f in (
-    _flipped_bit, _skipped_batch, _ignored_checkpoints, _late_manifest, no_folder_renames,
-    _fast_heartbeats, _constant_batch, _memory_after_saves, _stalled_start, _stalled_input, _one_process_fails,
-    _hung_step)}
+    _flipped_bit, _skipped_batch, _ignored_checkpoints, _late_manifest, no_folder_renames, _fast_heartbeats,
+    _stalled_start, _stalled_input, _hung_step)}
 
 
 if __name__ == '__main__':

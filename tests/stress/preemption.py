@@ -1,6 +1,5 @@
 """SIGKILL at random moments, some of them during a save. A restarted run must end like an undisturbed one."""
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -21,8 +20,6 @@ _POLL = 0.001  # seconds
 _MAX_SKIPPED_SAVES = 4  # before one is hit
 _BEYOND = 1.2  # a kill during a save is drawn from 1.2 times its duration, to hit what follows it too
 _UNFINISHED = '*.orbax-checkpoint-tmp'
-# Stage of a save when the kill hit it.
-EMPTY, ARRAYS, SEALED, DELETING = 'nothing written', 'writing arrays', 'manifest written', 'deleting the old one'
 
 
 @dataclasses.dataclass
@@ -32,22 +29,19 @@ class Tally:
   Attributes:
     kills: their number. during_saves: those that hit a save. before_steps: those that hit a process before its first
       step.
-    stages: of the saves that were hit or had just ended, see `EMPTY` and the others.
     starts: of the command. finished: runs that reached their last step.
     findings: sentences about what went wrong.
   """
   kills: int = 0
   during_saves: int = 0
   before_steps: int = 0
-  stages: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
   starts: int = 0
   finished: int = 0
   findings: list[str] = dataclasses.field(default_factory=list)
 
   def __str__(self) -> str:
-    stages = ', '.join(f'{stage}: {n}' for stage, n in sorted(self.stages.items()))
-    return (f'{self.kills} kills, {self.before_steps} of them before the first step, {self.during_saves} during a save'
-            f'{f" ({stages})" if stages else ""}; {self.starts} starts, {self.finished} finished runs')
+    return (f'{self.kills} kills, {self.before_steps} before the first step, {self.during_saves} during a save; '
+            f'{self.starts} starts, {self.finished} finished runs; {self.findings}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +92,14 @@ def series(trainer: Trainer, undisturbed: Undisturbed, num_kills: int, num_saves
   return tally
 
 
-def save_seconds(workdir: pathlib.Path) -> float:
-  """Return the duration of the slowest save among the checkpoints, from the timestamps of Orbax."""
+def undisturbed_run(trainer: Trainer, name: str) -> Undisturbed:
+  """Train to the end, without faults."""
+  workdir, log = trainer.workdir(name), trainer.folder / f'{name}.log'
+  code, seconds = trainer.run(workdir, log)
+  assert code == 0, f'{ending(code)}: {log.read_text(errors="replace")[-300:]}'
   metadata = [json.loads(path.read_text()) for path in (workdir / CHECKPOINTS).glob('*/_CHECKPOINT_METADATA')]
-  return max(m['commit_timestamp_nsecs'] - m['init_timestamp_nsecs'] for m in metadata) / 1e9
+  saves = [m['commit_timestamp_nsecs'] - m['init_timestamp_nsecs'] for m in metadata]
+  return Undisturbed(workdir, seconds, max(saves) / 1e9)
 
 
 def _run_until_killed(trainer: Trainer, workdir: storage.Path, log: pathlib.Path, rng: random.Random,
@@ -124,8 +122,6 @@ def _run_until_killed(trainer: Trainer, workdir: storage.Path, log: pathlib.Path
     return process.returncode
   tally.kills += 1
   tally.during_saves += saves.is_running()
-  if stage := saves.stage(len(saved_steps(undisturbed.workdir))):
-    tally.stages[stage] += 1
   return None
 
 
@@ -141,14 +137,6 @@ class _Saves:
     now = self._unfinished()
     self._left_over &= now
     return bool(now - self._left_over)
-
-  def stage(self, max_to_keep: int) -> str:
-    """Return the stage of the save that is running or has just ended; '' if there is none."""
-    for name, _ in self._unfinished() - self._left_over:
-      files = {file.rpartition('/')[2] for file in storage.files_in(self._folder / name)} - {'_CHECKPOINT_METADATA'}
-      return SEALED if manifest.FILE in files else ARRAYS if files else EMPTY
-    # A new checkpoint gets its name before the old one is deleted.
-    return DELETING if len(saved_steps(self._folder.parent)) > max_to_keep else ''
 
   def _unfinished(self) -> set[tuple[str, int]]:
     names = set()

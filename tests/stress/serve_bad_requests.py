@@ -1,7 +1,4 @@
-"""Wrong requests to the service: bodies, files, JSON and headers. None may give 500, hang, grow or open a file.
-
-  python -m tests.stress.serve_bad_requests --model=exported --num_requests=5000
-"""
+"""Wrong requests to the service: bodies, files, JSON and headers. None may give 500, hang or open a file."""
 
 import base64
 import collections
@@ -12,22 +9,18 @@ import os
 import pathlib
 import socket
 import sys
-import tempfile
 from typing import Any
 
 import hypothesis
 import numpy as np
-from absl import flags
 from hypothesis import strategies as st
 from PIL import Image
 
 from tests.helpers import served
 from tests.helpers.same_examples import same_examples
-from uni_moe_jax.cli import boundary as cli
 
 _TIMEOUT = 60.0  # seconds until a request counts as one that hangs
 _REFUSED = {200, 400, 404, 405, 408, 413, 415, 421, 422, 429}  # 503: the worker ended
-_MAX_GROWTH = 2**25  # bytes of a process
 _PATHS = ('/classify', '/caption', '/search', '/fill', '/embed')
 # Python starts with this module and logs every file that it opens, once the file `armed` exists.
 _AUDIT = '''
@@ -177,28 +170,3 @@ def check(service: served.Running, num_requests: int, seed: int = 0) -> collecti
   with same_examples():
     one()
   return counts
-
-
-def main(model_folder: str | None, num_requests: int, seed: int) -> int:
-  folder = pathlib.Path(tempfile.mkdtemp(prefix='audit_'))
-  model = pathlib.Path(model_folder).absolute() if model_folder is not None else served.folder()
-  with served.running(model=model, **audit(folder)) as service:
-    service.wait_idle()
-    check(service, num_requests // 10, seed=seed + 1)  # memory of first times
-    before = service.memory()
-    arm(folder)
-    counts = check(service, num_requests, seed)
-    after = service.memory()
-    restarts, output = service.metric('unimoe_worker_restarts'), ''.join(service.output)
-  outside = opened(folder, (str(model), '/cache', os.environ.get('JAX_COMPILATION_CACHE_DIR', '/cache')))
-  print(f'statuses {dict(sorted(counts.items()))}; worker restarts {restarts:g}; opened {outside or "nothing"}')
-  print('MiB of front and worker:', [x >> 20 for x in before], 'then', [x >> 20 for x in after])
-  growth = max(b - a for a, b in zip(before, after))
-  return int(bool(restarts or outside or 'Traceback' in output or growth > _MAX_GROWTH))
-
-
-if __name__ == '__main__':  # a test that imports this module has flags of its own
-  model_flag = flags.DEFINE_string('model', None, 'Exported folder.')
-  number_flag = flags.DEFINE_integer('num_requests', 5000, 'Requests.', lower_bound=1)
-  seed_flag = flags.DEFINE_integer('seed', 0, 'Of the requests.')
-  cli.run(lambda: main(model_flag.value, number_flag.value, seed_flag.value))

@@ -27,9 +27,7 @@ _TIMED_OUT = -signal.SIGKILL  # exit code after a timeout
 RESUMED = r'^resumed from step (\d+)$'
 COMPILING = 'the first step compiles'
 STEPPED = 'first step after'
-DAMAGED = 'is damaged'
 DISK_FULL = 'the disk is full'
-NOT_SHARED = 'is not shared: what process 0'
 OTHER_PROCESS_DIED = 'another process of this run has died'
 
 
@@ -43,13 +41,11 @@ class Trainer:
     fault: name in `injected_faults.ALL`; '' injects none.
     overrides: 'field=value' of the config.
     flags: further flags of launch/train.py.
-    optimized: whether XLA optimizes the programs, as it does for users; without, they compile sooner.
   """
   folder: pathlib.Path
   fault: str = ''
   overrides: tuple[str, ...] = ()
   flags: tuple[str, ...] = ()
-  optimized: bool = False
   bucket: str = ''
 
   def workdir(self, name: str) -> storage.Path:
@@ -68,7 +64,7 @@ class Trainer:
 
   def start(self, workdir: storage.Path, log: pathlib.Path) -> subprocess.Popen:
     """Start a process that appends its output to `log`."""
-    return start(self.command(workdir), log, environment(self.folder, self.optimized))
+    return start(self.command(workdir), log, environment(self.folder))
 
   def run(self, workdir: storage.Path, log: pathlib.Path) -> tuple[int, float]:
     """Run the command to its end. Return (exit code, seconds); see `wait`."""
@@ -96,10 +92,10 @@ def ending(code: int) -> str:
   return f'no end in {TIMEOUT:g} s' if code == _TIMED_OUT else f'exit code {code}'
 
 
-def environment(folder: pathlib.Path, optimized: bool = False) -> dict[str, str]:
+def environment(folder: pathlib.Path) -> dict[str, str]:
   """Return the environment of a child process: one CPU device, and the cache of compiled programs in `folder`."""
   return {**os.environ, 'PYTHONPATH': f'{ROOT}:{os.environ.get("PYTHONPATH", "")}', 'PYTHONUNBUFFERED': '1',
-          'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '' if optimized else '--xla_backend_optimization_level=0',
+          'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0',
           'JAX_COMPILATION_CACHE_DIR': str(folder / 'jax'), 'TF_CPP_MIN_LOG_LEVEL': '2', 'TF_ENABLE_ONEDNN_OPTS': '0'}
 
 
@@ -120,20 +116,15 @@ def newest_intact(workdir: storage.Path) -> int | None:
   return next((s for s in reversed(saved_steps(workdir)) if not manifest.damage(folder / str(s))), None)
 
 
-def log_lines(workdir: storage.Path) -> list[dict[str, Any]]:
-  """Return the lines of metrics.jsonl; the last one may be cut off."""
+def metric_lines(workdir: storage.Path) -> list[dict[str, Any]]:
+  """Return the lines of metrics.jsonl without the speed; the last one may be cut off."""
   path, lines = workdir / 'metrics.jsonl', []
   for line in path.read_text().splitlines() if path.exists() else ():
     try:
-      lines.append(json.loads(line))
+      lines.append({k: v for k, v in json.loads(line).items() if k not in TIMINGS})
     except ValueError:
       break
   return lines
-
-
-def metric_lines(workdir: storage.Path) -> list[dict[str, Any]]:
-  """Return the lines of metrics.jsonl without the speed."""
-  return [{k: v for k, v in line.items() if k not in TIMINGS} for line in log_lines(workdir)]
 
 
 def differences(undisturbed: pathlib.Path, other: storage.Path) -> list[str]:
