@@ -152,7 +152,7 @@ def test_readout_rows_have_the_noise_of_all_rows():
   chex.assert_trees_all_close(few, every, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('router', (*router_names.MERGED, *router_names.DISPATCHED))
+@pytest.mark.parametrize('router', (*router_names.CONDITION_ROUTERS, *router_names.DISPATCHED))
 @pytest.mark.parametrize('parts', (('attention',), ('mlp',), SUBLAYERS))
 def test_every_router_works_with_every_sublayer_and_placement(router, parts):
   for placement in ('every_2', (1,)):
