@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 
-import chex
 import jax
 import numpy as np
 import pytest
@@ -97,28 +96,6 @@ def test_a_run_records_the_classes_of_its_head_and_label_prompts(tuned):
   folder, c, _ = tuned
   recorded = workdir_lib.class_digests(folder)
   assert recorded == train_run.build(c, jax.devices()[:1]).class_digests and [*recorded] == ['shapes']
-
-
-def test_the_tokenizer_is_that_of_the_initial_run(base):
-  workdir, config = base
-  one, other = (train_run.build(c, jax.devices()[:1]) for c in (config, _prompt_tuning(workdir)))
-  assert (workdir / 'tokenizer.model').read_bytes() == one.data.tokenizer_file.read_bytes()
-  texts = tiny.columns()['glyphs'][0]['name'].tolist()
-  assert one.data.tokenizer.encode_batch(texts) == other.data.tokenizer.encode_batch(texts)
-
-
-def test_a_run_starts_from_averaged_parameters(tmp_path):
-  c, other = _config('shape'), _config('shape')
-  c.train.ema_decay, other.train.init = .5, str(tmp_path)
-  saved_run.save(tmp_path, c, step=2, change=lambda state: state.replace(
-      ema_params=jax.tree.map(lambda x: np.asarray(x) + 1, state.params)))
-  _, state = saved_run.state(train_run.build(c, jax.devices()[:1]), tmp_path)
-  with Checkpoints(tmp_path, None) as checkpoints:
-    averaged = checkpoints.restore_params()
-  loaded = train_run.read_init(train_run.build(other, jax.devices()[:1]))[0]
-  for params in (averaged, loaded):
-    chex.assert_trees_all_equal(params, state.ema_params)
-  assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, averaged, state.params)))
 
 
 @pytest.mark.parametrize('files, message', [

@@ -71,17 +71,13 @@ def _two(tmp_path: pathlib.Path, name: str) -> list[str]:
   return [*processes.TWO, '--', _config(tmp_path), f'--workdir={tmp_path / name}']
 
 
-def _stop_and_continue(command: list[str], workdir: pathlib.Path) -> None:
-  output = processes.stop(command, workdir, 2)
-  assert output.count('the same command continues') == 1, output  # only process 0 prints
-  assert 2 < len(saved_run.lines(workdir)) < _STEPS
-  assert 'resumed from step' in processes.run(command)
-
-
 @pytest.mark.nightly
-def test_a_run_of_two_processes_that_was_stopped_is_the_undisturbed_one_and_evaluates_as_one_process(tmp_path):
+def test_a_run_of_two_processes_stops_continues_and_evaluates_and_equals_that_of_one(tmp_path):
   processes.run(_two(tmp_path, 'undisturbed'))
-  _stop_and_continue(_two(tmp_path, 'stopped'), tmp_path / 'stopped')
+  output = processes.stop(_two(tmp_path, 'stopped'), tmp_path / 'stopped', 2)
+  assert output.count('the same command continues') == 1, output  # only process 0 prints
+  assert 2 < len(saved_run.lines(tmp_path / 'stopped')) < _STEPS
+  assert 'resumed from step' in processes.run(_two(tmp_path, 'stopped'))
   assert saved_run.lines(tmp_path / 'stopped') == saved_run.lines(tmp_path / 'undisturbed')
 
   processes.run([*processes.TWO, '--evaluate', '--', f'--workdir={tmp_path / "stopped"}'])
@@ -90,14 +86,9 @@ def test_a_run_of_two_processes_that_was_stopped_is_the_undisturbed_one_and_eval
   assert json.loads((tmp_path / 'stopped/evaluation.json').read_text()) == evaluated
   assert {row['count'] for row in evaluated if row['evaluator'] == 'shape'} == {6}
 
-
-@pytest.mark.nightly
-def test_a_run_of_two_processes_stops_continues_and_equals_that_of_one(tmp_path):
-  _stop_and_continue(_two(tmp_path, 'two'), tmp_path / 'two')
-
   # One process of eight devices reads the same batches, and its losses are the same but for rounding.
   assert in_process.run(_LAUNCH / 'train.py', _config(tmp_path), f'--workdir={tmp_path / "one"}') == 0
-  lines = [saved_run.lines(tmp_path / name) for name in ('one', 'two')]
+  lines = [saved_run.lines(tmp_path / name) for name in ('one', 'stopped')]
   one, two = ([line for line in several if 'loss/total' in line] for several in lines)
   assert [line['step'] for line in one] == [line['step'] for line in two] == list(range(1, _STEPS + 1))
   for a, b in zip(one, two):

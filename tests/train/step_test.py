@@ -100,12 +100,6 @@ def test_frozen_parameters_stay_bit_identical_and_every_other_leaf_moves():
   assert len(still) == 4  # qkv has a bias
 
 
-def test_a_run_with_frozen_parameters_can_be_resumed():
-  like, shapes = _run().abstract_state(), _run().shapes
-  assert jax.tree.structure(like) == jax.tree.structure(shapes)
-  assert [x.shape for x in jax.tree.leaves(like)] == [x.shape for x in jax.tree.leaves(shapes)]
-
-
 def test_every_expert_of_every_layer_moves():
   states, _ = _states()
   before, after = _by_path(states[0].params), _by_path(states[5].params)
@@ -161,21 +155,13 @@ def _nonfinite(batch, group='image_classification'):
   return {**batch, group: {**batch[group], 'weight': batch[group]['weight'] * jnp.nan}}
 
 
-def test_a_nonfinite_step_changes_only_the_counters():
-  states, _ = _states()
-  before = states[2]
-  after, metrics = _take(before, _nonfinite(_batch(2)))
-  _assert_identical(after.params, before.params)
-  _assert_identical(after.opt_state, before.opt_state)
-  _assert_identical(after.ema_params, before.ema_params)
-  assert (int(after.step), int(after.nonfinite_streak), int(after.skipped_steps)) == (3, 1, 1)
-  assert np.isnan(metrics['loss/shape']) and np.isfinite(metrics['loss/text'])
-
-
-def test_a_step_with_a_finite_loss_and_an_infinite_gradient_changes_only_the_counters():
-  before = _states()[0][2]
-  after, metrics = _take(before, _batch(2), loss_weights=tuple(np.float32([1e38, 0, 0])))
-  assert np.isfinite(metrics['loss/total']) and not np.isfinite(metrics['grad_norm'])
+@pytest.mark.parametrize('of_loss', [True, False])
+def test_a_step_with_a_nonfinite_loss_or_gradient_changes_only_the_counters(of_loss):
+  before, batch = _states()[0][2], _batch(2)
+  after, metrics = _take(before, _nonfinite(batch)) if of_loss else _take(
+      before, batch, loss_weights=tuple(np.float32([1e38, 0, 0])))
+  assert np.isfinite(metrics['loss/total']) != of_loss and not np.isfinite(metrics['grad_norm'])
+  assert np.isfinite(metrics['loss/text'])
   for name in ('params', 'opt_state', 'ema_params'):
     _assert_identical(getattr(after, name), getattr(before, name))
   assert (int(after.step), int(after.nonfinite_streak), int(after.skipped_steps)) == (3, 1, 1)

@@ -177,12 +177,6 @@ def test_a_word_as_readout_token_has_a_position_in_every_sequence():
   assert _unused(contents=('visual',), spec=_spec()) == TEXT
 
 
-def test_the_word_table_and_the_norm_serve_both_modalities():
-  for modalities in (('text',), ('visual',)):
-    used = _used(contents=modalities)
-    assert used['embed/word'] and used['embed/norm/scale'] and used['similarity/kernel']
-
-
 @pytest.mark.parametrize('temperatures, unused', [
     (('group',), {'log_scale_other'}), (('other',), {'log_scale_group'}), ((), {'log_scale_group', 'log_scale_other'}),
     (('group', 'other'), set())])

@@ -106,15 +106,6 @@ def test_a_predictor_reads_the_parameters_and_a_continued_run_the_moments_too(sa
   assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(host))
 
 
-def test_other_parameters_than_the_model_has_are_refused_by_a_predictor(saved):
-  folder, _, field, _ = saved
-  c = _config(.5 * (field == 'ema_params'))
-  run = train_run.build(c, jax.devices()[:1])
-  with Checkpoints(folder, max_to_keep=None) as checkpoints:
-    with pytest.raises(ValueError, match='prompts/input: .* → absent'):
-      train_run.read_params(run, checkpoints)
-
-
 def test_a_frozen_position_table_stays_frozen_and_is_computed_anew_at_another_image_size(tmp_path):
   c = _config()
   c.model.posemb = 'frozen'

@@ -29,12 +29,6 @@ def _rewrite(tmp_path, **changed):
   (tmp_path / workdir.CONFIG_FILE).write_text(json.dumps(content))
 
 
-def test_a_config_is_stored_and_loaded_unchanged(tmp_path):
-  c = _claimed(tmp_path)
-  workdir.claim_workdir(tmp_path, c, 'print')
-  assert workdir.load_config(tmp_path).to_dict() == c.to_dict()
-
-
 def test_a_fraction_overrides_a_whole_number_in_a_field_of_floats_also_in_a_stored_run(tmp_path):
   c = _claimed(tmp_path)
   c.tasks.shape = config_lib.task('image_classification', 'shapes', batch_size=4, loss_weight=2)
