@@ -62,6 +62,20 @@ def test_with_a_constant_rate_four_steps_and_then_seven_equal_seven_at_once(tmp_
   assert workdir_lib.provenance(parts, 7)['extended from'] == '4 steps'
 
 
+def test_a_start_that_versions_refuse_extends_nothing(tmp_path):
+  saved_run.save(tmp_path, _config(4), 4)
+  path = tmp_path / workdir_lib.CONFIG_FILE
+  content = json.loads(path.read_text())
+  path.write_text(json.dumps({**content, 'versions': {**content['versions'], 'jax': '0.1.0'}}))
+  before = path.read_text()
+  with pytest.raises(ValueError, match='different package versions'):
+    loop.train(_config(7, 'cosine', 4), str(tmp_path), jax.devices()[:1])
+  assert path.read_text() == before
+  assert loop.train(_config(7, 'cosine', 4), str(tmp_path), jax.devices()[:1], allow_version_mismatch=True) == 0
+  content = json.loads(path.read_text())  # the control: an allowed one does
+  assert (content['extended'], content['versions']) == ([4], workdir_lib.versions())
+
+
 @pytest.mark.nightly
 def test_with_a_cosine_the_rate_keeps_its_last_value_or_is_drawn_over_all_steps(tmp_path):
   held = _train(tmp_path / 'held', 4)

@@ -150,10 +150,12 @@ def train(
       finished = is_finished(workdir, config.train.steps)
       if not finished:
         run.data.check_space(validation.evaluations)
-      # Last: a start that is refused changes nothing.
+      check_versions(workdir, allow_version_mismatch, writes=False)
+      # After every check: a start that is refused changes nothing.
       claim_workdir(workdir, run.config, run.data.fingerprint, is_primary, inputs, extends=True,
                     evaluations=evaluations, class_digests=run.class_digests)
-      check_versions(workdir, allow_version_mismatch, writes=is_primary)
+      if is_primary and allow_version_mismatch:
+        check_versions(workdir, allow_version_mismatch)  # which are recorded
       copy_tokenizer(workdir, run.data.tokenizer_file, is_primary)
       file = storage.path(workdir) / RUN_FILE
       if is_primary and not (finished and file.exists()):  # what has trained it
