@@ -89,12 +89,14 @@ def write_report(workdir: str | os.PathLike[str]) -> storage.Path:
   run = _Source(workdir / 'run.json', 'training writes it at the start')
   interference = [_Source(workdir / name, 'uni-moe interference writes it', _read_png)
                   for name in interference_file.FIGURES]
+  weights = lambda png: _image(png, 'weights of experts, as in experts.json')
+  ratios = lambda png: _image(png, 'interference of tasks, as in interference.json')
   references = evaluation.render(_strongest_baselines, otherwise={})
   sections = {
       'Evaluation': evaluation.render(_evaluation),
       'Curves': curves.render(lambda content: _curves(*content, references)),
-      'Samples': samples.render(_samples), 'Experts': experts.render(_image),
-      **({'Interference': ''.join(x.render(_image) for x in interference)} if interference[0].exists else {}),
+      'Samples': samples.render(_samples), 'Experts': experts.render(weights),
+      **({'Interference': ''.join(x.render(ratios) for x in interference)} if interference[0].exists else {}),
       'Run': run.render(_run)}
   last_step = lambda content: [f'step {max(steps[-1] for steps, _ in content[0].values()):,}']
   facts = curves.render(last_step, otherwise=[]) + run.render(_headline, otherwise=[])
@@ -264,8 +266,9 @@ def _card(card: Mapping[str, Any]) -> str:
   return f'<figure>{images}<figcaption><b>{answer}</b> {verdict}</figcaption></figure>'
 
 
-def _image(png: bytes) -> str:
-  return f'<figure><img class="map" alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
+def _image(png: bytes, alt: str) -> str:
+  source = f'data:image/png;base64,{base64.b64encode(png).decode()}'
+  return f'<figure><img class="map" alt="{alt}" src="{source}"></figure>'
 
 
 def _run(run: Mapping[str, Any]) -> str:

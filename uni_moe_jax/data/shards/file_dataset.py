@@ -269,7 +269,7 @@ def tfds_builder(source: str, directory: str | os.PathLike[str]):
   name = source.removeprefix(TFDS)
   with contextlib.suppress(MissingFileError):  # which is reported with the name of the source, if it must be there
     mirror.sync(directory, f'tfds/{re.match("[^/:]*", name)[0]}')
-  # For data that is not prepared it would fetch the splits, and leave a folder among the temporary ones.
+  # Of data that is not prepared it looks for splits elsewhere, and leaves a temporary folder; there is no option.
   tfds.core.DatasetInfo.initialize_from_bucket = lambda _: None
   try:
     return tfds.builder(name, data_dir=os.path.join(os.path.expanduser(directory), 'tfds'), file_format='array_record')
