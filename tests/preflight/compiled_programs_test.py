@@ -152,6 +152,9 @@ def test_the_report_has_every_figure():
   assert result['fits'] is None
   assert step['flops'] == 2 * _step().cost.flops and step['flops_per_example'] == step['flops'] / 32
   assert step['bytes'] == pytest.approx(sum(step['memory'].values()))
+  assert len(step['largest_traffic']) == 10 and '  what moves most, of a device:\n' in text
+  label, moved = step['largest_traffic'][0]
+  assert 0 < moved < step['memory_traffic'] and f'%) {label}\n' in text
   assert result['seconds'] > sum(p['compile_seconds'] for p in result['programs'])
   assert text.endswith(f'\nPreflight took {result["seconds"]:.0f} s.')
 

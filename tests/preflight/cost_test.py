@@ -300,6 +300,26 @@ def test_a_buffer_that_passes_through_a_fusion_does_not_move():
   assert total.bytes == 4 * (8 + 64) + 4 * (16 + 16)  # of the collective, once, and of the second fusion's own work
 
 
+def test_traffic_is_listed_by_place_in_the_model_pass_and_array():
+  names = {'forward': 'jvp(Model.encode)/encoder/while/body/closed_call/blocks/block1/mlp/dot_general',
+           'backward': 'transpose(jvp(Model.encode))/encoder/while/body/closed_call/checkpoint/blocks/block1/mlp/mul',
+           'recomputed': 'transpose(jvp(Model.encode))/encoder/checkpoint/rematted_computation/block1/block1._add/add'}
+  lines = ''.join(f'  %{which} = f32[4,16] negate(%p0), metadata={{op_name="jit(step)/{name}" stack_frame_id=1}}\n'
+                  for which, name in names.items())
+  total = _entry('f32[4,16] copy(%forward)', 'f32[4,16]', lines=lines)
+  assert total.moved == {
+      'encoder/blocks/block1/mlp/dot_general, forward, f32[4,16]': 512,
+      'encoder/blocks/block1/mlp/mul, backward, f32[4,16]': 512,
+      'encoder/block1/add, recomputed, f32[4,16]': 512, 'copy, f32[4,16]': 512}
+  assert total.bytes == 4 * 512
+
+
+def test_the_traffic_of_a_loop_body_is_listed_as_often_as_the_loop_runs():
+  total = _cost()
+  assert total.moved['all-reduce, f32[4,16]'] == 7 * 2 * 256
+  assert sum(total.moved.values()) == total.bytes
+
+
 # A third of an array is copied to faster memory, as libtpu writes it before and after code generation.
 _PLANNED = '''HloModule sliced, is_scheduled=true
 

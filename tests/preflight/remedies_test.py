@@ -1,5 +1,6 @@
 """Changes of a config and the search for one that fits, with memory by a formula: nothing is compiled."""
 
+import dataclasses
 import math
 from unittest import mock
 
@@ -12,8 +13,9 @@ from tests.helpers.processes import ROOT
 from uni_moe_jax import config as config_lib
 from uni_moe_jax.config.plan import make_plan
 from uni_moe_jax.parallel import sharding
-from uni_moe_jax.preflight import compiled_programs, preflight, remedies
+from uni_moe_jax.preflight import compiled_programs, findings, preflight, remedies, topology
 from uni_moe_jax.preflight.compiled_programs import EVALUATION, Compiler, Memory, Program
+from uni_moe_jax.preflight.cost import Cost
 
 _MESH = dict(replica=1, data=8, expert=1, model=1)
 _STEP = None  # of all tasks
@@ -254,6 +256,46 @@ def test_steps_are_ordered_by_need_and_an_unknown_one_is_first(needs, first):
   programs = {which: _program(which, n, 600) for which, n in {**needs, EVALUATION: 2000}.items()}
   order = remedies.steps_by_need(programs, 600)
   assert order[0] == first and sorted(order) == ['a', 'b', 'c']
+
+
+_CHIP = topology.Chip(memory=600, flops=1.0, hbm=1.0, links=1.0, source='')  # seconds are FLOPs, or bytes
+
+
+def _compare(config, expired: bool = False, chip=_CHIP, **costs: tuple[float, float]):
+  """(comparison, programs that it compiled); costs: (FLOPs, bytes) of steps. FSDP halves the bytes."""
+  class WithCosts(_Compiler):
+    def _compile(self, config, which, topology):
+      flops, moved = costs.get(which, (0, 1e6))  # evaluation, which is not compared
+      cost = Cost(bfloat16_flops=flops, bytes=moved / (2 if config.mesh.fsdp else 1))
+      return dataclasses.replace(super()._compile(config, which, topology), cost=cost)
+  compiler = WithCosts(lambda which, c: 1, 600)
+  programs = {which: compiler.program(config, which) for which in (*costs, EVALUATION)}
+  compiler.compiled.clear()
+  if expired:
+    compiler._deadline = -math.inf
+  return remedies.compare_fsdp(compiler, config, programs, chip), compiler.compiled
+
+
+def test_where_memory_traffic_bounds_the_slowest_step_it_is_compiled_with_fsdp():
+  comparison, compiled = _compare(_config(), shape=(3, 8), text=(5, 6))
+  assert compiled == ['shape']
+  assert (comparison.step, comparison.before.seconds, comparison.after.seconds) == ('train step, shape', 8, 4)
+  result = findings.Findings('own', topology.parse('v5e:2x4'), _MESH, 8, 600, dict(total=1, active=1), (), (), 1.0,
+                            comparison=comparison)
+  assert ('Memory traffic bounds train step, shape. With --config.mesh.fsdp=True its roofline is 4000.0 instead of '
+          '8000.0 ms (parameters are gathered in every layer).') in findings.render(result)
+  as_json = findings.as_json(result)['comparison']
+  assert as_json['flags'] == '--config.mesh.fsdp=True' and as_json['after']['memory'] == 4
+
+
+@pytest.mark.parametrize('change, kwargs', [
+    ({}, dict(text=(9, 6))),  # products bound the slowest step
+    ({'mesh.fsdp': True}, {}), ({'model.width': 30, 'model.num_heads': 3}, {}),  # 8 devices do not divide it
+    ({}, dict(expired=True)), ({}, dict(chip=topology.CHIPS['cpu']))])
+def test_fsdp_is_not_compiled_where_it_is_set_impossible_or_no_help(change, kwargs):
+  config = _config()
+  config.update_from_flattened_dict(change)
+  assert _compare(config, **{'shape': (3, 8), **kwargs}) == (None, [])
 
 
 def _estimate(needs, memory: float, config=None):

@@ -23,6 +23,7 @@ _FREE = frozenset((
     'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all',
     'iota', 'partition-id', 'replica-id', 'opt-barrier', 'add-dependency', 'domain', 'async-update',
     'get-dimension-size'))
+_WRAPPERS = ('while', 'body', 'closed_call', 'checkpoint', 'rematted_computation')  # in names: of JAX, not of the model
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 _PASSES = {'high': 3, 'highest': 6}  # bfloat16 products of a TPU for one of float32 operands, by precision; default: 1
 
@@ -33,6 +34,7 @@ class Cost:
   flops: float = 0.0  # of matrix products, and of kernels with a cost estimate; multiply and add count as two
   bfloat16_flops: float = 0.0  # the same, of the bfloat16 products by which a TPU computes them
   bytes: float = 0.0  # read from and written to the device memory
+  moved: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # of `bytes`, by `_label`
   calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   payload: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # bytes of their arrays
   sent: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # bytes, at least
@@ -112,7 +114,7 @@ def of_module(module: Module) -> Cost:
     if opcode == 'fusion':
       [inner] = op.called('calls')
       moved = 0.0 if fused else _fusion_traffic(module, computation, op)
-      return of_computation(inner, True).plus(Cost(bytes=moved))
+      return of_computation(inner, True).plus(_moves(computation, op, moved))
     work = _WORK.get(opcode, lambda *_: Cost())(computation, op)
     if collective in COLLECTIVES:
       work = _collective(computation, op, collective, module.devices)
@@ -120,10 +122,30 @@ def of_module(module: Module) -> Cost:
         if channel in channels:
           return Cost()
         channels.add(channel)
-        return work.plus(Cost(bytes=_traffic(computation, op)))
-    return work if fused or opcode in _FREE else work.plus(Cost(bytes=_traffic(computation, op)))
+        return work.plus(_moves(computation, op, _traffic(computation, op)))
+    return work.plus(_moves(computation, op, 0.0 if fused or opcode in _FREE else _traffic(computation, op)))
 
   return of_computation(module.entry, False)
+
+
+def _moves(computation: Computation, op: Op, moved: float) -> Cost:
+  """The cost of bytes that an instruction moves."""
+  return Cost(bytes=moved, moved=collections.Counter({_label(computation, op): moved} if moved else {}))
+
+
+def _label(computation: Computation, op: Op) -> str:
+  """Where an instruction is in the model, in which pass, and the largest array that it reads or writes.
+
+  A fusion has the name of one of its instructions; copies that XLA adds have none.
+  """
+  metadata = re.search(r'op_name="([^"]*)"', op.attributes)
+  path = metadata[1] if metadata else ''
+  passes = {'rematted_computation': ', recomputed', 'transpose(': ', backward', 'jvp(': ', forward'}
+  which = next((text for mark, text in passes.items() if mark in path), '')
+  parts = dict.fromkeys(p for p in path.split('/') if re.fullmatch(r'[a-z][\w.\-]*', p) and '._' not in p)
+  name = '/'.join(p for p in parts if p not in _WRAPPERS) or op.opcode
+  largest = max((*op.shapes, *computation.shapes_of(op)), key=lambda s: s.bytes, default=None)
+  return f'{name}{which}' + (f', {largest.dtype}[{",".join(map(str, largest.dims))}]' if largest else '')
 
 
 def _bytes_in_memory(shapes: Iterable[Shape]) -> float:

@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from uni_moe_jax.preflight.compiled_programs import Program
-from uni_moe_jax.preflight.cost import roofline
-from uni_moe_jax.preflight.remedies import Trial
+from uni_moe_jax.preflight.cost import Roofline, roofline
+from uni_moe_jax.preflight.remedies import Comparison, Trial, as_flags
 from uni_moe_jax.preflight.topology import GIB, Topology
+
+_MOST_MOVING = 10  # places that are reported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Findings:
   seconds: float
   largest_batch: BatchEstimate | None = None  # None without a search, an estimate, or a known device memory
   trials: tuple[Trial, ...] = ()  # because a program does not fit; if the last one fits, it is the remedy
+  comparison: Comparison | None = None  # memory traffic bounds a step, and a change may lower it
   out_of_time: bool = False  # the search had no time for another compile
 
   @property
@@ -50,7 +53,14 @@ def as_json(f: Findings) -> dict[str, Any]:
           'compiled': [{'per_device': n, 'bytes': b} for n, b in f.largest_batch.compiled]},
       'trials': [{'flags': t.flags, 'costs': [c.cost for c in t.changes], 'fits': t.fits, 'too_large': t.too_large,
                   'bytes': t.needs} for t in f.trials],
+      'comparison': f.comparison and {
+          'step': f.comparison.step, 'flags': as_flags(f.comparison.change.fields.items()),
+          'before': _roofline_json(f.comparison.before), 'after': _roofline_json(f.comparison.after)},
       'out_of_time': f.out_of_time, 'seconds': f.seconds}
+
+
+def _roofline_json(limit: Roofline) -> dict[str, Any]:
+  return {**dataclasses.asdict(limit), 'seconds': limit.seconds, 'bound': limit.bound}
 
 
 def _program_json(f: Findings, p: Program) -> dict[str, Any]:
@@ -60,10 +70,11 @@ def _program_json(f: Findings, p: Program) -> dict[str, Any]:
       'memory': p.memory and dataclasses.asdict(p.memory), 'compile_seconds': p.seconds,
       'flops_per_device': p.cost and p.cost.flops, 'flops': p.cost and p.cost.flops * f.devices,
       'flops_per_example': p.cost and p.cost.flops * f.devices / p.examples, 'memory_traffic': p.cost and p.cost.bytes,
+      'largest_traffic': p.cost and p.cost.moved.most_common(_MOST_MOVING),
       'collectives': p.cost and {k: {'calls': p.cost.calls[k], 'payload': p.cost.payload[k], 'sent': p.cost.sent[k]}
                                  for k in sorted(p.cost.calls)},
       'unknown_loops': p.cost and p.cost.unknown_loops, 'unknown_kernels': p.cost and p.cost.unknown_kernels,
-      'roofline': limit and {**dataclasses.asdict(limit), 'seconds': limit.seconds, 'bound': limit.bound}}
+      'roofline': limit and _roofline_json(limit)}
 
 
 def render(f: Findings) -> str:
@@ -76,6 +87,10 @@ def render(f: Findings) -> str:
     lines += ['', *_program_lines(f, p)]
   if f.trials:
     lines += ['', *_trial_lines(f)]
+  if c := f.comparison:
+    seconds = f'{1e3 * c.after.seconds:.1f} instead of {1e3 * c.before.seconds:.1f} ms'
+    lines += ['', f'Memory traffic bounds {c.step}. With {as_flags(c.change.fields.items())} its roofline is {seconds} '
+              f'({c.change.cost}).']
   if f.largest_batch:
     points = ' and '.join(f'{n} ({_gib(b)})' for n, b in f.largest_batch.compiled)
     estimate = f'about {f.largest_batch.examples:.0f} examples, by a straight line through {points}'
@@ -108,6 +123,10 @@ def _program_lines(f: Findings, p: Program) -> Iterable[str]:
   if limit := roofline(p.cost, f.topology.chip):
     yield (f'  roofline: {1e3 * limit.seconds:.1f} ms, bound by {limit.bound} (compute {1e3 * limit.compute:.1f}, '
            f'memory {1e3 * limit.memory:.1f}, interconnect {1e3 * limit.interconnect:.1f} ms)')
+  if p.cost.moved:
+    yield '  what moves most, of a device:'
+  for label, moved in p.cost.moved.most_common(_MOST_MOVING):
+    yield f'    {_gib(moved)} ({moved / p.cost.bytes:.1%}) {label}'
   if p.cost.unknown_loops:
     yield f'  {p.cost.unknown_loops} loops have unknown trip counts: their bodies count once'
   if p.cost.unknown_kernels:

@@ -20,7 +20,8 @@ def preflight(
 
   Args:
     config: of a run. name: of the config, for the report. memory: bytes per device; None: those of the chip.
-    search: also search for a change that fits, if the config does not, and estimate the largest batch: more compiles.
+    search: also search for a change that fits, if the config does not, try FSDP where memory traffic bounds the
+      slowest step, and estimate the largest batch: more compiles.
     report: receives a line for each compile.
     time_budget: minutes for the compiles of the search; the config's own programs are always compiled.
     started: start of the command by `time.monotonic`, for the budget and the reported seconds.
@@ -34,16 +35,18 @@ def preflight(
   memory = target.chip.memory if memory is None else memory
   run = compiler.run(config)
   programs = {which: compiler.program(config, which) for which in (*compiled_programs.training_steps(run), EVALUATION)}
-  trials, largest_batch = (), None
+  trials, comparison, largest_batch = (), None, None
   if search and memory is not None:
     if not all(p.fits(memory) for p in programs.values()):
       trials = remedies.search(compiler, config, programs, memory)
+    else:
+      comparison = remedies.compare_fsdp(compiler, config, programs, target.chip)
     largest_batch = estimate_largest_batch(compiler, config, remedies.steps_by_need(programs, memory)[0], memory)
   return Findings(
       config=name, topology=target, mesh=dict(run.mesh.shape), devices=len(devices), memory=memory,
       parameters=run.parameter_counts(), assumptions=_assumptions(config, run, target),
       programs=tuple(programs.values()), seconds=time.monotonic() - started, largest_batch=largest_batch, trials=trials,
-      out_of_time=compiler.out_of_time)
+      comparison=comparison, out_of_time=compiler.out_of_time)
 
 
 def estimate_largest_batch(compiler: Compiler, config: Config, task: str | None, memory: float) -> BatchEstimate | None:

@@ -1,4 +1,4 @@
-"""Changes to a config, and a search for one with which it fits in memory."""
+"""Changes to a config: a search for one with which it fits in memory, and FSDP where memory traffic bounds a step."""
 
 import dataclasses
 import functools
@@ -9,6 +9,8 @@ from typing import Any
 
 from uni_moe_jax.parallel import sharding
 from uni_moe_jax.preflight.compiled_programs import EVALUATION, Compiler, Config, Program, Which
+from uni_moe_jax.preflight.cost import Roofline, roofline
+from uni_moe_jax.preflight.topology import Chip
 from uni_moe_jax.tasks.router_names import DENSE
 
 _MAX_SINGLE, _MAX_COMBINED = 5, 8  # trials of one change, and of several changes together
@@ -49,6 +51,18 @@ class Trial:
   def flags(self) -> str:
     """See `as_flags`."""
     return as_flags(field for change in self.changes for field in change.fields.items())
+
+
+FSDP = Change({'mesh.fsdp': True}, 'parameters are gathered in every layer')
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """The training step whose roofline is highest, with and without a change."""
+  step: str  # name of the program
+  change: Change
+  before: Roofline
+  after: Roofline
 
 
 def as_flags(fields: Iterable[tuple[str, Any]]) -> str:
@@ -93,8 +107,8 @@ def candidates(config: Config, mesh: Mapping[str, int], evaluation: bool = False
     yield Change({'model.remat': True}, 'a third more work')
   if m.dtype == 'float32':
     yield Change({'model.dtype': 'bfloat16'}, 'products in bfloat16')
-  if not config.mesh.fsdp and mesh['data'] > 1 and m.width % mesh['data'] == 0:
-    yield Change({'mesh.fsdp': True}, 'parameters are gathered in every layer')
+  if _admits_fsdp(config, mesh):
+    yield FSDP
   # A new axis takes devices from the data axis. That needs an inferred data axis, and only one axis can be inferred.
   is_inferred = any(config.mesh[a] == -1 for a in sharding.AXES)
   inferred = {} if is_inferred else {'mesh.data': -1}
@@ -116,10 +130,31 @@ def candidates(config: Config, mesh: Mapping[str, int], evaluation: bool = False
     yield Change(halved, 'half the batch where possible; the training differs', repeatable=True)
 
 
+def _admits_fsdp(config: Config, mesh: Mapping[str, int]) -> bool:
+  return not config.mesh.fsdp and mesh['data'] > 1 and config.model.width % mesh['data'] == 0
+
+
 def steps_by_need(programs: Mapping[Which, Program], memory: float) -> list[Which]:
   """Return the training steps, the one that needs most memory (or too much, but unknown) first."""
   size = lambda p: (not p.fits(memory), math.inf if p.needs is None else p.needs)
   return sorted((w for w in programs if w != EVALUATION), key=lambda w: size(programs[w]), reverse=True)
+
+
+def compare_fsdp(
+    compiler: Compiler, config: Config, programs: Mapping[Which, Program], chip: Chip) -> Comparison | None:
+  """Compile the step whose roofline is highest with FSDP, which moves less memory: every device updates a part.
+
+  None: the config has FSDP or does not admit it, something else bounds that step, or there is no time to compile it.
+  programs: of the config, all of which fit.
+  """
+  limits = {which: limit for which, p in programs.items() if which != EVALUATION and (limit := roofline(p.cost, chip))}
+  which = max(limits, key=lambda w: limits[w].seconds, default=EVALUATION)
+  if (which == EVALUATION or limits[which].bound != 'memory' or not _admits_fsdp(config, compiler.mesh(config))
+      or not compiler.has_time([which])):
+    return None
+  changed = compiler.program(FSDP.apply(config), which, ', with FSDP')
+  after = roofline(changed.cost, chip)
+  return after and Comparison(changed.name, FSDP, limits[which], after)
 
 
 def search(compiler: Compiler, config: Config, programs: Mapping[Which, Program], memory: float) -> tuple[Trial, ...]:
