@@ -1,6 +1,8 @@
 """The copy of an input in a bucket: one per address, also after commands that were killed."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.data import own_files
@@ -54,3 +56,14 @@ def test_files_in_a_bucket_that_a_table_names_are_copied(gcs, tmp_path, name, de
   dataset = file_dataset.load('own:x', tmp_path / 'data', 'train')
   assert [r['captions'] for r in dataset.read(np.arange(dataset.size))] == [(f'number {i}',) for i in range(4)]
   assert not list((tmp_path / 'cache').iterdir())
+
+
+def test_paths_in_parquet_files_of_a_bucket_are_refused_by_what_to_do(gcs, tmp_path):
+  own_files.write_image(tmp_path / '0.png', 'red', 0)
+  pq.write_table(pa.Table.from_pylist([{'image': '0.png', 'caption': 'red'}]), tmp_path / 'x.parquet')
+  for name in ('0.png', 'x.parquet'):
+    storage.write_bytes(storage.path(f'{gcs.address}/paths/{name}'), (tmp_path / name).read_bytes())
+  with input_copy.opened(f'{gcs.address}/paths', str(tmp_path / 'cache')) as source:
+    with pytest.raises(ValueError, match='a path in a Parquet file of a bucket.*copy the folder to a disk'):
+      prepare.prepare(source, tmp_path / 'data', 'x', test_fraction=0.0)
+  prepare.prepare(tmp_path / 'x.parquet', tmp_path / 'data', 'x', test_fraction=0.0)  # the control: there it works

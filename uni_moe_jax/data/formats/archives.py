@@ -21,6 +21,7 @@ from uni_moe_jax.io import storage
 
 _BATCH = 64  # rows of Parquet in memory at once, with their images
 _CORRUPT_TAR, _CORRUPT_PARQUET = 'corrupt or truncated tar file', 'corrupt Parquet file'
+_PATH_IN_BUCKET = 'a path in a Parquet file of a bucket, where only bytes are read; copy the folder to a disk first'
 
 
 def open_binary(address: str) -> BinaryIO:
@@ -105,8 +106,9 @@ def read_parquet(
       dropped = tuple(shorten(field.name) for field in parquet.schema_arrow if not _is_read(field))
       for batch in parquet.iter_batches(_BATCH, row_groups=[group], columns=columns):
         for value in _values(batch):
-          yield (Row(location(), skipped=value) if isinstance(value, str) else
+          row = (Row(location(), skipped=value) if isinstance(value, str) else
                  _parquet_row(value, location(), root, split, allow_outside, dropped))
+          yield Row(location(), skipped=_PATH_IN_BUCKET) if row.path and storage.is_remote(address) else row
           number += 1
     except (pa.ArrowException, ValueError, OSError) as e:
       if storage.is_remote(address) and storage.explain(e, address):
