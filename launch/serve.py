@@ -58,9 +58,8 @@ def main() -> int:
   folder = _exported(storage.path(workdir, '--workdir')) if model is None else storage.path(model, '--model')
   if not (folder / 'SHA256SUMS').is_file():
     raise UsageError(f'{folder} is not a folder of uni-moe export, or it is incomplete; export the model again.')
-  if _EXPORT_ONLY.value:
-    return exit_codes.FINISHED
-  asyncio.run(server.serve(folder, limits, bound, _HOST.value, token, gallery_files))
+  if bound is not None:
+    asyncio.run(server.serve(folder, limits, bound, _HOST.value, token, gallery_files))
   return exit_codes.FINISHED
 
 
