@@ -333,6 +333,14 @@ def test_text_in_utf_16_is_refused_with_the_command_that_converts_it(tmp_path, e
   assert len(list(input_shards.plan(tmp_path))) == 2
 
 
+def test_an_array_of_videos_is_refused_rather_than_left_out(tmp_path):
+  (tmp_path / 'moves.jsonl').write_text('{"caption": "a ball"}\n')
+  assert len([*input_shards.plan(tmp_path)]) == 1
+  (tmp_path / 'moves.npz').touch()
+  with pytest.raises(UsageError, match="videos in an array, moves.npz, are not read.* the field 'video'"):
+    [*input_shards.plan(tmp_path)]
+
+
 def test_a_changed_file_is_another_shard(tmp_path):
   own_files.write_jsonl(tmp_path / 'x.jsonl', [{'text': 'one'}])
   [before] = input_shards.plan(tmp_path)

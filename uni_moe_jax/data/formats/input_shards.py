@@ -183,6 +183,9 @@ def _divide(file: storage.Path) -> Iterator[InputShard]:
   elif suffix == '.parquet':
     for i, row in enumerate(archives.row_groups(str(file))):
       yield shard(start=i, line=row)
+  elif suffix == '.jsonl' and file.with_suffix('.npz').exists():  # what its lines say would be read without the videos
+    raise UsageError(f'--input={file}: videos in an array, {file.stem}.npz, are not read. Write each as a video file, '
+                     "name it in the field 'video' of its line, and move the array elsewhere.")
   else:
     with archives.open_binary(str(file)) as lines:
       start, first_line = 0, 1
