@@ -75,7 +75,7 @@ def test_evaluation_of_a_float32_model_multiplies_everything_in_float32(router):
   traced = [
       predictor.encode.trace(model, values, image),
       predictor._log_p.trace(model, values, jnp.ones((2, 1, 16)), words, 'group', False, True),
-      predictor._captions.trace(options, decoder, image.pixels, words, None)]
+      predictor._captions.trace(options, decoder, image.pixels, words)]
   for program in traced:
     assert set(_products(program, 'tpu')) == {('f32', True)}
 
