@@ -19,7 +19,7 @@ import tensorflow as tf
 from uni_moe_jax.config.plan import TaskSpec
 from uni_moe_jax.data import hashing
 from uni_moe_jax.data.examples import features as features_lib
-from uni_moe_jax.data.examples import image_transforms, masking, pixels, video_pixels
+from uni_moe_jax.data.examples import image_transforms, masking, phrases, pixels, video_pixels
 from uni_moe_jax.data.examples.corrupt_examples import CorruptExampleCounter, read_or_stop
 from uni_moe_jax.data.examples.running_text import running_text
 from uni_moe_jax.data.examples.video_processes import VideoProcesses
@@ -180,8 +180,11 @@ class _Batch:
     b = self._builder = builder
     self._task, self._records, self._corrupt_counter = task, records, corrupt_counter
     self.keep = example_ids(records, task, b.seed if b.training else None)
+    self._phrases = None
+    if features_lib.has_phrase(task):
+      self._phrases = phrases.open_phrases(task, records, b.tokenizer, b.training)
     self._readers = features_lib.feature_readers(
-        task, records, b.tokenizer, b.keys.get(task.target_set, ()), b.training)
+        task, records, b.tokenizer, b.keys.get(task.target_set, ()), b.training, self._phrases is not None)
     self._media_column = records.media_column() if task.type.visual else None
     if task.type.visual and self._media_column is None:
       raise UsageError(f'config.tasks.{task.name}: source {task.source!r} has neither images nor videos; task type '
@@ -218,6 +221,8 @@ class _Batch:
     self._specs = {name: (table.dtype, table.shape[1:]) for name, table in self._tables.items()}
     for reader in self._readers:
       self._specs |= reader.specs
+    if self._phrases:
+      self._specs |= features_lib.phrase_specs(task)
     if self._is_video:
       self._specs['pixels'] = np.uint8, self._video_reader.shape
     # Traced once, and then inlined by pipelines of training and evaluation.
@@ -261,7 +266,7 @@ class _Batch:
     return {'id': tf.cast(ids, tf.int64), **features}, tf.size(ids, tf.int64)
 
   def _try(self, ids: tf.Tensor, hashes: tf.Tensor, is_new: tf.Tensor) -> tuple[Features, tf.Tensor]:
-    """(features, ok bool [n]); those of corrupt examples are zeros, but for `label_tables`.
+    """(features, ok bool [n]); those of corrupt examples are zeros, but for `label_tables` and phrases.
 
     is_new: bool [n], which to count.
     """
@@ -299,6 +304,10 @@ class _Batch:
     features = {name: self._tables[name][ids] if name in self._tables else np.zeros((n, *shape), dtype)
                 for name, (dtype, shape) in self._specs.items()}
     records = read_or_stop(self._records, self.keep[ids], self._corrupt_counter, self._read_examples)
+    if self._phrases:
+      made = features_lib.phrase_features(self._task, self._builder.tokenizer, *self._phrases(self.keep[ids], hashes))
+      for name, value in made.items():
+        features[name][:] = value
     examples = list(map(self._example, records, hashes.tolist()))
     if self._is_video:
       examples = self._read_videos(examples, hashes, features['pixels'])

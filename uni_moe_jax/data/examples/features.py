@@ -53,7 +53,7 @@ def check_segments(task: TaskSpec) -> None:
 
 def feature_readers(
     task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, keys: Sequence[str], training: bool,
-) -> list[FeatureReader]:
+    phrases_are_known: bool) -> list[FeatureReader]:
   """Readers of all features of a task but its pixels and what is known before a record is read.
 
   keys: what records call the classes of the task's target set, in order.
@@ -64,7 +64,7 @@ def feature_readers(
   readers = []
   if task.type.has_classes and not _labels_are_known(task, records, training):
     readers.append(_label_reader(task, records, keys, training))
-  if task.type.target == 'pair' or task.type.readout == 'queries':
+  if has_phrase(task) and not phrases_are_known:
     readers.append(_phrase_reader(task, records, tokenizer, training))
   if task.type.readout == 'slot':
     readers.append(_template_reader(task, records, tokenizer, training))
@@ -147,6 +147,30 @@ def text_columns(task: TaskSpec) -> set[str]:
   return {label}.union(*map(templates.columns, (*task.caption_templates, task.template)))
 
 
+def has_phrase(task: TaskSpec) -> bool:
+  """Whether a task's examples have a paired text or a caption to generate."""
+  return task.type.target == 'pair' or task.type.readout == 'queries'
+
+
+def phrase_specs(task: TaskSpec) -> Specs:
+  """Of a paired text, whose `text_id` is equal for equal tokens, or of a caption: `text` [words | queries]."""
+  S = task.max_len
+  if task.type.target == 'pair':
+    return {'target': (np.int32, (S,)), 'target_valid': (np.bool_, (S,)), 'text_id': (np.int32, ()),
+            'weight': (np.float32, (1,))}
+  return {'text': (np.int32, (2 * S,)), 'text_valid': (np.bool_, (2 * S,)), 'label': (np.int32, (S,)),
+          'weight': (np.float32, (S,))}
+
+
+def phrase_features(
+    task: TaskSpec, tokenizer: Tokenizer, tokens: np.ndarray, valid: np.ndarray) -> dict[str, Any]:
+  """Features of `phrase_specs` from phrases: int32 [n, S], bool [n, S]."""
+  if task.type.target == 'pair':
+    return {'target': tokens, 'target_valid': valid, 'weight': 1.0, 'text_id': _text_ids(tokens)}
+  return {'text': np.concatenate([tokens, np.full_like(tokens, tokenizer.spe)], 1),
+          'text_valid': np.concatenate([valid, valid], 1), 'label': tokens, 'weight': valid}
+
+
 def _text_ids(tokens: np.ndarray) -> np.ndarray:
   """Numbers below 2**31 [n], equal for equal rows: texts may differ in their case, or where they are cut.
 
@@ -158,20 +182,12 @@ def _text_ids(tokens: np.ndarray) -> np.ndarray:
 
 
 def _phrase_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
-  """Reader of a paired text, whose `text_id` is equal for equal tokens, or of a caption: `text` [words | queries]."""
-  S, is_pair = task.max_len, task.type.target == 'pair'
-  specs = ({'target': (np.int32, (S,)), 'target_valid': (np.bool_, (S,)), 'text_id': (np.int32, ()),
-            'weight': (np.float32, (1,))} if is_pair else
-           {'text': (np.int32, (2 * S,)), 'text_valid': (np.bool_, (2 * S,)), 'label': (np.int32, (S,)),
-            'weight': (np.float32, (S,))})
+  S = task.max_len
 
   def collate(texts):
     tokens, valid = pad_tokens(encode_texts(texts, tokenizer, S), S, tokenizer.pad)
-    if is_pair:
-      return {'target': tokens, 'target_valid': valid, 'weight': 1.0, 'text_id': _text_ids(tokens)}
-    return {'text': np.concatenate([tokens, np.full_like(tokens, tokenizer.spe)], 1),
-            'text_valid': np.concatenate([valid, valid], 1), 'label': tokens, 'weight': valid}
-  return FeatureReader(specs, _phrase_chooser(task, records, training), collate)
+    return phrase_features(task, tokenizer, tokens, valid)
+  return FeatureReader(phrase_specs(task), _phrase_chooser(task, records, training), collate)
 
 
 def _template_reader(task: TaskSpec, records: FileDataset, tokenizer: Tokenizer, training: bool) -> FeatureReader:
@@ -238,7 +254,7 @@ def _phrase_chooser(task: TaskSpec, records: FileDataset, training: bool) -> Cal
 def references(task: TaskSpec, record: Record) -> tuple[str, ...]:
   """The correct texts of a record under the task's first template: one per entry of a list of texts, of two per pair.
 
-  Entries of the first column change last.
+  They have the order of `phrases`.
   """
   template = task.caption_templates[0]
   values = {column: record[column] for column in templates.columns(template)}

@@ -71,6 +71,7 @@ class FileDataset:
   prefetch: Callable[[np.ndarray], None] | None = None  # ids in the order in which they will be read
   read_examples: Callable[[np.ndarray], list[bytes]] | None = None  # as `read`: serialized tf.train.Examples
   text_file: Callable[[str], pathlib.Path] | None = None  # column → file with the texts of all records, a line each
+  cache: pathlib.Path | None = None  # folder for what is made of the data
 
   def media_column(self) -> str | None:
     """The column of images, videos or arrays."""
@@ -246,7 +247,8 @@ def _load_prepared(source: str, folder: storage.Path, directory: str | os.PathLi
   shards, read = _open(_builder(str(folder)), directory, split)
   return FileDataset(source, summary['splits'][split], _record_reader(read, columns, classes, shapes), columns, classes,
                      labels, summary['fingerprints'][split], shapes, num_texts, shards.names,
-                     shards.prefetch if shards.names else None, read, text_file)
+                     shards.prefetch if shards.names else None, read, text_file,
+                     pathlib.Path(os.path.expanduser(directory)))
 
 
 def _load_array(path: storage.Path) -> np.ndarray:

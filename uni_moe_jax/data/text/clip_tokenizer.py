@@ -70,7 +70,7 @@ class ClipTokenizer(Tokenizer):
     except ModuleNotFoundError as error:  # they are an optional extra
       raise UsageError(
           f"config.tokenizer.type='clip' requires pip install '.[clip]': {error.name} is not installed.") from error
-    self._symbol = _byte_symbols()
+    self._file, self._symbol = merges_file, _byte_symbols()
     pieces = [symbol + end for end in ('', _END) for symbol in self._symbol.values()]
     merges = _read_merges(merges_file, pieces)
     pieces += map(''.join, merges)
@@ -88,6 +88,9 @@ class ClipTokenizer(Tokenizer):
     self._split = regex.compile(_WORD, regex.IGNORECASE).findall
     self._bpe = models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, end_of_word_suffix=_END)
     self._encode_word = functools.lru_cache(_CACHED_WORDS)(self._encode_word_uncached)
+
+  def __reduce__(self):
+    return type(self), (self._file,)
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, and of special tokens that it spells (see the module docstring)."""

@@ -43,6 +43,8 @@ class Tokenizer(Protocol):
   Whether texts can spell special tokens depends on the tokenizer: with `SentencePieceTokenizer` they cannot, with
   `ClipTokenizer` they can, as published.
 
+  It can be pickled: a process reads its file again.
+
   Attributes:
     fingerprint: Hex sha256 of the vocabulary.
     size: V, the number of ids.
@@ -86,7 +88,7 @@ class SentencePieceTokenizer(Tokenizer):
     if not storage.path(model_file).is_file():
       raise MissingFileError(f'No tokenizer {model_file}. SentencePieceTokenizer.train makes one from texts.')
     model = storage.path(model_file).read_bytes()
-    self.fingerprint = hashlib.sha256(model).hexdigest()
+    self._file, self.fingerprint = model_file, hashlib.sha256(model).hexdigest()
     self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
     self.size = self._model.get_piece_size()
     pieces = [self._model.id_to_piece(i) for i in range(self.size)]
@@ -101,6 +103,9 @@ class SentencePieceTokenizer(Tokenizer):
     self.word_start = self.word_end | np.array([
         i in self.special_ids or piece.startswith('▁') or not any(map(str.isalnum, piece))
         for i, piece in enumerate(pieces)])
+
+  def __reduce__(self):
+    return type(self), (self._file,)
 
   @staticmethod
   def train(
